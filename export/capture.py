@@ -1,0 +1,142 @@
+"""Capture: an nn.Module becomes a functional graph of ATen operators with a dynamic batch."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from export.errors import ExportError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The batch sizes an exported network accepts; `minimum == maximum` is a static batch."""
+
+    minimum: int
+    optimum: int
+    maximum: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.minimum <= self.optimum <= self.maximum:
+            raise ExportError(
+                f"batch must satisfy 1 <= MIN <= OPT <= MAX, got {self.minimum}:{self.optimum}:{self.maximum}"
+            )
+
+    @property
+    def static(self) -> bool:
+        return self.minimum == self.maximum
+
+    def __str__(self) -> str:
+        if self.static:
+            return str(self.minimum)
+        return f"{self.minimum}:{self.optimum}:{self.maximum}"
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """No gradients, no ambient autocast or inference mode, float32 as the default type."""
+    default_dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        torch.set_default_dtype(default_dtype)
+
+
+def eager_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of `model` on the CPU in `dtype`, in eval mode; `model` itself is left as it was.
+
+    Raises:
+        ExportError: the model cannot be copied (old-style weight_norm, for one).
+    """
+    try:
+        duplicate = copy.deepcopy(model)
+    except RuntimeError as error:
+        raise ExportError(f"the model cannot be copied: {_first_line(error)}") from error
+    return duplicate.to(device="cpu", dtype=dtype)
+
+
+def check_model(model: nn.Module, example: Tensor) -> None:
+    """Refuse what cannot be exported before any work is done.
+
+    Raises:
+        ExportError: not a module, in training mode, not a 4-D floating-point example, a parameter or
+            buffer with NaN or Inf, a negative running variance.
+    """
+    if not isinstance(model, nn.Module):
+        raise ExportError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    training = [name or "the model" for name, module in model.named_modules() if module.training]
+    if training:
+        raise ExportError(f"expected a model in eval mode, got training mode in {', '.join(training[:3])}: call .eval()")
+    if example.dim() != 4 or not example.is_floating_point():
+        raise ExportError(
+            f"expected an example of shape [N, C, H, W] in floating point, got {list(example.shape)} {example.dtype}"
+        )
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ExportError(f"{name} holds NaN or Inf: expected finite weights")
+        if name.endswith("running_var") and bool((tensor < 0).any()):
+            raise ExportError(f"{name} holds {tensor.min().item():.3g}: a variance cannot be negative")
+
+
+def capture(model: nn.Module, example: Tensor, batch: Batch) -> fx.GraphModule:
+    """Trace `model` into a functional float32 graph on the CPU.
+
+    Args:
+        model: in eval mode; it is copied, never changed.
+        example: [N, C, H, W]; its channels and image size become static, its values do not matter.
+        batch: the batch sizes the graph must accept.
+
+    Returns:
+        A graph of ATen calls without in-place operators. Parameters keep their names, nodes the name of
+        the module they come from (`nn_module_stack`), and calling it returns what the model returns.
+
+    Raises:
+        ExportError: the model is refused by `check_model` or by torch.export (data- or shape-dependent
+            control flow, a batch size fixed in the code, a buffer changed by the forward pass).
+    """
+    check_model(model, example)
+    size = batch.minimum if batch.static else max(2, min(batch.optimum, batch.maximum))
+    _, *shape = example.shape
+    traced_input = torch.zeros(size, *shape)
+    dynamic = None if batch.static else ({0: torch.export.Dim("batch", min=batch.minimum, max=batch.maximum)},)
+    with plain_torch(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        duplicate = eager_copy(model, torch.float32)
+        try:
+            program = torch.export.export(duplicate, (traced_input,), dynamic_shapes=dynamic, strict=False)
+            program = program.run_decompositions({})  # no decomposition: only in-place operators go
+        except Exception as error:
+            raise ExportError(f"torch.export cannot capture {type(model).__name__}: {_first_line(error)}") from error
+        mutated = list(program.graph_signature.buffers_to_mutate.values())
+        if mutated:
+            raise ExportError(f"the forward pass changes the buffer {mutated[0]}: expected a pure function of its input")
+        graph_module = program.module(check_guards=False)
+    return _without_symbolic_views(graph_module)
+
+
+def _without_symbolic_views(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Write view(x, [batch, ...]) as view(x, [-1, ...]): one Reshape with a constant shape when lowered."""
+    for node in graph_module.graph.nodes:
+        if node.target not in (torch.ops.aten.view.default, torch.ops.aten.reshape.default):
+            continue
+        shape = list(node.args[1])
+        symbolic = [i for i, length in enumerate(shape) if isinstance(length, fx.Node)]
+        if len(symbolic) == 1 and -1 not in shape:
+            shape[symbolic[0]] = -1
+            node.args = (node.args[0], shape)
+    graph_module.graph.eliminate_dead_code()
+    graph_module.recompile()
+    return graph_module
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

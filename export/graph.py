@@ -1,0 +1,112 @@
+"""Small questions that every pass asks of a graph."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable
+from functools import reduce
+
+import torch
+from torch import Tensor, fx
+
+from export.errors import ExportError
+
+aten = torch.ops.aten
+
+
+def duplicate(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the graph that shares its parameters, so that a pass can stay a pure function."""
+    return fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+
+
+def is_call(node: object, *targets: Callable) -> bool:
+    """Whether `node` is a call of one of `targets`."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def constant(graph_module: fx.GraphModule, node: object) -> Tensor | None:
+    """The parameter or buffer that `node` reads, or None where it is computed."""
+    if not isinstance(node, fx.Node) or node.op != "get_attr":
+        return None
+    value = reduce(getattr, str(node.target).split("."), graph_module)
+    return value if isinstance(value, Tensor) else None
+
+
+def add_constant(graph_module: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
+    """Store `value` as a buffer under a name derived from `name` and return a node that reads it.
+
+    The node is inserted at the graph's current insertion point.
+    """
+    base = name.replace(".", "_")
+    unique, suffix = base, 0
+    while hasattr(graph_module, unique):
+        suffix += 1
+        unique = f"{base}_{suffix}"
+    graph_module.register_buffer(unique, value.detach())
+    return graph_module.graph.get_attr(unique)
+
+
+def module_path(node: fx.Node) -> str:
+    """The name in the user's model of the module a node comes from, such as `layer1.0.conv1`."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values() if not path.startswith("_empty_nn_module_stack")]
+    return paths[-1] if paths and paths[-1] else node.name
+
+
+def source_name(node: fx.Node) -> str | None:
+    """The node of the captured graph whose value `node` computes, None where it has no counterpart."""
+    return node.meta.get("source", node.name)
+
+
+def copy_meta(new: fx.Node, old: fx.Node) -> None:
+    """Let `new` stand for `old`: same value and shape. What `new.meta` already says is kept."""
+    inherited = {key: value for key, value in old.meta.items() if key != "refused"}
+    new.meta = {**inherited, "source": source_name(old), **new.meta}
+
+
+def same_shape(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two nodes have the same shape and type for every batch size."""
+    left, right = a.meta.get("val"), b.meta.get("val")
+    if not isinstance(left, Tensor) or not isinstance(right, Tensor):
+        return False
+    return left.dtype == right.dtype and left.dim() == right.dim() and all(
+        str(m) == str(n) for m, n in zip(left.shape, right.shape, strict=True)
+    )
+
+
+def converted(graph_module: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
+    """A copy with every floating-point constant and type argument cast, once, to `dtype`.
+
+    Convolution weights become channels_last.
+
+    Raises:
+        ExportError: a finite constant has no finite value in `dtype`; names it.
+    """
+    result = copy.deepcopy(graph_module)
+    for name, tensor in [*result.named_parameters(), *result.named_buffers()]:
+        if not tensor.is_floating_point():
+            continue
+        layout = torch.channels_last if tensor.dim() == 4 else torch.preserve_format
+        cast = tensor.detach().to(dtype, memory_format=layout)
+        if not bool(torch.isfinite(cast).all()):
+            peak, limit = tensor.abs().max().item(), torch.finfo(dtype).max
+            raise ExportError(f"{name} reaches {peak:.4g}: expected at most {limit:.4g}, the range of {dtype}")
+        tensor.data = cast
+    for node in result.graph.nodes:
+        node.args = fx.node.map_aggregate(node.args, lambda value: _with_type(value, dtype))
+        node.kwargs = fx.node.map_aggregate(node.kwargs, lambda value: _with_type(value, dtype))
+    result.recompile()
+    return result
+
+
+def _with_type(value: object, dtype: torch.dtype) -> object:
+    return dtype if isinstance(value, torch.dtype) and value.is_floating_point else value
+
+
+def first_output(node: fx.Node) -> fx.Node | None:
+    """The only result taken from a node that returns several, where that is the first one."""
+    users = list(node.users)
+    if len(users) == 1 and is_call(users[0], operator.getitem) and users[0].args[1] == 0:
+        return users[0]
+    return None

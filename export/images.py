@@ -1,0 +1,85 @@
+"""Photographs as network inputs: parity is never checked on noise or zeros."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from export.errors import ExportError
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+PREPROCESSING = {
+    "colour": "RGB",
+    "resize": "random crops of the shorter side, bilinear",
+    "scale": "x / 255",
+    "mean": list(MEAN),
+    "std": list(STD),
+    "layout": "NCHW",
+}
+
+
+def photographs() -> list[Image.Image]:
+    """The two photographs that come with scikit-learn, RGB, 640 x 427 pixels."""
+    from sklearn.datasets import load_sample_images
+
+    return [Image.fromarray(image) for image in load_sample_images().images]
+
+
+def open_images(paths: Sequence[str | Path]) -> list[Image.Image]:
+    """Read image files as RGB.
+
+    Raises:
+        ExportError: a file cannot be read as an image; names it.
+    """
+    images = []
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                images.append(image.convert("RGB"))
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise ExportError(f"{path}: expected an image file ({error})") from error
+    return images
+
+
+def crops(
+    images: Sequence[Image.Image], count: int, channels: int, size: tuple[int, int], seed: int = 0
+) -> Tensor:
+    """Random resized crops with random flips, taken from the images in turn.
+
+    Args:
+        images: RGB pictures of any size.
+        count: how many crops.
+        channels: 3 gives RGB, 1 grey, any other number repeats the colour planes.
+        size: height and width of a crop in pixels.
+        seed: the same seed gives the same crops.
+
+    Returns:
+        [count, channels, height, width], float32, normalised by ImageNet's mean and standard deviation.
+    """
+    generator = np.random.default_rng(seed)
+    height, width = size
+    batch = np.empty((count, 3, height, width), np.float32)
+    for i in range(count):
+        image = images[i % len(images)]
+        side = min(image.size) * float(np.sqrt(generator.uniform(0.1, 1.0)))
+        crop_width, crop_height = (min(1.0, width / height) * side, min(1.0, height / width) * side)
+        left = generator.uniform(0, image.width - crop_width)
+        top = generator.uniform(0, image.height - crop_height)
+        box = (left, top, left + crop_width, top + crop_height)
+        crop = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
+        pixels = np.asarray(crop, np.float32) / 255
+        if generator.random() < 0.5:
+            pixels = pixels[:, ::-1]
+        batch[i] = ((pixels - np.float32(MEAN)) / np.float32(STD)).transpose(2, 0, 1)
+    if channels == 1:
+        batch = batch.mean(axis=1, keepdims=True)
+    elif channels != 3:
+        batch = batch[:, np.arange(channels) % 3]
+    return torch.from_numpy(np.ascontiguousarray(batch))

@@ -1,0 +1,1 @@
+"""Lowerings: the fused program as a file that another runtime executes."""

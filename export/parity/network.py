@@ -1,0 +1,142 @@
+"""P2 and P3: the outputs of a whole network against the float64 oracle. Needs numpy alone.
+
+P2: e <= k * e_eager, relative L2 errors against the oracle, e_eager that of the unfused eager model in
+the same precision; also on logits centred per image.
+P3: a changed top-1 fails where the oracle's margin exceeds tau = 2 * k * max|eager - oracle|; a verdict
+needs 95 % of the inputs above tau.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+_ROUNDING = 0.41  # rms of a rounding error, in units of the roundoff, over uniformly spread mantissas
+_DECIDED_SHARE = 0.95
+
+
+@dataclass(frozen=True)
+class NetworkCheck:
+    """One output of one candidate. True when nothing speaks against it.
+
+    Attributes:
+        error: relative L2 error of the candidate against the oracle.
+        eager_error: the same of the eager model in the candidate's precision.
+        ratio: the larger of error / eager_error on the logits and on the logits centred per image.
+        limit: k, what the ratio may not exceed.
+        top1_agreement: share of inputs with the oracle's top-1 class; None where the output has no classes.
+        decision: `equal`, `flipped`, `no verdict` (too few inputs with a clear margin) or `not a decision`.
+        reason: why it failed, empty where it passed.
+    """
+
+    error: float
+    eager_error: float
+    ratio: float
+    limit: float
+    top1_agreement: float | None
+    decision: str
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return not self.reason
+
+
+def compare(
+    candidate: Mapping[str, NDArray],
+    eager: Mapping[str, NDArray],
+    oracle: Mapping[str, NDArray],
+    factor: float,
+    roundoff: float,
+) -> dict[str, NetworkCheck]:
+    """Compare every output of a candidate with the oracle's.
+
+    Args:
+        candidate: output name -> array [N, ...].
+        eager: the same outputs of the eager model in the candidate's precision.
+        oracle: the same outputs in float64; says which outputs there must be.
+        factor: k.
+        roundoff: u of the precision; no output can be expected closer to the oracle than its rounding.
+
+    Returns:
+        A check for every name in the oracle, and a failed one for every output the oracle does not have.
+
+    Raises:
+        ValueError: the oracle has no output, or holds a NaN or Inf.
+    """
+    if not oracle:
+        raise ValueError("expected an oracle with at least one output")
+    for name, reference in oracle.items():
+        if not np.isfinite(reference).all():
+            raise ValueError(f"the float64 model returns NaN or Inf in {name}: nothing can be compared with it")
+    checks = {}
+    for name, reference in oracle.items():
+        if name not in candidate:
+            checks[name] = _refused(factor, "the output is missing")
+        else:
+            checks[name] = _compare_output(candidate[name], eager[name], reference, factor, roundoff)
+    for name in candidate.keys() - oracle.keys():
+        checks[name] = _refused(factor, "an output the model does not have")
+    return checks
+
+
+def relative_error(candidate: NDArray, oracle: NDArray) -> float:
+    """||candidate - oracle|| / ||oracle||; 0 for two zeros, inf where the candidate is not finite."""
+    if not np.isfinite(candidate).all():
+        return float("inf")
+    difference = float(np.linalg.norm((candidate.astype(np.float64) - oracle).ravel()))
+    if difference == 0:
+        return 0.0
+    norm = float(np.linalg.norm(oracle.ravel()))
+    return difference / norm if norm else float("inf")
+
+
+def _compare_output(
+    candidate: NDArray, eager: NDArray, oracle: NDArray, factor: float, roundoff: float
+) -> NetworkCheck:
+    if candidate.shape != oracle.shape:
+        return _refused(factor, f"shape {list(candidate.shape)}, expected {list(oracle.shape)}")
+    if not np.issubdtype(candidate.dtype, np.floating) and not np.issubdtype(oracle.dtype, np.floating):
+        same = bool((candidate == oracle).all())
+        return NetworkCheck(float(not same), 0.0, float(not same), factor, None, "not a decision", "" if same else "differs")
+    if not np.isfinite(candidate).all():
+        return _refused(factor, f"{int((~np.isfinite(candidate)).sum())} values are NaN or Inf")
+    error, eager_error = relative_error(candidate, oracle), relative_error(eager, oracle)
+    ratio = _ratio(error, eager_error, roundoff)
+    logits = oracle.ndim == 2 and oracle.shape[1] > 1
+    if logits:
+        centred = [values - values.mean(axis=1, keepdims=True) for values in (candidate, eager, oracle)]
+        centred_errors = [relative_error(values, centred[2]) for values in centred[:2]]
+        ratio = max(ratio, _ratio(*centred_errors, roundoff))
+    reason = "" if ratio <= factor else f"error is {ratio:.2f} times the eager model's, the limit is {factor:g}"
+    agreement, decision = None, "not a decision"
+    if logits:
+        agreement, decision = _decide(candidate, eager, oracle, factor)
+        if decision == "flipped":
+            reason = reason or "a top-1 class changed where the oracle's margin is clear"
+    return NetworkCheck(error, eager_error, ratio, factor, agreement, decision, reason)
+
+
+def _ratio(error: float, eager_error: float, roundoff: float) -> float:
+    return error / max(eager_error, _ROUNDING * roundoff)
+
+
+def _decide(candidate: NDArray, eager: NDArray, oracle: NDArray, factor: float) -> tuple[float, str]:
+    ordered = np.sort(oracle, axis=1)
+    margin = ordered[:, -1] - ordered[:, -2]
+    threshold = 2 * factor * float(np.abs(eager - oracle).max())
+    agrees = candidate.argmax(axis=1) == oracle.argmax(axis=1)
+    clear = margin > threshold
+    if bool((clear & ~agrees).any()):
+        decision = "flipped"
+    elif clear.mean() < _DECIDED_SHARE:
+        decision = "no verdict"
+    else:
+        decision = "equal"
+    return float(agrees.mean()), decision
+
+
+def _refused(factor: float, reason: str) -> NetworkCheck:
+    return NetworkCheck(float("inf"), 0.0, float("inf"), factor, None, "not a decision", reason)

@@ -1,0 +1,119 @@
+"""Fuse conv -> (add) -> (relu) into one `conv2d_bias_act`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+import kernels  # noqa: F401  registers the operator
+from export.graph import add_constant, aten, constant, copy_meta, duplicate, is_call, module_path, same_shape
+
+FUSED = torch.ops.resnet_deploy.conv2d_bias_act.default
+_CONVOLUTIONS = (aten.conv2d.default, aten.conv2d.padding)
+
+
+def fuse_epilogue(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Replace every 2-D convolution with constant parameters by the fused operator.
+
+    A following addition joins it where the convolution has no other reader and the other summand has
+    the same shape (no broadcasting, no alpha); a ReLU joins where the value before it has no other
+    reader. Of two convolutions that are added, the left summand takes the other as its residual.
+    """
+    graph_module = duplicate(graph_module)
+    for conv in list(graph_module.graph.nodes):
+        if not is_call(conv, *_CONVOLUTIONS):
+            continue
+        arguments, reason = _arguments(graph_module, conv)
+        if arguments is None:
+            conv.meta["refused"] = reason
+            continue
+        _replace(graph_module, conv, arguments)
+    graph_module.graph.eliminate_dead_code()
+    graph_module.recompile()
+    return graph_module
+
+
+def _replace(graph_module: fx.GraphModule, conv: fx.Node, arguments: _ConvArguments) -> None:
+    chain, residual = [conv], None
+    addition = _only_reader(conv)
+    if addition is not None and (residual := _other_summand(addition, conv)) is not None:
+        chain.append(addition)
+    activation = _only_reader(chain[-1])
+    relu = is_call(activation, aten.relu.default)
+    if relu:
+        chain.append(activation)
+    graph, last = graph_module.graph, chain[-1]
+    with graph.inserting_before(last):
+        bias = arguments.bias
+        if bias is None:
+            weight = constant(graph_module, arguments.weight)
+            bias = add_constant(graph_module, f"{module_path(conv)}.bias", weight.new_zeros(weight.shape[0]))
+        fused = graph.call_function(
+            FUSED,
+            (conv.args[0], arguments.weight, bias, residual)
+            + (arguments.stride, arguments.padding, arguments.dilation, arguments.groups, relu),
+        )
+    parts = [*conv.meta.get("fused", [module_path(conv)]), *(module_path(node) for node in chain[1:])]
+    fused.meta = {"nn_module_stack": conv.meta.get("nn_module_stack"), "fused": parts}
+    copy_meta(fused, last)
+    last.replace_all_uses_with(fused)
+    for node in reversed(chain):
+        graph.erase_node(node)
+
+
+@dataclass(frozen=True)
+class _ConvArguments:
+    weight: fx.Node
+    bias: fx.Node | None
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+
+
+def _arguments(graph_module: fx.GraphModule, conv: fx.Node) -> tuple[_ConvArguments | None, str]:
+    """The operator's arguments, or None and why this convolution cannot be one."""
+    defaults = (None, None, None, (1, 1), (0, 0), (1, 1), 1)
+    args = (*conv.args, *defaults[len(conv.args) :])
+    _, weight, bias, stride, padding, dilation, groups = args
+    if conv.kwargs:
+        return None, f"unexpected keyword arguments {sorted(conv.kwargs)}"
+    if constant(graph_module, weight) is None:
+        return None, "the weight is computed in the forward pass"
+    if bias is not None and constant(graph_module, bias) is None:
+        return None, "the bias is computed in the forward pass"
+    if conv.args[0].meta["val"].dim() != 4:
+        return None, "the input has no batch dimension"
+    dilation = _pair(dilation)
+    if padding == "valid":
+        padding = [0, 0]
+    elif padding == "same":
+        total = [d * (k - 1) for d, k in zip(dilation, constant(graph_module, weight).shape[2:], strict=True)]
+        if any(length % 2 for length in total):
+            return None, "padding 'same' is asymmetric for this kernel"
+        padding = [length // 2 for length in total]
+    return _ConvArguments(weight, bias, _pair(stride), _pair(padding), dilation, groups), ""
+
+
+def _pair(values: Sequence[int]) -> list[int]:
+    return [values[0], values[0]] if len(values) == 1 else list(values)
+
+
+def _only_reader(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _other_summand(addition: fx.Node, conv: fx.Node) -> fx.Node | None:
+    """What `addition` adds to `conv`, where it is a plain sum of two different values of one shape."""
+    if not is_call(addition, aten.add.Tensor) or addition.kwargs or len(addition.args) != 2:
+        return None
+    left, right = addition.args
+    if left is right or not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
+        return None
+    if right is conv and is_call(left, *_CONVOLUTIONS) and len(left.users) == 1:
+        return None
+    other = right if left is conv else left
+    return other if same_shape(conv, other) else None

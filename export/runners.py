@@ -1,0 +1,277 @@
+"""Runners: each executes one form of the network behind the same call, infer(dict) -> dict.
+
+Inputs and outputs are numpy arrays, float32 or wider, batch first. A runner is a context manager: what
+it loads or allocates lives between enter and exit.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+from typing_extensions import Self
+
+from export.capture import eager_copy, plain_torch
+from export.errors import ExportError, MissingDependency
+from export.graph import is_call
+from export.lowering.onnx_file import OnnxFile
+from export.lowering.tensorrt_engine import Engine, import_flavour
+from export.passes.fuse_epilogue import FUSED
+from export.precision import Precision
+from export.program import FusedProgram
+
+Arrays = dict[str, NDArray]
+
+
+class Runner(ABC):
+    """One runtime holding one form of the network.
+
+    Attributes:
+        name: of the form: `eager`, `fused`, `onnx`, `engine`.
+        runtime: what executes it, with version where that matters.
+    """
+
+    name: str
+    runtime: str
+
+    @abstractmethod
+    def infer(self, inputs: Mapping[str, NDArray]) -> Arrays:
+        """Run one batch: {"input": [N, C, H, W] float32} -> {output name: array}."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+
+class EagerRunner(Runner):
+    """The user's model as it is, on the CPU, in any floating-point type."""
+
+    name = "eager"
+    runtime = f"torch {torch.__version__}"
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, output_names: tuple[str, ...]) -> None:
+        self._model, self._dtype, self._output_names = model, dtype, output_names
+
+    def __enter__(self) -> Self:
+        self._copy = eager_copy(self._model, self._dtype)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        del self._copy
+
+    def infer(self, inputs: Mapping[str, NDArray]) -> Arrays:
+        with plain_torch():
+            x = torch.from_numpy(inputs["input"]).to(self._dtype, copy=True)
+            outputs = pytree.tree_leaves(self._copy(x))
+        return _named(self._output_names, outputs)
+
+
+class ProgramRunner(Runner):
+    """The fused program, node by node: on the CPU by the operators' references, on CUDA by Triton."""
+
+    name = "fused"
+
+    def __init__(
+        self,
+        program: FusedProgram,
+        precision: Precision,
+        output_names: tuple[str, ...],
+        device: str = "cpu",
+        operators: Mapping[Callable, Callable] | None = None,
+    ) -> None:
+        """`operators` replaces the implementation of some operators, such as by their Triton launchers."""
+        self._program, self._precision, self._output_names = program, precision, output_names
+        self._device, self._operators = device, dict(operators or {})
+        self.runtime = "triton" if device != "cpu" or operators else f"torch {torch.__version__}"
+
+    def __enter__(self) -> Self:
+        graph_module = self._program.at(self._precision).to(self._device)
+        self._interpreter = _Interpreter(graph_module, self._operators)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        del self._interpreter
+
+    def infer(self, inputs: Mapping[str, NDArray]) -> Arrays:
+        return _named(self._output_names, pytree.tree_leaves(self._run(inputs)))
+
+    def trace(self, inputs: Mapping[str, NDArray]) -> dict[str, Tensor]:
+        """Every intermediate tensor of one run, by the name of its node in the fused graph."""
+        self._interpreter.values = {}
+        self._run(inputs)
+        values, self._interpreter.values = self._interpreter.values, None
+        return {name: value.cpu() for name, value in values.items()}
+
+    def _run(self, inputs: Mapping[str, NDArray]) -> Any:
+        x = torch.from_numpy(inputs["input"]).to(self._device, self._precision.dtype, copy=True)
+        with plain_torch():
+            return self._interpreter.run(x)
+
+
+class _Interpreter(fx.Interpreter):
+    """Executes a graph with some operators replaced; keeps every tensor while `values` is a dict."""
+
+    def __init__(self, graph_module: fx.GraphModule, operators: dict[Callable, Callable]) -> None:
+        super().__init__(graph_module)
+        self._operators = operators
+        self.values: dict[str, Tensor] | None = None
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if self.values is not None and n.op != "get_attr" and isinstance(value, Tensor):
+            self.values[n.name] = value
+        return value
+
+    def call_function(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        return super().call_function(self._operators.get(target, target), args, kwargs)
+
+
+class OnnxRuntimeRunner(Runner):
+    """The ONNX file in ONNX Runtime on the CPU.
+
+    ONNX Runtime has no bfloat16 arithmetic on CPUs, so a bfloat16 file runs as `rounded_copy`.
+    """
+
+    name = "onnx"
+
+    def __init__(self, file: OnnxFile, precision: Precision) -> None:
+        self._file, self._precision = file, precision
+
+    def __enter__(self) -> Self:
+        self.runtime = f"onnxruntime {_import_onnxruntime().__version__}"
+        bfloat16 = self._precision.dtype is torch.bfloat16
+        self._session = _open_session(rounded_copy(self._file.model) if bfloat16 else self._file.model)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        del self._session
+
+    def infer(self, inputs: Mapping[str, NDArray]) -> Arrays:
+        values = self._session.run(list(self._file.output_names), dict(inputs))
+        return dict(zip(self._file.output_names, values, strict=True))
+
+    def trace(self, inputs: Mapping[str, NDArray]) -> dict[str, Tensor]:
+        """The fused graph's values that the file holds, read from a throw-away copy that outputs them.
+
+        The copy rounds after every node: left to itself, ONNX Runtime drops a rounding where two casts
+        follow each other, and the values would not be those a 16-bit device computes.
+        """
+        copy = rounded_copy(self._file.model)
+        outputs = {value.name for value in copy.graph.output}
+        names = list(dict.fromkeys(value for value in self._file.values.values() if value != "input"))
+        copy.graph.output.extend(onnx.helper.make_empty_tensor_value_info(v) for v in names if v not in outputs)
+        values = dict(zip(names, _open_session(copy).run(names, dict(inputs)), strict=True)) | dict(inputs)
+        dtype = self._precision.dtype
+        return {node: torch.from_numpy(values[value]).to(dtype) for node, value in self._file.values.items()}
+
+
+class TensorRTRunner(Runner):
+    """A TensorRT or TensorRT-RTX engine on the first CUDA device."""
+
+    name = "engine"
+
+    def __init__(self, engine: Engine, output_names: tuple[str, ...]) -> None:
+        self._engine, self._output_names = engine, output_names
+        self.runtime = f"{engine.flavour.name} {engine.version}"
+
+    def __enter__(self) -> Self:
+        trt = import_flavour(self._engine.flavour)
+        self._logger = trt.Logger(trt.Logger.ERROR)
+        runtime = trt.Runtime(self._logger)
+        self._plan = runtime.deserialize_cuda_engine(self._engine.plan)
+        if self._plan is None:
+            raise ExportError(f"{self.runtime} cannot load the engine on {torch.cuda.get_device_name()}")
+        self._context = self._plan.create_execution_context()
+        self._stream = torch.cuda.Stream()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        del self._context, self._plan, self._stream
+
+    def infer(self, inputs: Mapping[str, NDArray]) -> Arrays:
+        x = torch.from_numpy(inputs["input"]).cuda().contiguous()
+        smallest, _, largest = self._plan.get_tensor_profile_shape("input", 0)
+        if not all(low <= n <= high for low, n, high in zip(smallest, x.shape, largest, strict=True)):
+            raise ExportError(f"the engine takes {tuple(smallest)} to {tuple(largest)}, got {tuple(x.shape)}")
+        if not self._context.set_input_shape("input", tuple(x.shape)):
+            raise ExportError(f"the engine refuses an input of shape {tuple(x.shape)}")
+        self._context.set_tensor_address("input", x.data_ptr())
+        outputs = []
+        for name in self._output_names:
+            y = torch.full(tuple(self._context.get_tensor_shape(name)), float("nan"), device="cuda")
+            self._context.set_tensor_address(name, y.data_ptr())
+            outputs.append(y)
+        self._stream.wait_stream(torch.cuda.current_stream())
+        if not self._context.execute_async_v3(self._stream.cuda_stream):
+            raise ExportError(f"{self.runtime} failed to run a batch of {len(x)}")
+        self._stream.synchronize()
+        return _named(self._output_names, outputs)
+
+
+_NARROW = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+
+
+def rounded_copy(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy that computes every 16-bit node in float32 and rounds its result to the 16-bit type.
+
+    That is what a 16-bit device does; the values are exact, held in float32.
+    """
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True)
+    types = {value.name: value.type.tensor_type.elem_type for value in inferred.graph.value_info}
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for tensor in copy.graph.initializer:
+        if tensor.data_type in _NARROW:
+            wide = onnx.numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(wide, tensor.name))
+    nodes = []
+    for node in model.graph.node:
+        narrow = {name: types[name] for name in node.output if types.get(name) in _NARROW}
+        wide_node = onnx.NodeProto()
+        wide_node.CopyFrom(node)
+        wide_node.output[:] = [f"{name}/wide" if name in narrow else name for name in node.output]
+        for attribute in wide_node.attribute:
+            if node.op_type == "Cast" and attribute.i in _NARROW:
+                attribute.i = onnx.TensorProto.FLOAT
+        nodes.append(wide_node)
+        for name, kind in narrow.items():
+            nodes.append(onnx.helper.make_node("Cast", [f"{name}/wide"], [f"{name}/narrow"], to=kind))
+            nodes.append(onnx.helper.make_node("Cast", [f"{name}/narrow"], [name], to=onnx.TensorProto.FLOAT))
+    del copy.graph.node[:], copy.graph.value_info[:]
+    copy.graph.node.extend(nodes)
+    return copy
+
+
+def _open_session(model: onnx.ModelProto) -> Any:
+    runtime = _import_onnxruntime()
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    session = runtime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+    if session.get_providers() != ["CPUExecutionProvider"]:
+        raise ExportError(f"ONNX Runtime chose {session.get_providers()}: expected CPUExecutionProvider alone")
+    return session
+
+
+def _import_onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependency("onnxruntime", "onnxruntime") from error
+    return onnxruntime
+
+
+def _named(names: tuple[str, ...], outputs: list[Tensor]) -> Arrays:
+    arrays = [(y.double() if y.dtype == torch.float64 else y.float()) if y.is_floating_point() else y for y in outputs]
+    return dict(zip(names, (y.cpu().numpy() for y in arrays), strict=True))
