@@ -38,6 +38,9 @@ class Batch:
         return f"{self.minimum}:{self.optimum}:{self.maximum}"
 
 
+DEFAULT_BATCH = Batch(1, 8, 32)
+
+
 @contextmanager
 def plain_torch() -> Iterator[None]:
     """No gradients, no ambient autocast or inference mode, float32 as the default type."""
@@ -74,7 +77,9 @@ def check_model(model: nn.Module, example: Tensor) -> None:
         raise ExportError(f"expected a torch.nn.Module, got {type(model).__name__}")
     training = [name or "the model" for name, module in model.named_modules() if module.training]
     if training:
-        raise ExportError(f"expected a model in eval mode, got training mode in {', '.join(training[:3])}: call .eval()")
+        raise ExportError(
+            f"expected a model in eval mode, got {', '.join(training[:3])} in training mode: call .eval()"
+        )
     if example.dim() != 4 or not example.is_floating_point():
         raise ExportError(
             f"expected an example of shape [N, C, H, W] in floating point, got {list(example.shape)} {example.dtype}"
@@ -117,7 +122,7 @@ def capture(model: nn.Module, example: Tensor, batch: Batch) -> fx.GraphModule:
             raise ExportError(f"torch.export cannot capture {type(model).__name__}: {_first_line(error)}") from error
         mutated = list(program.graph_signature.buffers_to_mutate.values())
         if mutated:
-            raise ExportError(f"the forward pass changes the buffer {mutated[0]}: expected a pure function of its input")
+            raise ExportError(f"forward changes the buffer {mutated[0]}: expected a pure function of its input")
         graph_module = program.module(check_guards=False)
     return _without_symbolic_views(graph_module)
 

@@ -6,6 +6,7 @@ import copy
 import operator
 from collections.abc import Callable
 from functools import reduce
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx
@@ -20,17 +21,35 @@ def duplicate(graph_module: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
 
 
-def is_call(node: object, *targets: Callable) -> bool:
+def is_call(node: object, *targets: Callable[..., Any]) -> TypeGuard[fx.Node]:
     """Whether `node` is a call of one of `targets`."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def parameter(graph_module: fx.GraphModule, node: object) -> Tensor:
+    """What a node reads that a pass has made sure is a parameter or buffer."""
+    value = constant(graph_module, node)
+    assert value is not None, f"{node} is computed"
+    return value
 
 
 def constant(graph_module: fx.GraphModule, node: object) -> Tensor | None:
     """The parameter or buffer that `node` reads, or None where it is computed."""
     if not isinstance(node, fx.Node) or node.op != "get_attr":
         return None
-    value = reduce(getattr, str(node.target).split("."), graph_module)
+    value: object = reduce(getattr, str(node.target).split("."), graph_module)
     return value if isinstance(value, Tensor) else None
+
+
+def schema_name(node: fx.Node) -> str:
+    """The operator a node calls, without its namespace: `conv2d_bias_act`; empty for what is no operator."""
+    schema = getattr(node.target, "_schema", None)
+    return schema.name.split("::")[-1] if schema is not None else ""
+
+
+def args_of(node: fx.Node) -> tuple[Any, ...]:
+    """The positional arguments of a call; the operator's schema says their types."""
+    return node.args
 
 
 def add_constant(graph_module: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
@@ -70,8 +89,10 @@ def same_shape(a: fx.Node, b: fx.Node) -> bool:
     left, right = a.meta.get("val"), b.meta.get("val")
     if not isinstance(left, Tensor) or not isinstance(right, Tensor):
         return False
-    return left.dtype == right.dtype and left.dim() == right.dim() and all(
-        str(m) == str(n) for m, n in zip(left.shape, right.shape, strict=True)
+    return (
+        left.dtype == right.dtype
+        and left.dim() == right.dim()
+        and all(str(m) == str(n) for m, n in zip(left.shape, right.shape, strict=True))
     )
 
 
@@ -100,7 +121,7 @@ def converted(graph_module: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModul
     return result
 
 
-def _with_type(value: object, dtype: torch.dtype) -> object:
+def _with_type(value: Any, dtype: torch.dtype) -> Any:
     return dtype if isinstance(value, torch.dtype) and value.is_floating_point else value
 
 

@@ -48,9 +48,7 @@ def open_images(paths: Sequence[str | Path]) -> list[Image.Image]:
     return images
 
 
-def crops(
-    images: Sequence[Image.Image], count: int, channels: int, size: tuple[int, int], seed: int = 0
-) -> Tensor:
+def crops(images: Sequence[Image.Image], count: int, channels: int, size: tuple[int, int], seed: int = 0) -> Tensor:
     """Random resized crops with random flips, taken from the images in turn.
 
     Args:
@@ -77,7 +75,7 @@ def crops(
         pixels = np.asarray(crop, np.float32) / 255
         if generator.random() < 0.5:
             pixels = pixels[:, ::-1]
-        batch[i] = ((pixels - np.float32(MEAN)) / np.float32(STD)).transpose(2, 0, 1)
+        batch[i] = ((pixels - np.array(MEAN, np.float32)) / np.array(STD, np.float32)).transpose(2, 0, 1)
     if channels == 1:
         batch = batch.mean(axis=1, keepdims=True)
     elif channels != 3:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from export.capture import Batch, capture, plain_torch
-from export.graph import converted, is_call, module_path
+from export.capture import DEFAULT_BATCH, Batch, capture, plain_torch
+from export.graph import converted, is_call, module_path, schema_name
 from export.passes import PASSES
 from export.passes.fuse_epilogue import FUSED
 from export.precision import PRECISIONS, Precision
 
-_NO_ARITHMETIC = ("getitem", "view", "reshape", "flatten", "contiguous", "sym_size", "dropout", "clone", "alias")
+_NO_ARITHMETIC = ("view", "reshape", "flatten", "contiguous", "sym_size", "dropout", "clone", "alias")
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,9 @@ class FusedProgram(nn.Module):
         batch: the batch sizes it accepts.
     """
 
+    source: fx.GraphModule
+    master: fx.GraphModule
+
     def __init__(self, source: fx.GraphModule, master: fx.GraphModule, batch: Batch) -> None:
         super().__init__()
         self.__dict__.update(source=source, master=master)  # kept out of parameters() and of .to()
@@ -77,7 +80,7 @@ class FusedProgram(nn.Module):
             return self.graph_module(x)
 
 
-def fuse(model: nn.Module, example: Tensor, batch: Batch = Batch(1, 8, 32)) -> FusedProgram:
+def fuse(model: nn.Module, example: Tensor, batch: Batch = DEFAULT_BATCH) -> FusedProgram:
     """Capture `model` and fuse its convolutions with BatchNorm, addition and ReLU.
 
     Args:
@@ -103,7 +106,7 @@ def _coverage(master: fx.GraphModule) -> Coverage:
             parts = tuple(node.meta["fused"])
             fused.append(Operator(module_path(node), "conv2d_bias_act", parts))
         elif node.op == "call_function":
-            kind = getattr(node.target, "__name__", str(node.target)).split(".")[0]
-            if kind not in _NO_ARITHMETIC:
+            kind = schema_name(node)
+            if kind and kind not in _NO_ARITHMETIC:
                 left.append(Operator(module_path(node), kind, reason=node.meta.get("refused", "")))
     return Coverage(tuple(fused), tuple(left))

@@ -21,10 +21,8 @@ from typing_extensions import Self
 
 from export.capture import eager_copy, plain_torch
 from export.errors import ExportError, MissingDependency
-from export.graph import is_call
-from export.lowering.onnx_file import OnnxFile
+from export.lowering.onnx_file import ONNX_FILE, OnnxFile
 from export.lowering.tensorrt_engine import Engine, import_flavour
-from export.passes.fuse_epilogue import FUSED
 from export.precision import Precision
 from export.program import FusedProgram
 
@@ -35,16 +33,22 @@ class Runner(ABC):
     """One runtime holding one form of the network.
 
     Attributes:
-        name: of the form: `eager`, `fused`, `onnx`, `engine`.
+        name: of the form: `eager`, `fused`, `triton`, `onnx`, or an engine's flavour.
         runtime: what executes it, with version where that matters.
+        file: the artefact in the bundle, empty where there is none.
     """
 
     name: str
     runtime: str
+    file = ""
 
     @abstractmethod
     def infer(self, inputs: Mapping[str, NDArray]) -> Arrays:
         """Run one batch: {"input": [N, C, H, W] float32} -> {output name: array}."""
+
+    def trace(self, inputs: Mapping[str, NDArray]) -> dict[str, Tensor]:
+        """Every intermediate tensor of one batch that this runtime can show, by fused-graph node name."""
+        return {}
 
     def __enter__(self) -> Self:
         return self
@@ -81,8 +85,6 @@ class EagerRunner(Runner):
 class ProgramRunner(Runner):
     """The fused program, node by node: on the CPU by the operators' references, on CUDA by Triton."""
 
-    name = "fused"
-
     def __init__(
         self,
         program: FusedProgram,
@@ -94,7 +96,8 @@ class ProgramRunner(Runner):
         """`operators` replaces the implementation of some operators, such as by their Triton launchers."""
         self._program, self._precision, self._output_names = program, precision, output_names
         self._device, self._operators = device, dict(operators or {})
-        self.runtime = "triton" if device != "cpu" or operators else f"torch {torch.__version__}"
+        self.name = "triton" if device != "cpu" or operators else "fused"
+        self.runtime = f"torch {torch.__version__}, {device}"
 
     def __enter__(self) -> Self:
         graph_module = self._program.at(self._precision).to(self._device)
@@ -108,7 +111,6 @@ class ProgramRunner(Runner):
         return _named(self._output_names, pytree.tree_leaves(self._run(inputs)))
 
     def trace(self, inputs: Mapping[str, NDArray]) -> dict[str, Tensor]:
-        """Every intermediate tensor of one run, by the name of its node in the fused graph."""
         self._interpreter.values = {}
         self._run(inputs)
         values, self._interpreter.values = self._interpreter.values, None
@@ -145,6 +147,7 @@ class OnnxRuntimeRunner(Runner):
     """
 
     name = "onnx"
+    file = ONNX_FILE
 
     def __init__(self, file: OnnxFile, precision: Precision) -> None:
         self._file, self._precision = file, precision
@@ -163,11 +166,13 @@ class OnnxRuntimeRunner(Runner):
         return dict(zip(self._file.output_names, values, strict=True))
 
     def trace(self, inputs: Mapping[str, NDArray]) -> dict[str, Tensor]:
-        """The fused graph's values that the file holds, read from a throw-away copy that outputs them.
+        """Read from a throw-away copy of the file that outputs its intermediate values.
 
         The copy rounds after every node: left to itself, ONNX Runtime drops a rounding where two casts
         follow each other, and the values would not be those a 16-bit device computes.
         """
+        if not self._file.values:
+            return {}
         copy = rounded_copy(self._file.model)
         outputs = {value.name for value in copy.graph.output}
         names = list(dict.fromkeys(value for value in self._file.values.values() if value != "input"))
@@ -180,10 +185,9 @@ class OnnxRuntimeRunner(Runner):
 class TensorRTRunner(Runner):
     """A TensorRT or TensorRT-RTX engine on the first CUDA device."""
 
-    name = "engine"
-
     def __init__(self, engine: Engine, output_names: tuple[str, ...]) -> None:
         self._engine, self._output_names = engine, output_names
+        self.name, self.file = engine.flavour.name, engine.flavour.file_name
         self.runtime = f"{engine.flavour.name} {engine.version}"
 
     def __enter__(self) -> Self:

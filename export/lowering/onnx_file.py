@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import onnx
 import torch
@@ -13,13 +14,14 @@ from torch.utils import _pytree as pytree
 
 from export.capture import Batch, plain_torch
 from export.errors import ExportError
-from export.graph import is_call, module_path
+from export.graph import args_of, is_call, module_path, schema_name
 from export.lowering.operators import TRANSLATIONS
 from export.precision import Precision
 from export.program import FusedProgram
 
 # Conv admits bfloat16 from opset 22 on; TensorRT 10.3, the oldest supported, reads up to opset 20.
 _OPSETS = {torch.float32: 18, torch.float16: 18, torch.bfloat16: 22}
+ONNX_FILE = "model.onnx"
 _FX_NODE = "pkg.torch.onnx.fx_node"
 
 
@@ -78,7 +80,7 @@ def lower_onnx(program: FusedProgram, example: Tensor, precision: Precision, met
 
 def output_names(graph_module: fx.GraphModule) -> tuple[str, ...]:
     """`output` for one tensor, dictionary keys for a dictionary, else output_0, output_1, …"""
-    spec = graph_module._out_spec
+    spec: Any = graph_module._out_spec
     tree = pytree.tree_unflatten(range(spec.num_leaves), spec)
     if spec.num_leaves == 1 and isinstance(tree, int):
         return ("output",)
@@ -115,7 +117,8 @@ def _translate(
         raise ExportError(f"cannot be written as ONNX: {str(error).strip().splitlines()[0]}") from error
     finally:
         registry_log.setLevel(level)
-    return exported.model_proto
+    model: onnx.ModelProto = exported.model_proto  # type: ignore[union-attr]  # None only for a file written elsewhere
+    return model
 
 
 def _values(graph_module: fx.GraphModule, model: onnx.ModelProto) -> dict[str, str]:
@@ -129,9 +132,9 @@ def _values(graph_module: fx.GraphModule, model: onnx.ModelProto) -> dict[str, s
     for node in graph_module.graph.nodes:
         if node.op == "placeholder":
             values[node.name] = last_output.get("_to_copy", "input")  # 16-bit graphs begin with a cast
-        if node.op != "call_function" or not hasattr(node.target, "_schema"):
+        kind = schema_name(node)
+        if not kind:
             continue
-        kind = node.target._schema.name.split("::")[-1]
         index = counts.get(kind, 0)
         counts[kind] = index + 1
         traced = f"{kind}_{index}" if index else kind
@@ -162,7 +165,7 @@ def _rename(graph_module: fx.GraphModule, model: onnx.ModelProto, values: dict[s
         value = values.get(node.name)
         if value is not None and value not in fixed and is_call(node, *TRANSLATIONS):
             names[value] = module_path(node)
-            for argument, role in zip(node.args[1:3], ("weight", "bias"), strict=True):
+            for argument, role in zip(args_of(node)[1:3], ("weight", "bias"), strict=True):
                 names[f"graph_module.{argument.target}"] = f"{module_path(node)}.{role}"
     for tensor in model.graph.initializer:
         names.setdefault(tensor.name, tensor.name.removeprefix("graph_module."))

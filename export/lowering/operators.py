@@ -11,9 +11,7 @@ import kernels  # noqa: F401  registers the operators
 
 
 def _conv2d_bias_act(x, weight, bias, residual, stride, padding, dilation, groups, relu):  # type: ignore[no-untyped-def]
-    y = op.Conv(
-        x, weight, bias, strides=[*stride], pads=[*padding, *padding], dilations=[*dilation], group=groups
-    )
+    y = op.Conv(x, weight, bias, strides=[*stride], pads=[*padding, *padding], dilations=[*dilation], group=groups)
     if residual is not None:
         y = op.Add(y, residual)
     return op.Relu(y) if relu else y

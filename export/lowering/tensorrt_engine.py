@@ -115,9 +115,7 @@ def build_engine(
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise ExportError(f"{flavour.name} {trt.__version__} could not build an engine: {logger.last_error}")
-    return Engine(
-        flavour, bytes(plan), trt.__version__, precision, convolutions, time.perf_counter() - started
-    )
+    return Engine(flavour, bytes(plan), trt.__version__, precision, convolutions, time.perf_counter() - started)
 
 
 def prove_precision(trt: ModuleType, network: Any, precision: Precision) -> int:
@@ -148,7 +146,7 @@ def prove_precision(trt: ModuleType, network: Any, precision: Precision) -> int:
 
 
 def _logger(trt: ModuleType) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+    class Logger(trt.ILogger):  # type: ignore[name-defined]
         """Hands the builder's messages to `logging` and keeps the last error for the refusal."""
 
         def __init__(self) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, fx
 
 from export.capture import plain_torch
-from export.graph import aten, constant, is_call, module_path
+from export.graph import args_of, aten, constant, is_call, module_path
 
 ACTIVE_SHARE = (0.10, 0.90)
 BRANCH_RATIO = (0.05, 20.0)
@@ -44,12 +42,12 @@ def check_evidence(source: fx.GraphModule, x: Tensor, logits: Tensor) -> Evidenc
 
     Args:
         source: the captured graph, float64.
-        x: [N, C, H, W], float64.
+        x: [N, C, H, W].
         logits: the oracle's first output for the parity inputs.
     """
     observer = _Observer(source)
     with plain_torch():
-        observer.run(x)
+        observer.run(x.double())
     weaknesses = [*_default_statistics(source), *observer.weaknesses]
     variation = classes = None
     if logits.dim() == 2 and logits.shape[1] > 1:
@@ -59,9 +57,7 @@ def check_evidence(source: fx.GraphModule, x: Tensor, logits: Tensor) -> Evidenc
             weaknesses.append(f"logits vary by {variation:.2f} between images, expected at least {LOGIT_VARIATION}")
         if classes < min(CLASSES, logits.shape[1]):
             weaknesses.append(f"{classes} top-1 classes among {len(logits)} inputs, expected at least {CLASSES}")
-    return Evidence(
-        tuple(weaknesses), _range(observer.active), _range(observer.ratios), variation, classes
-    )
+    return Evidence(tuple(weaknesses), _range(observer.active), _range(observer.ratios), variation, classes)
 
 
 def _default_statistics(source: fx.GraphModule) -> list[str]:
@@ -70,13 +66,15 @@ def _default_statistics(source: fx.GraphModule) -> list[str]:
     for node in source.graph.nodes:
         if not is_call(node, aten._native_batch_norm_legit_no_training.default):
             continue
-        _, gamma, beta, mean, var = (constant(source, n) for n in node.args[:5])
+        _, gamma, beta, mean, var = (constant(source, n) for n in args_of(node)[:5])
         if mean is None or var is None:
             continue
         layers += 1
         if bool((mean == 0).all()) and bool((var == 1).all()):
             weaknesses.append(f"{module_path(node)} has the default BatchNorm statistics")
-        shift = -mean / (var + node.args[6]).sqrt() * (1.0 if gamma is None else gamma) + (0.0 if beta is None else beta)
+        shift = -mean / (var + args_of(node)[6]).sqrt() * (1.0 if gamma is None else gamma) + (
+            0.0 if beta is None else beta
+        )
         biases += bool((shift != 0).any())
     if layers and not biases:
         weaknesses.append("every folded bias is zero")
@@ -99,7 +97,7 @@ class _Observer(fx.Interpreter):
             self.active.append(share)
             self._expect(n, share, ACTIVE_SHARE, "share of positive values after the ReLU")
         elif is_call(n, aten.add.Tensor) and self._adds_activations(n):
-            left, right = (self.env[argument] for argument in n.args)
+            left, right = (self.env[argument] for argument in args_of(n))
             ratio = (left.norm() / right.norm()).item()
             self.ratios.append(ratio)
             self._expect(n, ratio, BRANCH_RATIO, "rms ratio of the two summands")

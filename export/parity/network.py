@@ -40,6 +40,11 @@ class NetworkCheck:
     decision: str
     reason: str = ""
 
+    @classmethod
+    def refused(cls, limit: float, reason: str) -> NetworkCheck:
+        """A failure that has no error to measure."""
+        return cls(float("inf"), 0.0, float("inf"), limit, None, "not a decision", reason)
+
     def __bool__(self) -> bool:
         return not self.reason
 
@@ -74,11 +79,11 @@ def compare(
     checks = {}
     for name, reference in oracle.items():
         if name not in candidate:
-            checks[name] = _refused(factor, "the output is missing")
+            checks[name] = NetworkCheck.refused(factor, "the output is missing")
         else:
             checks[name] = _compare_output(candidate[name], eager[name], reference, factor, roundoff)
     for name in candidate.keys() - oracle.keys():
-        checks[name] = _refused(factor, "an output the model does not have")
+        checks[name] = NetworkCheck.refused(factor, "an output the model does not have")
     return checks
 
 
@@ -93,23 +98,29 @@ def relative_error(candidate: NDArray, oracle: NDArray) -> float:
     return difference / norm if norm else float("inf")
 
 
+def finite(value: float) -> float | None:
+    """For JSON, which has no infinity: None stands for an error that has no size."""
+    return value if np.isfinite(value) else None
+
+
 def _compare_output(
     candidate: NDArray, eager: NDArray, oracle: NDArray, factor: float, roundoff: float
 ) -> NetworkCheck:
     if candidate.shape != oracle.shape:
-        return _refused(factor, f"shape {list(candidate.shape)}, expected {list(oracle.shape)}")
+        return NetworkCheck.refused(factor, f"shape {list(candidate.shape)}, expected {list(oracle.shape)}")
     if not np.issubdtype(candidate.dtype, np.floating) and not np.issubdtype(oracle.dtype, np.floating):
         same = bool((candidate == oracle).all())
-        return NetworkCheck(float(not same), 0.0, float(not same), factor, None, "not a decision", "" if same else "differs")
+        error = float(not same)
+        return NetworkCheck(error, 0.0, error, factor, None, "not a decision", "" if same else "differs")
     if not np.isfinite(candidate).all():
-        return _refused(factor, f"{int((~np.isfinite(candidate)).sum())} values are NaN or Inf")
+        return NetworkCheck.refused(factor, f"{int((~np.isfinite(candidate)).sum())} values are NaN or Inf")
     error, eager_error = relative_error(candidate, oracle), relative_error(eager, oracle)
     ratio = _ratio(error, eager_error, roundoff)
     logits = oracle.ndim == 2 and oracle.shape[1] > 1
     if logits:
-        centred = [values - values.mean(axis=1, keepdims=True) for values in (candidate, eager, oracle)]
-        centred_errors = [relative_error(values, centred[2]) for values in centred[:2]]
-        ratio = max(ratio, _ratio(*centred_errors, roundoff))
+        centred, centred_eager, reference = (y - y.mean(axis=1, keepdims=True) for y in (candidate, eager, oracle))
+        errors = relative_error(centred, reference), relative_error(centred_eager, reference)
+        ratio = max(ratio, _ratio(*errors, roundoff))
     reason = "" if ratio <= factor else f"error is {ratio:.2f} times the eager model's, the limit is {factor:g}"
     agreement, decision = None, "not a decision"
     if logits:
@@ -136,7 +147,3 @@ def _decide(candidate: NDArray, eager: NDArray, oracle: NDArray, factor: float) 
     else:
         decision = "equal"
     return float(agrees.mean()), decision
-
-
-def _refused(factor: float, reason: str) -> NetworkCheck:
-    return NetworkCheck(float("inf"), 0.0, float("inf"), factor, None, "not a decision", reason)

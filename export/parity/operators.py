@@ -2,12 +2,16 @@
 
 With x, W, b, r the input, weight, bias and residual, and pre the value before the ReLU,
 
-    sigma^2 = (0.41 u)^2 (conv(x^2, W^2) + b^2) + u32^2 max(1, K/2) (conv(x^2, W^2) + b^2 + r^2) + (0.41 u)^2 pre^2
+    sigma^2 = (0.41 u)^2 (conv(x^2, W^2) + b^2)
+            + u32^2 max(1, K/2) (conv(x^2, W^2) + b^2 + r^2)
+            + (0.41 u)^2 pre^2
 
 is the variance that rounding weight and bias to the storage type, accumulating in float32 and rounding
 the result explain. For float32 the first term is 0. A runtime that adds the residual in an operator of
-its own also rounds the sum before it: (0.41 u)^2 (pre - r)^2 more. An operator passes when z = |y - y64| / sigma has rms <= 1.6 and max <= 9
-(16 for float32), everything is finite, and y is exactly 0 wherever a ReLU's input is below -8 sigma.
+its own also rounds the sum before it: (0.41 u)^2 (pre - r)^2 more.
+
+An operator passes when z = |y - y64| / sigma has rms <= 1.6 and max <= 9 (16 for float32), all is
+finite, and y is exactly 0 wherever a ReLU's input is below -8 sigma. max-pool must be exact.
 
 y64 comes from the captured graph, not from the fused one: a wrongly folded weight or a residual taken
 from the wrong place is an error here, not part of the reference.
@@ -25,7 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from export.capture import plain_torch
-from export.graph import aten, constant, is_call, module_path, source_name
+from export.graph import args_of, aten, constant, is_call, module_path, parameter, schema_name, source_name
+from export.parity.network import finite
 from export.passes.fuse_epilogue import FUSED
 from export.precision import Precision
 from export.program import FusedProgram
@@ -62,6 +67,10 @@ class OperatorCheck:
 
     def __bool__(self) -> bool:
         return not self.reason
+
+    def to_json(self) -> dict[str, Any]:
+        z = {"rms_z": finite(self.rms_z), "max_z": finite(self.max_z)}
+        return {"name": self.name, "kind": self.kind, **z, "reason": self.reason}
 
 
 @dataclass(frozen=True)
@@ -102,8 +111,9 @@ def check_operators(
                 if node.op == "call_function" and node.target not in _NO_ARITHMETIC:
                     unchecked.append(module_path(node))
                 continue
-            values = {n.name: _value(n, trace) for n in [node, *_activations(node)]}
-            if any(value is None for value in values.values()):
+            shown = {n.name: _value(n, trace) for n in [node, *_activations(node)]}
+            values = {name: value for name, value in shown.items() if value is not None}
+            if len(values) < len(shown) or any(source_name(n) is None for n in [node, *_activations(node)]):
                 unchecked.append(module_path(node))
                 continue
             checks.append(_check(program, precision, node, model, values, separate_addition))
@@ -127,7 +137,8 @@ def evaluate(source: fx.GraphModule, name: str, leaves: Mapping[str, Tensor]) ->
                 raise ValueError(f"it does not follow from {', '.join(leaves)}")
             else:
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), visit)
-                known[node.name] = node.target(*args, **kwargs)
+                target: Any = node.target
+                known[node.name] = target(*args, **kwargs)
         return known[node.name]
 
     if name in leaves:
@@ -155,23 +166,23 @@ class _Statistics:
 
 
 def _conv(program: FusedProgram, node: fx.Node, x: Tensor, residual: Tensor | None) -> _Statistics:
-    weight, bias = (constant(program.master, argument) for argument in node.args[1:3])
-    products = F.conv2d(x.float().square(), weight.float().square(), None, *node.args[4:8]).double()
-    r = 0.0 if residual is None else residual.double()
-    return _Statistics(products, bias.square()[:, None, None], r, weight[0].numel(), rounded=True)
+    weight, bias = (parameter(program.master, argument) for argument in args_of(node)[1:3])
+    products = F.conv2d(x.float().square(), weight.float().square(), None, *args_of(node)[4:8])
+    r = 0.0 if residual is None else residual.float()
+    return _Statistics(products, bias.float().square()[:, None, None], r, weight[0].numel(), rounded=True)
 
 
 def _linear(program: FusedProgram, node: fx.Node, x: Tensor, residual: Tensor | None) -> _Statistics:
-    weight = constant(program.master, node.args[1])
-    bias = constant(program.master, node.args[2]) if len(node.args) > 2 else None
-    products = F.linear(x.double().square(), weight.square())
-    return _Statistics(products, 0.0 if bias is None else bias.square(), 0.0, weight.shape[1], rounded=True)
+    weight = parameter(program.master, args_of(node)[1])
+    bias = constant(program.master, args_of(node)[2]) if len(node.args) > 2 else None
+    products = F.linear(x.float().square(), weight.float().square())
+    return _Statistics(products, 0.0 if bias is None else bias.float().square(), 0.0, weight.shape[1], rounded=True)
 
 
 def _mean(program: FusedProgram, node: fx.Node, x: Tensor, residual: Tensor | None) -> _Statistics:
-    dims, keep = node.args[1], len(node.args) > 2 and node.args[2]
+    dims, keep = args_of(node)[1], len(node.args) > 2 and args_of(node)[2]
     length = math.prod(x.shape[dim] for dim in dims)
-    return _Statistics(x.double().square().mean(dims, keep) / length, 0.0, 0.0, length, rounded=False)
+    return _Statistics(x.float().square().mean(dims, keep) / length, 0.0, 0.0, length, rounded=False)
 
 
 def _exact(program: FusedProgram, node: fx.Node, x: Tensor, residual: Tensor | None) -> None:
@@ -195,7 +206,7 @@ def _activations(node: fx.Node) -> list[fx.Node]:
 def _value(node: fx.Node, trace: Mapping[str, Tensor]) -> Tensor | None:
     """What the candidate holds for `node`; a change of layout holds what it was made from."""
     while node.name not in trace and is_call(node, aten.contiguous.default):
-        node = node.args[0]
+        node = args_of(node)[0]
     return trace.get(node.name)
 
 
@@ -207,14 +218,14 @@ def _check(
     values: Mapping[str, Tensor],
     separate_addition: bool,
 ) -> OperatorCheck:
-    name, kind = module_path(node), node.target._schema.name.split("::")[-1]
+    name, kind = module_path(node), schema_name(node)
 
     def refused(reason: str) -> OperatorCheck:
         return OperatorCheck(name, kind, float("inf"), float("inf"), reason)
 
     y = values[node.name].double()
-    leaves = {source_name(n): values[n.name].double() for n in _activations(node)}
-    target = source_name(node)
+    leaves = {str(source_name(n)): values[n.name].double() for n in _activations(node)}
+    target = str(source_name(node))
     try:
         y64, pre = _expected(program.source, target, leaves)
     except ValueError as error:
@@ -222,24 +233,27 @@ def _check(
     if y.shape != y64.shape:
         return refused(f"shape {list(y.shape)}, expected {list(y64.shape)}")
     if not bool(torch.isfinite(y).all()):
-        return refused(f"{int((~torch.isfinite(y)).sum())} values are NaN or Inf, float64 reaches {y64.abs().max():.4g}")
-    x = values[node.args[0].name]
-    residual = values[node.args[3].name] if is_call(node, FUSED) and node.args[3] is not None else None
+        count = int((~torch.isfinite(y)).sum())
+        return refused(f"{count} values are NaN or Inf, float64 reaches {y64.abs().max():.4g}")
+    x = values[args_of(node)[0].name]
+    residual = values[args_of(node)[3].name] if is_call(node, FUSED) and args_of(node)[3] is not None else None
     statistics = model(program, node, x, residual)
-    difference = (y - y64).abs()
+    difference = (y - y64).abs().float()
     if statistics is None:
         z = torch.where(difference == 0, 0.0, float("inf"))
     else:
         sigma = _sigma(statistics, pre, precision, separate_addition and residual is not None)
         z = torch.where(difference == 0, 0.0, difference / sigma)
-    return _verdict(name, kind, y, y64, z, None if statistics is None or pre is y64 else pre + _DEAD * sigma < 0, precision)
+    return _verdict(
+        name, kind, y, y64, z, None if statistics is None or pre is y64 else pre + _DEAD * sigma < 0, precision
+    )
 
 
 def _expected(source: fx.GraphModule, target: str, leaves: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """y64 and the value before the ReLU (y64 itself where there is none)."""
     node = next(n for n in source.graph.nodes if n.name == target)
-    if is_call(node, aten.relu.default) and node.args[0].name not in leaves:
-        pre = evaluate(source, node.args[0].name, leaves)
+    if is_call(node, aten.relu.default) and args_of(node)[0].name not in leaves:
+        pre = evaluate(source, args_of(node)[0].name, leaves)
         return pre.relu(), pre
     y64 = evaluate(source, target, leaves)
     return y64, y64
@@ -248,7 +262,8 @@ def _expected(source: fx.GraphModule, target: str, leaves: Mapping[str, Tensor])
 def _sigma(statistics: _Statistics, pre: Tensor, precision: Precision, separate_addition: bool) -> Tensor:
     rounding = (_ROUNDING * precision.roundoff) ** 2
     summed = statistics.products + statistics.constants
-    variance = _U32**2 * max(1.0, statistics.length / 2) * (summed + torch.as_tensor(statistics.residual).square())
+    pre = pre.float()
+    variance = _U32**2 * max(1.0, statistics.length / 2) * (summed + statistics.residual**2)
     variance = variance + rounding * pre.square()
     if statistics.rounded and precision.name != "fp32":
         variance = variance + rounding * summed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from export.graph import aten, copy_meta, duplicate, is_call
+from export.graph import args_of, aten, copy_meta, duplicate, is_call
 from export.passes.fuse_epilogue import FUSED
 
 _KEEPS_LAYOUT = (aten.relu.default, aten.max_pool2d.default)
@@ -21,13 +21,13 @@ def channels_last(graph_module: fx.GraphModule) -> fx.GraphModule:
     converted: dict[fx.Node, fx.Node] = {}
     for node in list(graph_module.graph.nodes):
         if is_call(node, FUSED):
-            for activation in (node.args[0], node.args[3]):
+            for activation in (args_of(node)[0], args_of(node)[3]):
                 if activation is not None and activation not in known:
                     new = converted.get(activation) or _convert(graph_module, activation, node)
                     converted[activation] = new
                     node.replace_input_with(activation, new)
             known.add(node)
-        elif is_call(node, *_KEEPS_LAYOUT) and node.args[0] in known:
+        elif is_call(node, *_KEEPS_LAYOUT) and args_of(node)[0] in known:
             known.add(node)
     graph_module.recompile()
     return graph_module

@@ -8,7 +8,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from export.graph import add_constant, aten, constant, copy_meta, duplicate, first_output, is_call, module_path
+from export.graph import (
+    add_constant,
+    args_of,
+    aten,
+    constant,
+    copy_meta,
+    duplicate,
+    first_output,
+    is_call,
+    module_path,
+    parameter,
+)
 
 _BATCH_NORM = aten._native_batch_norm_legit_no_training.default
 _BATCH_STATISTICS = (aten._native_batch_norm_legit.no_stats, aten._native_batch_norm_legit.default)
@@ -31,11 +42,11 @@ def fold_batchnorm(graph_module: fx.GraphModule) -> fx.GraphModule:
         if scale_shift is None or output is None:
             node.meta["refused"] = "BatchNorm parameters are computed in the forward pass"
             continue
-        reason = _why_not_foldable(graph_module, node.args[0])
+        reason = _why_not_foldable(graph_module, args_of(node)[0])
         if reason is None:
             new = _fold(graph_module, node, *scale_shift)
         else:
-            new = _multiply_add(graph_module, node, *scale_shift)
+            new = _multiply_add(graph_module, node, output, *scale_shift)
             new.meta["refused"] = f"BatchNorm not folded: {reason}"
         copy_meta(new, output)
         output.replace_all_uses_with(new)
@@ -48,7 +59,7 @@ def fold_batchnorm(graph_module: fx.GraphModule) -> fx.GraphModule:
 
 def _scale_and_shift(graph_module: fx.GraphModule, node: fx.Node) -> tuple[Tensor, Tensor] | None:
     """s = gamma / sqrt(var + eps) and t = beta - mean * s; gamma 1 and beta 0 where affine=False."""
-    _, gamma_node, beta_node, mean_node, var_node, _, eps = node.args
+    _, gamma_node, beta_node, mean_node, var_node, _, eps = args_of(node)
     mean, var = constant(graph_module, mean_node), constant(graph_module, var_node)
     gamma, beta = constant(graph_module, gamma_node), constant(graph_module, beta_node)
     computed = [n for n in (gamma_node, beta_node) if n is not None and constant(graph_module, n) is None]
@@ -68,37 +79,39 @@ def _why_not_foldable(graph_module: fx.GraphModule, conv: object) -> str | None:
         return "its input is not a 2-D convolution"
     if len(conv.users) > 1:
         return f"the convolution's output has {len(conv.users)} readers"
-    if constant(graph_module, conv.args[1]) is None:
+    if constant(graph_module, args_of(conv)[1]) is None:
         return "the convolution's weight is computed in the forward pass"
-    if len(conv.args) > 2 and conv.args[2] is not None and constant(graph_module, conv.args[2]) is None:
+    if len(conv.args) > 2 and args_of(conv)[2] is not None and constant(graph_module, args_of(conv)[2]) is None:
         return "the convolution's bias is computed in the forward pass"
     return None
 
 
 def _fold(graph_module: fx.GraphModule, node: fx.Node, scale: Tensor, shift: Tensor) -> fx.Node:
     """A convolution with the BatchNorm `node` folded in. Its own parameters are left for other readers."""
-    conv = node.args[0]
-    weight = constant(graph_module, conv.args[1])
-    bias = constant(graph_module, conv.args[2]) if len(conv.args) > 2 else None
+    conv = args_of(node)[0]
+    weight = parameter(graph_module, args_of(conv)[1])
+    bias = constant(graph_module, args_of(conv)[2]) if len(conv.args) > 2 else None
     folded_bias = shift if bias is None else bias * scale + shift
     name = module_path(conv)
     with graph_module.graph.inserting_before(node):
         weight_node = add_constant(graph_module, f"{name}.weight", weight * scale[:, None, None, None])
         bias_node = add_constant(graph_module, f"{name}.bias", folded_bias)
         new = graph_module.graph.call_function(
-            conv.target, (conv.args[0], weight_node, bias_node, *conv.args[3:]), dict(conv.kwargs)
+            conv.target, (args_of(conv)[0], weight_node, bias_node, *args_of(conv)[3:]), dict(conv.kwargs)
         )
     new.meta = {"nn_module_stack": conv.meta.get("nn_module_stack"), "fused": [name, module_path(node)]}
     return new
 
 
-def _multiply_add(graph_module: fx.GraphModule, node: fx.Node, scale: Tensor, shift: Tensor) -> fx.Node:
+def _multiply_add(
+    graph_module: fx.GraphModule, node: fx.Node, output: fx.Node, scale: Tensor, shift: Tensor
+) -> fx.Node:
     """x * s + t per channel: exact in any type, and standard operators when lowered."""
-    name, channel_shape = module_path(node), (-1, *[1] * (node.args[0].meta["val"].dim() - 2))
+    name, channel_shape = module_path(node), (-1, *[1] * (args_of(node)[0].meta["val"].dim() - 2))
     with graph_module.graph.inserting_before(node):
         scale_node = add_constant(graph_module, f"{name}.scale", scale.reshape(channel_shape))
         shift_node = add_constant(graph_module, f"{name}.shift", shift.reshape(channel_shape))
-        scaled = graph_module.graph.call_function(aten.mul.Tensor, (node.args[0], scale_node))
-        scaled.meta = {**first_output(node).meta, "source": None}  # the captured graph has no such value
+        scaled = graph_module.graph.call_function(aten.mul.Tensor, (args_of(node)[0], scale_node))
+        scaled.meta = {**output.meta, "source": None}  # the captured graph has no such value
         new = graph_module.graph.call_function(aten.add.Tensor, (scaled, shift_node))
     return new

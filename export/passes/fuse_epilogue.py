@@ -9,7 +9,18 @@ import torch
 from torch import fx
 
 import kernels  # noqa: F401  registers the operator
-from export.graph import add_constant, aten, constant, copy_meta, duplicate, is_call, module_path, same_shape
+from export.graph import (
+    add_constant,
+    args_of,
+    aten,
+    constant,
+    copy_meta,
+    duplicate,
+    is_call,
+    module_path,
+    parameter,
+    same_shape,
+)
 
 FUSED = torch.ops.resnet_deploy.conv2d_bias_act.default
 _CONVOLUTIONS = (aten.conv2d.default, aten.conv2d.padding)
@@ -43,18 +54,17 @@ def _replace(graph_module: fx.GraphModule, conv: fx.Node, arguments: _ConvArgume
         chain.append(addition)
     activation = _only_reader(chain[-1])
     relu = is_call(activation, aten.relu.default)
-    if relu:
+    if activation is not None and relu:
         chain.append(activation)
     graph, last = graph_module.graph, chain[-1]
     with graph.inserting_before(last):
         bias = arguments.bias
         if bias is None:
-            weight = constant(graph_module, arguments.weight)
+            weight = parameter(graph_module, arguments.weight)
             bias = add_constant(graph_module, f"{module_path(conv)}.bias", weight.new_zeros(weight.shape[0]))
         fused = graph.call_function(
             FUSED,
-            (conv.args[0], arguments.weight, bias, residual)
-            + (arguments.stride, arguments.padding, arguments.dilation, arguments.groups, relu),
+            (args_of(conv)[0], arguments.weight, bias, residual, *arguments.geometry, relu),
         )
     parts = [*conv.meta.get("fused", [module_path(conv)]), *(module_path(node) for node in chain[1:])]
     fused.meta = {"nn_module_stack": conv.meta.get("nn_module_stack"), "fused": parts}
@@ -68,16 +78,13 @@ def _replace(graph_module: fx.GraphModule, conv: fx.Node, arguments: _ConvArgume
 class _ConvArguments:
     weight: fx.Node
     bias: fx.Node | None
-    stride: list[int]
-    padding: list[int]
-    dilation: list[int]
-    groups: int
+    geometry: tuple[list[int], list[int], list[int], int]  # stride, padding, dilation, groups
 
 
 def _arguments(graph_module: fx.GraphModule, conv: fx.Node) -> tuple[_ConvArguments | None, str]:
     """The operator's arguments, or None and why this convolution cannot be one."""
     defaults = (None, None, None, (1, 1), (0, 0), (1, 1), 1)
-    args = (*conv.args, *defaults[len(conv.args) :])
+    args = (*args_of(conv), *defaults[len(conv.args) :])
     _, weight, bias, stride, padding, dilation, groups = args
     if conv.kwargs:
         return None, f"unexpected keyword arguments {sorted(conv.kwargs)}"
@@ -85,17 +92,17 @@ def _arguments(graph_module: fx.GraphModule, conv: fx.Node) -> tuple[_ConvArgume
         return None, "the weight is computed in the forward pass"
     if bias is not None and constant(graph_module, bias) is None:
         return None, "the bias is computed in the forward pass"
-    if conv.args[0].meta["val"].dim() != 4:
+    if args_of(conv)[0].meta["val"].dim() != 4:
         return None, "the input has no batch dimension"
     dilation = _pair(dilation)
     if padding == "valid":
         padding = [0, 0]
     elif padding == "same":
-        total = [d * (k - 1) for d, k in zip(dilation, constant(graph_module, weight).shape[2:], strict=True)]
+        total = [d * (k - 1) for d, k in zip(dilation, parameter(graph_module, weight).shape[2:], strict=True)]
         if any(length % 2 for length in total):
             return None, "padding 'same' is asymmetric for this kernel"
         padding = [length // 2 for length in total]
-    return _ConvArguments(weight, bias, _pair(stride), _pair(padding), dilation, groups), ""
+    return _ConvArguments(weight, bias, (_pair(stride), _pair(padding), dilation, groups)), ""
 
 
 def _pair(values: Sequence[int]) -> list[int]:
@@ -110,7 +117,7 @@ def _other_summand(addition: fx.Node, conv: fx.Node) -> fx.Node | None:
     """What `addition` adds to `conv`, where it is a plain sum of two different values of one shape."""
     if not is_call(addition, aten.add.Tensor) or addition.kwargs or len(addition.args) != 2:
         return None
-    left, right = addition.args
+    left, right = args_of(addition)
     if left is right or not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
         return None
     if right is conv and is_call(left, *_CONVOLUTIONS) and len(left.users) == 1:

@@ -1,0 +1,37 @@
+"""The golden file: inputs and reference outputs, so that a device can check itself without PyTorch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from export.errors import ExportError
+from export.parity.ladder import References
+
+
+def save_golden(references: References) -> bytes:
+    """The bytes of a safetensors file with `input`, `eager.<output>` and `oracle.<output>`."""
+    tensors = {"input": references.images}
+    tensors |= {f"eager.{name}": values for name, values in references.eager.items()}
+    tensors |= {f"oracle.{name}": values for name, values in references.oracle.items()}
+    return save({name: np.ascontiguousarray(values) for name, values in tensors.items()})
+
+
+def load_golden(path: Path) -> References:
+    """Read what `save_golden` wrote.
+
+    Raises:
+        ExportError: the file is not a golden file.
+    """
+    try:
+        tensors = load_file(path)
+        groups = {
+            group: {name.partition(".")[2]: t for name, t in tensors.items() if name.startswith(f"{group}.")}
+            for group in ("eager", "oracle")
+        }
+        return References(tensors["input"], groups["eager"], groups["oracle"])
+    except (OSError, SafetensorError, KeyError) as error:
+        raise ExportError(f"{path}: expected inputs and reference outputs ({error})") from error

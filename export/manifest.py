@@ -1,0 +1,71 @@
+"""What a bundle says of itself: enough to run it, to reproduce it and to know what was checked."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import onnx
+
+from export.images import PREPROCESSING
+from export.lowering.onnx_file import OnnxFile
+from export.lowering.tensorrt_engine import Engine
+from export.precision import Precision
+from export.program import FusedProgram
+
+FORMAT = 1
+_PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt-rtx", "triton", "numpy")
+
+
+def describe(
+    program: FusedProgram,
+    onnx_file: OnnxFile,
+    engines: Sequence[Engine],
+    precision: Precision,
+    metadata: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The manifest without its list of files. `metadata` says what only the caller knows."""
+    graph = onnx_file.model.graph
+    return {
+        "format": FORMAT,
+        "precision": precision.name,
+        "batch": {"min": program.batch.minimum, "opt": program.batch.optimum, "max": program.batch.maximum},
+        "inputs": [_value(value) for value in graph.input],
+        "outputs": [_value(value) for value in graph.output],
+        "opset": onnx_file.model.opset_import[0].version,
+        "preprocessing": PREPROCESSING,
+        "engines": {
+            engine.flavour.file_name: {
+                "flavour": engine.flavour.name,
+                "version": engine.version,
+                "convolutions": engine.convolutions,
+                "build_seconds": round(engine.seconds, 2),
+            }
+            for engine in engines
+        },
+        "fused": {operator.name: list(operator.parts) for operator in program.coverage.fused},
+        "left": [{"name": o.name, "kind": o.kind, "reason": o.reason} for o in program.coverage.left],
+        "versions": {"python": platform.python_version(), **_versions()},
+        **metadata,
+    }
+
+
+def _value(value: onnx.ValueInfoProto) -> dict[str, Any]:
+    tensor = value.type.tensor_type
+    return {
+        "name": value.name,
+        "shape": [dim.dim_param or dim.dim_value for dim in tensor.shape.dim],
+        "dtype": onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name,
+    }
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

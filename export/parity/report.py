@@ -1,0 +1,126 @@
+"""What a comparison found, as values that become a table and parity.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from export.parity.evidence import Evidence
+from export.parity.network import NetworkCheck, finite
+from export.parity.operators import OperatorChecks
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One form of the network, held against the float64 model. True when equal.
+
+    Attributes:
+        name: of the form: eager, fused, triton, onnx, or an engine's flavour.
+        runtime: what executed it.
+        precision: of its weights and activations.
+        file: the artefact in the bundle, empty where there is none.
+        outputs: P2 and P3 per output; empty where the form was not run.
+        operators: P1; None where the form does not show its intermediate results.
+        not_run: why it was built but not executed here; empty where it was executed.
+        seconds: per image of one run on this machine, 0 where not run.
+    """
+
+    name: str
+    runtime: str
+    precision: str
+    file: str = ""
+    outputs: Mapping[str, NetworkCheck] = field(default_factory=dict)
+    operators: OperatorChecks | None = None
+    not_run: str = ""
+    seconds: float = 0.0
+
+    def __bool__(self) -> bool:
+        if self.not_run:
+            return True
+        operators = self.operators is None or bool(self.operators)
+        return bool(self.outputs) and all(self.outputs.values()) and operators
+
+    @property
+    def worst(self) -> NetworkCheck | None:
+        """The output with the largest error in units of the eager model's."""
+        return max(self.outputs.values(), key=lambda check: check.ratio, default=None)
+
+    @property
+    def verdict(self) -> str:
+        """`equal`, `not run` or why it is not equal, in one line."""
+        if self.not_run:
+            return f"not run: {self.not_run}"
+        failed = [f"{name}: {check.reason}" for name, check in self.outputs.items() if not check]
+        if self.operators is not None and not self.operators:
+            first = self.operators.first_failure
+            failed.insert(
+                0, f"{first.name} ({first.kind}): {first.reason}" if first else "no operator could be checked"
+            )
+        return failed[0] if failed else "equal"
+
+    def to_json(self) -> dict[str, Any]:
+        worst = self.worst
+        record: dict[str, Any] = {
+            "name": self.name,
+            "runtime": self.runtime,
+            "precision": self.precision,
+            "file": self.file or None,
+            "passed": bool(self) if not self.not_run else None,
+            "verdict": self.verdict,
+            "seconds_per_image": self.seconds,
+        }
+        if worst is not None:
+            record |= {
+                "error": finite(worst.error),
+                "eager_error": finite(worst.eager_error),
+                "ratio": finite(worst.ratio),
+                "limit": worst.limit,
+                "top1_agreement": worst.top1_agreement,
+                "decision": worst.decision,
+            }
+        if self.operators is not None:
+            record["operators"] = {
+                "unchecked": list(self.operators.unchecked),
+                "checked": [check.to_json() for check in self.operators.checks],
+            }
+        return record
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """Every rung and the evidence under them. True when the network may be shipped."""
+
+    precision: str
+    images: int
+    evidence: Evidence
+    rungs: tuple[Rung, ...]
+
+    def __bool__(self) -> bool:
+        executed = [rung for rung in self.rungs if not rung.not_run]
+        return bool(self.evidence) and bool(executed) and all(executed)
+
+    @property
+    def verdict(self) -> str:
+        """One line: equal, not equal and where, or no verdict and why."""
+        failed = [f"{rung.name}: {rung.verdict}" for rung in self.rungs if not rung]
+        if failed:
+            return f"not equal to the eager model: {failed[0]}"
+        if not self.evidence:
+            return f"no verdict, the evidence is too weak: {self.evidence.weaknesses[0]}"
+        return "equal to the eager model"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "passed": bool(self),
+            "verdict": self.verdict,
+            "images": self.images,
+            "evidence": {
+                "weaknesses": list(self.evidence.weaknesses),
+                "active_share": self.evidence.active_share,
+                "branch_ratio": self.evidence.branch_ratio,
+                "logit_variation": self.evidence.logit_variation,
+                "classes": self.evidence.classes,
+            },
+            "rungs": [rung.to_json() for rung in self.rungs],
+        }

@@ -1,0 +1,41 @@
+"""Check a bundle again on this machine: every file is the one exported, and it computes what it should."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
+
+from export import ExportError, verify_bundle
+from export.console import Parser, Progress, print_rungs
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(prog="verify.py", description=__doc__)
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder written by export.py")
+    parser.add_argument("--json", action="store_true", help="the result as one JSON object on stdout")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        with Progress() as progress:
+            rungs = verify_bundle(args.bundle, progress)
+    except (ExportError, OSError) as error:
+        sys.stderr.write(f"verify.py: error: {error}\n")
+        return 2
+    passed = all(rungs)
+    if args.json:
+        print(json.dumps({"passed": passed, "rungs": [rung.to_json() for rung in rungs]}))
+        return 0 if passed else 1
+    print_rungs(rungs, {path.name: path.stat().st_size for path in args.bundle.iterdir()})
+    print(f"{args.bundle}: {'whole, and equal to the eager model' if passed else 'NOT EQUAL to the eager model'}")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
