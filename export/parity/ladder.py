@@ -86,7 +86,9 @@ def infer(runner: Runner, images: NDArray, batch: Batch, size: int) -> Arrays:
     size = min(max(size, batch.minimum), batch.maximum)
     chunks = []
     for chunk in _chunks(images, size):
-        filled = np.resize(chunk, (max(len(chunk), batch.minimum), *chunk.shape[1:]))
+        filled = chunk
+        if len(chunk) < batch.minimum:
+            filled = np.resize(chunk, (batch.minimum, *chunk.shape[1:]))
         outputs = runner.infer({"input": filled})
         chunks.append({name: values[: len(chunk)] for name, values in outputs.items()})
     return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
