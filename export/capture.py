@@ -110,7 +110,7 @@ def capture(model: nn.Module, example: Tensor, batch: Batch) -> fx.GraphModule:
     check_model(model, example)
     size = batch.minimum if batch.static else max(2, min(batch.optimum, batch.maximum))
     _, *shape = example.shape
-    traced_input = torch.zeros(size, *shape)
+    traced_input = torch.zeros(size, *shape, dtype=torch.float32)
     dynamic = None if batch.static else ({0: torch.export.Dim("batch", min=batch.minimum, max=batch.maximum)},)
     with plain_torch(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -55,14 +55,15 @@ def args_of(node: fx.Node) -> tuple[Any, ...]:
 def add_constant(graph_module: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
     """Store `value` as a buffer under a name derived from `name` and return a node that reads it.
 
-    The node is inserted at the graph's current insertion point.
+    4-D values, which are convolution weights, become channels_last. The node is inserted at the graph's current insertion point.
     """
     base = name.replace(".", "_")
     unique, suffix = base, 0
     while hasattr(graph_module, unique):
         suffix += 1
         unique = f"{base}_{suffix}"
-    graph_module.register_buffer(unique, value.detach())
+    layout = torch.channels_last if value.dim() == 4 else torch.contiguous_format
+    graph_module.register_buffer(unique, value.detach().contiguous(memory_format=layout))
     return graph_module.graph.get_attr(unique)
 
 

@@ -93,7 +93,7 @@ def _translate(
     graph_module: fx.GraphModule, example: Tensor, batch: Batch, precision: Precision, names: tuple[str, ...]
 ) -> onnx.ModelProto:
     size = batch.minimum if batch.static else max(2, batch.optimum)
-    traced_input = torch.zeros(size, *example.shape[1:])
+    traced_input = torch.zeros(size, *example.shape[1:], dtype=torch.float32)
     dynamic = None if batch.static else ({0: torch.export.Dim("batch", min=batch.minimum, max=batch.maximum)},)
     registry_log = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = registry_log.level

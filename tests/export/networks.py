@@ -1,0 +1,152 @@
+"""Small networks in the styles users write, none of them this project's own."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Functional(nn.Module):
+    """Convolutions and BatchNorm by function call, in-place ReLU and `+=`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 3, 3, 3) * 0.3)
+        self.register_buffer("mean", torch.randn(8) * 0.2)
+        self.register_buffer("var", torch.rand(8) + 0.5)
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu_(F.batch_norm(F.conv2d(x, self.weight, padding=1), self.mean, self.var))
+        y = self.conv(x)
+        y += x
+        return self.fc(F.relu(y).mean((2, 3)))
+
+
+class SqueezeExcite(nn.Module):
+    """A residual block whose branch is weighted by a gate, behind a GroupNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        self.conv = nn.Conv2d(16, 16, 3, padding=1, bias=False)
+        self.norm = nn.GroupNorm(4, 16)
+        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(16, 4, 1), nn.ReLU(), nn.Conv2d(4, 16, 1), nn.Sigmoid())
+        self.fc = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.norm(self.conv(x))
+        return self.fc(torch.relu(y * self.gate(y) + x).mean((2, 3)))
+
+
+class TwoHeads(nn.Module):
+    """Returns a dictionary: class scores and a feature map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.bn = nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 5)
+        self.mask = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = F.relu(self.bn(self.conv(x)))
+        return {"scores": self.head(y.mean((2, 3))), "mask": self.mask(y)}
+
+
+class SharedConv(nn.Module):
+    """One convolution with two BatchNorms, a pair called twice, and an output with two readers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.conv = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.bn_a, self.bn_b = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        shared = self.conv(x)
+        y = F.relu(self.bn_a(shared)) + self.bn_b(shared)
+        y = F.relu(self.bn_a(self.conv(y)))
+        y = F.relu(self.bn_a(self.conv(y)))
+        return self.fc(y.mean((2, 3)))
+
+
+class Oddments(nn.Module):
+    """Groups, dilation, 'same' padding, BatchNorm without affine or behind a pool, Dropout and Identity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 5, padding="same", dilation=2)
+        self.bn1 = nn.BatchNorm2d(8, affine=False)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+        self.bn2 = nn.BatchNorm2d(8)
+        self.bn3 = nn.BatchNorm2d(8)
+        self.rest = nn.Sequential(nn.Dropout(0.5), nn.Identity(), nn.AvgPool2d(2))
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn1(self.conv1(x)))
+        x = self.bn3(self.rest(torch.relu(self.bn2(self.conv2(x)))))
+        return self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+
+
+class Parametrized(nn.Module):
+    """Weight normalisation: the weight is computed from two parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3, padding=1))
+        self.bn = nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.relu(self.bn(self.conv(x))).mean((2, 3)))
+
+
+class BatchStatistics(nn.Module):
+    """BatchNorm that keeps no running statistics: it normalises by the batch, in eval mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.bn = nn.BatchNorm2d(8, track_running_stats=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)))
+
+
+class Doubled(nn.Module):
+    """Adds a convolution to itself, and to something that is broadcast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 1)
+        self.offset = nn.Parameter(torch.randn(8, 1, 1))
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        z = torch.add(self.conv(x) + self.offset, y, alpha=0.5)
+        return self.fc((y + y + z).mean((2, 3)))
+
+
+ALL = [Functional, SqueezeExcite, TwoHeads, SharedConv, Oddments, Parametrized, Doubled]
+
+
+def make(network: type[nn.Module], images: Tensor) -> nn.Module:
+    """An instance with seeded weights and BatchNorm statistics of `images`, in eval mode."""
+    torch.manual_seed(0)
+    model = network()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d) and module.affine:
+                module.weight.uniform_(0.6, 1.4)
+                module.bias.normal_(0, 0.3)
+        for _ in range(3):
+            model.train()(images)
+    return model.eval()

@@ -1,0 +1,249 @@
+import copy
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from resnet import MODELS, create_model, initialise
+from resnet.models import BasicBlock, Bottleneck
+
+
+@dataclass
+class Evidence:
+    """What a comparison of numbers on these images could rest on, measured in float64."""
+
+    folded_bias: list[float] = field(default_factory=list)  # largest per BatchNorm
+    default_statistics: list[str] = field(default_factory=list)
+    active: list[float] = field(default_factory=list)  # share of positive values per ReLU call
+    branch: list[float] = field(default_factory=list)  # rms(branch) / rms(shortcut) per addition
+    variation: float = 0.0  # of the logits between images, relative
+    classes: int = 0  # different top-1 among the first 8 images
+    margin: float = 0.0  # between the best two logits, median over the images, in standard deviations
+
+
+def rms(x: Tensor) -> float:
+    return float(x.square().mean().sqrt())
+
+
+def gather(model: nn.Module, images: Tensor) -> Evidence:
+    model, found = copy.deepcopy(model).double().requires_grad_(False), Evidence()
+    shortcut: dict[nn.Module, float] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            scale = module.weight / torch.sqrt(module.running_var + module.eps)
+            found.folded_bias.append(float((module.bias - module.running_mean * scale).abs().max()))
+            if (module.running_mean == 0).any() or (module.running_var == 1).any():
+                found.default_statistics.append(name)
+        elif isinstance(module, nn.ReLU):
+            module.register_forward_hook(
+                lambda _, args, out: found.active.append(float((out > 0).double().mean()))
+            )
+        elif isinstance(module, BasicBlock | Bottleneck):
+            last = module.bn3 if isinstance(module, Bottleneck) else module.bn2
+            module.register_forward_pre_hook(lambda m, args: shortcut.__setitem__(m, rms(args[0])))
+            if module.downsample is not None:
+                module.downsample.register_forward_hook(
+                    lambda _, args, out, m=module: shortcut.__setitem__(m, rms(out))
+                )
+            last.register_forward_hook(
+                lambda _, args, out, m=module: found.branch.append(rms(out) / shortcut[m])
+            )
+    with torch.no_grad():
+        y = model(images.double())
+    found.variation = float((y - y.mean(dim=0)).norm() / y.norm())
+    found.classes = len(set(y[:8].argmax(dim=1).tolist()))
+    best = y.topk(2, dim=1).values
+    found.margin = float(((best[:, 0] - best[:, 1]) / y.std()).median())
+    return found
+
+
+def weaknesses(found: Evidence) -> list[str]:
+    """Why nothing could be concluded from a network with this evidence; empty if something can."""
+    return [
+        what
+        for what, weak in [
+            ("default statistics", found.default_statistics),
+            ("no folded bias", min(found.folded_bias) < 1e-3),
+            ("ReLU nearly always on or off", not all(0.1 <= a <= 0.9 for a in found.active)),
+            (
+                "branch drowned by the shortcut or the other way round",
+                not all(0.05 <= b <= 20 for b in found.branch),
+            ),
+            ("logits hardly depend on the image", not found.variation >= 0.3),
+            ("fewer than 3 classes", not found.classes >= 3),
+        ]
+        if weak
+    ]
+
+
+# (name, image size): the deep and wide ones on smaller images, to keep the tests short
+CASES = [
+    ("resnet18", 224),
+    ("resnet50", 224),
+    ("resnet152", 96),
+    ("resnext50_32x4d", 64),
+    *((name, 32) for name, spec in MODELS.items() if spec.image_size == 32),
+]
+
+
+@pytest.mark.parametrize(("name", "size"), CASES, ids=[f"{name}-{size}" for name, size in CASES])
+def test_initialised_network_is_good_evidence_on_other_images(photographs, name, size):
+    model = initialise(create_model(name), photographs.crops(16, size, seed=1))
+    found = gather(model, photographs.crops(8, size, seed=2))
+    assert weaknesses(found) == []
+    assert len(found.active) > 8 and len(found.branch) == sum(MODELS[name].depths) * name.startswith(
+        ("resne", "wide")
+    )
+    # room to the limits, for other images than these
+    assert min(found.active) >= 0.2 and max(found.active) <= 0.88
+    assert all(0.06 <= b <= 1 for b in found.branch)
+    assert found.variation >= 0.6
+
+
+def test_fresh_network_is_not(photographs):
+    found = gather(create_model("resnet18").eval(), photographs.crops(8, 96, seed=2))
+    assert {"default statistics", "no folded bias", "logits hardly depend on the image"} <= set(
+        weaknesses(found)
+    )
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_best_logit_stands_out(photographs, name):
+    images = photographs.crops(16, 96, seed=1)
+    others = photographs.crops(24, 96, seed=2)
+    model = initialise(create_model(name), images)
+    assert gather(model, others).margin > 0.3
+    with torch.no_grad():  # the same network with the usual random classifier leaves the best two close
+        nn.init.normal_(model.fc.weight, generator=torch.Generator().manual_seed(0))
+    assert gather(model, others).margin < 0.3
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet20", "plain20"])
+def test_statistics_are_those_of_the_images(photographs, name):
+    size = 96 if MODELS[name].image_size == 224 else 32
+    images = photographs.crops(8, size, seed=1)
+    model = initialise(create_model(name), images)
+    inputs: dict[nn.Module, Tensor] = {}
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.register_forward_pre_hook(lambda m, args: inputs.__setitem__(m, args[0].double()))
+    with torch.no_grad():
+        y = model(images)
+    for norm in norms:
+        x = inputs[norm].transpose(0, 1).flatten(1)
+        torch.testing.assert_close(norm.running_mean.double(), x.mean(dim=1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            norm.running_var.double(), x.var(dim=1, correction=0), rtol=1e-4, atol=1e-7
+        )
+    assert float(y.mean(dim=0).abs().max()) < 1e-3
+    assert float(y.std()) == pytest.approx(1, rel=1e-2)
+
+
+def test_running_variances_are_small_enough_to_show_a_wrong_eps(photographs):
+    model = initialise(create_model("resnet18"), photographs.crops(8, 96, seed=1))
+    variances = [m.running_var.median() for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert max(variances) < 0.5
+
+
+def test_leaves_nothing_behind(photographs):
+    model = create_model("resnet20").train()
+    assert initialise(model, photographs.crops(8, 32, seed=1)) is model
+    assert not any(m.training for m in model.modules())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    assert all(p.requires_grad and p.grad is None and not p.is_inference() for p in model.parameters())
+
+
+def bits(model: nn.Module) -> dict[str, bytes]:
+    return {name: tensor.numpy().tobytes() for name, tensor in model.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def reference(photographs):
+    return bits(initialise(create_model("resnet20"), photographs.crops(8, 32, seed=1), seed=3))
+
+
+class default_dtype:
+    def __enter__(self):
+        torch.set_default_dtype(torch.float64)
+
+    def __exit__(self, *_):
+        torch.set_default_dtype(torch.float32)
+
+
+AMBIENT = {
+    "nothing": lambda: torch.enable_grad(),
+    "default-dtype": default_dtype,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "inference-mode": torch.inference_mode,
+    "default-device": lambda: torch.device("meta"),
+    "global-seed": lambda: torch.random.fork_rng(),
+}
+
+
+@pytest.mark.parametrize("ambient", AMBIENT)
+def test_depends_on_nothing_but_its_arguments(photographs, reference, ambient):
+    model = create_model("resnet20")
+    images = photographs.crops(8, 32, seed=1)
+    with AMBIENT[ambient]():
+        if ambient == "global-seed":
+            torch.manual_seed(99)
+        initialise(model, images, seed=3)
+    assert bits(model) == reference
+
+
+def test_leaves_images_and_global_generator_alone(photographs):
+    images = photographs.crops(8, 32, seed=1)
+    kept, model, state = images.clone(), create_model("resnet20"), torch.get_rng_state()
+    initialise(model, images)
+    assert torch.equal(images, kept)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_seeds_differ(photographs, reference):
+    other = bits(initialise(create_model("resnet20"), photographs.crops(8, 32, seed=1), seed=4))
+    assert all(other[n] != reference[n] for n in other if not n.endswith("num_batches_tracked"))
+
+
+@pytest.mark.parametrize("classes", [1, 2, 5, 300])
+@pytest.mark.parametrize("count", [2, 7])
+def test_any_class_count_and_few_images(photographs, classes, count):
+    images = photographs.crops(count, 32, seed=1)[:, :1]
+    model = initialise(create_model("resnet20", num_classes=classes, in_channels=1), images)
+    with torch.no_grad():
+        y = model(images)
+    assert y.isfinite().all() and y.std(dim=0).min() > 0
+
+
+IMAGES = torch.linspace(-1, 1, 4 * 3 * 32 * 32).reshape(4, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        pytest.param(IMAGES.double(), "float32.*float64", id="float64"),
+        pytest.param(IMAGES.mul(255).byte(), "float32.*uint8", id="uint8"),
+        pytest.param(IMAGES[0], r"N >= 2, 3, H, W\], got \[3, 32, 32\]", id="one-image-no-batch"),
+        pytest.param(IMAGES[:1], r"got \[1, 3, 32, 32\]", id="one-image"),
+        pytest.param(IMAGES[:0], r"got \[0, 3, 32, 32\]", id="no-image"),
+        pytest.param(IMAGES[:, :1], r"got \[4, 1, 32, 32\]", id="channels"),
+        pytest.param(IMAGES.clone().index_fill_(0, torch.tensor(2), float("nan")), "NaN", id="nan"),
+    ],
+)
+def test_bad_images_are_refused_before_the_model_is_changed(images, message):
+    model = create_model("resnet20")
+    before = bits(model)
+    with pytest.raises(ValueError, match=message):
+        initialise(model, images)
+    assert bits(model) == before and model.training
+
+
+def test_equal_images_are_refused():
+    with pytest.raises(ValueError, match="images that differ"):
+        initialise(create_model("resnet20"), IMAGES[:1].repeat(4, 1, 1, 1))
+
+
+@pytest.mark.parametrize("model", [nn.Linear(2, 2), create_model("resnet20").half()], ids=["other", "half"])
+def test_other_models_are_refused(model):
+    with pytest.raises(ValueError, match=r"expected (a ResNet|float32)"):
+        initialise(model, IMAGES)
