@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,14 +171,18 @@ def _rename(graph_module: fx.GraphModule, model: onnx.ModelProto, values: dict[s
                 names[f"graph_module.{argument.target}"] = f"{module_path(node)}.{role}"
     for tensor in model.graph.initializer:
         names.setdefault(tensor.name, tensor.name.removeprefix("graph_module."))
-    taken: dict[str, int] = {}
-    for old, new in names.items():
-        taken[new] = taken.get(new, 0) + 1
-        if taken[new] > 1:
-            names[old] = f"{new}_{taken[new] - 1}"
+    taken = {name for node in model.graph.node for name in node.output if name not in names} | fixed
+    for old, wanted in names.items():
+        names[old] = next(name for name in _variants(wanted) if name not in taken)
+        taken.add(names[old])
     for node in model.graph.node:
         node.input[:] = [names.get(name, name) for name in node.input]
         node.output[:] = [names.get(name, name) for name in node.output]
     for named in [*model.graph.initializer, *model.graph.value_info]:
         named.name = names.get(named.name, named.name)
     return {node: names.get(value, value) for node, value in values.items()}
+
+
+def _variants(name: str) -> Iterator[str]:
+    yield name
+    yield from (f"{name}_{number}" for number in itertools.count(1))

@@ -155,7 +155,7 @@ def _logger(trt: ModuleType) -> Any:
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                self.last_error = message
+                self.last_error = message.splitlines()[0]
             log.debug("%s", message)
 
     return Logger()
