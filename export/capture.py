@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from export.errors import ExportError
+from export.graph import args_of, aten, is_call
 
 
 @dataclass(frozen=True)
@@ -124,19 +125,31 @@ def capture(model: nn.Module, example: Tensor, batch: Batch) -> fx.GraphModule:
         if mutated:
             raise ExportError(f"forward changes the buffer {mutated[0]}: expected a pure function of its input")
         graph_module = program.module(check_guards=False)
-    return _without_symbolic_views(graph_module)
+    return _without_layout(graph_module)
 
 
-def _without_symbolic_views(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """Write view(x, [batch, ...]) as view(x, [-1, ...]): one Reshape with a constant shape when lowered."""
+_VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+
+
+def _without_layout(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Free the graph of the memory layout and batch size it was traced with.
+
+    view(x, [batch, ...]) becomes reshape(x, [-1, ...]), which any layout allows and which lowers to one
+    Reshape of constant shape; as_strided reads an input laid out as it was traced.
+    """
     for node in graph_module.graph.nodes:
-        if node.target not in (torch.ops.aten.view.default, torch.ops.aten.reshape.default):
-            continue
-        shape = list(node.args[1])
-        symbolic = [i for i, length in enumerate(shape) if isinstance(length, fx.Node)]
-        if len(symbolic) == 1 and -1 not in shape:
-            shape[symbolic[0]] = -1
+        if is_call(node, *_VIEWS):
+            shape = list(args_of(node)[1])
+            symbolic = [i for i, length in enumerate(shape) if isinstance(length, fx.Node)]
+            if len(symbolic) == 1 and -1 not in shape:
+                shape[symbolic[0]] = -1
+            node.target = aten.reshape.default
             node.args = (node.args[0], shape)
+        elif is_call(node, aten.as_strided.default):
+            with graph_module.graph.inserting_before(node):
+                traced = graph_module.graph.call_function(aten.contiguous.default, (node.args[0],))
+            traced.meta = dict(args_of(node)[0].meta)
+            node.replace_input_with(args_of(node)[0], traced)
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
     return graph_module

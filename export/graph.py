@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import operator
+import warnings
 from collections.abc import Callable
 from functools import reduce
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -14,11 +15,18 @@ from torch import Tensor, fx
 from export.errors import ExportError
 
 aten = torch.ops.aten
+_T = TypeVar("_T")
 
 
 def duplicate(graph_module: fx.GraphModule) -> fx.GraphModule:
     """A copy of the graph that shares its parameters, so that a pass can stay a pure function."""
-    return fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+    return fx.GraphModule(graph_module, _deep_copy(graph_module.graph))
+
+
+def _deep_copy(value: _T) -> _T:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, of copying the structure of the output
+        return copy.deepcopy(value)
 
 
 def is_call(node: object, *targets: Callable[..., Any]) -> TypeGuard[fx.Node]:
@@ -105,7 +113,7 @@ def converted(graph_module: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModul
     Raises:
         ExportError: a finite constant has no finite value in `dtype`; names it.
     """
-    result = copy.deepcopy(graph_module)
+    result = _deep_copy(graph_module)
     for name, tensor in [*result.named_parameters(), *result.named_buffers()]:
         if not tensor.is_floating_point():
             continue

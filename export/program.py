@@ -13,7 +13,7 @@ from export.passes import PASSES
 from export.passes.fuse_epilogue import FUSED
 from export.precision import PRECISIONS, Precision
 
-_NO_ARITHMETIC = ("view", "reshape", "flatten", "contiguous", "sym_size", "dropout", "clone", "alias")
+_NO_ARITHMETIC = ("reshape", "flatten", "contiguous", "sym_size", "dropout", "clone", "alias")
 
 
 @dataclass(frozen=True)

@@ -195,7 +195,7 @@ _MODELS = {
     aten.mean.dim: _mean,
     aten.max_pool2d.default: _exact,
 }
-_NO_ARITHMETIC = (aten.view.default, aten.contiguous.default, aten.sym_size.int)
+_NO_ARITHMETIC = (aten.reshape.default, aten.contiguous.default, aten.sym_size.int)
 
 
 def _activations(node: fx.Node) -> list[fx.Node]:
@@ -223,6 +223,10 @@ def _check(
     def refused(reason: str) -> OperatorCheck:
         return OperatorCheck(name, kind, float("inf"), float("inf"), reason)
 
+    for n in [node, *_activations(node)]:
+        expected = tuple(n.meta["val"].shape[1:])
+        if tuple(values[n.name].shape[1:]) != expected:
+            return refused(f"{n.name} has shape {list(values[n.name].shape)}, expected [N, *{list(expected)}]")
     y = values[node.name].double()
     leaves = {str(source_name(n)): values[n.name].double() for n in _activations(node)}
     target = str(source_name(node))
@@ -230,8 +234,6 @@ def _check(
         y64, pre = _expected(program.source, target, leaves)
     except ValueError as error:
         return refused(f"wrong wiring: {error}")
-    if y.shape != y64.shape:
-        return refused(f"shape {list(y.shape)}, expected {list(y64.shape)}")
     if not bool(torch.isfinite(y).all()):
         count = int((~torch.isfinite(y)).sum())
         return refused(f"{count} values are NaN or Inf, float64 reaches {y64.abs().max():.4g}")
