@@ -23,12 +23,12 @@ from export.lowering.tensorrt_engine import FLAVOURS, Engine, build_engine, why_
 from export.manifest import describe
 from export.parity.evidence import check_evidence
 from export.parity.ladder import (
-    OPERATOR_IMAGES,
     Execution,
     References,
     eager_rung,
     execute,
     judge,
+    operator_images,
     run_references,
     unexecuted_rung,
 )
@@ -181,7 +181,7 @@ def _compare(
     references = run_references(model, names, images, program.batch, precision)
     first_output = torch.from_numpy(references.oracle[names[0]])
     progress("compare")
-    evidence = check_evidence(program.source, torch.from_numpy(images[:OPERATOR_IMAGES]), first_output)
+    evidence = check_evidence(program.source, torch.from_numpy(operator_images(images, program.batch)), first_output)
     rungs = [eager_rung(references, precision)]
     for execution in executions:
         separate = execution.name == OnnxRuntimeRunner.name  # standard ONNX adds in a node of its own

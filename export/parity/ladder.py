@@ -20,7 +20,7 @@ from export.parity.report import Rung
 from export.precision import Precision
 from export.runners import Arrays, EagerRunner, Runner
 
-OPERATOR_IMAGES = 4  # the operator criterion looks at every element: more images add time, not evidence
+_OPERATOR_IMAGES = 4  # the operator criterion looks at every element: more images add time, not evidence
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,8 @@ class Execution:
 def execute(runner: Runner, images: NDArray, batch: Batch) -> Execution:
     """Run a form twice over the images, the second time backwards and in smaller batches."""
     untouched = images.copy()
-    traced = np.resize(images, (max(batch.minimum, min(OPERATOR_IMAGES, batch.maximum)), *images.shape[1:]))
     with runner:
-        trace = runner.trace({"input": traced})
+        trace = runner.trace({"input": operator_images(images, batch)})
         started = time.perf_counter()
         straight = infer(runner, images, batch, len(images))
         seconds = (time.perf_counter() - started) / len(images)
@@ -76,6 +75,12 @@ def execute(runner: Runner, images: NDArray, batch: Batch) -> Execution:
     put_back = {name: values[::-1] for name, values in backwards.items()}
     changed = not np.array_equal(images, untouched)
     return Execution(runner.name, runner.runtime, runner.file, straight, put_back, trace, changed, seconds)
+
+
+def operator_images(images: NDArray, batch: Batch) -> NDArray:
+    """The images the operator criterion looks at: about four, repeated up to the smallest batch allowed."""
+    size = max(batch.minimum, min(_OPERATOR_IMAGES, batch.maximum))
+    return np.resize(images, (size, *images.shape[1:]))
 
 
 def infer(runner: Runner, images: NDArray, batch: Batch, size: int) -> Arrays:

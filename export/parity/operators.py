@@ -204,9 +204,10 @@ def _activations(node: fx.Node) -> list[fx.Node]:
 
 
 def _value(node: fx.Node, trace: Mapping[str, Tensor]) -> Tensor | None:
-    """What the candidate holds for `node`; a change of layout holds what it was made from."""
-    while node.name not in trace and is_call(node, aten.contiguous.default):
-        node = args_of(node)[0]
+    """What the candidate holds for `node`; a change of layout or shape follows from what it was made from."""
+    if node.name not in trace and is_call(node, aten.contiguous.default, aten.reshape.default):
+        value = _value(args_of(node)[0], trace)
+        return value.reshape(args_of(node)[1]) if value is not None and len(node.args) > 1 else value
     return trace.get(node.name)
 
 

@@ -13,7 +13,6 @@ from torch import Tensor, fx
 from export.capture import plain_torch
 from export.graph import aten, duplicate
 from export.passes import PASSES
-from export.passes.fuse_epilogue import FUSED
 from export.program import FusedProgram
 from export.runners import Arrays, ProgramRunner
 from kernels import conv2d_bias_act_reference
@@ -208,4 +207,3 @@ def with_wrong_epsilon(program: FusedProgram) -> FusedProgram:
         for apply in PASSES:
             graph_module = apply(graph_module)
     return FusedProgram(program.source, graph_module, program.batch)
-

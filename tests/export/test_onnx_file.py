@@ -110,7 +110,9 @@ def test_a_static_batch_is_a_fixed_shape(calibrated: dict[str, nn.Module], pictu
 
 
 @pytest.mark.parametrize("network", networks.ALL, ids=lambda network: network.__name__)
-def test_any_users_model_runs_in_onnx_runtime(network: type[nn.Module], precision: str, pictures: dict[str, Tensor]) -> None:
+def test_any_users_model_runs_in_onnx_runtime(
+    network: type[nn.Module], precision: str, pictures: dict[str, Tensor]
+) -> None:
     images = pictures["resnet20"]
     program = fuse(networks.make(network, images), images, BATCH)
     file = lower_onnx(program, images, PRECISIONS[precision], {})

@@ -93,14 +93,18 @@ def test_batch_statistics_stay_eager(images: Tensor) -> None:
 @pytest.mark.parametrize("size", [1, 3, 8])
 def test_every_batch_size_in_the_range(size: int, images: Tensor) -> None:
     model = networks.make(networks.Functional, images)
-    torch.testing.assert_close(fuse(model, images[:1], BATCH)(images[:size]), model(images[:size]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        fuse(model, images[:1], BATCH)(images[:size]), model(images[:size]), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_the_model_is_left_as_it_was(images: Tensor) -> None:
     model = networks.make(networks.Functional, images)
     calls = []
     model.fc.register_forward_hook(lambda *_: calls.append(1))
-    before = {name: (t.clone(), t.data_ptr(), t.stride(), t.dtype) for name, t in model.state_dict(keep_vars=True).items()}
+    before = {
+        name: (t.clone(), t.data_ptr(), t.stride(), t.dtype) for name, t in model.state_dict(keep_vars=True).items()
+    }
     example = images.clone()
     fuse(model, example, BATCH).at(PRECISIONS["fp16"])
     after = model.state_dict(keep_vars=True)
@@ -213,7 +217,11 @@ def test_impossible_batch_is_refused(sizes: tuple[int, int, int]) -> None:
 
 def test_captured_graph_is_functional(images: Tensor) -> None:
     graph = capture(networks.make(networks.Functional, images), images, BATCH).graph
-    mutating = [n.name for n in graph.nodes if n.op == "call_function" and getattr(n.target, "_schema", None) and n.target._schema.is_mutable]
+    mutating = [
+        n.name
+        for n in graph.nodes
+        if n.op == "call_function" and getattr(n.target, "_schema", None) and n.target._schema.is_mutable
+    ]
     assert not mutating
 
 

@@ -1,0 +1,177 @@
+"""export_bundle and verify_bundle from end to end on small networks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from export import Batch, ExportConfig, ExportError, export_bundle, verify_bundle
+from tests.export import networks
+
+BATCH = Batch(1, 4, 8)
+FILES = {"model.onnx", "model.rtx.engine", "parity.json", "golden.safetensors", "manifest.json"}
+
+
+@pytest.fixture(scope="module")
+def resnet20(calibrated: dict[str, nn.Module]) -> nn.Module:
+    return calibrated["resnet20"]
+
+
+@pytest.fixture(scope="module")
+def example() -> Tensor:
+    return torch.zeros(1, 3, 32, 32)
+
+
+@pytest.fixture(scope="module")
+def bundle(resnet20: nn.Module, example: Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("export") / "resnet20-fp16"
+    steps: list[str] = []
+    config = ExportConfig("fp16", BATCH)
+    result = export_bundle(resnet20, example, output, config, metadata={"model": "resnet20"}, progress=steps.append)
+    assert result, result.report.verdict
+    assert steps[0] == "capture and fuse" and steps[-1] == "write the bundle"
+    return output
+
+
+def test_the_bundle_holds_its_five_files(bundle: Path) -> None:
+    assert {path.name for path in bundle.iterdir()} == FILES
+
+
+def test_parity_json_says_what_was_compared(bundle: Path) -> None:
+    parity = json.loads((bundle / "parity.json").read_text())
+    assert parity["passed"] is True and parity["images"] == 8 and not parity["evidence"]["weaknesses"]
+    rungs = {rung["name"]: rung for rung in parity["rungs"]}
+    assert list(rungs) == ["eager", "fused", "onnx", "tensorrt-rtx"]
+    for name in ("fused", "onnx"):
+        assert rungs[name]["passed"] is True and rungs[name]["precision"] == "fp16"
+        assert 0 < rungs[name]["error"] <= 1.5 * rungs[name]["eager_error"]
+        assert rungs[name]["ratio"] <= rungs[name]["limit"] == 1.5
+        assert len(rungs[name]["operators"]["checked"]) == 23 and not rungs[name]["operators"]["unchecked"]
+    if not torch.cuda.is_available():
+        assert rungs["tensorrt-rtx"]["passed"] is None and "not run" in rungs["tensorrt-rtx"]["verdict"]
+
+
+def test_the_manifest_describes_the_artefacts(bundle: Path) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert manifest["model"] == "resnet20" and manifest["precision"] == "fp16"
+    assert manifest["batch"] == {"min": 1, "opt": 4, "max": 8}
+    assert manifest["inputs"] == [{"name": "input", "shape": ["batch", 3, 32, 32], "dtype": "float32"}]
+    assert manifest["outputs"] == [{"name": "output", "shape": ["batch", 10], "dtype": "float32"}]
+    assert manifest["engines"]["model.rtx.engine"]["convolutions"] == 21
+    assert set(manifest["files"]) == FILES - {"manifest.json"}
+    assert manifest["versions"]["torch"] == torch.__version__
+    assert str(Path.cwd()) not in (bundle / "manifest.json").read_text()
+
+
+def test_the_golden_file_is_the_float64_model(bundle: Path, resnet20: nn.Module) -> None:
+    import copy
+
+    golden = load_file(bundle / "golden.safetensors")
+    with torch.no_grad():
+        expected = copy.deepcopy(resnet20).double()(golden["input"].double())
+    assert golden["input"].dtype == torch.float32 and golden["oracle.output"].dtype == torch.float64
+    torch.testing.assert_close(golden["oracle.output"], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_verify_accepts_the_bundle(bundle: Path) -> None:
+    rungs = verify_bundle(bundle)
+    assert [rung.name for rung in rungs] == ["eager", "onnx", "tensorrt-rtx"] and all(rungs)
+
+
+def test_verify_refuses_a_file_that_computes_something_else(
+    bundle: Path, calibrated: dict[str, nn.Module], tmp_path: Path
+) -> None:
+    """A bundle that is whole, but whose ONNX file was made from other weights."""
+    import onnx
+
+    from export.bundle import publish, read_verified, staged
+
+    model = onnx.load(bundle / "model.onnx")
+    tensor = next(t for t in model.graph.initializer if t.name == "layer2.0.conv1.weight")
+    values = onnx.numpy_helper.to_array(tensor).copy()
+    values[0] *= 1.5
+    tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    files = {p.name: p.read_bytes() for p in bundle.iterdir() if p.name != "manifest.json"}
+    files["model.onnx"] = model.SerializeToString()
+    manifest = read_verified(bundle)
+    with staged(tmp_path / "b") as staging:
+        publish(staging, tmp_path / "b", files, manifest)
+    rungs = {rung.name: rung for rung in verify_bundle(tmp_path / "b")}
+    assert not rungs["onnx"] and "times the eager model's" in rungs["onnx"].verdict
+
+
+def test_engine_of_another_version_is_refused_before_it_is_loaded(bundle: Path, tmp_path: Path) -> None:
+    from export.bundle import publish, read_verified, staged
+
+    manifest = read_verified(bundle)
+    manifest["engines"]["model.rtx.engine"]["version"] = "1.0.0.1"
+    files = {p.name: p.read_bytes() for p in bundle.iterdir() if p.name != "manifest.json"}
+    with staged(tmp_path / "b") as staging:
+        publish(staging, tmp_path / "b", files, manifest)
+    engine = verify_bundle(tmp_path / "b")[-1]
+    assert "built by tensorrt-rtx 1.0.0.1" in engine.not_run
+
+
+def test_weak_evidence_writes_nothing_and_keeps_the_old_bundle(
+    resnet20: nn.Module, example: Tensor, tmp_path: Path
+) -> None:
+    output = tmp_path / "bundle"
+    config = ExportConfig("fp32", BATCH, "none")
+    assert export_bundle(resnet20, example, output, config)
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    result = export_bundle(resnet20, example, output, config, images=torch.zeros(4, 3, 32, 32))
+    assert not result and result.report.verdict.startswith("no verdict, the evidence is too weak")
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+
+
+def test_a_wrong_candidate_writes_nothing(
+    resnet20: nn.Module, example: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import export.pipeline
+    from tests.export.mutants import ConstantLogits
+
+    monkeypatch.setattr(export.pipeline, "ProgramRunner", ConstantLogits)
+    result = export_bundle(resnet20, example, tmp_path / "bundle", ExportConfig("fp16", BATCH, "none"))
+    assert not result and result.report.verdict.startswith("not equal to the eager model: fused")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("network", [networks.SqueezeExcite, networks.TwoHeads], ids=lambda network: network.__name__)
+def test_a_users_model_is_exported(network: type[nn.Module], tmp_path: Path, pictures: dict[str, Tensor]) -> None:
+    images = pictures["resnet20"]
+    model = networks.make(network, images)
+    config = ExportConfig("fp16", BATCH, "tensorrt-rtx")
+    result = export_bundle(model, images, tmp_path / "b", config, images=images)
+    assert result or result.report.verdict.startswith("no verdict"), result.report.verdict
+    assert all(result.report.rungs), [rung.verdict for rung in result.report.rungs]
+
+
+def test_a_static_batch(resnet20: nn.Module, example: Tensor, tmp_path: Path) -> None:
+    result = export_bundle(resnet20, example, tmp_path / "b", ExportConfig("fp32", Batch(3, 3, 3), "none"))
+    assert result, result.report.verdict
+    assert verify_bundle(tmp_path / "b")[1]
+    assert json.loads((tmp_path / "b" / "manifest.json").read_text())["inputs"][0]["shape"] == [3, 3, 32, 32]
+
+
+REFUSED = {
+    "precision": (lambda: ExportConfig("fp8"), "expected a precision of fp32, fp16, bf16, got 'fp8'"),
+    "engine": (lambda: ExportConfig(engine="openvino"), "expected an engine of auto, none"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_unknown_settings_are_refused(case: str) -> None:
+    make, message = REFUSED[case]
+    with pytest.raises(ExportError, match=message):
+        make()
+
+
+def test_images_of_another_shape_are_refused(resnet20: nn.Module, example: Tensor, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"expected images of shape \[N, \*\[3, 32, 32\]\], got \[4, 3, 16, 16\]"):
+        export_bundle(resnet20, example, tmp_path / "b", images=torch.zeros(4, 3, 16, 16))
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,127 @@
+"""The scripts as a user runs them: exit codes, one clear line for nonsense, and the old bundle untouched."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+
+from resnet import create_model
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(script: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, ROOT / "scripts" / script, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    folder = tmp_path_factory.mktemp("anywhere")
+    return folder, run("export.py", "--model", "resnet20", "--fp16", "--batch", "1:4:8", cwd=folder)
+
+
+def test_export_prints_a_table_and_what_to_do_next(exported: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, process = exported
+    assert process.returncode == 0, process.stderr
+    assert (folder / "build" / "resnet20-fp16" / "model.onnx").is_file()
+    for word in ("eager", "fused", "onnx", "tensorrt-rtx", "UNTRAINED", "equal to the eager model"):
+        assert word in process.stdout
+    assert process.stdout.splitlines()[-1].endswith("next: python scripts/verify.py build/resnet20-fp16")
+    assert "capture and fuse" in process.stderr and "Warning" not in process.stderr
+
+
+def test_verify_passes_and_then_names_the_changed_file(exported: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, _ = exported
+    bundle = folder / "build" / "resnet20-fp16"
+    process = run("verify.py", bundle, "--json", cwd=folder)
+    assert process.returncode == 0 and json.loads(process.stdout)["passed"] is True
+    path = bundle / "model.onnx"
+    content = path.read_bytes()
+    try:
+        path.write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
+        process = run("verify.py", bundle, cwd=folder)
+    finally:
+        path.write_bytes(content)
+    assert process.returncode == 2
+    assert process.stderr.splitlines()[-1].startswith(f"verify.py: error: {path}: changed since it was written")
+
+
+def test_json_is_one_object_on_stdout(tmp_path: Path) -> None:
+    process = run(
+        "export.py", "--model", "resnet20", "--bf16", "--batch", 4, "--engine", "none", "--json", "--output", "out",
+        cwd=tmp_path,
+    )  # fmt: skip
+    summary = json.loads(process.stdout)
+    assert process.returncode == 0 and summary["passed"] is True and summary["precision"] == "bf16"
+    assert summary["trained"] is False and summary["fused"] == 21 and not summary["skipped"]
+    assert set(summary["files"]) == {"model.onnx", "parity.json", "golden.safetensors"}
+
+
+def test_weights_from_a_file(tmp_path: Path) -> None:
+    """Weights nobody calibrated load, and the evidence they give is refused as too weak."""
+    weights = tmp_path / "weights.safetensors"
+    save_file(create_model("resnet20", num_classes=7).state_dict(), weights)
+    common = ("export.py", "--model", "resnet20", "--weights", weights, "--engine", "none", "--output", "out")
+    process = run(*common, "--num-classes", 7, cwd=tmp_path)
+    assert process.returncode == 1
+    assert "no verdict, the evidence is too weak" in process.stdout and not (tmp_path / "out").exists()
+    process = run(*common, cwd=tmp_path)
+    assert process.returncode == 2 and "--num-classes 7" in process.stderr
+
+
+NONSENSE = {
+    "unknown model": (["--model", "resnet51"], "resnet50"),
+    "unknown flag": (["--fp61"], "did you mean --fp16"),
+    "two precisions": (["--fp16", "--bf16"], "not allowed with"),
+    "unknown precision": (["--precision", "fp8"], "invalid choice"),
+    "backward batch": (["--batch", "8:4:1"], "1 <= MIN <= OPT <= MAX"),
+    "batch zero": (["--batch", "0"], "1 <= MIN <= OPT <= MAX"),
+    "batch of two numbers": (["--batch", "1:2"], "expected MIN:OPT:MAX or one number, got '1:2'"),
+    "image size in words": (["--image-size", "big"], "expected H or HxW in pixels, got 'big'"),
+    "no classes": (["--num-classes", "0"], "got 0"),
+    "missing weights": (["--weights", "nowhere.pt"], "nowhere.pt"),
+    "corrupt weights": (["--weights", "corrupt.pt"], "corrupt.pt"),
+    "text as a picture": (["--images", "corrupt.pt"], "expected an image file"),
+    "int8": (["--int8"], "not available yet"),
+    "pretrained": (["--weights", "pretrained"], "not available yet"),
+    "missing engine package": (["--engine", "tensorrt"], "pip install -e '.[tensorrt]'"),
+    "unwritable folder": (["--output", "corrupt.pt/out"], "cannot be written"),
+    "folder of something else": (["--output", "."], "is not a bundle"),
+}
+
+
+@pytest.mark.parametrize("case", NONSENSE)
+def test_nonsense_is_one_line_and_exit_2(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments, expected = NONSENSE[case]
+    if case == "missing engine package":
+        pytest.importorskip("tensorrt_rtx")
+        try:
+            import tensorrt  # noqa: F401
+        except ImportError:
+            pass
+        else:
+            pytest.skip("the package is installed")
+    (tmp_path / "corrupt.pt").write_bytes(b"PK\x03\x04 this is not a checkpoint")
+    model = [] if "--model" in arguments else ["--model", "resnet20"]
+    process = run("export.py", *model, *arguments, cwd=tmp_path)
+    assert process.returncode == 2 and process.stdout == ""
+    refusal = [line for line in process.stderr.splitlines() if " s  " not in line]  # progress lines apart
+    assert len(refusal) == 1 and refusal[0].startswith("export.py: error: ") and expected in refusal[0]
+    assert {path.name for path in tmp_path.iterdir()} == {"corrupt.pt"}
+
+
+@pytest.mark.parametrize("script", ["export.py", "verify.py"])
+def test_help(script: str, tmp_path: Path) -> None:
+    process = run(script, "--help", cwd=tmp_path)
+    assert process.returncode == 0 and "usage:" in process.stdout
+
+
+def test_verify_refuses_what_is_no_bundle(tmp_path: Path) -> None:
+    process = run("verify.py", tmp_path, cwd=tmp_path)
+    assert process.returncode == 2 and "expected a bundle" in process.stderr
