@@ -63,7 +63,8 @@ def args_of(node: fx.Node) -> tuple[Any, ...]:
 def add_constant(graph_module: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
     """Store `value` as a buffer under a name derived from `name` and return a node that reads it.
 
-    4-D values, which are convolution weights, become channels_last. The node is inserted at the graph's current insertion point.
+    4-D values, which are convolution weights, become channels_last. The node is inserted at the graph's
+    current insertion point.
     """
     base = name.replace(".", "_")
     unique, suffix = base, 0
