@@ -11,12 +11,14 @@ from safetensors.numpy import load_file, save
 from export.errors import ExportError
 from export.parity.ladder import References
 
+_GROUPS = ("eager", "folded", "oracle")
+
 
 def save_golden(references: References) -> bytes:
-    """The bytes of a safetensors file with `input`, `eager.<output>` and `oracle.<output>`."""
+    """The bytes of a safetensors file with `input` and `<group>.<output>` for each group of outputs."""
     tensors = {"input": references.images}
-    tensors |= {f"eager.{name}": values for name, values in references.eager.items()}
-    tensors |= {f"oracle.{name}": values for name, values in references.oracle.items()}
+    for group in _GROUPS:
+        tensors |= {f"{group}.{name}": values for name, values in getattr(references, group).items()}
     return save({name: np.ascontiguousarray(values) for name, values in tensors.items()})
 
 
@@ -30,8 +32,8 @@ def load_golden(path: Path) -> References:
         tensors = load_file(path)
         groups = {
             group: {name.partition(".")[2]: t for name, t in tensors.items() if name.startswith(f"{group}.")}
-            for group in ("eager", "oracle")
+            for group in _GROUPS
         }
-        return References(tensors["input"], groups["eager"], groups["oracle"])
+        return References(tensors["input"], groups["eager"], groups["folded"], groups["oracle"])
     except (OSError, SafetensorError, KeyError) as error:
         raise ExportError(f"{path}: expected inputs and reference outputs ({error})") from error

@@ -25,10 +25,10 @@ from export.parity.evidence import check_evidence
 from export.parity.ladder import (
     Execution,
     References,
-    eager_rung,
     execute,
     judge,
     operator_images,
+    reference_rungs,
     run_references,
     unexecuted_rung,
 )
@@ -178,11 +178,11 @@ def _compare(
         executions.append(execute(runner, images, program.batch))
     engine_executions = [_execute_engine(engine, names, images, program.batch) for engine in engines]
     progress("run the eager model")
-    references = run_references(model, names, images, program.batch, precision)
+    references = run_references(model, program, names, images, precision)
     first_output = torch.from_numpy(references.oracle[names[0]])
     progress("compare")
     evidence = check_evidence(program.source, torch.from_numpy(operator_images(images, program.batch)), first_output)
-    rungs = [eager_rung(references, precision)]
+    rungs = reference_rungs(references, precision)
     for execution in executions:
         separate = execution.name == OnnxRuntimeRunner.name  # standard ONNX adds in a node of its own
         operators = check_operators(program, precision, execution.trace, separate)

@@ -14,7 +14,7 @@ from export.errors import ExportError, MissingDependency
 from export.golden import load_golden
 from export.lowering.onnx_file import ONNX_FILE, OnnxFile
 from export.lowering.tensorrt_engine import FLAVOURS, Engine, import_flavour
-from export.parity.ladder import eager_rung, execute, judge, unexecuted_rung
+from export.parity.ladder import execute, judge, reference_rungs, unexecuted_rung
 from export.parity.report import Rung
 from export.pipeline import ENGINE_FACTOR
 from export.precision import PRECISIONS
@@ -43,7 +43,7 @@ def verify_bundle(bundle: str | Path, progress: Callable[[str], None] = lambda s
     except (KeyError, TypeError, AttributeError) as error:
         raise ExportError(f"{bundle}: the manifest lacks {error}") from error
     references = load_golden(bundle / "golden.safetensors")
-    rungs = [eager_rung(references, precision)]
+    rungs = reference_rungs(references, precision)
     progress(f"run {ONNX_FILE}")
     model = OnnxFile(onnx.load(bundle / ONNX_FILE, load_external_data=False), names, {})
     execution = execute(OnnxRuntimeRunner(model, precision), references.images, batch)

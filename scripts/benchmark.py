@@ -77,6 +77,7 @@ def onnx_step(name: str, progress: Progress) -> dict[str, list[float]]:
         return step
 
     program = fuse(model, images)
+
     def with_fusion() -> None:
         lower_onnx(fuse(model, images), images, PRECISIONS["fp16"], {}).serialize()
 

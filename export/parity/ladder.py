@@ -6,9 +6,11 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -17,9 +19,13 @@ from export.lowering.tensorrt_engine import Engine
 from export.parity.network import NetworkCheck, compare
 from export.parity.operators import OperatorChecks
 from export.parity.report import Rung
+from export.passes.fuse_epilogue import FUSED
 from export.precision import Precision
-from export.runners import Arrays, EagerRunner, Runner
+from export.program import FusedProgram
+from export.runners import Arrays, EagerRunner, ProgramRunner, Runner
 
+# Two draws of rounding the weights: a broken fold is off by far more, and each fold is checked by operators.py.
+_FOLDED_FACTOR = 10.0
 _OPERATOR_IMAGES = 4  # the operator criterion looks at every element: more images add time, not evidence
 
 
@@ -30,12 +36,14 @@ class References:
     Attributes:
         images: [N, C, H, W], float32.
         eager: outputs of the user's model in the precision under test, by name.
+        folded: the same with BatchNorm folded, every operator still on its own.
         oracle: outputs of the user's model in float64, by name.
         seconds: per image of the eager model in the precision under test.
     """
 
     images: NDArray
     eager: Arrays
+    folded: Arrays
     oracle: Arrays
     seconds: float = 0.0
 
@@ -100,23 +108,42 @@ def infer(runner: Runner, images: NDArray, batch: Batch, size: int) -> Arrays:
 
 
 def run_references(
-    model: nn.Module, names: tuple[str, ...], images: NDArray, batch: Batch, precision: Precision
+    model: nn.Module, program: FusedProgram, names: tuple[str, ...], images: NDArray, precision: Precision
 ) -> References:
-    """Run the user's model, unfused, in the precision under test and in float64."""
-    with EagerRunner(model, precision.dtype, names) as runner:
-        started = time.perf_counter()
-        eager = infer(runner, images, batch, len(images))
-        seconds = (time.perf_counter() - started) / len(images)
-    with EagerRunner(model, torch.float64, names) as runner:
-        oracle = infer(runner, images, batch, len(images))
-    return References(images, eager, oracle, seconds)
+    """Run the user's model in the precision under test, with BatchNorm folded, and in float64."""
+    batch, outputs = program.batch, []
+    seconds = 0.0
+    for runner in (
+        EagerRunner(model, torch.float64, names),
+        ProgramRunner(program, precision, names, operators={FUSED: _unfused}),
+        EagerRunner(model, precision.dtype, names),
+    ):
+        with runner:
+            started = time.perf_counter()
+            outputs.append(infer(runner, images, batch, len(images)))
+            seconds = (time.perf_counter() - started) / len(images)
+    oracle, folded, eager = outputs
+    return References(images, eager, folded, oracle, seconds)
 
 
-def eager_rung(references: References, precision: Precision) -> Rung:
-    """The eager model in the precision under test: what rounding alone costs, and the measure of the others."""
-    factor, roundoff = precision.network_factor, precision.roundoff
-    outputs = compare(references.eager, references.eager, references.oracle, factor, roundoff)
-    return Rung(EagerRunner.name, EagerRunner.runtime, precision.name, outputs=outputs, seconds=references.seconds)
+def _unfused(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, *geometry_and_relu: Any) -> Tensor:
+    """conv2d_bias_act as eager operators, each of which rounds its result."""
+    *geometry, relu = geometry_and_relu
+    y = F.conv2d(x, weight, bias, *geometry)
+    if residual is not None:
+        y = y + residual
+    return (F.relu(y) if relu else y).contiguous(memory_format=torch.channels_last)
+
+
+def reference_rungs(references: References, precision: Precision) -> list[Rung]:
+    """What rounding alone costs: the eager model, and the same operators with BatchNorm folded."""
+    r, floor = references, precision.network_floor
+    eager = compare(r.eager, [r.eager], r.oracle, precision.network_factor, floor)
+    folded = compare(r.folded, [r.eager], r.oracle, _FOLDED_FACTOR, floor)
+    return [
+        Rung("eager", EagerRunner.runtime, precision.name, outputs=eager, seconds=r.seconds),
+        Rung("folded", EagerRunner.runtime, precision.name, outputs=folded),
+    ]
 
 
 def unexecuted_rung(engine: Engine, reason: str) -> Rung:
@@ -133,8 +160,9 @@ def judge(
     operators: OperatorChecks | None = None,
 ) -> Rung:
     """Compare what a form computed with the references; `factor` is k of the network criterion."""
+    rounded = (references.eager, references.folded)
     runs = [
-        compare(outputs, references.eager, references.oracle, factor, precision.roundoff)
+        compare(outputs, rounded, references.oracle, factor, precision.network_floor)
         for outputs in (execution.straight, execution.reversed)
     ]
     outputs = {name: max((run[name] for run in runs if name in run), key=_severity) for name in runs[0]}

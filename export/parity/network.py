@@ -1,20 +1,22 @@
 """P2 and P3: the outputs of a whole network against the float64 oracle. Needs numpy alone.
 
-P2: e <= k * e_eager, relative L2 errors against the oracle, e_eager that of the unfused eager model in
-the same precision; also on logits centred per image.
-P3: a changed top-1 fails where the oracle's margin exceeds tau = 2 * k * max|eager - oracle|; a verdict
+P2: e <= k * e_rounded, relative L2 errors against the oracle; also on logits centred per image. e_rounded
+is the larger of two unfused networks in the candidate's precision: the eager model, and the same operators
+with BatchNorm folded into the weights. The second rounds the very weights that the candidate rounds: what
+rounding the weights costs is one draw, alike for all images, and two networks that round different weights
+were seen to differ by 0.3 to 2.5 in their errors with nothing wrong in either.
+P3: a changed top-1 fails where the oracle's margin exceeds tau = 2 * k * max|rounded - oracle|; a verdict
 needs 95 % of the inputs above tau.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-_ROUNDING = 0.41  # rms of a rounding error, in units of the roundoff, over uniformly spread mantissas
 _DECIDED_SHARE = 0.95
 
 
@@ -24,8 +26,9 @@ class NetworkCheck:
 
     Attributes:
         error: relative L2 error of the candidate against the oracle.
-        eager_error: the same of the eager model in the candidate's precision.
-        ratio: the larger of error / eager_error on the logits and on the logits centred per image.
+        eager_error: the same of the unfused networks in the candidate's precision, the larger one.
+        ratio: the larger of error / eager_error on the logits and on the logits centred per image, with
+            the floor in place of a smaller eager_error.
         limit: k, what the ratio may not exceed.
         top1_agreement: share of inputs with the oracle's top-1 class; None where the output has no classes.
         decision: `equal`, `flipped`, `no verdict` (too few inputs with a clear margin) or `not a decision`.
@@ -51,19 +54,19 @@ class NetworkCheck:
 
 def compare(
     candidate: Mapping[str, NDArray],
-    eager: Mapping[str, NDArray],
+    rounded: Sequence[Mapping[str, NDArray]],
     oracle: Mapping[str, NDArray],
     factor: float,
-    roundoff: float,
+    floor: float,
 ) -> dict[str, NetworkCheck]:
     """Compare every output of a candidate with the oracle's.
 
     Args:
         candidate: output name -> array [N, ...].
-        eager: the same outputs of the eager model in the candidate's precision.
+        rounded: the same outputs of unfused networks in the candidate's precision; the larger error counts.
         oracle: the same outputs in float64; says which outputs there must be.
         factor: k.
-        roundoff: u of the precision; no output can be expected closer to the oracle than its rounding.
+        floor: a relative error no candidate is blamed for, however small the eager model's is.
 
     Returns:
         A check for every name in the oracle, and a failed one for every output the oracle does not have.
@@ -81,7 +84,7 @@ def compare(
         if name not in candidate:
             checks[name] = NetworkCheck.refused(factor, "the output is missing")
         else:
-            checks[name] = _compare_output(candidate[name], eager[name], reference, factor, roundoff)
+            checks[name] = _compare_output(candidate[name], [r[name] for r in rounded], reference, factor, floor)
     for name in candidate.keys() - oracle.keys():
         checks[name] = NetworkCheck.refused(factor, "an output the model does not have")
     return checks
@@ -104,7 +107,7 @@ def finite(value: float) -> float | None:
 
 
 def _compare_output(
-    candidate: NDArray, eager: NDArray, oracle: NDArray, factor: float, roundoff: float
+    candidate: NDArray, rounded: Sequence[NDArray], oracle: NDArray, factor: float, floor: float
 ) -> NetworkCheck:
     if candidate.shape != oracle.shape:
         return NetworkCheck.refused(factor, f"shape {list(candidate.shape)}, expected {list(oracle.shape)}")
@@ -114,30 +117,28 @@ def _compare_output(
         return NetworkCheck(error, 0.0, error, factor, None, "not a decision", "" if same else "differs")
     if not np.isfinite(candidate).all():
         return NetworkCheck.refused(factor, f"{int((~np.isfinite(candidate)).sum())} values are NaN or Inf")
-    error, eager_error = relative_error(candidate, oracle), relative_error(eager, oracle)
-    ratio = _ratio(error, eager_error, roundoff)
+    error, eager_error = relative_error(candidate, oracle), max(relative_error(y, oracle) for y in rounded)
+    ratio = error / max(eager_error, floor)
     logits = oracle.ndim == 2 and oracle.shape[1] > 1
     if logits:
-        centred, centred_eager, reference = (y - y.mean(axis=1, keepdims=True) for y in (candidate, eager, oracle))
-        errors = relative_error(centred, reference), relative_error(centred_eager, reference)
-        ratio = max(ratio, _ratio(*errors, roundoff))
-    reason = "" if ratio <= factor else f"error is {ratio:.2f} times the eager model's, the limit is {factor:g}"
+        centred, reference, *centred_rounded = (
+            y - y.mean(axis=1, keepdims=True) for y in (candidate, oracle, *rounded)
+        )
+        centred_error = max(relative_error(y, reference) for y in centred_rounded)
+        ratio = max(ratio, relative_error(centred, reference) / max(centred_error, floor))
+    reason = "" if ratio <= factor else f"error is {ratio:.2f} times that of unfused operators, the limit is {factor:g}"
     agreement, decision = None, "not a decision"
     if logits:
-        agreement, decision = _decide(candidate, eager, oracle, factor)
+        agreement, decision = _decide(candidate, rounded, oracle, factor)
         if decision == "flipped":
             reason = reason or "a top-1 class changed where the oracle's margin is clear"
     return NetworkCheck(error, eager_error, ratio, factor, agreement, decision, reason)
 
 
-def _ratio(error: float, eager_error: float, roundoff: float) -> float:
-    return error / max(eager_error, _ROUNDING * roundoff)
-
-
-def _decide(candidate: NDArray, eager: NDArray, oracle: NDArray, factor: float) -> tuple[float, str]:
+def _decide(candidate: NDArray, rounded: Sequence[NDArray], oracle: NDArray, factor: float) -> tuple[float, str]:
     ordered = np.sort(oracle, axis=1)
     margin = ordered[:, -1] - ordered[:, -2]
-    threshold = 2 * factor * float(np.abs(eager - oracle).max())
+    threshold = 2 * factor * max(float(np.abs(y - oracle).max()) for y in rounded)
     agrees = candidate.argmax(axis=1) == oracle.argmax(axis=1)
     clear = margin > threshold
     if bool((clear & ~agrees).any()):

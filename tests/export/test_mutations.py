@@ -46,8 +46,9 @@ class Subject:
 
 def make_subject(model: nn.Module, images: Tensor) -> Subject:
     inputs = images.numpy()
-    references = {name: run_references(model, NAMES, inputs, BATCH, p) for name, p in PRECISIONS.items()}
-    return Subject(fuse(model, images, BATCH), inputs, references)
+    program = fuse(model, images, BATCH)
+    references = {name: run_references(model, program, NAMES, inputs, p) for name, p in PRECISIONS.items()}
+    return Subject(program, inputs, references)
 
 
 @pytest.fixture(scope="module", params=["calibrated resnet20", "trained resnet20", "calibrated resnet18"])

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from export.parity.network import compare, relative_error
 
 U = 2.0**-11
+FLOOR = 0.41 * U
 K = 1.5
 
 
@@ -29,7 +30,7 @@ def eager(oracle: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def check(candidate: NDArray, eager: NDArray, oracle: NDArray):  # type: ignore[no-untyped-def]
-    return compare({"y": candidate}, {"y": eager}, {"y": oracle}, K, U)["y"]
+    return compare({"y": candidate}, [{"y": eager}], {"y": oracle}, K, FLOOR)["y"]
 
 
 def test_the_same_error_as_eager_is_equal(oracle: NDArray[np.float64], eager: NDArray[np.float64]) -> None:
@@ -91,7 +92,7 @@ def test_error_in_a_large_common_offset_is_found(oracle: NDArray[np.float64], ea
 
 
 def test_a_missing_and_an_extra_output_are_refused(oracle: NDArray[np.float64], eager: NDArray[np.float64]) -> None:
-    checks = compare({"z": eager}, {"y": eager}, {"y": oracle}, K, U)
+    checks = compare({"z": eager}, [{"y": eager}], {"y": oracle}, K, FLOOR)
     assert not checks["y"] and checks["y"].reason == "the output is missing"
     assert not checks["z"] and checks["z"].reason == "an output the model does not have"
 
@@ -99,7 +100,7 @@ def test_a_missing_and_an_extra_output_are_refused(oracle: NDArray[np.float64], 
 def test_a_flip_with_a_clear_margin_is_refused(oracle: NDArray[np.float64], eager: NDArray[np.float64]) -> None:
     candidate = eager.copy()
     candidate[2] = np.roll(candidate[2], 1)
-    result = compare({"y": candidate}, {"y": eager}, {"y": oracle}, 1e9, U)["y"]
+    result = compare({"y": candidate}, [{"y": eager}], {"y": oracle}, 1e9, FLOOR)["y"]
     assert result.decision == "no verdict"  # with such a factor no margin is clear
     result = check(candidate, eager, oracle)
     assert result.decision == "flipped" and result.top1_agreement == 7 / 8
@@ -116,8 +117,8 @@ def test_close_margins_give_no_verdict(oracle: NDArray[np.float64]) -> None:
 
 def test_integer_outputs_must_be_the_same() -> None:
     classes = np.array([1, 2, 3])
-    assert compare({"y": classes}, {"y": classes}, {"y": classes}, K, U)["y"]
-    assert not compare({"y": classes + 1}, {"y": classes}, {"y": classes}, K, U)["y"]
+    assert compare({"y": classes}, [{"y": classes}], {"y": classes}, K, FLOOR)["y"]
+    assert not compare({"y": classes + 1}, [{"y": classes}], {"y": classes}, K, FLOOR)["y"]
 
 
 def test_an_output_that_eager_computes_exactly_may_still_be_rounded() -> None:
@@ -136,7 +137,7 @@ def test_nothing_is_compared_with_a_broken_oracle(value: float, oracle: NDArray[
 
 def test_no_output_is_no_proof() -> None:
     with pytest.raises(ValueError, match="at least one output"):
-        compare({}, {}, {}, K, U)
+        compare({}, [{}], {}, K, FLOOR)
 
 
 def test_relative_error() -> None:

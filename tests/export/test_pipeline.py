@@ -46,7 +46,7 @@ def test_parity_json_says_what_was_compared(bundle: Path) -> None:
     parity = json.loads((bundle / "parity.json").read_text())
     assert parity["passed"] is True and parity["images"] == 8 and not parity["evidence"]["weaknesses"]
     rungs = {rung["name"]: rung for rung in parity["rungs"]}
-    assert list(rungs) == ["eager", "fused", "onnx", "tensorrt-rtx"]
+    assert list(rungs) == ["eager", "folded", "fused", "onnx", "tensorrt-rtx"]
     for name in ("fused", "onnx"):
         assert rungs[name]["passed"] is True and rungs[name]["precision"] == "fp16"
         assert 0 < rungs[name]["error"] <= 1.5 * rungs[name]["eager_error"]
@@ -80,7 +80,7 @@ def test_the_golden_file_is_the_float64_model(bundle: Path, resnet20: nn.Module)
 
 def test_verify_accepts_the_bundle(bundle: Path) -> None:
     rungs = verify_bundle(bundle)
-    assert [rung.name for rung in rungs] == ["eager", "onnx", "tensorrt-rtx"] and all(rungs)
+    assert [rung.name for rung in rungs] == ["eager", "folded", "onnx", "tensorrt-rtx"] and all(rungs)
 
 
 def test_verify_refuses_a_file_that_computes_something_else(
@@ -102,7 +102,7 @@ def test_verify_refuses_a_file_that_computes_something_else(
     with staged(tmp_path / "b") as staging:
         publish(staging, tmp_path / "b", files, manifest)
     rungs = {rung.name: rung for rung in verify_bundle(tmp_path / "b")}
-    assert not rungs["onnx"] and "times the eager model's" in rungs["onnx"].verdict
+    assert not rungs["onnx"] and "times that of unfused" in rungs["onnx"].verdict
 
 
 def test_engine_of_another_version_is_refused_before_it_is_loaded(bundle: Path, tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_a_users_model_is_exported(network: type[nn.Module], tmp_path: Path, pic
 def test_a_static_batch(resnet20: nn.Module, example: Tensor, tmp_path: Path) -> None:
     result = export_bundle(resnet20, example, tmp_path / "b", ExportConfig("fp32", Batch(3, 3, 3), "none"))
     assert result, result.report.verdict
-    assert verify_bundle(tmp_path / "b")[1]
+    assert verify_bundle(tmp_path / "b")[2]
     assert json.loads((tmp_path / "b" / "manifest.json").read_text())["inputs"][0]["shape"] == [3, 3, 32, 32]
 
 
