@@ -38,7 +38,7 @@ from export.precision import PRECISIONS, Precision
 from export.program import Coverage, FusedProgram, fuse
 from export.runners import OnnxRuntimeRunner, ProgramRunner, Runner, TensorRTRunner
 
-PARITY_IMAGES = 8
+PARITY_IMAGES = 16
 ENGINE_FACTOR = 3.0  # k for TensorRT, which chooses its own fusions and accumulation orders
 
 

@@ -44,7 +44,7 @@ def test_the_bundle_holds_its_five_files(bundle: Path) -> None:
 
 def test_parity_json_says_what_was_compared(bundle: Path) -> None:
     parity = json.loads((bundle / "parity.json").read_text())
-    assert parity["passed"] is True and parity["images"] == 8 and not parity["evidence"]["weaknesses"]
+    assert parity["passed"] is True and parity["images"] == 16 and not parity["evidence"]["weaknesses"]
     rungs = {rung["name"]: rung for rung in parity["rungs"]}
     assert list(rungs) == ["eager", "folded", "fused", "onnx", "tensorrt-rtx"]
     for name in ("fused", "onnx"):
