@@ -36,7 +36,7 @@ from export.parity.operators import check_operators
 from export.parity.report import ParityReport
 from export.precision import PRECISIONS, Precision
 from export.program import Coverage, FusedProgram, fuse
-from export.runners import OnnxRuntimeRunner, ProgramRunner, Runner, TensorRTRunner
+from export.runners import OnnxRuntimeRunner, ProgramRunner, Runner, TensorRTRunner, import_onnxruntime
 
 PARITY_IMAGES = 16
 ENGINE_FACTOR = 3.0  # k for TensorRT, which chooses its own fusions and accumulation orders
@@ -121,6 +121,7 @@ def export_bundle(
         raise ExportError(f"expected images of shape [N, *{list(example.shape[1:])}], got {list(images.shape)}")
     precision = PRECISIONS[config.precision]
     flavours, skipped = _flavours(config.engine)
+    import_onnxruntime()  # a missing package is known before any work is done
     with staged(output) as staging:
         progress("capture and fuse")
         program = fuse(model, example, config.batch)

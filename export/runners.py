@@ -153,7 +153,7 @@ class OnnxRuntimeRunner(Runner):
         self._file, self._precision = file, precision
 
     def __enter__(self) -> Self:
-        self.runtime = f"onnxruntime {_import_onnxruntime().__version__}"
+        self.runtime = f"onnxruntime {import_onnxruntime().__version__}"
         bfloat16 = self._precision.dtype is torch.bfloat16
         self._session = _open_session(rounded_copy(self._file.model) if bfloat16 else self._file.model)
         return self
@@ -259,7 +259,7 @@ def rounded_copy(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _open_session(model: onnx.ModelProto) -> Any:
-    runtime = _import_onnxruntime()
+    runtime = import_onnxruntime()
     options = runtime.SessionOptions()
     options.log_severity_level = 3
     session = runtime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
@@ -268,7 +268,12 @@ def _open_session(model: onnx.ModelProto) -> Any:
     return session
 
 
-def _import_onnxruntime() -> Any:
+def import_onnxruntime() -> Any:
+    """Import ONNX Runtime.
+
+    Raises:
+        MissingDependency: it is not installed.
+    """
     try:
         import onnxruntime
     except ImportError as error:

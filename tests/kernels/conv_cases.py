@@ -148,16 +148,12 @@ COMPILED_CASES = {
     "stem-7x7": ConvProblem(8, 3, 224, 224, 64, (7, 7), (2, 2), (3, 3), relu=True),
     "64-256-1x1-residual": ConvProblem(8, 64, 56, 56, 256, (1, 1), has_residual=True, relu=True),
     "64-64-3x3": ConvProblem(8, 64, 56, 56, 64, (3, 3), padding=(1, 1), relu=True),
-    "512-512-3x3-residual": ConvProblem(
-        128, 512, 7, 7, 512, (3, 3), padding=(1, 1), has_residual=True, relu=True
-    ),
+    "512-512-3x3-residual": ConvProblem(128, 512, 7, 7, 512, (3, 3), padding=(1, 1), has_residual=True, relu=True),
     "512-512-3x3-batch-1": ConvProblem(1, 512, 7, 7, 512, (3, 3), padding=(1, 1), relu=True),
     "128-128-3x3-s2": ConvProblem(8, 128, 56, 56, 128, (3, 3), (2, 2), (1, 1), relu=True),
     "256-512-1x1-s2": ConvProblem(8, 256, 56, 56, 512, (1, 1), (2, 2)),
     "128-128-3x3-g32": ConvProblem(8, 128, 56, 56, 128, (3, 3), padding=(1, 1), groups=32, relu=True),
-    "256-256-3x3-bf16": ConvProblem(
-        32, 256, 14, 14, 256, (3, 3), padding=(1, 1), dtype=torch.bfloat16, relu=True
-    ),
+    "256-256-3x3-bf16": ConvProblem(32, 256, 14, 14, 256, (3, 3), padding=(1, 1), dtype=torch.bfloat16, relu=True),
     "64-256-1x1-residual-fp32": ConvProblem(
         8, 64, 56, 56, 256, (1, 1), dtype=torch.float32, has_residual=True, relu=True
     ),

@@ -60,9 +60,7 @@ def make_inputs(problem: ConvProblem, device: torch.device | str = "cpu", seed: 
     out_shape = (problem.batch, problem.c_out, problem.out_height, problem.out_width)
     return Inputs(
         x=normal(problem.batch, problem.c_in, problem.height, problem.width),
-        weight=normal(
-            problem.c_out, problem.c_in_per_group, *problem.kernel, scale=1 / math.sqrt(problem.gemm_k)
-        ),
+        weight=normal(problem.c_out, problem.c_in_per_group, *problem.kernel, scale=1 / math.sqrt(problem.gemm_k)),
         bias=normal(problem.c_out, scale=0.5),
         residual=normal(*out_shape) if problem.has_residual else None,
     )

@@ -51,9 +51,7 @@ REFUSED = {
     "bias-dtype": Refused(
         "bias is torch.float64, expected torch.float32", {"bias": torch.zeros(40, dtype=torch.float64)}
     ),
-    "residual-dtype": Refused(
-        "residual is torch.bfloat16", {"residual": dense(2, 40, 6, 7, dtype=torch.bfloat16)}
-    ),
+    "residual-dtype": Refused("residual is torch.bfloat16", {"residual": dense(2, 40, 6, 7, dtype=torch.bfloat16)}),
     "stride-0": Refused(r"stride is \(0, 1\), expected two integers of at least 1", {"stride": (0, 1)}),
     "stride-of-three": Refused(r"stride is \(1, 1, 1\), expected two", {"stride": (1, 1, 1)}),
     "padding-negative": Refused(r"padding is \(1, -1\)", {"padding": (1, -1)}),
@@ -61,17 +59,13 @@ REFUSED = {
     "output-empty": Refused(
         r"output of \(-2, -1\), expected at least \(1, 1\)", {"padding": (0, 0), "dilation": (4, 4), "residual": None}
     ),
-    "x-not-channels_last": Refused(
-        "x of shape .*expected channels_last", {"x": torch.zeros(2, 32, 6, 7)}
-    ),
+    "x-not-channels_last": Refused("x of shape .*expected channels_last", {"x": torch.zeros(2, 32, 6, 7)}),
     "x-sliced": Refused("x of shape .*channels_last", {"x": dense(2, 32, 6, 14)[..., ::2]}),
     "x-channel-slice": Refused("x of shape .*channels_last", {"x": dense(2, 64, 6, 7)[:, :32]}),
     "x-transposed": Refused("x of shape .*channels_last", {"x": dense(2, 32, 7, 6).transpose(2, 3)}),
     "x-expanded": Refused("x of shape .*channels_last", {"x": dense(1, 32, 6, 7).expand(2, -1, -1, -1)}),
     "weight-not-channels_last": Refused("weight of shape .*channels_last", {"weight": torch.zeros(40, 32, 3, 3)}),
-    "residual-not-channels_last": Refused(
-        "residual of shape .*channels_last", {"residual": torch.zeros(2, 40, 6, 7)}
-    ),
+    "residual-not-channels_last": Refused("residual of shape .*channels_last", {"residual": torch.zeros(2, 40, 6, 7)}),
     "bias-strided": Refused(r"bias has stride \(2,\)", {"bias": torch.zeros(80)[::2]}),
 }
 

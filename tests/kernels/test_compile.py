@@ -91,6 +91,10 @@ FAULTY = {
     "some-narrow-copies": (replace(GOOD, async_copies={8: 4, 16: 36}), "expected copies of 16 bytes"),
     "narrow-copies": (replace(GOOD, async_copies={4: 36}), "expected copies of 16 bytes"),
     "no-copies": (replace(GOOD, async_copies={}), "expected copies of 16 bytes"),
+    "narrow-loads-of-a-single-slice": (
+        replace(GOOD, problem=replace(GOOD.problem, kernel=(1, 1)), global_loads={8: 12}, async_copies={}),
+        "loads {8: 12}",
+    ),
     "tf32-without-tensor-cores": (
         replace(
             GOOD,
@@ -107,6 +111,8 @@ def test_good_code_has_no_faults() -> None:
     assert GOOD.faults == []
     assert replace(GOOD, problem=replace(GOOD.problem, dtype=torch.float32), tensor_core_ops={}).faults == []
     assert replace(GOOD, problem=replace(GOOD.problem, c_in=3), async_copies={}).faults == []
+    single_slice = replace(GOOD.problem, kernel=(1, 1), padding=(0, 0))
+    assert replace(GOOD, problem=single_slice, global_loads={4: 8, 16: 12}, async_copies={}).faults == []
 
 
 @pytest.mark.parametrize("name", FAULTY)

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import math
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,8 @@ from tests.kernels.conv_cases import DTYPES, NETWORK_CASES, ODD_CASES
 from tests.kernels.oracle import Inputs, conv_arguments, make_inputs, p1_failures
 
 POISONS = (float("nan"), 1e30)
+# Elements on either side of an output: more than a tile of 128 rows of 2048 channels.
+GUARD = 2**18
 
 
 def power_of_two(size: int, most: int) -> int:
@@ -38,15 +41,17 @@ def config_for(problem: ConvProblem, device: torch.device) -> ConvConfig | None:
 
 
 def launch(problem: ConvProblem, inputs: Inputs, config: ConvConfig | None, poison: float = POISONS[0]) -> Tensor:
-    out = torch.empty(
-        (problem.batch, problem.c_out, problem.out_height, problem.out_width),
-        dtype=problem.dtype,
-        device=inputs.x.device,
-        memory_format=torch.channels_last,
-    ).fill_(min(poison, torch.finfo(problem.dtype).max))
+    """Run the kernel into poisoned memory, and see that it leaves the memory on either side alone."""
+    shape = (problem.batch, problem.out_height, problem.out_width, problem.c_out)
+    size = math.prod(shape)
+    poison = min(poison, torch.finfo(problem.dtype).max)
+    memory = torch.full((GUARD + size + GUARD,), poison, dtype=problem.dtype, device=inputs.x.device)
+    out = memory[GUARD : GUARD + size].view(shape).permute(0, 3, 1, 2)
     launch_conv2d_bias_act(
         inputs.x, inputs.weight, inputs.bias, inputs.residual, out, **conv_arguments(problem), config=config
     )
+    around = torch.cat([memory[:GUARD], memory[GUARD + size :]])
+    assert torch.equal(around.nan_to_num(7.0), torch.full_like(around, poison).nan_to_num(7.0))
     return out
 
 
