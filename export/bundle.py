@@ -39,7 +39,10 @@ def staged(output: Path) -> Iterator[Path]:
     with _locked(output):
         staging = output.parent / f".{output.name}.staging"
         shutil.rmtree(staging, ignore_errors=True)  # left by an export that was killed
-        staging.mkdir(mode=0o755)
+        try:
+            staging.mkdir(mode=0o755)
+        except OSError as error:
+            raise ExportError(f"{output} cannot be written: {error.strerror}") from error
         try:
             yield staging
         finally:
@@ -83,20 +86,21 @@ def publish(staging: Path, output: Path, files: Mapping[str, bytes], manifest: M
             _write(staging / name, content)
         _write(staging / MANIFEST, _manifest_bytes(files, manifest))
         _sync_folder(staging)
+        _check_replaceable(output)  # the folder may have changed while the export ran
         _exchange(staging, output)
         _sync_folder(output.parent)
     except OSError as error:
         raise ExportError(f"{output} cannot be written: {error.strerror}") from error
 
 
-def read_verified(bundle: Path) -> dict[str, Any]:
-    """The manifest of a bundle whose every file is the one that was written.
+def read_verified(bundle: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The manifest of a bundle whose every file is the one that was written, and the files that were checked.
 
     Raises:
         ExportError: not a bundle, or a file is missing, changed, unlisted or a link; names the file.
     """
     manifest = _read_manifest(bundle)
-    listed = manifest["files"]
+    listed, contents = manifest["files"], {}
     for path in sorted(bundle.iterdir()):
         if path.is_symlink() or not path.is_file():
             raise ExportError(f"{path}: expected a plain file")
@@ -110,10 +114,11 @@ def read_verified(bundle: Path) -> dict[str, Any]:
             raise ExportError(f"{path}: missing")
         if path.stat().st_size != expected["bytes"]:
             raise ExportError(f"{path}: {path.stat().st_size} bytes, expected {expected['bytes']}")
-        digest = _digest(path.read_bytes())
+        contents[name] = path.read_bytes()
+        digest = _digest(contents[name])
         if digest != expected["sha256"]:
             raise ExportError(f"{path}: changed since it was written (sha256 {digest}, expected {expected['sha256']})")
-    return manifest
+    return manifest, contents
 
 
 def _read_manifest(bundle: Path) -> dict[str, Any]:
@@ -151,10 +156,19 @@ def _digest(content: bytes) -> str:
 
 
 def _check_replaceable(output: Path) -> None:
+    """Refuse a folder that holds anything but a bundle: what is replaced is deleted."""
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise ExportError(f"{output} exists and is not a folder: choose another --output")
-    if output.is_dir() and any(output.iterdir()) and not (output / MANIFEST).is_file():
-        raise ExportError(f"{output} exists and is not a bundle (no {MANIFEST}): choose another --output")
+    names = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    if not names:
+        return
+    try:
+        listed = _read_manifest(output)["files"].keys()
+    except ExportError as error:
+        raise ExportError(f"{output} exists and is not a bundle: choose another --output ({error})") from error
+    foreign = sorted(names - listed - {MANIFEST})
+    if foreign:
+        raise ExportError(f"{output} holds {foreign[0]}, which is not part of the bundle: choose another --output")
 
 
 def _write(path: Path, content: bytes) -> None:

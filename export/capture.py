@@ -42,13 +42,25 @@ class Batch:
 DEFAULT_BATCH = Batch(1, 8, 32)
 
 
+def as_batch(value: Batch | tuple[int, int, int] | int) -> Batch:
+    """A Batch from (minimum, optimum, maximum) or from one static size."""
+    if isinstance(value, Batch):
+        return value
+    return Batch(value, value, value) if isinstance(value, int) else Batch(*value)
+
+
 @contextmanager
 def plain_torch() -> Iterator[None]:
     """No gradients, no ambient autocast or inference mode, float32 as the default type."""
     default_dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
+        ):
             yield
     finally:
         torch.set_default_dtype(default_dtype)
@@ -62,8 +74,8 @@ def eager_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """
     try:
         duplicate = copy.deepcopy(model)
-    except RuntimeError as error:
-        raise ExportError(f"the model cannot be copied: {_first_line(error)}") from error
+    except (RuntimeError, TypeError) as error:
+        raise ExportError(f"the model cannot be copied: {first_line(error)}") from error
     return duplicate.to(device="cpu", dtype=dtype)
 
 
@@ -81,11 +93,11 @@ def check_model(model: nn.Module, example: Tensor) -> None:
         raise ExportError(
             f"expected a model in eval mode, got {', '.join(training[:3])} in training mode: call .eval()"
         )
-    if example.dim() != 4 or not example.is_floating_point():
-        raise ExportError(
-            f"expected an example of shape [N, C, H, W] in floating point, got {list(example.shape)} {example.dtype}"
-        )
+    if not isinstance(example, Tensor) or example.dim() != 4 or not example.is_floating_point():
+        raise ExportError(f"expected an example of shape [N, C, H, W] in floating point, got {describe_value(example)}")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if nn.parameter.is_lazy(tensor) or tensor.is_meta:
+            raise ExportError(f"{name} holds no values: expected a model with its weights loaded")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ExportError(f"{name} holds NaN or Inf: expected finite weights")
         if name.endswith("running_var") and bool((tensor < 0).any()):
@@ -120,10 +132,12 @@ def capture(model: nn.Module, example: Tensor, batch: Batch) -> fx.GraphModule:
             program = torch.export.export(duplicate, (traced_input,), dynamic_shapes=dynamic, strict=False)
             program = program.run_decompositions({})  # no decomposition: only in-place operators go
         except Exception as error:
-            raise ExportError(f"torch.export cannot capture {type(model).__name__}: {_first_line(error)}") from error
+            raise ExportError(f"torch.export cannot capture {type(model).__name__}: {first_line(error)}") from error
         mutated = list(program.graph_signature.buffers_to_mutate.values())
         if mutated:
             raise ExportError(f"forward changes the buffer {mutated[0]}: expected a pure function of its input")
+        if program.graph_signature.user_inputs_to_mutate:
+            raise ExportError("forward changes its input in place: expected a pure function of its input")
         graph_module = program.module(check_guards=False)
     return _without_layout(graph_module)
 
@@ -155,6 +169,12 @@ def _without_layout(graph_module: fx.GraphModule) -> fx.GraphModule:
     return graph_module
 
 
-def _first_line(error: BaseException) -> str:
+def describe_value(value: object) -> str:
+    """Shape and type of a tensor, the type of anything else."""
+    return f"{list(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load, save
 
 from export.errors import ExportError
 from export.parity.ladder import References
 
+GOLDEN_FILE = "golden.safetensors"
 _GROUPS = ("eager", "folded", "oracle")
 
 
@@ -22,18 +21,18 @@ def save_golden(references: References) -> bytes:
     return save({name: np.ascontiguousarray(values) for name, values in tensors.items()})
 
 
-def load_golden(path: Path) -> References:
+def load_golden(content: bytes) -> References:
     """Read what `save_golden` wrote.
 
     Raises:
-        ExportError: the file is not a golden file.
+        ExportError: these are not the bytes of a golden file.
     """
     try:
-        tensors = load_file(path)
+        tensors = load(content)
         groups = {
             group: {name.partition(".")[2]: t for name, t in tensors.items() if name.startswith(f"{group}.")}
             for group in _GROUPS
         }
         return References(tensors["input"], groups["eager"], groups["folded"], groups["oracle"])
-    except (OSError, SafetensorError, KeyError) as error:
-        raise ExportError(f"{path}: expected inputs and reference outputs ({error})") from error
+    except (SafetensorError, KeyError) as error:
+        raise ExportError(f"{GOLDEN_FILE}: expected inputs and reference outputs ({error})") from error

@@ -60,6 +60,28 @@ def args_of(node: fx.Node) -> tuple[Any, ...]:
     return node.args
 
 
+_MOVES_DATA = (
+    "alias",
+    "clone",
+    "contiguous",
+    "dropout",
+    "expand",
+    "permute",
+    "reshape",
+    "slice",
+    "squeeze",
+    "sym_size",
+    "transpose",
+    "unsqueeze",
+    "_assert_tensor_metadata",
+)
+
+
+def moves_data(node: fx.Node) -> bool:
+    """Whether a call computes nothing: it moves, names or measures values (dropout, in eval mode, too)."""
+    return schema_name(node) in ("", *_MOVES_DATA)
+
+
 def add_constant(graph_module: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
     """Store `value` as a buffer under a name derived from `name` and return a node that reads it.
 

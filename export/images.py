@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,14 +16,11 @@ from export.errors import ExportError
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
-PREPROCESSING = {
-    "colour": "RGB",
-    "resize": "random crops of the shorter side, bilinear",
-    "scale": "x / 255",
-    "mean": list(MEAN),
-    "std": list(STD),
-    "layout": "NCHW",
-}
+
+def preprocessing(channels: int) -> dict[str, Any]:
+    """What `crops` does to a picture, for the manifest."""
+    colour = {1: "grey, the mean of the normalised RGB planes", 3: "RGB"}.get(channels, "RGB planes repeated")
+    return {"colour": colour, "scale": "x / 255", "mean": list(MEAN), "std": list(STD), "layout": "NCHW"}
 
 
 def photographs() -> list[Image.Image]:

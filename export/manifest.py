@@ -9,7 +9,6 @@ from typing import Any
 
 import onnx
 
-from export.images import PREPROCESSING
 from export.lowering.onnx_file import OnnxFile
 from export.lowering.tensorrt_engine import Engine
 from export.precision import Precision
@@ -26,16 +25,16 @@ def describe(
     precision: Precision,
     metadata: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The manifest without its list of files. `metadata` says what only the caller knows."""
+    """The manifest without its list of files. `metadata` goes under `model`: what only the caller knows."""
     graph = onnx_file.model.graph
     return {
         "format": FORMAT,
+        "model": dict(metadata),
         "precision": precision.name,
         "batch": {"min": program.batch.minimum, "opt": program.batch.optimum, "max": program.batch.maximum},
         "inputs": [_value(value) for value in graph.input],
         "outputs": [_value(value) for value in graph.output],
         "opset": onnx_file.model.opset_import[0].version,
-        "preprocessing": PREPROCESSING,
         "engines": {
             engine.flavour.file_name: {
                 "flavour": engine.flavour.name,
@@ -45,10 +44,9 @@ def describe(
             }
             for engine in engines
         },
-        "fused": {operator.name: list(operator.parts) for operator in program.coverage.fused},
+        "fused": [{"name": o.name, "kind": o.kind, "parts": list(o.parts)} for o in program.coverage.fused],
         "left": [{"name": o.name, "kind": o.kind, "reason": o.reason} for o in program.coverage.left],
         "versions": {"python": platform.python_version(), **_versions()},
-        **metadata,
     }
 
 

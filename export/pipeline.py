@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from export.bundle import publish, staged
-from export.capture import DEFAULT_BATCH, Batch, check_model
+from export.capture import DEFAULT_BATCH, Batch, as_batch, check_model, describe_value
 from export.errors import ExportError
-from export.golden import save_golden
+from export.golden import GOLDEN_FILE, save_golden
 from export.images import crops, photographs
 from export.lowering.onnx_file import ONNX_FILE, OnnxFile, lower_onnx
 from export.lowering.tensorrt_engine import FLAVOURS, Engine, build_engine, why_not_buildable
@@ -48,17 +48,18 @@ class ExportConfig:
 
     Attributes:
         precision: `fp32`, `fp16` or `bf16`.
-        batch: the batch sizes the artefacts accept.
+        batch: the batch sizes the artefacts accept; also (minimum, optimum, maximum) or one static size.
         engine: `none`, `tensorrt`, `tensorrt-rtx`, or `auto` for each that can be built here.
     """
 
     precision: str = "fp32"
-    batch: Batch = DEFAULT_BATCH
+    batch: Batch | tuple[int, int, int] | int = DEFAULT_BATCH
     engine: str = "auto"
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ExportError(f"expected a precision of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        object.__setattr__(self, "batch", as_batch(self.batch))
         if self.engine not in ("auto", "none", *FLAVOURS):
             raise ExportError(f"expected an engine of auto, none, {', '.join(FLAVOURS)}, got {self.engine!r}")
 
@@ -114,35 +115,39 @@ def export_bundle(
     """
     started, output, config = time.perf_counter(), Path(output), config or ExportConfig()
     check_model(model, example)
+    batch = as_batch(config.batch)
+    try:
+        json.dumps(dict(metadata or {}))
+    except (TypeError, ValueError) as error:
+        raise ExportError(f"expected metadata that JSON can hold: {error}") from error
     if images is None:
         _, channels, *size = example.shape
         images = crops(photographs(), PARITY_IMAGES, channels, (size[0], size[1]))
-    if images.shape[1:] != example.shape[1:] or len(images) == 0:
-        raise ExportError(f"expected images of shape [N, *{list(example.shape[1:])}], got {list(images.shape)}")
+    if not isinstance(images, Tensor) or images.shape[1:] != example.shape[1:] or len(images) == 0:
+        raise ExportError(f"expected images of shape [N, *{list(example.shape[1:])}], got {describe_value(images)}")
     precision = PRECISIONS[config.precision]
     flavours, skipped = _flavours(config.engine)
     import_onnxruntime()  # a missing package is known before any work is done
     with staged(output) as staging:
         progress("capture and fuse")
-        program = fuse(model, example, config.batch)
+        program = fuse(model, example, batch)
         progress("write ONNX")
-        facts = {"precision": precision.name, "batch": str(config.batch)}
+        facts = {"precision": precision.name, "batch": str(batch)}
         onnx_file = lower_onnx(program, example, precision, facts)
         files = {ONNX_FILE: onnx_file.serialize()}
         engines = []
         for name in flavours:
             progress(f"build the {name} engine")
             shape = (example.shape[1], example.shape[2], example.shape[3])
-            engine = build_engine(files[ONNX_FILE], FLAVOURS[name], precision, config.batch, shape)
+            engine = build_engine(files[ONNX_FILE], FLAVOURS[name], precision, batch, shape)
             engines.append(engine)
             files[engine.flavour.file_name] = engine.plan
-        report, references = _compare(
-            model, program, onnx_file, engines, precision, images.detach().float().numpy(), progress
-        )
+        inputs = images.detach().cpu().float().numpy()
+        report, references = _compare(model, program, onnx_file, engines, precision, inputs, progress)
         if report:
             progress("write the bundle")
             files["parity.json"] = (json.dumps(report.to_json(), indent=2) + "\n").encode()
-            files["golden.safetensors"] = save_golden(references)
+            files[GOLDEN_FILE] = save_golden(references)
             publish(staging, output, files, describe(program, onnx_file, engines, precision, metadata or {}))
     sizes = {name: len(content) for name, content in files.items()}
     return ExportResult(output, report, program.coverage, skipped, sizes, time.perf_counter() - started)
@@ -180,9 +185,9 @@ def _compare(
     engine_executions = [_execute_engine(engine, names, images, program.batch) for engine in engines]
     progress("run the eager model")
     references = run_references(model, program, names, images, precision)
-    first_output = torch.from_numpy(references.oracle[names[0]])
+    outputs = [torch.from_numpy(values) for values in references.oracle.values()]
     progress("compare")
-    evidence = check_evidence(program.source, torch.from_numpy(operator_images(images, program.batch)), first_output)
+    evidence = check_evidence(program.source, torch.from_numpy(operator_images(images, program.batch)), outputs)
     rungs = reference_rungs(references, precision)
     for execution in executions:
         separate = execution.name == OnnxRuntimeRunner.name  # standard ONNX adds in a node of its own

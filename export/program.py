@@ -8,12 +8,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from export.capture import DEFAULT_BATCH, Batch, capture, plain_torch
-from export.graph import converted, is_call, module_path, schema_name
+from export.errors import ExportError
+from export.graph import converted, is_call, module_path, moves_data, schema_name
 from export.passes import PASSES
 from export.passes.fuse_epilogue import FUSED
 from export.precision import PRECISIONS, Precision
-
-_NO_ARITHMETIC = ("reshape", "flatten", "contiguous", "sym_size", "dropout", "clone", "alias")
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,7 @@ class FusedProgram(nn.Module):
         master: the fused graph with float64 parameters: each precision is cast from it, once.
         coverage: what was fused and what was left, by the names of the user's modules.
         batch: the batch sizes it accepts.
+        image_shape: (C, H, W).
     """
 
     source: fx.GraphModule
@@ -64,6 +64,7 @@ class FusedProgram(nn.Module):
         super().__init__()
         self.__dict__.update(source=source, master=master)  # kept out of parameters() and of .to()
         self.batch = batch
+        self.image_shape = tuple(next(n for n in source.graph.nodes if n.op == "placeholder").meta["val"].shape[1:])
         self.coverage = _coverage(master)
         self.graph_module = self.at(PRECISIONS["fp32"])
 
@@ -76,6 +77,15 @@ class FusedProgram(nn.Module):
         return converted(self.master, precision.dtype)
 
     def forward(self, x: Tensor) -> object:
+        """Run the fused network on [N, C, H, W].
+
+        Raises:
+            ExportError: the batch size or image shape is not one it was captured for.
+        """
+        if tuple(x.shape[1:]) != self.image_shape or not self.batch.minimum <= len(x) <= self.batch.maximum:
+            raise ExportError(
+                f"expected an input of shape [{self.batch}, *{list(self.image_shape)}], got {list(x.shape)}"
+            )
         with plain_torch():
             return self.graph_module(x)
 
@@ -105,8 +115,6 @@ def _coverage(master: fx.GraphModule) -> Coverage:
         if is_call(node, FUSED):
             parts = tuple(node.meta["fused"])
             fused.append(Operator(module_path(node), "conv2d_bias_act", parts))
-        elif node.op == "call_function":
-            kind = schema_name(node)
-            if kind and kind not in _NO_ARITHMETIC:
-                left.append(Operator(module_path(node), kind, reason=node.meta.get("refused", "")))
+        elif node.op == "call_function" and not moves_data(node):
+            left.append(Operator(module_path(node), schema_name(node), reason=node.meta.get("refused", "")))
     return Coverage(tuple(fused), tuple(left))

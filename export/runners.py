@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from typing_extensions import Self
 
-from export.capture import eager_copy, plain_torch
+from export.capture import eager_copy, first_line, plain_torch
 from export.errors import ExportError, MissingDependency
 from export.lowering.onnx_file import ONNX_FILE, OnnxFile
 from export.lowering.tensorrt_engine import Engine, import_flavour
@@ -78,7 +78,10 @@ class EagerRunner(Runner):
     def infer(self, inputs: Mapping[str, NDArray]) -> Arrays:
         with plain_torch():
             x = torch.from_numpy(inputs["input"]).to(self._dtype, copy=True)
-            outputs = pytree.tree_leaves(self._copy(x))
+            try:
+                outputs = pytree.tree_leaves(self._copy(x))
+            except RuntimeError as error:
+                raise ExportError(f"the eager model does not run in {self._dtype}: {first_line(error)}") from error
         return _named(self._output_names, outputs)
 
 
@@ -171,15 +174,27 @@ class OnnxRuntimeRunner(Runner):
         The copy rounds after every node: left to itself, ONNX Runtime drops a rounding where two casts
         follow each other, and the values would not be those a 16-bit device computes.
         """
-        if not self._file.values:
-            return {}
         copy = rounded_copy(self._file.model)
         outputs = {value.name for value in copy.graph.output}
         names = list(dict.fromkeys(value for value in self._file.values.values() if value != "input"))
+        if not names:
+            return {}
         copy.graph.output.extend(onnx.helper.make_empty_tensor_value_info(v) for v in names if v not in outputs)
         values = dict(zip(names, _open_session(copy).run(names, dict(inputs)), strict=True)) | dict(inputs)
         dtype = self._precision.dtype
         return {node: torch.from_numpy(values[value]).to(dtype) for node, value in self._file.values.items()}
+
+
+_TORCH_TYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "INT32": "int32",
+    "INT64": "int64",
+    "INT8": "int8",
+    "UINT8": "uint8",
+    "BOOL": "bool",
+}
 
 
 class TensorRTRunner(Runner):
@@ -214,7 +229,9 @@ class TensorRTRunner(Runner):
         self._context.set_tensor_address("input", x.data_ptr())
         outputs = []
         for name in self._output_names:
-            y = torch.full(tuple(self._context.get_tensor_shape(name)), float("nan"), device="cuda")
+            dtype = getattr(torch, _TORCH_TYPES[self._plan.get_tensor_dtype(name).name])
+            y = torch.empty(tuple(self._context.get_tensor_shape(name)), dtype=dtype, device="cuda")
+            y.view(torch.uint8).fill_(0xFF)  # NaN in every floating-point type: what is not written is noticed
             self._context.set_tensor_address(name, y.data_ptr())
             outputs.append(y)
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -262,7 +279,10 @@ def _open_session(model: onnx.ModelProto) -> Any:
     runtime = import_onnxruntime()
     options = runtime.SessionOptions()
     options.log_severity_level = 3
-    session = runtime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+    try:
+        session = runtime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions share no base class
+        raise ExportError(f"onnxruntime cannot load the ONNX file: {first_line(error)}") from error
     if session.get_providers() != ["CPUExecutionProvider"]:
         raise ExportError(f"ONNX Runtime chose {session.get_providers()}: expected CPUExecutionProvider alone")
     return session
@@ -283,4 +303,4 @@ def import_onnxruntime() -> Any:
 
 def _named(names: tuple[str, ...], outputs: list[Tensor]) -> Arrays:
     arrays = [(y.double() if y.dtype == torch.float64 else y.float()) if y.is_floating_point() else y for y in outputs]
-    return dict(zip(names, (y.cpu().numpy() for y in arrays), strict=True))
+    return dict(zip(names, (y.detach().cpu().numpy() for y in arrays), strict=True))

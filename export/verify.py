@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
+from google.protobuf.message import DecodeError
 
 from export.bundle import read_verified
 from export.capture import Batch
 from export.errors import ExportError, MissingDependency
-from export.golden import load_golden
+from export.golden import GOLDEN_FILE, load_golden
 from export.lowering.onnx_file import ONNX_FILE, OnnxFile
 from export.lowering.tensorrt_engine import FLAVOURS, Engine, import_flavour
+from export.manifest import FORMAT
 from export.parity.ladder import execute, judge, reference_rungs, unexecuted_rung
 from export.parity.report import Rung
 from export.pipeline import ENGINE_FACTOR
-from export.precision import PRECISIONS
+from export.precision import PRECISIONS, Precision
 from export.runners import OnnxRuntimeRunner, TensorRTRunner
 
 
@@ -25,7 +28,7 @@ def verify_bundle(bundle: str | Path, progress: Callable[[str], None] = lambda s
     """Check every file of a bundle, then run its golden inputs through each artefact this machine can run.
 
     Returns:
-        A rung for the eager model that exported it and one for each artefact. The bundle passes when every
+        Two rungs for the eager model that was exported and one for each artefact. The bundle passes when every
         executed rung is true; there is at least the ONNX file's.
 
     Raises:
@@ -34,25 +37,24 @@ def verify_bundle(bundle: str | Path, progress: Callable[[str], None] = lambda s
     """
     bundle = Path(bundle)
     progress("check the files")
-    manifest = read_verified(bundle)
+    manifest, contents = read_verified(bundle)
+    if manifest.get("format") != FORMAT:
+        raise ExportError(f"{bundle} has format {manifest.get('format')}: this version reads format {FORMAT}")
     try:
         precision = PRECISIONS[manifest["precision"]]
         batch = Batch(*(manifest["batch"][key] for key in ("min", "opt", "max")))
         names = tuple(output["name"] for output in manifest["outputs"])
-        engines = manifest["engines"].items()
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ExportError(f"{bundle}: the manifest lacks {error}") from error
-    references = load_golden(bundle / "golden.safetensors")
+        engines = [_engine(name, facts, contents, precision) for name, facts in manifest["engines"].items()]
+        references = load_golden(contents[GOLDEN_FILE])
+        model = onnx.load_model_from_string(contents[ONNX_FILE])
+    except (KeyError, TypeError, AttributeError, StopIteration, DecodeError) as error:
+        raise ExportError(f"{bundle}: not a bundle of this project ({type(error).__name__}: {error})") from error
     rungs = reference_rungs(references, precision)
     progress(f"run {ONNX_FILE}")
-    model = OnnxFile(onnx.load(bundle / ONNX_FILE, load_external_data=False), names, {})
-    execution = execute(OnnxRuntimeRunner(model, precision), references.images, batch)
+    execution = execute(OnnxRuntimeRunner(OnnxFile(model, names, {}), precision), references.images, batch)
     rungs.append(judge(execution, references, precision, precision.network_factor))
-    for file_name, facts in engines:
-        progress(f"run {file_name}")
-        flavour = FLAVOURS[facts["flavour"]]
-        plan = (bundle / file_name).read_bytes()
-        engine = Engine(flavour, plan, facts["version"], precision, facts["convolutions"], facts["build_seconds"])
+    for engine in engines:
+        progress(f"run {engine.flavour.file_name}")
         reason = _why_not_runnable(engine)
         if reason:
             rungs.append(unexecuted_rung(engine, reason))
@@ -60,6 +62,12 @@ def verify_bundle(bundle: str | Path, progress: Callable[[str], None] = lambda s
             execution = execute(TensorRTRunner(engine, names), references.images, batch)
             rungs.append(judge(execution, references, precision, ENGINE_FACTOR))
     return rungs
+
+
+def _engine(name: str, facts: dict[str, Any], contents: dict[str, bytes], precision: Precision) -> Engine:
+    """An engine from the bytes that were checked: only under the name its flavour has in a bundle."""
+    flavour = next(f for f in FLAVOURS.values() if f.file_name == name and f.name == facts["flavour"])
+    return Engine(flavour, contents[name], facts["version"], precision, facts["convolutions"], facts["build_seconds"])
 
 
 def _why_not_runnable(engine: Engine) -> str:

@@ -1,4 +1,4 @@
-"""Measure this project beside what a user would do without it, in one run, and print both."""
+"""Time the writing of an ONNX file by this project and by torch alone, in turn, in one run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ ROUNDS = 3
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="benchmark.py", description=__doc__)
-    parser.add_argument("--onnx-step", action="store_true", required=True, help="writing ONNX: ours and torch's own")
     parser.add_argument("--model", default="resnet50", metavar="NAME", help="default resnet50")
     return parser.parse_args(argv)
 

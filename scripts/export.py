@@ -14,8 +14,9 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where
 import torch
 
 from export import Batch, ExportConfig, ExportError, ExportResult, export_bundle
+from export.capture import as_batch, first_line
 from export.console import Parser, Progress, print_rungs
-from export.images import crops, open_images, photographs
+from export.images import crops, open_images, photographs, preprocessing
 from export.pipeline import PARITY_IMAGES
 from resnet import MODELS, create_model, initialise, load_weights
 
@@ -50,11 +51,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with Progress() as progress:
             result = run(args, progress)
-    except (ExportError, ValueError, OSError) as error:
-        sys.stderr.write(f"export.py: error: {error}\n")
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        sys.stderr.write(f"export.py: error: {first_line(error)}\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("export.py: interrupted; nothing was written\n")
+        sys.stderr.write("export.py: interrupted\n")
         return 130
     summarise(args, result)
     return 0 if result else 1
@@ -71,8 +72,12 @@ def run(args: argparse.Namespace, progress: Progress) -> ExportResult:
     height, width = parse_size(args.image_size) if args.image_size else (MODELS[args.model].image_size,) * 2
     pictures = open_images(args.images) if args.images else photographs()
     images = crops(pictures, max(PARITY_IMAGES, len(pictures)), args.in_channels, (height, width))
-    metadata: dict[str, Any] = {"model": args.model, "trained": args.weights is not None}
-    if args.weights:
+    metadata: dict[str, Any] = {
+        "name": args.model,
+        "trained": args.weights is not None,
+        "preprocessing": preprocessing(args.in_channels),
+    }
+    if args.weights is not None:
         progress("load the weights")
         info = load_weights(model, args.weights)
         metadata["weights"] = {"file": Path(info.path).name, "sha256": info.sha256}
@@ -94,7 +99,7 @@ def parse_batch(text: str) -> Batch:
         sizes = []
     if len(sizes) not in (1, 3):
         raise ExportError(f"--batch: expected MIN:OPT:MAX or one number, got {text!r}")
-    return Batch(*sizes) if len(sizes) == 3 else Batch(sizes[0], sizes[0], sizes[0])
+    return Batch(*sizes) if len(sizes) == 3 else as_batch(sizes[0])
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -128,11 +133,14 @@ def summarise(args: argparse.Namespace, result: ExportResult) -> None:
         return
     print_rungs(report.rungs, result.files)
     print(f"{len(coverage.fused)} fused operators; left: {', '.join(op.name for op in coverage.left) or 'none'}")
+    for rung in report.rungs:
+        if rung.operators is not None and rung.operators.unchecked:
+            print(f"{rung.name}: no operator criterion for {', '.join(rung.operators.unchecked)}")
     for name, reason in result.skipped.items():
         print(f"{name} engine not built: {reason}")
     for weakness in report.evidence.weaknesses:
         print(f"weak evidence: {weakness}")
-    if not args.weights:
+    if args.weights is None:
         print("UNTRAINED weights: this checks the export, not the network; give --weights to deploy")
     print(f"{report.verdict} ({report.images} images, {result.seconds:.0f} s)")
     if result:

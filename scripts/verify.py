@@ -28,12 +28,22 @@ def main(argv: list[str] | None = None) -> int:
     except (ExportError, OSError) as error:
         sys.stderr.write(f"verify.py: error: {error}\n")
         return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("verify.py: interrupted\n")
+        return 130
     passed = all(rungs)
     if args.json:
         print(json.dumps({"passed": passed, "rungs": [rung.to_json() for rung in rungs]}))
         return 0 if passed else 1
     print_rungs(rungs, {path.name: path.stat().st_size for path in args.bundle.iterdir()})
-    print(f"{args.bundle}: {'whole, and equal to the eager model' if passed else 'NOT EQUAL to the eager model'}")
+    waiting = [rung.file for rung in rungs if rung.not_run]
+    if not passed:
+        print(f"{args.bundle}: NOT EQUAL to the eager model; do not deploy, export again")
+    elif waiting:
+        print(f"{args.bundle}: whole, and what ran here equals the eager model")
+        print(f"next: the same command on the device, for {', '.join(waiting)}")
+    else:
+        print(f"{args.bundle}: whole, and every artefact equals the eager model; ready to deploy")
     return 0 if passed else 1
 
 

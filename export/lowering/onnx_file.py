@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from export.capture import Batch, plain_torch
+from export.capture import Batch, first_line, plain_torch
 from export.errors import ExportError
 from export.graph import args_of, is_call, module_path, schema_name
 from export.lowering.operators import TRANSLATIONS
@@ -43,6 +43,13 @@ class OnnxFile:
     values: dict[str, str]
 
     def serialize(self) -> bytes:
+        """The bytes of the file.
+
+        Raises:
+            ExportError: the model exceeds the 2 GB of one ONNX file.
+        """
+        if self.model.ByteSize() >= 2**31:
+            raise ExportError(f"the ONNX file would be {self.model.ByteSize() / 1e9:.1f} GB: expected less than 2.1 GB")
         return self.model.SerializeToString(deterministic=True)
 
 
@@ -69,26 +76,37 @@ def lower_onnx(program: FusedProgram, example: Tensor, precision: Precision, met
         metadata: key-value pairs stored in the file.
 
     Raises:
-        ExportError: an operator has no translation, or the file would exceed ONNX's 2 GB.
+        ExportError: the model returns no tensor, or an operator has no translation.
     """
     graph_module = program.at(precision)
     names = output_names(graph_module)
     model = _translate(graph_module, example, program.batch, precision, names)
-    values = _values(graph_module, model)
+    values = _values(graph_module, model, precision)
     _strip(model, metadata)
     values = _rename(graph_module, model, values)
     return OnnxFile(model, names, values)
 
 
 def output_names(graph_module: fx.GraphModule) -> tuple[str, ...]:
-    """`output` for one tensor, dictionary keys for a dictionary, else output_0, output_1, …"""
+    """`output` for one tensor, dictionary keys for a dictionary, else output_0, output_1, …
+
+    Raises:
+        ExportError: the model returns no tensor.
+    """
     spec: Any = graph_module._out_spec
     tree = pytree.tree_unflatten(range(spec.num_leaves), spec)
+    if spec.num_leaves == 0:
+        raise ExportError("the model returns nothing: expected a tensor, or a tuple or dictionary of tensors")
     if spec.num_leaves == 1 and isinstance(tree, int):
         return ("output",)
-    paths = [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(tree)[0]]
-    words = ["_".join(filter(None, "".join(c if c.isalnum() else " " for c in path).split())) for path in paths]
-    return tuple(word if word.isidentifier() else f"output_{word}" for word in words)
+    names: list[str] = []
+    for path, _ in pytree.tree_flatten_with_path(tree)[0]:
+        words = "".join(c if c.isalnum() else " " for c in pytree.keystr(path)).split()
+        word = "_".join(words)
+        if not word.isidentifier() or word == "input":
+            word = f"output_{word}"
+        names.append(next(name for name in _variants(word) if name not in names))
+    return tuple(names)
 
 
 def _translate(
@@ -116,24 +134,25 @@ def _translate(
                 verbose=False,
             )
     except torch.onnx.errors.OnnxExporterError as error:
-        raise ExportError(f"cannot be written as ONNX: {str(error).strip().splitlines()[0]}") from error
+        raise ExportError(f"cannot be written as ONNX: {first_line(error.__cause__ or error)}") from error
     finally:
         registry_log.setLevel(level)
     model: onnx.ModelProto = exported.model_proto  # type: ignore[union-attr]  # None only for a file written elsewhere
     return model
 
 
-def _values(graph_module: fx.GraphModule, model: onnx.ModelProto) -> dict[str, str]:
+def _values(graph_module: fx.GraphModule, model: onnx.ModelProto, precision: Precision) -> dict[str, str]:
     """Fused-graph node -> ONNX value. Tracing keeps the order of calls, so the n-th of a kind is the n-th."""
     last_output: dict[str, str] = {}
     for node in model.graph.node:
         text = next((entry.value for entry in node.metadata_props if entry.key == _FX_NODE), "")
         last_output[text.partition(" ")[0].lstrip("%")] = node.output[0]
-    counts: dict[str, int] = {}
+    boundary = "_to_copy" if precision.dtype != torch.float32 else "input"  # 16-bit graphs begin with a cast
+    counts: dict[str, int] = {boundary: 1}
     values = {}
     for node in graph_module.graph.nodes:
         if node.op == "placeholder":
-            values[node.name] = last_output.get("_to_copy", "input")  # 16-bit graphs begin with a cast
+            values[node.name] = last_output.get(boundary, boundary)
         kind = schema_name(node)
         if not kind:
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, fx
@@ -13,6 +14,7 @@ ACTIVE_SHARE = (0.10, 0.90)
 BRANCH_RATIO = (0.05, 20.0)
 LOGIT_VARIATION = 0.3
 CLASSES = 3
+SOME_VARIATION = 0.01
 
 
 @dataclass(frozen=True)
@@ -37,27 +39,35 @@ class Evidence:
         return not self.weaknesses
 
 
-def check_evidence(source: fx.GraphModule, x: Tensor, logits: Tensor) -> Evidence:
+def check_evidence(source: fx.GraphModule, x: Tensor, outputs: Sequence[Tensor]) -> Evidence:
     """Look for reasons why a comparison on `x` would prove little.
 
     Args:
         source: the captured graph, float64.
         x: [N, C, H, W].
-        logits: the oracle's first output for the parity inputs.
+        outputs: the oracle's outputs for all parity inputs; the first of shape [N, classes] are the logits.
     """
     observer = _Observer(source)
     with plain_torch():
         observer.run(x.double())
     weaknesses = [*_default_statistics(source), *observer.weaknesses]
+    for what, values in (("inputs", x), *((f"output {i}", y) for i, y in enumerate(outputs))):
+        if values.is_floating_point() and not _variation(values) >= SOME_VARIATION:
+            weaknesses.append(f"{what} hardly differ between images")
     variation = classes = None
-    if logits.dim() == 2 and logits.shape[1] > 1:
-        variation = ((logits - logits.mean(0)).norm() / logits.norm()).item()
-        classes = len(logits.argmax(1).unique())
+    logits = next((y for y in outputs if y.is_floating_point() and y.dim() == 2 and y.shape[1] > 1), None)
+    if logits is not None:
+        variation, classes = _variation(logits), len(logits.argmax(1).unique())
         if not variation >= LOGIT_VARIATION:
             weaknesses.append(f"logits vary by {variation:.2f} between images, expected at least {LOGIT_VARIATION}")
         if classes < min(CLASSES, logits.shape[1]):
             weaknesses.append(f"{classes} top-1 classes among {len(logits)} inputs, expected at least {CLASSES}")
     return Evidence(tuple(weaknesses), _range(observer.active), _range(observer.ratios), variation, classes)
+
+
+def _variation(values: Tensor) -> float:
+    """||y - mean over images|| / ||y||; nan for zeros, which no comparison accepts."""
+    return ((values - values.mean(0)).norm() / values.norm()).item()
 
 
 def _default_statistics(source: fx.GraphModule) -> list[str]:

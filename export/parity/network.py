@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 _DECIDED_SHARE = 0.95
+_LARGEST_ERROR = 0.5  # beyond it an output of zeros would be as good: the precision does not represent the network
+_INTEGER_FLOOR = 1e-3  # share of integer values, such as an argmax per pixel, that a near tie may change
 
 
 @dataclass(frozen=True)
@@ -111,10 +113,8 @@ def _compare_output(
 ) -> NetworkCheck:
     if candidate.shape != oracle.shape:
         return NetworkCheck.refused(factor, f"shape {list(candidate.shape)}, expected {list(oracle.shape)}")
-    if not np.issubdtype(candidate.dtype, np.floating) and not np.issubdtype(oracle.dtype, np.floating):
-        same = bool((candidate == oracle).all())
-        error = float(not same)
-        return NetworkCheck(error, 0.0, error, factor, None, "not a decision", "" if same else "differs")
+    if not np.issubdtype(oracle.dtype, np.floating):
+        return _compare_integers(candidate, rounded, oracle, factor)
     if not np.isfinite(candidate).all():
         return NetworkCheck.refused(factor, f"{int((~np.isfinite(candidate)).sum())} values are NaN or Inf")
     error, eager_error = relative_error(candidate, oracle), max(relative_error(y, oracle) for y in rounded)
@@ -126,6 +126,9 @@ def _compare_output(
         )
         centred_error = max(relative_error(y, reference) for y in centred_rounded)
         ratio = max(ratio, relative_error(centred, reference) / max(centred_error, floor))
+    if not error < _LARGEST_ERROR:
+        reason = f"relative error {error:.2f}: this precision does not represent the network"
+        return NetworkCheck(error, eager_error, ratio, factor, None, "not a decision", reason)
     reason = "" if ratio <= factor else f"error is {ratio:.2f} times that of unfused operators, the limit is {factor:g}"
     agreement, decision = None, "not a decision"
     if logits:
@@ -133,6 +136,13 @@ def _compare_output(
         if decision == "flipped":
             reason = reason or "a top-1 class changed where the oracle's margin is clear"
     return NetworkCheck(error, eager_error, ratio, factor, agreement, decision, reason)
+
+
+def _compare_integers(candidate: NDArray, rounded: Sequence[NDArray], oracle: NDArray, factor: float) -> NetworkCheck:
+    error, eager_error = float((candidate != oracle).mean()), max(float((y != oracle).mean()) for y in rounded)
+    ratio = error / max(eager_error, _INTEGER_FLOOR)
+    reason = "" if ratio <= factor else f"{error:.1%} of the values differ"
+    return NetworkCheck(error, eager_error, ratio, factor, None, "not a decision", reason)
 
 
 def _decide(candidate: NDArray, rounded: Sequence[NDArray], oracle: NDArray, factor: float) -> tuple[float, str]:

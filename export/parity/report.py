@@ -55,7 +55,8 @@ class Rung:
         if self.operators is not None and not self.operators:
             first = self.operators.first_failure
             failed.insert(
-                0, f"{first.name} ({first.kind}): {first.reason}" if first else "no operator could be checked"
+                0,
+                f"{first.name} ({first.kind}): {first.reason}" if first is not None else "no operator could be checked",
             )
         return failed[0] if failed else "equal"
 
@@ -108,7 +109,8 @@ class ParityReport:
             return f"not equal to the eager model: {failed[0]}"
         if not self.evidence:
             return f"no verdict, the evidence is too weak: {self.evidence.weaknesses[0]}"
-        return "equal to the eager model"
+        undecided = [r for r in self.rungs for check in r.outputs.values() if check.decision == "no verdict"]
+        return f"equal to the eager model{', no verdict on top-1: margins too small' if undecided else ''}"
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -77,6 +77,8 @@ def _scale_and_shift(graph_module: fx.GraphModule, node: fx.Node) -> tuple[Tenso
 def _why_not_foldable(graph_module: fx.GraphModule, conv: object) -> str | None:
     if not is_call(conv, aten.conv2d.default, aten.conv2d.padding):
         return "its input is not a 2-D convolution"
+    if args_of(conv)[0].meta["val"].dim() != 4:
+        return "the convolution's input has no batch dimension"
     if len(conv.users) > 1:
         return f"the convolution's output has {len(conv.users)} readers"
     if constant(graph_module, args_of(conv)[1]) is None:

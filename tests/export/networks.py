@@ -137,7 +137,21 @@ class Doubled(nn.Module):
         return self.fc((y + y + z).mean((2, 3)))
 
 
-ALL = [Functional, SqueezeExcite, TwoHeads, SharedConv, Oddments, Parametrized, Doubled]
+class Casts(nn.Module):
+    """Has a cast of its own and flattens feature maps, whose layout then matters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, 2, 1)
+        self.bn = nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8 * 16 * 16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x * (x > 0).to(x.dtype))
+        return self.fc(torch.flatten(F.relu(self.bn(y)), 1))
+
+
+ALL = [Casts, Functional, SqueezeExcite, TwoHeads, SharedConv, Oddments, Parametrized, Doubled]
 
 
 def make(network: type[nn.Module], images: Tensor) -> nn.Module:

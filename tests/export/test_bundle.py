@@ -35,14 +35,15 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_what_was_written_is_read(bundle: Path) -> None:
-    manifest = read_verified(bundle)
+    manifest, contents = read_verified(bundle)
+    assert contents == OLD
     assert manifest["name"] == "x" and set(manifest["files"]) == set(OLD)
     assert files(bundle).keys() == {*OLD, MANIFEST}
 
 
 def test_a_new_bundle_replaces_the_old_one_and_nothing_else_is_left(bundle: Path) -> None:
     write(bundle, NEW)
-    assert set(read_verified(bundle)["files"]) == set(NEW)
+    assert set(read_verified(bundle)[1]) == set(NEW)
     assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
 
 
@@ -113,6 +114,38 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "holiday" / "photo.jpg").read_bytes() == b"dear"
 
 
+FOREIGN: dict[str, dict[str, str]] = {
+    "a manifest of something else": {MANIFEST: '{"name": "my browser extension", "files": []}', "src.js": "mine"},
+    "a manifest that is no JSON": {MANIFEST: "hello"},
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_a_folder_with_another_kind_of_manifest_is_never_replaced(tmp_path: Path, case: str) -> None:
+    (tmp_path / "mine").mkdir()
+    for name, text in FOREIGN[case].items():
+        (tmp_path / "mine" / name).write_text(text)
+    with pytest.raises(ExportError, match="is not a bundle"):
+        write(tmp_path / "mine", NEW)
+    assert {path.name: path.read_text() for path in (tmp_path / "mine").iterdir()} == FOREIGN[case]
+
+
+def test_a_bundle_with_a_file_of_the_users_is_never_replaced(bundle: Path) -> None:
+    (bundle / "notes.txt").write_text("dear")
+    with pytest.raises(ExportError, match=r"holds notes\.txt, which is not part of the bundle"):
+        write(bundle, NEW)
+    assert (bundle / "notes.txt").read_text() == "dear"
+
+
+def test_a_folder_that_appears_during_the_export_is_never_replaced(tmp_path: Path) -> None:
+    output = tmp_path / "bundle"
+    with pytest.raises(ExportError, match="is not a bundle"), staged(output) as staging:
+        output.mkdir()
+        (output / "photo.jpg").write_text("dear")
+        publish(staging, output, NEW, {})
+    assert (output / "photo.jpg").read_text() == "dear"
+
+
 def test_a_file_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"dear")
     with pytest.raises(ExportError, match="not a folder"):
@@ -130,7 +163,7 @@ def test_two_exports_into_one_folder(bundle: Path) -> None:
         with pytest.raises(ExportError, match="another export is writing"):
             write(bundle, OLD)
         publish(staging, bundle, NEW, {})
-    assert set(read_verified(bundle)["files"]) == set(NEW)
+    assert set(read_verified(bundle)[1]) == set(NEW)
 
 
 def _write_and_die(output: Path, when: int) -> None:
@@ -169,7 +202,7 @@ def test_killed_at_any_moment_leaves_a_whole_bundle_or_none(tmp_path: Path, exis
         process = context.Process(target=_write_and_die, args=(output, when))
         process.start()
         process.join()
-        names = frozenset(read_verified(output)["files"]) if output.exists() else None
+        names = frozenset(read_verified(output)[1]) if output.exists() else None
         outcomes.add(names)
         write(output, NEW)  # what the killed export left does not stand in the way
         assert [path.name for path in output.parent.iterdir()] == ["bundle"]

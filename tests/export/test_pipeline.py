@@ -32,7 +32,7 @@ def bundle(resnet20: nn.Module, example: Tensor, tmp_path_factory: pytest.TempPa
     output = tmp_path_factory.mktemp("export") / "resnet20-fp16"
     steps: list[str] = []
     config = ExportConfig("fp16", BATCH)
-    result = export_bundle(resnet20, example, output, config, metadata={"model": "resnet20"}, progress=steps.append)
+    result = export_bundle(resnet20, example, output, config, metadata={"name": "resnet20"}, progress=steps.append)
     assert result, result.report.verdict
     assert steps[0] == "capture and fuse" and steps[-1] == "write the bundle"
     return output
@@ -58,7 +58,7 @@ def test_parity_json_says_what_was_compared(bundle: Path) -> None:
 
 def test_the_manifest_describes_the_artefacts(bundle: Path) -> None:
     manifest = json.loads((bundle / "manifest.json").read_text())
-    assert manifest["model"] == "resnet20" and manifest["precision"] == "fp16"
+    assert manifest["model"] == {"name": "resnet20"} and manifest["precision"] == "fp16"
     assert manifest["batch"] == {"min": 1, "opt": 4, "max": 8}
     assert manifest["inputs"] == [{"name": "input", "shape": ["batch", 3, 32, 32], "dtype": "float32"}]
     assert manifest["outputs"] == [{"name": "output", "shape": ["batch", 10], "dtype": "float32"}]
@@ -98,7 +98,7 @@ def test_verify_refuses_a_file_that_computes_something_else(
     tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
     files = {p.name: p.read_bytes() for p in bundle.iterdir() if p.name != "manifest.json"}
     files["model.onnx"] = model.SerializeToString()
-    manifest = read_verified(bundle)
+    manifest, _ = read_verified(bundle)
     with staged(tmp_path / "b") as staging:
         publish(staging, tmp_path / "b", files, manifest)
     rungs = {rung.name: rung for rung in verify_bundle(tmp_path / "b")}
@@ -108,7 +108,7 @@ def test_verify_refuses_a_file_that_computes_something_else(
 def test_engine_of_another_version_is_refused_before_it_is_loaded(bundle: Path, tmp_path: Path) -> None:
     from export.bundle import publish, read_verified, staged
 
-    manifest = read_verified(bundle)
+    manifest, _ = read_verified(bundle)
     manifest["engines"]["model.rtx.engine"]["version"] = "1.0.0.1"
     files = {p.name: p.read_bytes() for p in bundle.iterdir() if p.name != "manifest.json"}
     with staged(tmp_path / "b") as staging:
@@ -149,6 +149,61 @@ def test_a_users_model_is_exported(network: type[nn.Module], tmp_path: Path, pic
     result = export_bundle(model, images, tmp_path / "b", config, images=images)
     assert result or result.report.verdict.startswith("no verdict"), result.report.verdict
     assert all(result.report.rungs), [rung.verdict for rung in result.report.rungs]
+
+
+def test_the_failing_operator_is_named_in_the_verdict(
+    resnet20: nn.Module, example: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import export.pipeline
+    from export.passes.fuse_epilogue import FUSED
+    from export.runners import ProgramRunner
+    from tests.export import mutants
+
+    class Defective(ProgramRunner):
+        def __init__(self, *args: object) -> None:
+            defect = mutants.in_one_operator(*mutants.OPERATORS["residual dropped"])
+            super().__init__(*args, operators={FUSED: defect})  # type: ignore[arg-type]
+
+    monkeypatch.setattr(export.pipeline, "ProgramRunner", Defective)
+    result = export_bundle(resnet20, example, tmp_path / "bundle", ExportConfig("fp16", BATCH, "none"))
+    assert "layer1.1.conv2 (conv2d_bias_act): " in result.report.verdict
+
+
+def test_one_image_is_compared_and_found_weak(resnet20: nn.Module, tmp_path: Path, pictures: dict[str, Tensor]) -> None:
+    image = pictures["resnet20"][:1]
+    result = export_bundle(resnet20, image, tmp_path / "b", ExportConfig(engine="none", batch=(1, 2, 4)), images=image)
+    assert not result and all(result.report.rungs)
+
+
+def test_zeros_as_images_are_no_evidence_for_any_network(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU()).eval()
+    images = torch.zeros(4, 3, 16, 16)
+    result = export_bundle(model, images, tmp_path / "b", ExportConfig(engine="none", batch=4), images=images)
+    assert not result and "inputs hardly differ between images" in result.report.evidence.weaknesses
+
+
+def test_metadata_that_json_cannot_hold_is_refused(resnet20: nn.Module, example: Tensor, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="expected metadata that JSON can hold"):
+        export_bundle(resnet20, example, tmp_path / "b", metadata={"model": resnet20})
+
+
+DOCTORED = {
+    "another format": ({"format": 99}, "has format 99"),
+    "engine outside the bundle": ({"engines": {"/etc/hostname": {"flavour": "tensorrt-rtx"}}}, "not a bundle of this"),
+    "no outputs": ({"outputs": None}, "not a bundle of this"),
+}
+
+
+@pytest.mark.parametrize("case", DOCTORED)
+def test_a_doctored_manifest_is_refused(case: str, bundle: Path, tmp_path: Path) -> None:
+    from export.bundle import publish, read_verified, staged
+
+    change, message = DOCTORED[case]
+    manifest, contents = read_verified(bundle)
+    with staged(tmp_path / "b") as staging:
+        publish(staging, tmp_path / "b", contents, {**manifest, **change})
+    with pytest.raises(ExportError, match=message):
+        verify_bundle(tmp_path / "b")
 
 
 def test_a_static_batch(resnet20: nn.Module, example: Tensor, tmp_path: Path) -> None:

@@ -156,7 +156,13 @@ class FixedBatch(nn.Module):
         return x.reshape(4, -1)
 
 
+class WritesItsInput(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul_(2)
+
+
 REFUSED = {
+    "input written to": (WritesItsInput, "changes its input in place"),
     "data-dependent branch": (Branches, "cannot capture Branches"),
     "buffer changed by forward": (Counts, "changes the buffer calls"),
     "batch size fixed in the code": (FixedBatch, "cannot capture FixedBatch"),
@@ -169,6 +175,36 @@ def test_refused_in_one_line(case: str, images: Tensor) -> None:
     with pytest.raises(ExportError, match=message) as error:
         fuse(network().eval(), images, BATCH)
     assert "\n" not in str(error.value)
+
+
+def test_lazy_modules_are_refused(images: Tensor) -> None:
+    with pytest.raises(ExportError, match=r"0\.weight holds no values"):
+        fuse(nn.Sequential(nn.LazyConv2d(4, 1)).eval(), images)
+
+
+@pytest.mark.parametrize("shape", [(9, 3, 32, 32), (0, 3, 32, 32), (2, 3, 16, 16), (2, 1, 32, 32)])
+def test_input_the_program_was_not_captured_for_is_refused(shape: tuple[int, ...], images: Tensor) -> None:
+    program = fuse(networks.make(networks.Functional, images), images, BATCH)
+    with pytest.raises(ExportError, match=r"expected an input of shape \[1:4:8, \*\[3, 32, 32\]\]"):
+        program(torch.zeros(shape))
+
+
+def test_batchnorm_after_an_unbatched_convolution_is_not_folded(images: Tensor) -> None:
+    """Its channels are the picture's rows."""
+
+    class Unbatched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 32, 3, padding=1)
+            self.register_buffer("mean", torch.randn(32))
+            self.register_buffer("var", torch.rand(32) + 0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.batch_norm(self.conv(x[0]), self.mean, self.var)[None]
+
+    model = Unbatched().eval()
+    program = fuse(model, images[:1], Batch(1, 1, 1))
+    torch.testing.assert_close(program(images[:1]), model(images[:1]), rtol=1e-4, atol=1e-4)
 
 
 def test_training_mode_is_refused_by_name(images: Tensor) -> None:

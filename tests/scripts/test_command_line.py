@@ -86,6 +86,8 @@ NONSENSE = {
     "image size in words": (["--image-size", "big"], "expected H or HxW in pixels, got 'big'"),
     "no classes": (["--num-classes", "0"], "got 0"),
     "missing weights": (["--weights", "nowhere.pt"], "nowhere.pt"),
+    "empty weights": (["--weights", ""], "expected a"),
+    "more pixels than memory": (["--image-size", "2000000x2000000"], "error: "),
     "corrupt weights": (["--weights", "corrupt.pt"], "corrupt.pt"),
     "text as a picture": (["--images", "corrupt.pt"], "expected an image file"),
     "int8": (["--int8"], "not available yet"),
