@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -67,7 +68,7 @@ class Progress:
 
 def print_rungs(rungs: Sequence[Rung], files: Mapping[str, int]) -> None:
     """Print the table of rungs on stdout; `files` gives the size in bytes of each artefact."""
-    table = Table(header_style="bold")
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD)
     for heading in ("form", "runtime"):
         table.add_column(heading)
     for heading in ("operators", "error", "eager error", "ratio", "top-1", "MB", "ms/image"):
@@ -75,7 +76,7 @@ def print_rungs(rungs: Sequence[Rung], files: Mapping[str, int]) -> None:
     table.add_column("verdict")
     for rung in rungs:
         table.add_row(*_cells(rung, files.get(rung.file, 0)), style="" if rung else "red")
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout.isatty() else 132)
     console.print(table)
 
 
@@ -92,5 +93,5 @@ def _cells(rung: Rung, size: int) -> list[str]:
     milliseconds = f"{1000 * rung.seconds:.0f}" if rung.seconds else ""
     verdict = rung.verdict
     if verdict == "equal" and worst is not None and worst.decision == "no verdict":
-        verdict = "equal (top-1: no verdict, margins too small)"
+        verdict = "equal, no verdict on top-1"
     return [rung.name, rung.runtime, operators, *measured, megabytes, milliseconds, verdict]

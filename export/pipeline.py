@@ -204,7 +204,7 @@ def _compare(
 def _execute_engine(engine: Engine, names: tuple[str, ...], images: NDArray, batch: Batch) -> Execution | str:
     """What the engine computes, or why this machine cannot run it."""
     if not torch.cuda.is_available():
-        return "built for NVIDIA GPUs, there is none here; verify on the device"
+        return "no NVIDIA GPU here"
     try:
         return execute(TensorRTRunner(engine, names), images, batch)
     except ExportError as error:

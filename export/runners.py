@@ -6,6 +6,7 @@ it loads or allocates lives between enter and exit.
 
 from __future__ import annotations
 
+import importlib.metadata
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -99,8 +100,8 @@ class ProgramRunner(Runner):
         """`operators` replaces the implementation of some operators, such as by their Triton launchers."""
         self._program, self._precision, self._output_names = program, precision, output_names
         self._device, self._operators = device, dict(operators or {})
-        self.name = "triton" if device != "cpu" or operators else "fused"
-        self.runtime = f"torch {torch.__version__}, {device}"
+        self.name, package = ("triton", "triton") if device != "cpu" or operators else ("fused", "torch")
+        self.runtime = f"{package} {importlib.metadata.version(package)}"
 
     def __enter__(self) -> Self:
         graph_module = self._program.at(self._precision).to(self._device)

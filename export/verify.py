@@ -78,4 +78,4 @@ def _why_not_runnable(engine: Engine) -> str:
         return str(error)
     if installed != engine.version:
         return f"built by {engine.flavour.name} {engine.version}, {installed} is installed: export again with it"
-    return "" if torch.cuda.is_available() else "there is no NVIDIA GPU here"
+    return "" if torch.cuda.is_available() else "no NVIDIA GPU here"
