@@ -248,14 +248,13 @@ def _check(
     residual = values[args_of(node)[3].name] if is_call(node, FUSED) and args_of(node)[3] is not None else None
     statistics = model(program, node, x, residual)
     difference = (y - y64).abs().float()
-    if statistics is None:
+    if statistics is None:  # exact
         z = torch.where(difference == 0, 0.0, float("inf"))
-    else:
-        sigma = _sigma(statistics, pre, precision, separate_addition and residual is not None)
-        z = torch.where(difference == 0, 0.0, difference / sigma)
-    return _verdict(
-        name, kind, y, y64, z, None if statistics is None or pre is y64 else pre + _DEAD * sigma < 0, precision
-    )
+        return _verdict(name, kind, y, y64, z, None, precision)
+    sigma = _sigma(statistics, pre, precision, separate_addition and residual is not None)
+    z = torch.where(difference == 0, 0.0, difference / sigma)
+    dead = None if pre is y64 else pre + _DEAD * sigma < 0
+    return _verdict(name, kind, y, y64, z, dead, precision)
 
 
 def _expected(source: fx.GraphModule, target: str, leaves: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
