@@ -135,13 +135,8 @@ def export_bundle(
         facts = {"precision": precision.name, "batch": str(batch)}
         onnx_file = lower_onnx(program, example, precision, facts)
         files = {ONNX_FILE: onnx_file.serialize()}
-        engines = []
-        for name in flavours:
-            progress(f"build the {name} engine")
-            shape = (example.shape[1], example.shape[2], example.shape[3])
-            engine = build_engine(files[ONNX_FILE], FLAVOURS[name], precision, batch, shape)
-            engines.append(engine)
-            files[engine.flavour.file_name] = engine.plan
+        engines = _build_engines(flavours, files[ONNX_FILE], precision, program, progress)
+        files |= {engine.flavour.file_name: engine.plan for engine in engines}
         inputs = images.detach().cpu().float().numpy()
         report, references = _compare(model, program, onnx_file, engines, precision, inputs, progress)
         if report:
@@ -162,6 +157,16 @@ def _flavours(engine: str) -> tuple[list[str], dict[str, str]]:
     if engine in skipped:
         raise ExportError(f"--engine {engine}: {skipped[engine]}")
     return [name for name in reasons if name not in skipped], skipped
+
+
+def _build_engines(
+    flavours: list[str], onnx_bytes: bytes, precision: Precision, program: FusedProgram, progress: Callable[[str], None]
+) -> list[Engine]:
+    engines = []
+    for name in flavours:
+        progress(f"build the {name} engine")
+        engines.append(build_engine(onnx_bytes, FLAVOURS[name], precision, program.batch, program.image_shape))
+    return engines
 
 
 def _compare(
