@@ -4,23 +4,31 @@ Importing this package registers the operators. It imports neither Triton nor to
 (launching by hand) and `kernels.compile` (ahead-of-time compilation) need Triton and are imported by name.
 """
 
-from kernels.config import (
-    TARGETS,
-    ConvConfig,
-    ConvProblem,
-    Target,
-    select_config,
-    unsupported_reason,
+from kernels.config import unsupported_reason
+from kernels.operators.conv2d_bias_act import conv2d_bias_act, conv2d_bias_act_reference
+from kernels.operators.conv2d_bias_relu_maxpool import conv2d_bias_relu_maxpool, conv2d_bias_relu_maxpool_reference
+from kernels.operators.conv2d_conv1x1_bias_act import conv2d_conv1x1_bias_act, conv2d_conv1x1_bias_act_reference
+from kernels.operators.conv2d_projection_bias_act import (
+    conv2d_projection_bias_act,
+    conv2d_projection_bias_act_reference,
 )
-from kernels.conv2d_bias_act import conv2d_bias_act, conv2d_bias_act_reference
+from kernels.operators.mean_linear import mean_linear, mean_linear_reference
+from kernels.selection import select_config
+from kernels.targets import TARGETS, Target
 
 __all__ = [
     "TARGETS",
-    "ConvConfig",
-    "ConvProblem",
     "Target",
     "conv2d_bias_act",
     "conv2d_bias_act_reference",
+    "conv2d_bias_relu_maxpool",
+    "conv2d_bias_relu_maxpool_reference",
+    "conv2d_conv1x1_bias_act",
+    "conv2d_conv1x1_bias_act_reference",
+    "conv2d_projection_bias_act",
+    "conv2d_projection_bias_act_reference",
+    "mean_linear",
+    "mean_linear_reference",
     "select_config",
     "unsupported_reason",
 ]

@@ -1,14 +1,17 @@
 """Ahead-of-time compilation of the kernels, on a machine without a GPU, and what can be read off the machine code.
 
-The signature and constants come from launch.py, so that what is inspected here is what the launcher runs there.
+The signature and constants come from plan.py, so that what is inspected here is what launch.py runs there.
 """
 
+import os
 import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +21,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from kernels.config import ConvConfig, ConvProblem, Target, k_blocks, unsupported_reason
-from kernels.implicit_gemm import _conv2d_bias_act_kernel
-from kernels.launch import kernel_arguments, launch_options
+from kernels.config import shared_memory_bound
+from kernels.plan import KernelLaunch, plan
+from kernels.problems import BottleneckProblem, HeadProblem, Problem, StemProblem
+from kernels.selection import config_to_json, problem_key, select_config
+from kernels.targets import Target
 
-_TRITON_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+_TRITON_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32"}
+# Below 64 rows sm_90 computes with the HMMA of its predecessors.
+_WGMMA_ROWS = 64
 # One SASS instruction: address comment, optional predicate, then the opcode with its dotted modifiers.
 _OPCODE = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+)")
@@ -34,7 +41,7 @@ class CompiledKernel:
     """One kernel compiled for one target, and what its machine code shows.
 
     Attributes:
-        problem, config, target: what it was compiled for.
+        launch, target: what it was compiled for.
         registers: per thread.
         stack_bytes: per thread; not 0 means that registers spill.
         spill_loads, spill_stores: instructions that read and write the stack.
@@ -42,11 +49,11 @@ class CompiledKernel:
         tensor_core_ops: instructions by mnemonic (HMMA, HGMMA, IMMA, ...).
         global_loads: instructions from global memory to registers, by bytes per thread.
         async_copies: instructions from global to shared memory (cp.async), by bytes per thread.
+        box_loads: TMA loads.
         cubin: the machine code.
     """
 
-    problem: ConvProblem
-    config: ConvConfig
+    launch: KernelLaunch
     target: Target
     registers: int
     stack_bytes: int
@@ -56,6 +63,7 @@ class CompiledKernel:
     tensor_core_ops: Mapping[str, int]
     global_loads: Mapping[int, int]
     async_copies: Mapping[int, int]
+    box_loads: int
     cubin: bytes = field(repr=False)
 
     @property
@@ -63,16 +71,24 @@ class CompiledKernel:
         """Bytes per thread of the widest load from global memory."""
         return max([*self.global_loads, *self.async_copies], default=0)
 
-    @property
-    def narrowest_copy_expected(self) -> int:
-        """Bytes per thread that every async copy should have: 16, or less if a slice is too small for 16 each.
-
-        0 when K is a single slice: with nothing to overlap it is loaded through registers.
-        """
-        if k_blocks(self.problem, self.config) == 1:
-            return 0
-        slice_elements = min(self.config.block_m, self.config.block_n) * self.config.block_k
-        return min(16, slice_elements * self.problem.dtype.itemsize // (32 * self.config.num_warps))
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the machine code, in types that JSON has."""
+        return {
+            "target": self.target.name,
+            "kernel": self.launch.kernel.__name__,
+            "problem": problem_key(self.launch.problem),
+            "config": config_to_json(self.launch.config),
+            "registers": self.registers,
+            "stack_bytes": self.stack_bytes,
+            "shared_bytes": self.shared_bytes,
+            "shared_bound": shared_memory_bound(self.launch.problem, self.launch.config),
+            "shared_limit": self.target.shared_memory,
+            "tensor_core_ops": dict(self.tensor_core_ops),
+            "global_loads": {str(width): count for width, count in self.global_loads.items()},
+            "async_copies": {str(width): count for width, count in self.async_copies.items()},
+            "box_loads": self.box_loads,
+            "faults": self.faults,
+        }
 
     @property
     def faults(self) -> list[str]:
@@ -84,43 +100,78 @@ class CompiledKernel:
             )
         if self.shared_bytes > self.target.shared_memory:
             found.append(f"{self.shared_bytes} bytes of shared memory, limit {self.target.shared_memory}")
-        wants_tensor_cores = self.problem.dtype != torch.float32 or self.config.input_precision != "ieee"
-        mma = "HGMMA" if self.target.has_wgmma else "HMMA"
+        wants_tensor_cores = (
+            self.launch.problem.dtype != torch.float32 or self.launch.scalars["INPUT_PRECISION"] != "ieee"
+        )
+        mma = "HGMMA" if self.target.has_wgmma and _rows(self.launch) >= _WGMMA_ROWS else "HMMA"
         if wants_tensor_cores and not self.tensor_core_ops.get(mma):
             found.append(f"no {mma}, tensor-core instructions are {dict(self.tensor_core_ops)}")
-        narrowest = min(self.async_copies, default=0)
-        if self.problem.loads_are_vectors and (self.widest_load < 16 or narrowest < self.narrowest_copy_expected):
+        if uses_boxes(self.launch) and not self.box_loads:
+            found.append("no TMA load, expected one for each box")
+        expected = _narrowest_copy(self.launch)
+        narrow = self.widest_load < 16 or min(self.async_copies, default=0) < expected
+        if _loads_are_vectors(self.launch.problem) and not uses_boxes(self.launch) and narrow:
             found.append(
                 f"loads {dict(self.global_loads)} and copies {dict(self.async_copies)} (bytes: count),"
-                f" expected copies of {self.narrowest_copy_expected} bytes and more"
+                f" expected copies of {expected} bytes and more"
             )
         return found
 
 
-def compile_kernel(problem: ConvProblem, config: ConvConfig, target: Target) -> CompiledKernel:
-    """Compile the kernel with which the launcher would run `problem` under `config` on `target`; needs no GPU.
+def uses_boxes(launch: KernelLaunch) -> bool:
+    """Whether a launch loads through TMA descriptors."""
+    return any(operand is not None and operand.block is not None for operand in launch.operands.values())
+
+
+def _rows(launch: KernelLaunch) -> int:
+    """Rows of the tile that the tensor cores accumulate."""
+    s = launch.scalars
+    return s.get("BLOCK_M") or s.get("BLOCK_Q") or s["TILE_N"] * s["TILE_P"] * s["TILE_Q"]
+
+
+def _loads_are_vectors(problem: Problem) -> bool:
+    """Whether every pixel's channels divide into 16-byte loads."""
+    if isinstance(problem, BottleneckProblem):
+        return problem.first.loads_are_vectors and problem.second.loads_are_vectors
+    if isinstance(problem, StemProblem):
+        return problem.conv.loads_are_vectors
+    if isinstance(problem, HeadProblem):
+        return problem.c_in * problem.dtype.itemsize % 16 == 0
+    return problem.loads_are_vectors
+
+
+def _narrowest_copy(launch: KernelLaunch) -> int:
+    """Bytes per thread that every async copy should have: 16, or less if a tile is too small for 16 each.
+
+    0 where nothing is copied asynchronously: a single slice of K, with nothing to overlap, goes through registers.
+    """
+    s = launch.scalars
+    if "K_BLOCKS" not in s or max(s["K_BLOCKS"], s.get("K_BLOCKS_S", 0)) == 1:
+        return 0
+    sides = [s[name] for name in ("BLOCK_M", "BLOCK_Q", "BLOCK_N", "BLOCK_MID") if name in s]
+    tile_bytes = min(sides) * s["BLOCK_K"] * launch.problem.dtype.itemsize
+    return int(min(16, tile_bytes // (32 * int(launch.options["num_warps"]))))
+
+
+def compile_kernel(launch: KernelLaunch, target: Target) -> CompiledKernel:
+    """Compile the kernel of `launch` for `target`; needs no GPU.
 
     Pointers are taken to be 16-byte aligned, as torch allocates them.
 
     Raises:
-        ValueError: `config` cannot run `problem` on `target`.
         RuntimeError: Triton's interpreter is on, so there is nothing to compile.
     """
-    if not isinstance(_conv2d_bias_act_kernel, JITFunction):
+    if not isinstance(launch.kernel, JITFunction):
         raise RuntimeError("the kernels were imported with TRITON_INTERPRET set, expected it unset to compile them")
-    reason = unsupported_reason(problem, config, target)
-    if reason is not None:
-        raise ValueError(f"{config} cannot run {problem}: {reason}")
     compiled = triton.compile(
-        ASTSource(_conv2d_bias_act_kernel, *kernel_signature(problem, config)),
+        ASTSource(launch.kernel, *kernel_signature(launch)),
         target=GPUTarget("cuda", target.capability, 32),
-        options=launch_options(config),
+        options=dict(launch.options),
     )
     registers, stack_bytes, opcodes = _disassemble(compiled.asm["cubin"])
     mnemonics = Counter(opcode[0] for opcode in opcodes)
     return CompiledKernel(
-        problem=problem,
-        config=config,
+        launch=launch,
         target=target,
         registers=registers,
         stack_bytes=stack_bytes,
@@ -130,30 +181,73 @@ def compile_kernel(problem: ConvProblem, config: ConvConfig, target: Target) -> 
         tensor_core_ops={name: count for name, count in sorted(mnemonics.items()) if name.endswith("MMA")},
         global_loads=_widths(opcodes, "LDG"),
         async_copies=_widths(opcodes, "LDGSTS"),
+        box_loads=mnemonics["UTMALDG"],
         cubin=compiled.asm["cubin"],
     )
 
 
+def compile_problems(
+    problems: Mapping[Target, Sequence[Problem]], progress: Callable[[str], None] = lambda step: None
+) -> list[dict[str, Any]]:
+    """Compile every kernel that the problems of each target launch, once each, on all cores.
+
+    Args:
+        problems: by target; the configurations are `select_config`'s.
+        progress: called with a line for each kernel that is done.
+
+    Returns:
+        `CompiledKernel.to_json()` of each kernel in order, with "problems": the keys of all that run its code.
+    """
+    first: dict[tuple[Any, ...], tuple[Problem, int, Target]] = {}
+    sharing: dict[tuple[Any, ...], list[str]] = {}
+    for target, wanted in problems.items():
+        for problem in dict.fromkeys(wanted):
+            for index, launch in enumerate(plan(problem, select_config(problem, target), target)):
+                key = (target, *code_key(launch))
+                first.setdefault(key, (problem, index, target))
+                sharing.setdefault(key, []).append(problem_key(launch.problem))
+    found = []
+    # A new process each: threads of this one, such as torch's, do not survive a fork.
+    with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        for kernel, keys in zip(pool.map(_compile_one, first.values()), sharing.values(), strict=True):
+            found.append({**kernel, "problems": keys})
+            progress(f"{len(found)} of {len(first)}: {kernel['target']} {kernel['kernel']}")
+    return found
+
+
+def _compile_one(task: tuple[Problem, int, Target]) -> dict[str, Any]:
+    problem, index, target = task
+    return compile_kernel(plan(problem, select_config(problem, target), target)[index], target).to_json()
+
+
 def kernel_signature(
-    problem: ConvProblem, config: ConvConfig
+    launch: KernelLaunch,
 ) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list[list[Any]]]]:
     """(types, constants, attributes) of the kernel's parameters as Triton's JIT derives them from the launch."""
-    arguments = kernel_arguments(problem, config)
     types: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    for parameter in _conv2d_bias_act_kernel.params:
+    for parameter in launch.kernel.params:
         name = parameter.name
-        if name == "residual_ptr" and not problem.has_residual:
-            types[name], constants[name] = "constexpr", None
-        elif name.endswith("_ptr"):
-            types[name] = f"*{_TRITON_DTYPES[problem.dtype]}"
+        operand = launch.operands.get(name)
+        if operand is not None and operand.block is not None:
+            types[name] = f"tensordesc<{_TRITON_DTYPES[operand.dtype]}{[*operand.block]}>"
+        elif operand is not None:
+            types[name] = f"*{_TRITON_DTYPES[operand.dtype]}"
             attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+        elif name in launch.operands:
+            types[name], constants[name] = "constexpr", None
         elif parameter.is_constexpr:
-            types[name], constants[name] = "constexpr", arguments[name]
+            types[name], constants[name] = "constexpr", launch.scalars[name]
         else:
             types[name] = "i32"
     return types, constants, attributes
+
+
+def code_key(launch: KernelLaunch) -> tuple[Any, ...]:
+    """What the machine code of a launch depends on: launches with equal keys run the same code."""
+    types, constants, _ = kernel_signature(launch)
+    return (launch.kernel, *types.items(), *constants.items(), *launch.options.items())
 
 
 def _disassemble(cubin: bytes) -> tuple[int, int, list[list[str]]]:

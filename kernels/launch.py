@@ -1,74 +1,65 @@
-"""From tensors to a launch of the kernels in implicit_gemm.py.
+"""From tensors to launches: one function per operator, named after it.
 
-`kernel_arguments`, `launch_grid` and `launch_options` are the whole launch apart from the tensors; compile.py builds
-the same kernel from them without a GPU.
+Each takes the operator's arguments in order and returns its result, on x's device and its current stream. CPU tensors
+need Triton's interpreter (TRITON_INTERPRET=1 when the package is imported).
 """
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.checks import check_conv2d_arguments, is_channels_last
-from kernels.config import (
-    KERNEL_DTYPES,
-    TARGETS,
-    ConvConfig,
-    ConvProblem,
-    Target,
-    flatten_k,
-    select_config,
-    unsupported_reason,
+from kernels.config import BottleneckConfig, Config, ConvConfig, PairConfig, unsupported_reason
+from kernels.jit.implicit_gemm import _conv2d_gathered_kernel
+from kernels.operators.checks import (
+    check_conv2d_bias_act,
+    check_conv2d_bias_relu_maxpool,
+    check_conv2d_conv1x1_bias_act,
+    check_conv2d_projection_bias_act,
+    check_mean_linear,
+    is_channels_last,
 )
-from kernels.implicit_gemm import _conv2d_bias_act_kernel
+from kernels.plan import KernelLaunch, plan
+from kernels.problems import (
+    KERNEL_DTYPES,
+    BottleneckProblem,
+    ConvProblem,
+    Problem,
+    conv2d_bias_act_problem,
+    conv2d_bias_relu_maxpool_problem,
+    conv2d_conv1x1_bias_act_problem,
+    conv2d_projection_bias_act_problem,
+    mean_linear_problem,
+    with_dtype,
+)
+from kernels.selection import select_config
+from kernels.targets import TARGETS, Target
 
 # Without a GPU (Triton's interpreter) any target's choice is as good as another's.
 _INTERPRETED_AS = TARGETS["sm_80"]
 
 
-def kernel_arguments(problem: ConvProblem, config: ConvConfig) -> dict[str, int | bool | str]:
-    """Every argument of `_conv2d_bias_act_kernel` but the pointers, by name."""
-    return {
-        "N": problem.batch,
-        "H": problem.height,
-        "W": problem.width,
-        "P": problem.out_height,
-        "Q": problem.out_width,
-        "C_IN": problem.c_in_per_group,
-        "C_OUT": problem.gemm_n,
-        "GROUPS": problem.groups,
-        "R": problem.kernel[0],
-        "S": problem.kernel[1],
-        "STRIDE_H": problem.stride[0],
-        "STRIDE_W": problem.stride[1],
-        "PAD_H": problem.padding[0],
-        "PAD_W": problem.padding[1],
-        "DILATION_H": problem.dilation[0],
-        "DILATION_W": problem.dilation[1],
-        "HAS_RESIDUAL": problem.has_residual,
-        "APPLY_RELU": problem.relu,
-        "FLATTEN_K": flatten_k(problem, config),
-        "INPUT_PRECISION": config.input_precision,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "GROUP_M": config.group_m,
-    }
+class Workspace:
+    """Device memory that split-K kernels need beside their operands.
 
+    Every kernel leaves the counters at 0, so launches that follow each other on one stream share them; launches that
+    may overlap need workspaces of their own.
+    """
 
-def launch_grid(problem: ConvProblem, config: ConvConfig) -> tuple[int, int]:
-    """(blocks of M times blocks of N, groups)."""
-    return -(-problem.gemm_m // config.block_m) * -(-problem.gemm_n // config.block_n), problem.groups
+    def __init__(self, device: torch.device | str) -> None:
+        self._counters = torch.zeros(0, dtype=torch.int32, device=device)
 
-
-def launch_options(config: ConvConfig) -> dict[str, int | bool]:
-    """The compiler's options. Contraction to FMA is asked for by name: its default differs between Triton versions."""
-    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    def counters(self, count: int) -> Tensor:
+        """At least `count` int32 zeros."""
+        if count > len(self._counters):
+            self._counters = torch.zeros(count, dtype=torch.int32, device=self._counters.device)
+        return self._counters
 
 
 @functools.lru_cache
@@ -88,116 +79,226 @@ def target_of(device: torch.device) -> Target:
     )
 
 
-def launch_conv2d_bias_act(
+def conv2d_bias_act(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
     residual: Tensor | None,
-    out: Tensor,
-    *,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
     relu: bool,
-    config: ConvConfig | None = None,
-) -> None:
-    """out = act(conv2d(x, weight) + bias + residual), by the Triton kernel, on x's device and its current stream.
+    *,
+    out: Tensor | None = None,
+    config: Config | None = None,
+    workspace: Workspace | None = None,
+) -> Tensor:
+    """`kernels.conv2d_bias_act` by Triton.
 
-    Tensors as for `conv2d_bias_act`, without float64; out is (N, C_OUT, P, Q), channels_last, dtype and device of x,
-    and shares no memory with x, weight or bias. CPU tensors need Triton's interpreter (TRITON_INTERPRET=1 when the
-    package is imported). `config` defaults to `select_config`.
+    Args:
+        out: where the result goes, by default a new tensor; shares no memory with the inputs.
+        config: by default `select_config`'s.
+        workspace: by default a new one.
 
     Raises:
-        ValueError: an argument is not as above, or config cannot run this convolution on this device.
+        ValueError: an argument is not as the operator says, or config cannot run this problem on this device.
     """
-    shape = check_conv2d_arguments(x, weight, bias, residual, stride, padding, dilation, groups, KERNEL_DTYPES)
-    if (tuple(out.shape), out.dtype, out.device) != (shape, x.dtype, x.device) or not is_channels_last(out):
+    check_conv2d_bias_act(x, weight, bias, residual, stride, padding, dilation, groups, relu, dtypes=KERNEL_DTYPES)
+    problem = conv2d_bias_act_problem(x, weight, bias, residual, stride, padding, dilation, groups, relu)
+    tensors = {"x": x, "weight": weight, "bias": bias, "residual": residual}
+    return _run(problem, config, tensors, out, workspace)
+
+
+def conv2d_projection_bias_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    shortcut: Tensor,
+    shortcut_weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    shortcut_stride: Sequence[int],
+    relu: bool,
+    *,
+    out: Tensor | None = None,
+    config: Config | None = None,
+    workspace: Workspace | None = None,
+) -> Tensor:
+    """`kernels.conv2d_projection_bias_act` by Triton; out, config, workspace and errors as for `conv2d_bias_act`."""
+    check_conv2d_projection_bias_act(
+        x, weight, bias, shortcut, shortcut_weight, stride, padding, dilation, shortcut_stride, relu,
+        dtypes=KERNEL_DTYPES,
+    )  # fmt: skip
+    problem = conv2d_projection_bias_act_problem(
+        x, weight, bias, shortcut, shortcut_weight, stride, padding, dilation, shortcut_stride, relu
+    )
+    tensors = {"x": x, "weight": weight, "bias": bias, "shortcut": shortcut, "shortcut_weight": shortcut_weight}
+    return _run(problem, config, tensors, out, workspace)
+
+
+def conv2d_conv1x1_bias_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    expand_weight: Tensor,
+    expand_bias: Tensor,
+    shortcut: Tensor | None,
+    shortcut_weight: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    shortcut_stride: Sequence[int],
+    relu: bool,
+    *,
+    out: Tensor | None = None,
+    config: Config | None = None,
+    workspace: Workspace | None = None,
+) -> Tensor:
+    """`kernels.conv2d_conv1x1_bias_act` by Triton; out, config, workspace and errors as for `conv2d_bias_act`."""
+    check_conv2d_conv1x1_bias_act(
+        x, weight, bias, expand_weight, expand_bias, shortcut, shortcut_weight, stride, padding, dilation,
+        shortcut_stride, relu, dtypes=KERNEL_DTYPES,
+    )  # fmt: skip
+    problem = conv2d_conv1x1_bias_act_problem(
+        x, weight, bias, expand_weight, expand_bias, shortcut, shortcut_weight, stride, padding, dilation,
+        shortcut_stride, relu,
+    )  # fmt: skip
+    tensors = {
+        "x": x,
+        "weight": weight,
+        "bias": bias,
+        "expand_weight": expand_weight,
+        "expand_bias": expand_bias,
+        "residual": shortcut if problem.has_residual else None,
+        "shortcut": None if problem.has_residual else shortcut,
+        "shortcut_weight": shortcut_weight,
+    }
+    return _run(problem, config, tensors, out, workspace)
+
+
+def conv2d_bias_relu_maxpool(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    *,
+    out: Tensor | None = None,
+    config: Config | None = None,
+    workspace: Workspace | None = None,
+) -> Tensor:
+    """`kernels.conv2d_bias_relu_maxpool` by Triton; out, config, workspace and errors as for `conv2d_bias_act`."""
+    check_conv2d_bias_relu_maxpool(x, weight, bias, stride, padding, dtypes=KERNEL_DTYPES)
+    problem = conv2d_bias_relu_maxpool_problem(x, weight, bias, stride, padding)
+    return _run(problem, config, {"x": x, "weight": weight, "bias": bias}, out, workspace)
+
+
+def mean_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    out: Tensor | None = None,
+    config: Config | None = None,
+    workspace: Workspace | None = None,
+) -> Tensor:
+    """`kernels.mean_linear` by Triton; out, config, workspace and errors as for `conv2d_bias_act`."""
+    check_mean_linear(x, weight, bias, dtypes=KERNEL_DTYPES)
+    problem = mean_linear_problem(x, weight, bias)
+    return _run(problem, config, {"x": x, "weight": weight, "bias": bias}, out, workspace)
+
+
+_Tensors = Mapping[str, Tensor | None]
+
+
+def _run(
+    problem: Problem, config: Config | None, tensors: _Tensors, out: Tensor | None, workspace: Workspace | None
+) -> Tensor:
+    """The result of `problem` on the operator's tensors, by name."""
+    x = tensors["x"]
+    assert x is not None
+    on_gpu = x.device.type == "cuda"
+    if not on_gpu and isinstance(_conv2d_gathered_kernel, JITFunction):
+        raise ValueError(f"x is on {x.device}, expected a CUDA device (or TRITON_INTERPRET=1 from the start)")
+    shape = problem.out_shape
+    layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    if out is None:
+        out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    dense = is_channels_last(out) if out.ndim == 4 else out.is_contiguous()
+    if (tuple(out.shape), out.dtype, out.device) != (shape, x.dtype, x.device) or not dense:
         raise ValueError(
             f"out is {tuple(out.shape)}, {out.dtype}, {out.device}, strides {out.stride()},"
-            f" expected {shape}, {x.dtype}, {x.device}, channels_last"
+            f" expected {shape}, {x.dtype}, {x.device}, dense {str(layout).removeprefix('torch.')}"
         )
-    problem = _problem(x, weight, residual, stride, padding, dilation, groups, relu)
-    _launch(x, weight, bias, residual, out, problem, config)
-
-
-def conv2d_bias_act_triton(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    residual: Tensor | None,
-    *,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    relu: bool,
-) -> Tensor:
-    """`launch_conv2d_bias_act` into a new tensor: what the operator does on a GPU."""
-    shape = check_conv2d_arguments(x, weight, bias, residual, stride, padding, dilation, groups, KERNEL_DTYPES)
-    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    problem = _problem(x, weight, residual, stride, padding, dilation, groups, relu)
-    _launch(x, weight, bias, residual, out, problem, config=None)
-    return out
-
-
-def _problem(
-    x: Tensor,
-    weight: Tensor,
-    residual: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    relu: bool,
-) -> ConvProblem:
-    batch, c_in, height, width = x.shape
-    return ConvProblem(
-        batch=batch,
-        c_in=c_in,
-        height=height,
-        width=width,
-        c_out=weight.shape[0],
-        kernel=(weight.shape[2], weight.shape[3]),
-        stride=(stride[0], stride[1]),
-        padding=(padding[0], padding[1]),
-        dilation=(dilation[0], dilation[1]),
-        groups=groups,
-        dtype=x.dtype,
-        has_residual=residual is not None,
-        relu=relu,
-    )
-
-
-def _launch(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    residual: Tensor | None,
-    out: Tensor,
-    problem: ConvProblem,
-    config: ConvConfig | None,
-) -> None:
-    on_gpu = x.device.type == "cuda"
-    if not on_gpu and isinstance(_conv2d_bias_act_kernel, JITFunction):
-        raise ValueError(f"x is on {x.device}, expected a CUDA device (or TRITON_INTERPRET=1 from the start)")
-    if problem.gemm_m == 0:
-        return
+    if out.numel() == 0:
+        return out
     if not on_gpu and x.dtype == torch.bfloat16:
         # The interpreter multiplies bfloat16 operands as the integers that hold them and truncates where a GPU rounds.
-        # float32 holds operands and products exactly, and leaves the one rounding to torch.
-        wide = out.float()
-        wide_residual = None if residual is None else residual.float()
-        wide_problem = replace(problem, dtype=torch.float32)
-        _launch(x.float(), weight.float(), bias.float(), wide_residual, wide, wide_problem, config)
-        out.copy_(wide)
-        return
+        # float32 holds operands and products exactly, and leaves the last rounding to torch.
+        wide = {name: None if tensor is None else tensor.float() for name, tensor in tensors.items()}
+        return out.copy_(_run(with_dtype(problem, torch.float32), config, wide, None, workspace))
     target = target_of(x.device) if on_gpu else None
     if config is None:
         config = select_config(problem, target or _INTERPRETED_AS)
     elif (reason := unsupported_reason(problem, config, target)) is not None:
-        raise ValueError(f"{config} cannot run this convolution: {reason}")
+        raise ValueError(f"{config} cannot run {problem}: {reason}")
+    workspace = workspace or Workspace(x.device)
     with torch.cuda.device(x.device) if on_gpu else contextlib.nullcontext():
-        _conv2d_bias_act_kernel[launch_grid(problem, config)](
-            x, weight, bias, residual, out, **kernel_arguments(problem, config), **launch_options(config)
-        )
+        if isinstance(problem, BottleneckProblem) and isinstance(config, PairConfig):
+            between = {name: tensors[name] for name in ("x", "weight", "bias")}
+            hidden = _run(problem.first, config.first, between, None, workspace)
+            names = ("residual", "shortcut", "shortcut_weight")
+            second = {name: tensors[name] for name in names}
+            second |= {"x": hidden, "weight": tensors["expand_weight"], "bias": tensors["expand_bias"]}
+            return _run(problem.second, config.second, second, out, workspace)
+        config = _without_unaligned_boxes(config, tensors)
+        for launch in plan(problem, config, target):
+            _launch(launch, tensors, out, workspace)
+    return out
+
+
+def _without_unaligned_boxes(config: Config, tensors: _Tensors) -> Config:
+    """TMA wants tensors at multiples of 16 bytes, which a view of another tensor need not be."""
+    aligned = all(tensor.data_ptr() % 16 == 0 for tensor in tensors.values() if tensor is not None)
+    if isinstance(config, (ConvConfig, BottleneckConfig)) and config.box is not None and not aligned:
+        return replace(config, box=None)
+    return config
+
+
+def _launch(launch: KernelLaunch, tensors: _Tensors, out: Tensor, workspace: Workspace) -> None:
+    arguments: dict[str, Any] = {"y_ptr": out, "partials_ptr": None, "counters_ptr": None}
+    if launch.tiles:
+        arguments["partials_ptr"] = torch.empty(launch.partials, dtype=torch.float32, device=out.device)
+        arguments["counters_ptr"] = workspace.counters(launch.tiles)
+    for parameter, operand in launch.operands.items():
+        name = parameter.removesuffix("_ptr").removesuffix("_desc")
+        tensor = tensors.get(name)
+        if parameter in arguments:
+            continue
+        arguments[parameter] = tensor
+        if tensor is not None and operand is not None and operand.block is not None:
+            view = _blocks_view(launch, name, tensor)
+            arguments[parameter] = TensorDescriptor(tensor, [*view.shape], [*view.stride()], [*operand.block])
+    ordered = {parameter: arguments[parameter] for parameter in launch.operands}
+    launch.kernel[launch.grid](**ordered, **launch.scalars, **launch.options)
+
+
+def _blocks_view(launch: KernelLaunch, name: str, tensor: Tensor) -> Tensor:
+    """`tensor` as its TMA descriptor sees it: a weight as C_OUT x K, an activation as N, H, W, C.
+
+    Of a projected shortcut only the pixels that its stride reads; of a dense convolution all pixels in one row.
+    """
+    if name.endswith("weight"):
+        return tensor.permute(0, 2, 3, 1).reshape(tensor.shape[0], -1)
+    pixels = tensor.permute(0, 2, 3, 1)
+    problem = launch.problem
+    conv = problem.first if isinstance(problem, BottleneckProblem) else problem
+    assert isinstance(conv, ConvProblem)
+    if isinstance(problem, ConvProblem) and problem.is_dense:
+        return pixels.reshape(1, 1, -1, pixels.shape[3])
+    if name == "shortcut" and conv.projection is not None:
+        step_h, step_w = conv.projection.stride
+        return pixels[:, ::step_h, ::step_w]
+    return pixels

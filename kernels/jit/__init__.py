@@ -1,0 +1,1 @@
+"""The Triton kernels: `parts.py` holds what they share, every other file one kernel."""

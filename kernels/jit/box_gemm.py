@@ -1,0 +1,106 @@
+"""Convolution of stride 1 as an implicit GEMM over TMA boxes: sm_90 and newer.
+
+One row block is a box of TILE_N images x TILE_P rows x TILE_Q columns of output pixels; under each tap it is a box of
+x of the same shape, shifted. A dense 1x1 convolution is passed as one image of one row: a plain GEMM.
+"""
+
+# mypy: allow-untyped-defs
+
+import triton
+import triton.language as tl
+
+from kernels.jit.parts import (
+    _accumulate_boxes,
+    _bias_residual_relu_store,
+    _box_corner,
+    _box_pixels,
+    _let_next_kernel_start,
+    _pixel_offset,
+    _wait_for_previous_kernel,
+)
+
+
+@triton.jit(do_not_specialize=["N", "P", "Q"])
+def _conv2d_boxes_kernel(
+    x_desc,
+    weight_desc,
+    bias_ptr,
+    residual_ptr,
+    shortcut_desc,
+    shortcut_weight_desc,
+    y_ptr,
+    N,
+    P,
+    Q,
+    C_IN: tl.constexpr,
+    C_OUT: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    C_S: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_PROJECTION: tl.constexpr,
+    APPLY_RELU: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_P: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    """y[n,p,q,o] = act(sum over r,s,c of x[n, p + r - PAD_H, q + s - PAD_W, c] * weight[o,r,s,c]
+                      + sum over c of shortcut[n,p,q,c] * shortcut_weight[o,c] + bias[o] + residual[n,p,q,o])
+
+    shortcut_desc sees only the pixels that the projection's stride reads. Persistent: each program of the
+    one-dimensional grid takes every num_programs-th block, those of one box of pixels one after the other.
+    """
+    BLOCK_M: tl.constexpr = TILE_N * TILE_P * TILE_Q
+    blocks_n = tl.cdiv(C_OUT, BLOCK_N)
+    boxes = tl.cdiv(N, TILE_N) * tl.cdiv(P, TILE_P) * tl.cdiv(Q, TILE_Q)
+    _wait_for_previous_kernel(USE_PDL)
+    for block in tl.range(tl.program_id(0), boxes * blocks_n, tl.num_programs(0)):
+        n0, p0, q0 = _box_corner(block // blocks_n, P, Q, TILE_N, TILE_P, TILE_Q)
+        first_column = block % blocks_n * BLOCK_N
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        acc = _accumulate_boxes(
+            acc,
+            x_desc,
+            weight_desc,
+            n0,
+            p0 - PAD_H,
+            q0 - PAD_W,
+            first_column,
+            C_IN,
+            R,
+            S,
+            INPUT_PRECISION,
+            BLOCK_M,
+            BLOCK_K,
+        )
+        if HAS_PROJECTION:
+            acc = _accumulate_boxes(
+                acc,
+                shortcut_desc,
+                shortcut_weight_desc,
+                n0,
+                p0,
+                q0,
+                first_column,
+                C_S,
+                1,
+                1,
+                INPUT_PRECISION,
+                BLOCK_M,
+                BLOCK_K,
+            )
+        _let_next_kernel_start(USE_PDL)
+
+        n, p, q = _box_pixels(n0, p0, q0, TILE_N, TILE_P, TILE_Q)
+        mask_m = (n < N) & (p < P) & (q < Q)
+        offs_n = first_column + tl.arange(0, BLOCK_N)
+        offs_y = _pixel_offset(n, p, q, P, Q, C_OUT)
+        _bias_residual_relu_store(
+            acc, bias_ptr, residual_ptr, y_ptr, offs_y, offs_n, mask_m, offs_n < C_OUT, HAS_RESIDUAL, APPLY_RELU
+        )

@@ -1,0 +1,254 @@
+"""What the kernels share: addresses, the loops over K, the sum over splits of K, and the epilogue.
+
+The GEMM view of a convolution, per group:
+
+    M = N * P * Q            one row per output pixel (n, p, q)
+    N = C_OUT / GROUPS       one column per output channel
+    K = R * S * C_IN / GROUPS, ordered (r, s, c): contiguous in both operands
+
+Memory: activations are N,H,W,C; a weight is C_OUT,R,S,C_IN/GROUPS; all dense (torch's channels_last), so a pixel
+index times the channel count is an offset and no strides are passed. Offsets in elements are int64; pixel rows (M)
+are int32, which the launcher guarantees to be enough.
+"""
+
+# mypy: allow-untyped-defs
+# What a kernel is called with is given types by Triton, one compilation at a time.
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def _swizzled_block(pid, blocks_m, blocks_n, GROUP_M: tl.constexpr):
+    """Order the blocks so that GROUP_M rows of blocks share their weight columns in L2."""
+    blocks_per_band = GROUP_M * blocks_n
+    first_m = pid // blocks_per_band * GROUP_M
+    rows = tl.minimum(blocks_m - first_m, GROUP_M)
+    pid_in_band = pid % blocks_per_band
+    return first_m + pid_in_band % rows, pid_in_band // rows
+
+
+@triton.jit
+def _pixels(offs_m, P, Q):
+    """(n, p, q) of the output pixels offs_m."""
+    row = offs_m // Q
+    return row // P, row % P, offs_m % Q
+
+
+@triton.jit
+def _box_corner(box, P, Q, TILE_N: tl.constexpr, TILE_P: tl.constexpr, TILE_Q: tl.constexpr):
+    """(n, p, q) of the first output pixel of the box-th box of TILE_N x TILE_P x TILE_Q pixels."""
+    boxes_q = tl.cdiv(Q, TILE_Q)
+    boxes_p = tl.cdiv(P, TILE_P)
+    row = box // boxes_q
+    return row // boxes_p * TILE_N, row % boxes_p * TILE_P, box % boxes_q * TILE_Q
+
+
+@triton.jit
+def _box_pixels(n, p, q, TILE_N: tl.constexpr, TILE_P: tl.constexpr, TILE_Q: tl.constexpr):
+    """(n, p, q) of every output pixel of the box at corner (n, p, q), in the order in which TMA loads them."""
+    lane = tl.arange(0, TILE_N * TILE_P * TILE_Q)
+    return n + lane // (TILE_P * TILE_Q), p + lane // TILE_Q % TILE_P, q + lane % TILE_Q
+
+
+@triton.jit
+def _pixel_offset(n, h, w, H, W, CHANNELS: tl.constexpr):
+    """int64 offset of channel 0 of pixel (n, h, w) in a dense N,H,W,CHANNELS tensor."""
+    return ((n.to(tl.int64) * H + h) * W + w) * CHANNELS
+
+
+@triton.jit
+def _k_slice(k_block, TAPS: tl.constexpr, C_IN: tl.constexpr, BLOCK_K: tl.constexpr):
+    """(k, tap, channel, mask) of the k_block-th slice of BLOCK_K reduction indices; tap = r * S + s.
+
+    Where a tap has fewer channels than a slice is long, the whole of K is cut into slices: no lane is wasted.
+    Otherwise a slice stays inside one tap, so the tap is the same in every lane and costs scalar arithmetic only.
+    """
+    lane = tl.arange(0, BLOCK_K)
+    if TAPS > 1 and C_IN < BLOCK_K:
+        offs_k = k_block * BLOCK_K + lane
+        tap = offs_k // C_IN
+        offs_c = offs_k % C_IN
+        mask_k = offs_k < TAPS * C_IN
+    else:
+        blocks_per_tap: tl.constexpr = tl.cdiv(C_IN, BLOCK_K)
+        tap = tl.full([BLOCK_K], k_block // blocks_per_tap, tl.int32)
+        offs_c = k_block % blocks_per_tap * BLOCK_K + lane
+        offs_k = tap * C_IN + offs_c
+        mask_k = offs_c < C_IN
+    return offs_k, tap, offs_c, mask_k
+
+
+@triton.jit
+def _accumulate_gathered(
+    acc,
+    x_ptr,
+    weight_ptr,
+    n,
+    p,
+    q,
+    mask_m,
+    offs_n,
+    mask_n,
+    H,
+    W,
+    first_k_block,
+    last_k_block,
+    C_IN: tl.constexpr,
+    GROUPS: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """acc + sum over K slices [first_k_block, last_k_block) of x[n, h, w, c] * weight[offs_n, r, s, c].
+
+    x_ptr points to the first channel of the group. Pixels outside the image and masked lanes are loaded as 0.
+    """
+    h = p * STRIDE_H - PAD_H
+    w = q * STRIDE_W - PAD_W
+    x_rows = x_ptr + _pixel_offset(n, h, w, H, W, GROUPS * C_IN)
+    weight_columns = weight_ptr + offs_n.to(tl.int64) * (R * S * C_IN)
+    for k_block in range(first_k_block, last_k_block):
+        offs_k, tap, offs_c, mask_k = _k_slice(k_block, R * S, C_IN, BLOCK_K)
+        tap_h = tap // S * DILATION_H
+        tap_w = tap % S * DILATION_W
+
+        x_mask = mask_m[:, None] & mask_k[None, :]
+        if PAD_H > 0:
+            rows = h[:, None] + tap_h[None, :]
+            x_mask &= (rows >= 0) & (rows < H)
+        if PAD_W > 0:
+            columns = w[:, None] + tap_w[None, :]
+            x_mask &= (columns >= 0) & (columns < W)
+        x_offsets = (tap_h.to(tl.int64) * W + tap_w) * (GROUPS * C_IN) + offs_c
+        x_tile = tl.load(x_rows[:, None] + x_offsets[None, :], mask=x_mask, other=0.0)
+
+        weight_mask = mask_k[:, None] & mask_n[None, :]
+        weight_tile = tl.load(weight_columns[None, :] + offs_k[:, None], mask=weight_mask, other=0.0)
+
+        acc = tl.dot(x_tile, weight_tile, acc, input_precision=INPUT_PRECISION)
+    return acc
+
+
+@triton.jit
+def _accumulate_boxes(
+    acc,
+    x_desc,
+    weight_desc,
+    n,
+    h,
+    w,
+    first_column,
+    C_IN: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """acc + the convolution of stride 1 of one box of pixels, whose tap (0, 0) is the box of x at (n, h, w).
+
+    x_desc loads boxes of TILE_N x TILE_P x TILE_Q pixels and BLOCK_K channels, weight_desc BLOCK_N filters and BLOCK_K
+    of their elements; both load 0 outside the tensor, which is the padding. C_IN is a multiple of BLOCK_K.
+    """
+    blocks_per_tap: tl.constexpr = C_IN // BLOCK_K
+    for k_block in range(0, R * S * blocks_per_tap):
+        tap = k_block // blocks_per_tap
+        channel = k_block % blocks_per_tap * BLOCK_K
+        x_tile = x_desc.load([n, h + tap // S, w + tap % S, channel]).reshape(BLOCK_M, BLOCK_K)
+        weight_tile = weight_desc.load([first_column, k_block * BLOCK_K])
+        acc = tl.dot(x_tile, weight_tile.T, acc, input_precision=INPUT_PRECISION)
+    return acc
+
+
+@triton.jit
+def _sum_of_splits(
+    acc,
+    partials_ptr,
+    counters_ptr,
+    tile,
+    split,
+    SPLIT_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """(sum of the SPLIT_K partial tiles, whether this program is the one that holds it).
+
+    Every program stores its partial tile; the last to arrive adds them up, always in the order of the splits, so the
+    sum does not depend on who came last. It leaves the tile's counter at 0, as it was found.
+    """
+    offsets = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    partials = partials_ptr + tile.to(tl.int64) * (SPLIT_K * BLOCK_M * BLOCK_N)
+    tl.store(partials + split * (BLOCK_M * BLOCK_N) + offsets, acc)
+    tl.debug_barrier()  # the whole tile is written before the program counts as arrived
+    arrived = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel", scope="gpu")
+    last = arrived == SPLIT_K - 1
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for other in range(0, tl.where(last, SPLIT_K, 0)):
+        total += tl.load(partials + other * (BLOCK_M * BLOCK_N) + offsets, cache_modifier=".cg")
+    tl.store(counters_ptr + tile, 0, mask=last)
+    return total, last
+
+
+@triton.jit
+def _biased(acc, bias_ptr, offs_c, mask_c):
+    """acc + bias, in float32; offs_c is the channel of each column."""
+    return acc + tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _relu(value):
+    """max(value, 0); NaN stays NaN."""
+    return tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _bias_residual_relu_store(
+    acc,
+    bias_ptr,
+    residual_ptr,
+    y_ptr,
+    offs_y,
+    offs_c,
+    mask_m,
+    mask_c,
+    HAS_RESIDUAL: tl.constexpr,
+    APPLY_RELU: tl.constexpr,
+):
+    """y = act(acc + bias + residual) in float32, rounded once by the cast on the store.
+
+    offs_y is the int64 offset of channel 0 of each row, offs_c the channel of each column.
+    """
+    acc = _biased(acc, bias_ptr, offs_c, mask_c)
+    offsets = offs_y[:, None] + offs_c[None, :]
+    mask = mask_m[:, None] & mask_c[None, :]
+    if HAS_RESIDUAL:
+        acc += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    if APPLY_RELU:
+        acc = _relu(acc)
+    tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _wait_for_previous_kernel(USE_PDL: tl.constexpr):
+    """Under programmatic dependent launch: block until the kernel before this one is complete.
+
+    Every kernel calls it before it touches an activation, to read or to write, so completion is transitive.
+    """
+    if USE_PDL:
+        gdc_wait()
+
+
+@triton.jit
+def _let_next_kernel_start(USE_PDL: tl.constexpr):
+    """Under programmatic dependent launch: the next kernel may take up free multiprocessors and wait there."""
+    if USE_PDL:
+        gdc_launch_dependents()

@@ -1,0 +1,154 @@
+"""Compile every kernel of a model ahead of time, for GPUs that need not be here, and judge the machine code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from export import ExportError, fuse
+from export.capture import first_line
+from export.console import Parser, Progress
+from export.precision import PRECISIONS
+from export.workload import fused_workload
+from kernels.problems import Problem
+from kernels.targets import TARGETS
+from resnet import MODELS, create_model
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(prog="compile_kernels.py", description=__doc__)
+    parser.add_argument(
+        "--targets", nargs="+", choices=TARGETS, default=list(TARGETS), metavar="SM", help="default all"
+    )
+    parser.add_argument("--model", nargs="+", default=["resnet50"], metavar="NAME", help="default resnet50")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32, 128], metavar="N", help="default 1 8 32 128")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp16", help="default fp16")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        with Progress() as progress:
+            problems = [problem for name in args.model for problem in problems_of(name, args, progress)]
+            kernels, launches = compile_for(args.targets, problems, progress)
+    except (ExportError, ValueError, RuntimeError) as error:
+        sys.stderr.write(f"compile_kernels.py: error: {first_line(error)}\n")
+        return 2
+    except ModuleNotFoundError as error:
+        sys.stderr.write(f"compile_kernels.py: error: no package {error.name}, expected triton: Linux only\n")
+        return 2
+    faulty = [kernel for kernel in kernels if kernel["faults"]]
+    if args.json:
+        print(json.dumps({"passed": not faulty, "kernels": kernels, "launches": launches}))
+        return 1 if faulty else 0
+    for target in args.targets:
+        print_kernels(target, [kernel for kernel in kernels if kernel["target"] == target])
+    print_launches(args.targets, launches)
+    for kernel in faulty:
+        print(f"{kernel['target']} {kernel['problem']}: {'; '.join(kernel['faults'])}")
+    print(f"{len(kernels)} kernels for {len(args.targets)} targets: {len(faulty) or 'none'} at fault")
+    return 1 if faulty else 0
+
+
+Problems = list[tuple[str, int, Problem]]
+
+
+def problems_of(name: str, args: argparse.Namespace, progress: Progress) -> Problems:
+    """(model, batch, problem) of every fused operator of a model at every batch size."""
+    progress(f"capture and fuse {name}")
+    model = create_model(name).eval()
+    size = MODELS[name].image_size
+    program = fuse(model, torch.zeros(1, 3, size, size))
+    works = [(batch, fused_workload(program, PRECISIONS[args.precision], batch)) for batch in args.batch]
+    return [(name, batch, work.problem) for batch, found in works for work in found if work.problem is not None]
+
+
+def compile_for(
+    targets: list[str], problems: Problems, progress: Progress
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What was found in each kernel, and the launches of one forward pass per target, model and batch."""
+    from kernels.compile import compile_problems
+    from kernels.plan import plan
+    from kernels.selection import select_config
+
+    distinct = [problem for _, _, problem in problems]
+    kernels = compile_problems({TARGETS[name]: distinct for name in targets}, progress)
+    launches: Counter[tuple[str, str, int]] = Counter()
+    for name in targets:
+        for model, batch, problem in problems:
+            launches[name, model, batch] += len(plan(problem, select_config(problem, TARGETS[name]), TARGETS[name]))
+    keys = ("target", "model", "batch")
+    return kernels, [{**dict(zip(keys, key, strict=True)), "launches": n} for key, n in launches.items()]
+
+
+def print_kernels(target: str, kernels: list[dict[str, Any]]) -> None:
+    table = Table(title=f"{target}, {TARGETS[target].shared_memory} bytes of shared memory", box=box.SIMPLE_HEAD)
+    table.add_column("kernel")
+    table.add_column("config")
+    for heading in ("registers", "stack", "shared", "tensor-core ops", "loads"):
+        table.add_column(heading, justify="right")
+    table.add_column("")
+    for kernel in kernels:
+        operations = " ".join(f"{count} {name}" for name, count in kernel["tensor_core_ops"].items())
+        more = f" +{len(kernel['problems']) - 1}" if len(kernel["problems"]) > 1 else ""
+        table.add_row(
+            kernel["problem"] + more,
+            describe_config(kernel["config"]),
+            str(kernel["registers"]),
+            str(kernel["stack_bytes"]),
+            str(kernel["shared_bytes"]),
+            operations,
+            describe_loads(kernel),
+            "FAULT" if kernel["faults"] else "ok",
+            style="red" if kernel["faults"] else "",
+        )
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def print_launches(targets: list[str], launches: list[dict[str, Any]]) -> None:
+    """Kernels per forward pass; a pair of convolutions counts as one or two, as the configuration decides."""
+    cases = list(dict.fromkeys((entry["model"], entry["batch"]) for entry in launches))
+    table = Table("launches", *(f"{model} batch {batch}" for model, batch in cases), box=box.SIMPLE_HEAD)
+    counts = {(entry["target"], entry["model"], entry["batch"]): entry["launches"] for entry in launches}
+    for target in targets:
+        table.add_row(target, *(str(counts[(target, *case)]) for case in cases))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def describe_config(config: dict[str, Any]) -> str:
+    """Tile, warps and stages, and what is not the default, in a few words."""
+    sides = [config[name] for name in ("block_m", "block_q", "block_n", "block_k") if name in config]
+    words = ["x".join(map(str, sides)), f"{config['num_warps']} warps"]
+    if "num_stages" in config:
+        words.append(f"{config['num_stages']} stages")
+    if config.get("split_k", 1) > 1:
+        words.append(f"split {config['split_k']}")
+    if config.get("box"):
+        words.append("box " + "x".join(map(str, config["box"])))
+    if "pool_rows" in config:
+        words.append(f"{config['pool_rows']} pooled rows")
+    return ", ".join(words)
+
+
+def describe_loads(kernel: dict[str, Any]) -> str:
+    """How the tiles come in: TMA, or the width in bytes of the widest copy."""
+    if kernel["box_loads"]:
+        return "TMA"
+    return f"{max(map(int, [*kernel['global_loads'], *kernel['async_copies']]), default=0)} bytes"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

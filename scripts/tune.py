@@ -1,0 +1,152 @@
+"""Find the fastest launch configuration of every kernel of a model on this machine's GPU, and write the tuned table."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from export import Batch, ExportError, fuse
+from export.capture import first_line
+from export.console import Parser, Progress
+from export.precision import PRECISIONS
+from export.workload import fused_workload
+from kernels.config import Config
+from kernels.heuristic import heuristic_config
+from kernels.problems import Problem
+from kernels.selection import problem_key, tuned_table, write_table
+from kernels.tuning import tune
+from resnet import MODELS, create_model
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(prog="tune.py", description=__doc__)
+    parser.add_argument("--model", nargs="+", default=["resnet50"], metavar="NAME", help="default resnet50")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32, 128], metavar="N", help="default 1 8 32 128")
+    parser.add_argument("--precision", choices=("fp16", "bf16"), default="fp16", help="default fp16")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    if not torch.cuda.is_available():
+        sys.stderr.write("tune.py: error: no NVIDIA GPU here: expected to run on the GPU to tune for\n")
+        return 2
+    try:
+        with Progress() as progress:
+            rows, path = tune_models(args, progress)
+    except (ExportError, ValueError, RuntimeError) as error:
+        sys.stderr.write(f"tune.py: error: {first_line(error)}\n")
+        return 2
+    print_rows(rows)
+    print(f"{path} written; next: python scripts/benchmark.py --device cuda --model {args.model[0]}")
+    return 0
+
+
+def problems_of(args: argparse.Namespace) -> list[Problem]:
+    """Every distinct problem of the models at the batch sizes, the two halves of each bottleneck included."""
+    found: list[Problem] = []
+    for name in args.model:
+        size = MODELS[name].image_size if name in MODELS else 224
+        batch = Batch(1, 1, max(args.batch))
+        program = fuse(create_model(name).eval(), torch.zeros(1, 3, size, size), batch)
+        for n in args.batch:
+            works = fused_workload(program, PRECISIONS[args.precision], n)
+            found += [work.problem for work in works if work.problem is not None]
+    return list(dict.fromkeys(found))
+
+
+def tune_models(args: argparse.Namespace, progress: Progress) -> tuple[list[tuple[str, float, float, int]], Path]:
+    """(problem, heuristic's us, tuned us, configurations measured) of each, and the table's path."""
+    from kernels.launch import target_of
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    target = target_of(device)
+    progress("capture and fuse")
+    problems = problems_of(args)
+    configs: dict[str, Config] = dict(tuned_table(target.name))
+    header = describe_machine(device)
+    rows, path = [], Path()
+    for index, problem in enumerate(problems):
+        progress(f"{index + 1} of {len(problems)}: {problem_key(problem)}")
+        measure = Measurement()
+        config, seconds, count = tune(problem, target, measure)
+        start = measure(problem, heuristic_config(problem, target))
+        rows.append((problem_key(problem), 1e6 * (start or 0), 1e6 * seconds, count))
+        configs[problem_key(problem)] = config
+        path = write_table(target.name, header, configs)  # after each: an interrupted run keeps what it found
+    return rows, path
+
+
+class Measurement:
+    """Seconds of one launch of a problem under a configuration; None where it does not run or fails P1."""
+
+    def __init__(self) -> None:
+        self._inputs: dict[Problem, Any] = {}
+        self._seconds: dict[tuple[Problem, Config], float | None] = {}
+
+    def __call__(self, problem: Problem, config: Config) -> float | None:
+        key = (problem, config)
+        if key not in self._seconds:
+            self._seconds[key] = self._measure(problem, config)
+        return self._seconds[key]
+
+    def _measure(self, problem: Problem, config: Config) -> float | None:
+        from kernels.oracle import make_inputs, operator_call, p1_failures
+        from triton.compiler.errors import CompilationError
+        from triton.runtime.errors import OutOfResources, PTXASError
+        from triton.testing import do_bench_cudagraph
+
+        from kernels import launch
+
+        inputs = self._inputs.setdefault(problem, make_inputs(problem, "cuda"))
+        name, arguments = operator_call(problem, inputs)
+        workspace = launch.Workspace("cuda")
+
+        def run() -> torch.Tensor:
+            result: torch.Tensor = getattr(launch, name)(*arguments, config=config, workspace=workspace)
+            return result
+
+        try:
+            y = run()
+            torch.cuda.synchronize()
+        except (CompilationError, OutOfResources, PTXASError):
+            return None
+        if p1_failures(y, problem, inputs):
+            return None
+        # In a graph: a launch from Python takes longer than the smallest of these kernels.
+        return float(do_bench_cudagraph(run, rep=20, return_mode="median")) / 1e3
+
+
+def describe_machine(device: torch.device) -> dict[str, str]:
+    import triton
+
+    return {
+        "gpu": torch.cuda.get_device_name(device),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def print_rows(rows: list[tuple[str, float, float, int]]) -> None:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("problem")
+    for heading in ("heuristic us", "tuned us", "ratio", "measured"):
+        table.add_column(heading, justify="right")
+    for key, before, after, count in rows:
+        table.add_row(key, f"{before:.1f}", f"{after:.1f}", f"{before / after:.2f}", str(count))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
