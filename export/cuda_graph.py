@@ -38,6 +38,7 @@ class CudaGraphProgram:
     Attributes:
         precision: of weights and activations.
         device: where it runs.
+        interpreter: the same launches one by one, for whoever wants to see its intermediate values.
     """
 
     def __init__(self, program: FusedProgram, precision: Precision, device: torch.device | str = "cuda") -> None:
@@ -55,7 +56,7 @@ class CudaGraphProgram:
             operator: functools.partial(getattr(launch, operator._opname), workspace=workspace)
             for operator in FUSED_OPERATORS
         }
-        self._interpreter = GraphInterpreter(graph_module, operators)
+        self.interpreter = GraphInterpreter(graph_module, operators)
         self._captured: dict[int, _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._lock = threading.Lock()
@@ -116,12 +117,12 @@ class CudaGraphProgram:
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with plain_torch(), torch.cuda.stream(stream):
-            self._interpreter.run(x)
+            self.interpreter.run(x)
             stream.synchronize()
             graph = torch.cuda.CUDAGraph()
             # Only this thread's calls are recorded; others may go on using the device.
             with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-                outputs = self._interpreter.run(x)
+                outputs = self.interpreter.run(x)
         torch.cuda.current_stream(self.device).wait_stream(stream)
         self._captured[batch] = _Captured(graph, x, outputs)
         return self._captured[batch]

@@ -5,16 +5,25 @@ from __future__ import annotations
 import copy
 import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, fx
 
+import kernels  # noqa: F401  registers the fused operators
 from export.errors import ExportError
 
 aten = torch.ops.aten
+resnet_deploy = torch.ops.resnet_deploy
+FUSED_OPERATORS = (
+    resnet_deploy.conv2d_bias_act.default,
+    resnet_deploy.conv2d_bias_relu_maxpool.default,
+    resnet_deploy.conv2d_projection_bias_act.default,
+    resnet_deploy.conv2d_conv1x1_bias_act.default,
+    resnet_deploy.mean_linear.default,
+)
 _T = TypeVar("_T")
 
 
@@ -58,6 +67,29 @@ def schema_name(node: fx.Node) -> str:
 def args_of(node: fx.Node) -> tuple[Any, ...]:
     """The positional arguments of a call; the operator's schema says their types."""
     return node.args
+
+
+def named_args(node: fx.Node) -> dict[str, Any]:
+    """All arguments of a call of an operator under the names its schema gives them, defaults included."""
+    target: Any = node.target
+    names = target._schema.arguments
+    defaults = {argument.name: argument.default_value for argument in names}
+    given = {argument.name: value for argument, value in zip(names, node.args, strict=False)}
+    return {**defaults, **given, **node.kwargs}
+
+
+def only_reader(node: fx.Node) -> fx.Node | None:
+    """The one node that reads `node`, where there is no other and it reads it once."""
+    if len(node.users) != 1:
+        return None
+    reader, reads = next(iter(node.users)), []
+    fx.node.map_arg((reader.args, reader.kwargs), lambda n: reads.append(n))
+    return reader if reads.count(node) == 1 else None
+
+
+def pair(values: Sequence[int]) -> tuple[int, int]:
+    """(height, width) of a geometry that ATen also takes as one number for both."""
+    return (values[0], values[0]) if len(values) == 1 else (values[0], values[1])
 
 
 _MOVES_DATA = (
@@ -131,7 +163,7 @@ def same_shape(a: fx.Node, b: fx.Node) -> bool:
 def converted(graph_module: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
     """A copy with every floating-point constant and type argument cast, once, to `dtype`.
 
-    Convolution weights become channels_last.
+    Convolution weights become channels_last, all else contiguous: the layouts the operators require.
 
     Raises:
         ExportError: a finite constant has no finite value in `dtype`; names it.
@@ -140,7 +172,7 @@ def converted(graph_module: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModul
     for name, tensor in [*result.named_parameters(), *result.named_buffers()]:
         if not tensor.is_floating_point():
             continue
-        layout = torch.channels_last if tensor.dim() == 4 else torch.preserve_format
+        layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
         cast = tensor.detach().to(dtype, memory_format=layout)
         if not bool(torch.isfinite(cast).all()):
             peak, limit = tensor.abs().max().item(), torch.finfo(dtype).max

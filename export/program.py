@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,9 +10,8 @@ from torch import Tensor, fx, nn
 
 from export.capture import DEFAULT_BATCH, Batch, capture, plain_torch
 from export.errors import ExportError
-from export.graph import converted, is_call, module_path, moves_data, schema_name
-from export.passes import PASSES
-from export.passes.fuse_epilogue import FUSED
+from export.graph import FUSED_OPERATORS, converted, is_call, module_path, moves_data, schema_name
+from export.passes import DEFAULT_LEVEL, FOLDING, LEVELS
 from export.precision import PRECISIONS, Precision
 
 
@@ -20,7 +20,8 @@ class Operator:
     """One line of the coverage report.
 
     Attributes:
-        name: the module of the user's model it comes from.
+        name: the module of the user's model it comes from; for a fused operator, the one whose weights come
+            last, such as `layer1.0.conv3`.
         kind: the operator that computes it.
         parts: for a fused operator, the modules it replaces, in order.
         reason: for an operator left eager, why no pass took it; empty where none was meant to.
@@ -51,6 +52,7 @@ class FusedProgram(nn.Module):
 
     Attributes:
         source: the captured graph before any pass, float64: what the operators are checked against.
+        folded: the same with BatchNorm folded into the weights and no operator fused, float64.
         master: the fused graph with float64 parameters: each precision is cast from it, once.
         coverage: what was fused and what was left, by the names of the user's modules.
         batch: the batch sizes it accepts.
@@ -58,11 +60,12 @@ class FusedProgram(nn.Module):
     """
 
     source: fx.GraphModule
+    folded: fx.GraphModule
     master: fx.GraphModule
 
-    def __init__(self, source: fx.GraphModule, master: fx.GraphModule, batch: Batch) -> None:
+    def __init__(self, source: fx.GraphModule, folded: fx.GraphModule, master: fx.GraphModule, batch: Batch) -> None:
         super().__init__()
-        self.__dict__.update(source=source, master=master)  # kept out of parameters() and of .to()
+        self.__dict__.update(source=source, folded=folded, master=master)  # kept out of parameters() and of .to()
         self.batch = batch
         self.image_shape = tuple(next(n for n in source.graph.nodes if n.op == "placeholder").meta["val"].shape[1:])
         self.coverage = _coverage(master)
@@ -90,31 +93,41 @@ class FusedProgram(nn.Module):
             return self.graph_module(x)
 
 
-def fuse(model: nn.Module, example: Tensor, batch: Batch = DEFAULT_BATCH) -> FusedProgram:
-    """Capture `model` and fuse its convolutions with BatchNorm, addition and ReLU.
+def fuse(model: nn.Module, example: Tensor, batch: Batch = DEFAULT_BATCH, level: str = DEFAULT_LEVEL) -> FusedProgram:
+    """Capture `model`, fold its BatchNorm and fuse its operators.
 
     Args:
         model: any nn.Module in eval mode with one tensor input; left as it was.
         example: [N, C, H, W], floating point; left as it was.
         batch: the batch sizes the program must accept.
+        level: which fusions to apply, a key of `export.passes.LEVELS`. The default applies all; the others
+            are there for the benchmark, to say what each fusion is worth.
 
     Raises:
-        ExportError: the model cannot be captured; says why in one line.
+        ExportError: an unknown level, or the model cannot be captured; says why in one line.
     """
+    if level not in LEVELS:
+        raise ExportError(f"expected a level of fusion of {', '.join(LEVELS)}, got {level!r}")
     source = converted(capture(model, example, batch), torch.float64)
-    master = source
     with plain_torch():
-        for apply in PASSES:
-            master = apply(master)
-    return FusedProgram(source, master, batch)
+        folded = _applied(FOLDING, source)
+        master = _applied(LEVELS[level], folded)
+    return FusedProgram(source, folded, master, batch)
+
+
+def _applied(
+    passes: tuple[Callable[[fx.GraphModule], fx.GraphModule], ...], graph_module: fx.GraphModule
+) -> fx.GraphModule:
+    for apply in passes:
+        graph_module = apply(graph_module)
+    return graph_module
 
 
 def _coverage(master: fx.GraphModule) -> Coverage:
     fused, left = [], []
     for node in master.graph.nodes:
-        if is_call(node, FUSED):
-            parts = tuple(node.meta["fused"])
-            fused.append(Operator(module_path(node), "conv2d_bias_act", parts))
+        if is_call(node, *FUSED_OPERATORS):
+            fused.append(Operator(module_path(node), schema_name(node), tuple(node.meta["fused"])))
         elif node.op == "call_function" and not moves_data(node):
             left.append(Operator(module_path(node), schema_name(node), reason=node.meta.get("refused", "")))
     return Coverage(tuple(fused), tuple(left))

@@ -16,12 +16,15 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from typing_extensions import Self
 
 from export.capture import eager_copy, first_line, plain_torch
+from export.cuda_graph import CudaGraphProgram
 from export.errors import ExportError, MissingDependency
+from export.graph import converted
+from export.interpreter import GraphInterpreter
 from export.lowering.onnx_file import ONNX_FILE, OnnxFile
 from export.lowering.tensorrt_engine import Engine, import_flavour
 from export.precision import Precision
@@ -34,7 +37,7 @@ class Runner(ABC):
     """One runtime holding one form of the network.
 
     Attributes:
-        name: of the form: `eager`, `fused`, `triton`, `onnx`, or an engine's flavour.
+        name: of the form: `eager`, `folded`, `fused`, `triton`, `onnx`, or an engine's flavour.
         runtime: what executes it, with version where that matters.
         file: the artefact in the bundle, empty where there is none.
     """
@@ -86,8 +89,30 @@ class EagerRunner(Runner):
         return _named(self._output_names, outputs)
 
 
+class FoldedRunner(Runner):
+    """The captured graph with BatchNorm folded and nothing fused, on the CPU: every operator rounds its result."""
+
+    name = "folded"
+    runtime = EagerRunner.runtime
+
+    def __init__(self, program: FusedProgram, precision: Precision, output_names: tuple[str, ...]) -> None:
+        self._program, self._precision, self._output_names = program, precision, output_names
+
+    def __enter__(self) -> Self:
+        self._graph_module = converted(self._program.folded, self._precision.dtype)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        del self._graph_module
+
+    def infer(self, inputs: Mapping[str, NDArray]) -> Arrays:
+        x = torch.from_numpy(inputs["input"]).to(self._precision.dtype, copy=True)
+        with plain_torch():
+            return _named(self._output_names, pytree.tree_leaves(self._graph_module(x)))
+
+
 class ProgramRunner(Runner):
-    """The fused program, node by node: on the CPU by the operators' references, on CUDA by Triton."""
+    """The fused program: on the CPU node by node by the operators' references, on CUDA as graphs of Triton kernels."""
 
     def __init__(
         self,
@@ -97,51 +122,37 @@ class ProgramRunner(Runner):
         device: str = "cpu",
         operators: Mapping[Callable, Callable] | None = None,
     ) -> None:
-        """`operators` replaces the implementation of some operators, such as by their Triton launchers."""
+        """On the CPU, `operators` replaces some operators, such as by their Triton launchers in the interpreter."""
         self._program, self._precision, self._output_names = program, precision, output_names
         self._device, self._operators = device, dict(operators or {})
         self.name, package = ("triton", "triton") if device != "cpu" or operators else ("fused", "torch")
         self.runtime = f"{package} {importlib.metadata.version(package)}"
 
     def __enter__(self) -> Self:
-        graph_module = self._program.at(self._precision).to(self._device)
-        self._interpreter = _Interpreter(graph_module, self._operators)
+        if self._device == "cpu":
+            self._interpreter = GraphInterpreter(self._program.at(self._precision), self._operators)
+            self._call: Callable[[Tensor], Any] = self._interpreter.run
+        else:
+            graphs = CudaGraphProgram(self._program, self._precision, self._device)
+            self._interpreter, self._call = graphs.interpreter, graphs
         return self
 
     def __exit__(self, *error: object) -> None:
-        del self._interpreter
+        del self._interpreter, self._call
 
     def infer(self, inputs: Mapping[str, NDArray]) -> Arrays:
-        return _named(self._output_names, pytree.tree_leaves(self._run(inputs)))
+        with plain_torch():
+            return _named(self._output_names, pytree.tree_leaves(self._call(self._input(inputs))))
 
     def trace(self, inputs: Mapping[str, NDArray]) -> dict[str, Tensor]:
         self._interpreter.values = {}
-        self._run(inputs)
+        with plain_torch():
+            self._interpreter.run(self._input(inputs))
         values, self._interpreter.values = self._interpreter.values, None
         return {name: value.cpu() for name, value in values.items()}
 
-    def _run(self, inputs: Mapping[str, NDArray]) -> Any:
-        x = torch.from_numpy(inputs["input"]).to(self._device, self._precision.dtype, copy=True)
-        with plain_torch():
-            return self._interpreter.run(x)
-
-
-class _Interpreter(fx.Interpreter):
-    """Executes a graph with some operators replaced; keeps every tensor while `values` is a dict."""
-
-    def __init__(self, graph_module: fx.GraphModule, operators: dict[Callable, Callable]) -> None:
-        super().__init__(graph_module)
-        self._operators = operators
-        self.values: dict[str, Tensor] | None = None
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if self.values is not None and n.op != "get_attr" and isinstance(value, Tensor):
-            self.values[n.name] = value
-        return value
-
-    def call_function(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        return super().call_function(self._operators.get(target, target), args, kwargs)
+    def _input(self, inputs: Mapping[str, NDArray]) -> Tensor:
+        return torch.from_numpy(inputs["input"]).to(self._device, self._precision.dtype, copy=True)
 
 
 class OnnxRuntimeRunner(Runner):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from export.capture import Batch, first_line, plain_torch
 from export.errors import ExportError
-from export.graph import args_of, is_call, module_path, schema_name
+from export.graph import FUSED_OPERATORS, is_call, module_path, named_args, schema_name
 from export.lowering.operators import TRANSLATIONS
 from export.precision import Precision
 from export.program import FusedProgram
@@ -81,9 +81,10 @@ def lower_onnx(program: FusedProgram, example: Tensor, precision: Precision, met
     graph_module = program.at(precision)
     names = output_names(graph_module)
     model = _translate(graph_module, example, program.batch, precision, names)
-    values = _values(graph_module, model, precision)
+    groups = _groups(graph_module, model, precision)
     _strip(model, metadata)
-    values = _rename(graph_module, model, values)
+    _rename(graph_module, model, groups)
+    values = {name: group[-1].output[0] if group else "input" for name, group in groups.items()}
     return OnnxFile(model, names, values)
 
 
@@ -141,27 +142,32 @@ def _translate(
     return model
 
 
-def _values(graph_module: fx.GraphModule, model: onnx.ModelProto, precision: Precision) -> dict[str, str]:
-    """Fused-graph node -> ONNX value. Tracing keeps the order of calls, so the n-th of a kind is the n-th."""
-    last_output: dict[str, str] = {}
+def _groups(
+    graph_module: fx.GraphModule, model: onnx.ModelProto, precision: Precision
+) -> dict[str, list[onnx.NodeProto]]:
+    """Fused-graph node -> the ONNX nodes that compute it, in order; none for an input that is not cast.
+
+    Tracing keeps the order of calls, so the n-th of a kind is the n-th.
+    """
+    traced: dict[str, list[onnx.NodeProto]] = {}
     for node in model.graph.node:
         text = next((entry.value for entry in node.metadata_props if entry.key == _FX_NODE), "")
-        last_output[text.partition(" ")[0].lstrip("%")] = node.output[0]
+        traced.setdefault(text.partition(" ")[0].lstrip("%"), []).append(node)
     boundary = "_to_copy" if precision.dtype != torch.float32 else "input"  # 16-bit graphs begin with a cast
     counts: dict[str, int] = {boundary: 1}
-    values = {}
+    groups = {}
     for node in graph_module.graph.nodes:
         if node.op == "placeholder":
-            values[node.name] = last_output.get(boundary, boundary)
+            groups[node.name] = traced.get(boundary, [])
         kind = schema_name(node)
         if not kind:
             continue
         index = counts.get(kind, 0)
         counts[kind] = index + 1
-        traced = f"{kind}_{index}" if index else kind
-        if traced in last_output:
-            values[node.name] = last_output[traced]
-    return values
+        name = f"{kind}_{index}" if index else kind
+        if name in traced:
+            groups[node.name] = traced[name]
+    return groups
 
 
 def _strip(model: onnx.ModelProto, metadata: dict[str, str]) -> None:
@@ -178,18 +184,20 @@ def _strip(model: onnx.ModelProto, metadata: dict[str, str]) -> None:
     onnx.helper.set_model_props(model, metadata)
 
 
-def _rename(graph_module: fx.GraphModule, model: onnx.ModelProto, values: dict[str, str]) -> dict[str, str]:
-    """Name the value of every fused operator after the user's module, and every weight after its owner."""
-    fixed = {value.name for value in [*model.graph.input, *model.graph.output]}
+def _rename(graph_module: fx.GraphModule, model: onnx.ModelProto, groups: Mapping[str, list[onnx.NodeProto]]) -> None:
+    """Name what the fused operators compute after the user's modules, and every weight after its owner."""
     names: dict[str, str] = {}
     for node in graph_module.graph.nodes:
-        value = values.get(node.name)
-        if value is not None and value not in fixed and is_call(node, *TRANSLATIONS):
-            names[value] = module_path(node)
-            for argument, role in zip(args_of(node)[1:3], ("weight", "bias"), strict=True):
-                names[f"graph_module.{argument.target}"] = f"{module_path(node)}.{role}"
+        if is_call(node, *FUSED_OPERATORS):
+            arguments = named_args(node)
+            for argument, owner in node.meta["weights"].items():
+                role = "bias" if argument.endswith("bias") else "weight"
+                names[f"graph_module.{arguments[argument].target}"] = f"{owner}.{role}"
+            names |= _value_names(node, groups.get(node.name, []))
     for tensor in model.graph.initializer:
         names.setdefault(tensor.name, tensor.name.removeprefix("graph_module."))
+    fixed = {value.name for value in [*model.graph.input, *model.graph.output]}
+    names = {old: wanted for old, wanted in names.items() if old not in fixed}
     taken = {name for node in model.graph.node for name in node.output if name not in names} | fixed
     for old, wanted in names.items():
         names[old] = next(name for name in _variants(wanted) if name not in taken)
@@ -199,7 +207,23 @@ def _rename(graph_module: fx.GraphModule, model: onnx.ModelProto, values: dict[s
         node.output[:] = [names.get(name, name) for name in node.output]
     for named in [*model.graph.initializer, *model.graph.value_info]:
         named.name = names.get(named.name, named.name)
-    return {node: names.get(value, value) for node, value in values.items()}
+
+
+def _value_names(node: fx.Node, group: Sequence[onnx.NodeProto]) -> dict[str, str]:
+    """ONNX value -> module, for the last value of each module that a fused operator replaces.
+
+    A convolution's is what its ReLU, or the addition of the other summand, makes of it.
+    """
+    arguments, parts = named_args(node), node.meta["fused"]
+    owners = {f"graph_module.{arguments[name].target}": owner for name, owner in node.meta["weights"].items()}
+    pools = {"ReduceMean": parts[0], "MaxPool": parts[-1]}
+    owner_of: dict[str, str] = {}
+    for onnx_node in group:
+        weight = onnx_node.input[1] if len(onnx_node.input) > 1 else ""
+        inherited = owner_of.get(onnx_node.input[0], module_path(node))
+        owner_of[onnx_node.output[0]] = pools.get(onnx_node.op_type) or owners.get(weight, inherited)
+    last = {owner: value for value, owner in owner_of.items()}
+    return {value: owner for owner, value in last.items()}
 
 
 def _variants(name: str) -> Iterator[str]:

@@ -6,11 +6,9 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -20,10 +18,9 @@ from export.lowering.tensorrt_engine import Engine
 from export.parity.network import NetworkCheck, compare
 from export.parity.operators import OperatorChecks
 from export.parity.report import Rung
-from export.passes.fuse_epilogue import FUSED
 from export.precision import Precision
 from export.program import FusedProgram
-from export.runners import Arrays, EagerRunner, ProgramRunner, Runner
+from export.runners import Arrays, EagerRunner, FoldedRunner, Runner
 
 # Two draws of rounding the weights, which were seen to differ by up to 2.5; a broken fold is off by far more.
 _FOLDED_FACTOR = 4.0
@@ -121,7 +118,7 @@ def run_references(
     seconds = 0.0
     for runner in (
         EagerRunner(model, torch.float64, names),
-        ProgramRunner(program, precision, names, operators={FUSED: _unfused}),
+        FoldedRunner(program, precision, names),
         EagerRunner(model, precision.dtype, names),
     ):
         with runner:
@@ -132,15 +129,6 @@ def run_references(
     return References(images, eager, folded, oracle, seconds)
 
 
-def _unfused(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, *geometry_and_relu: Any) -> Tensor:
-    """conv2d_bias_act as eager operators, each of which rounds its result."""
-    *geometry, relu = geometry_and_relu
-    y = F.conv2d(x, weight, bias, *geometry)
-    if residual is not None:
-        y = y + residual
-    return (F.relu(y) if relu else y).contiguous(memory_format=torch.channels_last)
-
-
 def reference_rungs(references: References, precision: Precision) -> list[Rung]:
     """What rounding alone costs: the eager model, and the same operators with BatchNorm folded."""
     r, floor = references, precision.network_floor
@@ -148,7 +136,7 @@ def reference_rungs(references: References, precision: Precision) -> list[Rung]:
     folded = compare(r.folded, [r.eager], r.oracle, _FOLDED_FACTOR, floor)
     return [
         Rung("eager", EagerRunner.runtime, precision.name, outputs=eager, seconds=r.seconds),
-        Rung("folded", EagerRunner.runtime, precision.name, outputs=folded),
+        Rung("folded", FoldedRunner.runtime, precision.name, outputs=folded),
     ]
 
 

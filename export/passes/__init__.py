@@ -1,13 +1,48 @@
-"""Graph passes: pure functions from a graph to a graph, applied in this order."""
+"""Graph passes: pure functions from a graph to a graph.
+
+First the passes of FOLDING, in this order, then those of one level of fusion in LEVELS.
+"""
 
 from __future__ import annotations
 
 from export.passes.channels_last import channels_last
 from export.passes.fold_batchnorm import fold_batchnorm
 from export.passes.fold_constants import fold_constants
+from export.passes.fuse_bottleneck import fuse_bottleneck
 from export.passes.fuse_epilogue import fuse_epilogue
+from export.passes.fuse_head import fuse_head
+from export.passes.fuse_stem import fuse_stem
+from export.passes.merge_projection import merge_projection
 from export.passes.pool_as_mean import pool_as_mean
 
-PASSES = (fold_constants, fold_batchnorm, fuse_epilogue, pool_as_mean, channels_last)
+FOLDING = (fold_constants, fold_batchnorm, pool_as_mean)
 
-__all__ = ["PASSES", "channels_last", "fold_batchnorm", "fold_constants", "fuse_epilogue", "pool_as_mean"]
+# In the order they are applied, each with the first level that has it.
+_FUSIONS = (
+    (fuse_epilogue, "b"),
+    (fuse_stem, "c1"),
+    (merge_projection, "c2"),
+    (fuse_bottleneck, "c3"),
+    (fuse_head, "c1"),
+)
+# b: convolutions with their epilogues; c1: also stem and head; c2: also merged projections; c3: also bottlenecks.
+LEVELS = {
+    level: (*(fusion for fusion, first in _FUSIONS if first <= level), channels_last)
+    for level in ("b", "c1", "c2", "c3")
+}
+DEFAULT_LEVEL = "c3"
+
+__all__ = [
+    "DEFAULT_LEVEL",
+    "FOLDING",
+    "LEVELS",
+    "channels_last",
+    "fold_batchnorm",
+    "fold_constants",
+    "fuse_bottleneck",
+    "fuse_epilogue",
+    "fuse_head",
+    "fuse_stem",
+    "merge_projection",
+    "pool_as_mean",
+]

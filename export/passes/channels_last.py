@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from export.graph import args_of, aten, copy_meta, duplicate, is_call
-from export.passes.fuse_epilogue import FUSED
+from export.graph import FUSED_OPERATORS, args_of, aten, copy_meta, duplicate, is_call, named_args
 
+_ACTIVATIONS = ("x", "residual", "shortcut")
 _KEEPS_LAYOUT = (aten.relu.default, aten.max_pool2d.default)
 
 
@@ -20,8 +20,8 @@ def channels_last(graph_module: fx.GraphModule) -> fx.GraphModule:
     known: set[fx.Node] = set()
     converted: dict[fx.Node, fx.Node] = {}
     for node in list(graph_module.graph.nodes):
-        if is_call(node, FUSED):
-            for activation in (args_of(node)[0], args_of(node)[3]):
+        if is_call(node, *FUSED_OPERATORS):
+            for activation in map(named_args(node).get, _ACTIVATIONS):
                 if activation is not None and activation not in known:
                     new = converted.get(activation) or _convert(graph_module, activation, node)
                     converted[activation] = new

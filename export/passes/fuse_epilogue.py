@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
-import kernels  # noqa: F401  registers the operator
 from export.graph import (
     add_constant,
     args_of,
@@ -18,11 +15,13 @@ from export.graph import (
     duplicate,
     is_call,
     module_path,
+    only_reader,
+    pair,
     parameter,
+    resnet_deploy,
     same_shape,
 )
 
-FUSED = torch.ops.resnet_deploy.conv2d_bias_act.default
 _CONVOLUTIONS = (aten.conv2d.default, aten.conv2d.padding)
 
 
@@ -49,10 +48,10 @@ def fuse_epilogue(graph_module: fx.GraphModule) -> fx.GraphModule:
 
 def _replace(graph_module: fx.GraphModule, conv: fx.Node, arguments: _ConvArguments) -> None:
     chain, residual = [conv], None
-    addition = _only_reader(conv)
+    addition = only_reader(conv)
     if addition is not None and (residual := _other_summand(addition, conv)) is not None:
         chain.append(addition)
-    activation = _only_reader(chain[-1])
+    activation = only_reader(chain[-1])
     relu = is_call(activation, aten.relu.default)
     if activation is not None and relu:
         chain.append(activation)
@@ -63,11 +62,13 @@ def _replace(graph_module: fx.GraphModule, conv: fx.Node, arguments: _ConvArgume
             weight = parameter(graph_module, arguments.weight)
             bias = add_constant(graph_module, f"{module_path(conv)}.bias", weight.new_zeros(weight.shape[0]))
         fused = graph.call_function(
-            FUSED,
+            resnet_deploy.conv2d_bias_act.default,
             (args_of(conv)[0], arguments.weight, bias, residual, *arguments.geometry, relu),
         )
-    parts = [*conv.meta.get("fused", [module_path(conv)]), *(module_path(node) for node in chain[1:])]
-    fused.meta = {"nn_module_stack": conv.meta.get("nn_module_stack"), "fused": parts}
+    name = module_path(conv)
+    parts = [*conv.meta.get("fused", [name]), *(module_path(node) for node in chain[1:])]
+    weights = {"weight": name, "bias": name}
+    fused.meta = {"nn_module_stack": conv.meta.get("nn_module_stack"), "fused": parts, "weights": weights}
     copy_meta(fused, last)
     last.replace_all_uses_with(fused)
     for node in reversed(chain):
@@ -78,7 +79,7 @@ def _replace(graph_module: fx.GraphModule, conv: fx.Node, arguments: _ConvArgume
 class _ConvArguments:
     weight: fx.Node
     bias: fx.Node | None
-    geometry: tuple[list[int], list[int], list[int], int]  # stride, padding, dilation, groups
+    geometry: tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]  # stride, padding, dilation, groups
 
 
 def _arguments(graph_module: fx.GraphModule, conv: fx.Node) -> tuple[_ConvArguments | None, str]:
@@ -94,7 +95,7 @@ def _arguments(graph_module: fx.GraphModule, conv: fx.Node) -> tuple[_ConvArgume
         return None, "the bias is computed in the forward pass"
     if args_of(conv)[0].meta["val"].dim() != 4:
         return None, "the input has no batch dimension"
-    dilation = _pair(dilation)
+    dilation = pair(dilation)
     if padding == "valid":
         padding = [0, 0]
     elif padding == "same":
@@ -102,23 +103,15 @@ def _arguments(graph_module: fx.GraphModule, conv: fx.Node) -> tuple[_ConvArgume
         if any(length % 2 for length in total):
             return None, "padding 'same' is asymmetric for this kernel"
         padding = [length // 2 for length in total]
-    return _ConvArguments(weight, bias, (_pair(stride), _pair(padding), dilation, groups)), ""
-
-
-def _pair(values: Sequence[int]) -> list[int]:
-    return [values[0], values[0]] if len(values) == 1 else list(values)
-
-
-def _only_reader(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
+    return _ConvArguments(weight, bias, (pair(stride), pair(padding), dilation, groups)), ""
 
 
 def _other_summand(addition: fx.Node, conv: fx.Node) -> fx.Node | None:
-    """What `addition` adds to `conv`, where it is a plain sum of two different values of one shape."""
+    """What `addition` adds to `conv`, which it reads once, where it is a plain sum of two values of one shape."""
     if not is_call(addition, aten.add.Tensor) or addition.kwargs or len(addition.args) != 2:
         return None
     left, right = args_of(addition)
-    if left is right or not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
+    if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
         return None
     if right is conv and is_call(left, *_CONVOLUTIONS) and len(left.users) == 1:
         return None

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from export import Batch, fuse
+from export.graph import moves_data, schema_name
+
+BATCH = Batch(1, 4, 8)
 
 
 class Functional(nn.Module):
@@ -151,7 +159,57 @@ class Casts(nn.Module):
         return self.fc(torch.flatten(F.relu(self.bn(y)), 1))
 
 
-ALL = [Casts, Functional, SqueezeExcite, TwoHeads, SharedConv, Oddments, Parametrized, Doubled]
+class UserBottleneck(nn.Module):
+    """A bottleneck as people write it: the shortcut on the left of the sum, dilation instead of stride."""
+
+    def __init__(self, channels: int, width: int, out: int, dilation: int = 1, groups: int = 1) -> None:
+        super().__init__()
+        self.reduce = nn.Sequential(nn.Conv2d(channels, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.conv = nn.Conv2d(width, width, 3, padding=dilation, dilation=dilation, groups=groups)
+        self.expand = nn.Conv2d(width, out, 1, bias=False)
+        self.bn1, self.bn2 = nn.BatchNorm2d(width), nn.BatchNorm2d(out)
+        self.project = nn.Conv2d(channels, out, 1) if channels != out else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv(self.reduce(x))), inplace=True)
+        return F.relu(self.project(x) + self.bn2(self.expand(y)))
+
+
+class Backbone(nn.Module):
+    """Stem with max-pool, bottlenecks dilated and grouped, a head with dropout, and log-probabilities."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        self.blocks = nn.Sequential(
+            UserBottleneck(8, 4, 16), UserBottleneck(16, 4, 16, dilation=2), UserBottleneck(16, 8, 24, groups=4)
+        )
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5), nn.Linear(24, 5, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.log_softmax(self.head(self.blocks(self.pool(self.stem(x)))), 1)
+
+
+class Detector(nn.Module):
+    """Two heads on one pooled tensor, a projection that is also returned, and a pool of another kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
+        self.pool = nn.MaxPool2d(2)
+        self.conv2 = nn.Conv2d(8, 12, 3, 2, 1)
+        self.project = nn.Conv2d(8, 12, 1, 2)
+        self.classes, self.box = nn.Linear(12, 5), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = self.pool(F.relu(self.conv1(x)))
+        identity = self.project(x)
+        pooled = F.relu(self.conv2(x) + identity).mean((2, 3))
+        return self.classes(pooled), self.box(pooled), identity
+
+
+ALL = [Backbone, Casts, Detector, Doubled, Functional, Oddments, Parametrized, SharedConv, SqueezeExcite, TwoHeads]
 
 
 def make(network: type[nn.Module], images: Tensor) -> nn.Module:
@@ -166,3 +224,23 @@ def make(network: type[nn.Module], images: Tensor) -> nn.Module:
         for _ in range(3):
             model.train()(images)
     return model.eval()
+
+
+def fuse_exactly(model: nn.Module, images: Tensor, batch: Batch = BATCH) -> list[str]:
+    """The kinds of the operators of `model` once fused, in order; asserts that it computes the same."""
+    model = model.eval()
+    program = fuse(model, images, batch)
+    with torch.no_grad():
+        expected = pytree.tree_leaves(copy.deepcopy(model).double()(images.double()))
+        got = pytree.tree_leaves(program.master(images.double()))
+    for y, y64 in zip(got, expected, strict=True):
+        assert y.shape == y64.shape and (y - y64).norm() < 1e-12 * y64.norm()
+    calls = [node for node in program.master.graph.nodes if node.op == "call_function" and not moves_data(node)]
+    return [schema_name(node) for node in calls]
+
+
+def reason(model: nn.Module, images: Tensor, kind: str) -> str:
+    """Why the operator of this kind was left as it was."""
+    left = [operator for operator in fuse(model.eval(), images, BATCH).coverage.left if operator.kind == kind]
+    assert len(left) == 1
+    return left[0].reason

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from export import Batch, ExportConfig, ExportError, export_bundle, verify_bundle
+from export.program import FusedProgram
 from tests.export import networks
 
 BATCH = Batch(1, 4, 8)
@@ -51,7 +52,7 @@ def test_parity_json_says_what_was_compared(bundle: Path) -> None:
         assert rungs[name]["passed"] is True and rungs[name]["precision"] == "fp16"
         assert 0 < rungs[name]["error"] <= 1.5 * rungs[name]["eager_error"]
         assert rungs[name]["ratio"] <= rungs[name]["limit"] == 1.5
-        assert len(rungs[name]["operators"]["checked"]) == 23 and not rungs[name]["operators"]["unchecked"]
+        assert len(rungs[name]["operators"]["checked"]) == 20 and not rungs[name]["operators"]["unchecked"]
     if not torch.cuda.is_available():
         assert rungs["tensorrt-rtx"]["passed"] is None and "not run" in rungs["tensorrt-rtx"]["verdict"]
 
@@ -155,18 +156,17 @@ def test_the_failing_operator_is_named_in_the_verdict(
     resnet20: nn.Module, example: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import export.pipeline
-    from export.passes.fuse_epilogue import FUSED
     from export.runners import ProgramRunner
     from tests.export import mutants
 
     class Defective(ProgramRunner):
-        def __init__(self, *args: object) -> None:
-            defect = mutants.in_one_operator(*mutants.OPERATORS["residual dropped"])
-            super().__init__(*args, operators={FUSED: defect})  # type: ignore[arg-type]
+        def __init__(self, program: FusedProgram, *args: object) -> None:
+            defect = mutants.MUTANTS[mutants.PROJECTION]["projection dropped"]
+            super().__init__(program, *args, operators=defect.operators(program))  # type: ignore[arg-type]
 
     monkeypatch.setattr(export.pipeline, "ProgramRunner", Defective)
     result = export_bundle(resnet20, example, tmp_path / "bundle", ExportConfig("fp16", BATCH, "none"))
-    assert "layer1.1.conv2 (conv2d_bias_act): " in result.report.verdict
+    assert "layer3.0.conv2 (conv2d_projection_bias_act): " in result.report.verdict
 
 
 def test_one_image_is_compared_and_found_weak(resnet20: nn.Module, tmp_path: Path, pictures: dict[str, Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ from torch.utils import _pytree as pytree
 
 from export import Batch, ExportError, fuse
 from export.capture import capture
+from export.graph import schema_name
 from export.parity.operators import check_operators
 from export.precision import PRECISIONS
 from export.runners import ProgramRunner
+from resnet import create_model
 from tests.export import networks
 
 BATCH = Batch(1, 4, 8)
@@ -57,7 +60,7 @@ def test_coverage_names_what_was_fused_and_what_was_left(images: Tensor) -> None
     coverage = fuse(networks.make(networks.SqueezeExcite, images), images, BATCH).coverage
     fused = {operator.name: operator.parts for operator in coverage.fused}
     assert fused["stem.0"] == ("stem.0", "stem.1", "stem.2")
-    assert set(fused) == {"stem.0", "conv", "gate.1", "gate.3"}
+    assert set(fused) == {"stem.0", "conv", "gate.1", "gate.3", "fc"}
     assert {(operator.name, operator.kind) for operator in coverage.left} >= {("norm", "native_group_norm")} or {
         (operator.name, operator.kind) for operator in coverage.left
     } >= {("norm", "group_norm")}
@@ -65,14 +68,81 @@ def test_coverage_names_what_was_fused_and_what_was_left(images: Tensor) -> None
     assert "stem.0 + stem.1 + stem.2" in str(coverage)
 
 
-def test_resnet_is_fused_completely(calibrated: dict[str, nn.Module], pictures: dict[str, Tensor]) -> None:
+def test_parts_are_the_modules_that_an_operator_replaces(
+    calibrated: dict[str, nn.Module], pictures: dict[str, Tensor]
+) -> None:
     coverage = fuse(calibrated["resnet50"], pictures["resnet50"], BATCH).coverage
-    assert len(coverage.fused) == 53
     parts = {operator.name: operator.parts for operator in coverage.fused}
-    assert parts["layer1.0.conv3"][:2] == ("layer1.0.conv3", "layer1.0.bn3")
-    assert parts["layer1.0.conv3"][-1] == "layer1.0.relu"  # the block's addition is in the main branch
-    assert parts["layer1.0.downsample.0"] == ("layer1.0.downsample.0", "layer1.0.downsample.1")
-    assert [operator.kind for operator in coverage.left] == ["max_pool2d", "mean", "linear"]
+    assert parts["conv1"] == ("conv1", "bn1", "relu", "maxpool")
+    assert parts["layer1.0.conv1"] == ("layer1.0.conv1", "layer1.0.bn1", "layer1.0.relu")
+    second = ("layer1.0.conv2", "layer1.0.bn2", "layer1.0.relu")
+    projection = ("layer1.0.downsample.0", "layer1.0.downsample.1")
+    third = ("layer1.0.conv3", "layer1.0.bn3", "layer1.0", "layer1.0.relu")  # the addition is the block's own
+    assert parts["layer1.0.conv3"] == second + projection + third
+    assert parts["fc"] == ("avgpool", "fc")
+    kinds = {operator.name: operator.kind for operator in coverage.fused}
+    assert kinds["layer1.0.conv3"] == kinds["layer1.1.conv3"] == "conv2d_conv1x1_bias_act"
+    assert not coverage.left
+
+
+COUNTS = {
+    ("resnet18", "b"): 23,
+    ("resnet18", "c1"): 21,
+    ("resnet18", "c2"): 18,
+    ("resnet18", "c3"): 18,
+    ("resnet50", "b"): 56,
+    ("resnet50", "c1"): 54,
+    ("resnet50", "c2"): 50,
+    ("resnet50", "c3"): 34,
+    ("resnet20", "c3"): 20,
+    ("plain20", "c3"): 20,
+    ("resnet101", "c3"): 68,
+    ("resnet152", "c3"): 102,
+    ("resnext50_32x4d", "c3"): 50,  # grouped: the 3x3 convolutions stay on their own
+}
+
+
+@pytest.mark.parametrize(("model", "level"), COUNTS, ids=["-".join(case) for case in COUNTS])
+def test_number_of_operators(model: str, level: str) -> None:
+    """Every compute node of a ResNet is a fused operator; before the stem and the head are, three more are left."""
+    coverage = fuse(create_model(model).eval(), torch.zeros(1, 3, 64, 64), BATCH, level).coverage
+    left = ["max_pool2d", "mean", "linear"] if level == "b" else []
+    assert [operator.kind for operator in coverage.left] == left
+    assert len(coverage.fused) + len(left) == COUNTS[model, level]
+
+
+def test_resnet50_in_parts() -> None:
+    coverage = fuse(create_model("resnet50").eval(), torch.zeros(1, 3, 64, 64), BATCH).coverage
+    assert Counter(operator.kind for operator in coverage.fused) == {
+        "conv2d_bias_relu_maxpool": 1,
+        "conv2d_bias_act": 16,
+        "conv2d_conv1x1_bias_act": 16,
+        "mean_linear": 1,
+    }
+
+
+def test_unknown_level_is_refused(images: Tensor) -> None:
+    with pytest.raises(ExportError, match="expected a level of fusion of b, c1, c2, c3, got 'c4'"):
+        fuse(networks.make(networks.Functional, images), images, BATCH, "c4")
+
+
+def test_folded_graph_has_no_batchnorm_and_no_fused_operator(
+    calibrated: dict[str, nn.Module], pictures: dict[str, Tensor]
+) -> None:
+    program = fuse(calibrated["resnet20"], pictures["resnet20"], BATCH)
+    kinds = {schema_name(node) for node in program.folded.graph.nodes} - {""}
+    assert kinds == {"conv2d", "relu", "add", "mean", "reshape", "linear"}
+    with torch.no_grad():
+        expected = copy.deepcopy(calibrated["resnet20"]).double()(pictures["resnet20"].double())
+        torch.testing.assert_close(program.folded(pictures["resnet20"].double()), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_folded_graph_shares_its_weights_with_the_fused_one(
+    calibrated: dict[str, nn.Module], pictures: dict[str, Tensor]
+) -> None:
+    program = fuse(calibrated["resnet20"], pictures["resnet20"], BATCH)
+    weights = {t.data_ptr() for t in program.folded.state_dict().values() if t.dim() == 4}
+    assert {t.data_ptr() for t in program.master.state_dict().values() if t.dim() == 4} == weights
 
 
 def test_shared_convolution_is_not_folded(images: Tensor) -> None:
