@@ -1,4 +1,4 @@
-"""What a network asks of a GPU: FLOPs, bytes and kernel launches, counted from its graph.
+"""What a network asks of a GPU: FLOPs, bytes and kernels, counted from its graph.
 
 The floor of a kernel is each input read once and each output written once. Nothing runs: shapes follow from tensors
 without storage.
@@ -29,7 +29,6 @@ class Work:
         flops: multiplications and additions of convolutions and linear layers.
         activation_bytes: read and written.
         weight_bytes: read.
-        launches: kernels.
         problem: of a fused operator, what its kernel is asked to compute.
     """
 
@@ -38,7 +37,6 @@ class Work:
     flops: int
     activation_bytes: int
     weight_bytes: int
-    launches: int = 1
     problem: Problem | None = None
 
 
@@ -58,15 +56,17 @@ def pointwise_workload(program: FusedProgram, precision: Precision, batch: int) 
     `program` is fused at level b. A convolution with neither residual nor ReLU has no pointwise kernel: its bias joins
     that of the addition it feeds.
     """
-    return [_with_pointwise_kernel(work) for work in fused_workload(program, precision, batch)]
+    works = fused_workload(program, precision, batch)
+    return [part for work in works for part in (work, *_pointwise_kernel(work))]
 
 
-def _with_pointwise_kernel(work: Work) -> Work:
+def _pointwise_kernel(work: Work) -> list[Work]:
+    """What reads a convolution's output and residual and writes the block's output."""
     conv = work.problem
     if not isinstance(conv, ConvProblem) or not (conv.relu or conv.has_residual):
-        return work
+        return []
     output = conv.gemm_m * conv.c_out * conv.dtype.itemsize
-    return Work(work.name, work.kind, work.flops, work.activation_bytes + 2 * output, work.weight_bytes, launches=2)
+    return [Work(work.name, "pointwise", 0, 2 * output, 0)]
 
 
 def _workload(graph_module: fx.GraphModule, program: FusedProgram, precision: Precision, batch: int) -> list[Work]:

@@ -1,0 +1,421 @@
+"""The benchmark: nothing wrong is timed, what is timed is one run, and the numbers follow from the times."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from export import Batch, ExportError, benchmark, fuse
+from export.benchmark import (
+    Candidate,
+    Ceilings,
+    Clock,
+    ModuleProvider,
+    Provider,
+    Row,
+    Subject,
+    compare_providers,
+    cpu_candidates,
+    cpu_turn,
+    cuda_candidates,
+    cuda_turn,
+    describe,
+    floor_seconds,
+    measure,
+)
+from export.passes import LEVELS
+from export.precision import PRECISIONS
+from export.workload import Work
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICK = Clock(cpu_turn, rounds=2, seconds=1e-6)
+FACTOR = PRECISIONS["fp32"].network_factor
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    spec = importlib.util.spec_from_file_location("benchmark_script", ROOT / "scripts" / "benchmark.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def subject(calibrated: dict[str, nn.Module], pictures: dict[str, Tensor]) -> Subject:
+    model, images = calibrated["resnet20"], pictures["resnet20"]
+    programs = {"c3": fuse(model, images, Batch(1, 4, 8))}
+    return Subject.of(model, programs, PRECISIONS["fp32"], images)
+
+
+@pytest.fixture
+def inputs(pictures: dict[str, Tensor]) -> list[Tensor]:
+    return [pictures["resnet20"][:4], pictures["resnet20"][4:]]
+
+
+class Counting(nn.Module):
+    """The model, its results changed by `change`, counting its runs."""
+
+    def __init__(self, model: nn.Module, change: Callable[[Tensor, int], Tensor] = lambda y, run: y) -> None:
+        super().__init__()
+        self.model, self.change, self.runs = model, change, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs += 1
+        return self.change(self.model(x), self.runs)
+
+
+def candidate(name: str, module: nn.Module) -> Candidate:
+    return Candidate(name, lambda n: ModuleProvider(module, torch.zeros(n, 3, 32, 32), ("output",)), FACTOR)
+
+
+class Stale:
+    """Returns the result of the run before; the first is right."""
+
+    def __init__(self) -> None:
+        self.last: Tensor | None = None
+
+    def __call__(self, y: Tensor, run: int) -> Tensor:
+        self.last, last = y.clone(), self.last
+        return y if last is None else last
+
+
+def one_nan(y: Tensor, run: int) -> Tensor:
+    y[1, 3] = float("nan")
+    return y
+
+
+WRONG: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "zeros": lambda y, run: torch.zeros_like(y),
+    "constant": lambda y, run: torch.ones_like(y),
+    "one NaN": one_nan,
+    "two classes swapped": lambda y, run: y[:, [1, 0, *range(2, 10)]],
+    "images in another order": lambda y, run: y.flip(0),
+    "float16 called float32": lambda y, run: y.half().float(),
+    "one part in 10000": lambda y, run: y * 1.0001,
+    "a class too few": lambda y, run: y[:, :9],
+    "the result of the run before": Stale(),
+}
+
+
+@pytest.mark.parametrize("defect", WRONG)
+def test_what_is_wrong_is_not_timed(defect: str, subject: Subject, inputs: list[Tensor]) -> None:
+    right, wrong = Counting(subject.model), Counting(subject.model, WRONG[defect])
+    rows = compare_providers([candidate("eager", right), candidate("wrong", wrong)], subject, 4, inputs, QUICK)
+    assert rows[0] and rows[0].seconds and not rows[0].reason
+    assert rows[0].check is not None and rows[0].check.error > 0  # against float64, not against itself
+    assert not rows[1] and not rows[1].seconds and rows[1].reason
+    assert right.runs > wrong.runs == 2  # 8 images in batches of 4, and never again
+    records = describe(rows, 4, {})
+    assert [record["status"] for record in records] == ["measured", "failed"]
+    assert "median_ms" not in records[1]
+    json.dumps(records, allow_nan=False)
+
+
+def test_what_goes_wrong_while_timed_loses_its_times(subject: Subject, inputs: list[Tensor]) -> None:
+    tired = Counting(subject.model, lambda y, run: y * (1 if run <= 2 else 1.01))
+    (row,) = compare_providers([candidate("tired", tired)], subject, 4, inputs, QUICK)
+    assert tired.runs > 4 and not row and not row.seconds and row.reason.startswith("after timing: error is")
+
+
+def test_the_second_check_sees_the_images_backwards(subject: Subject, inputs: list[Tensor]) -> None:
+    """Replaying the first answers passes a check that repeats the first one."""
+    answers: list[Tensor] = []
+
+    def remembering(y: Tensor, run: int) -> Tensor:
+        answers.append(y.clone())
+        return y if len(answers) <= 2 else answers[(len(answers) - 1) % 2]
+
+    (row,) = compare_providers([candidate("memory", Counting(subject.model, remembering))], subject, 4, inputs, QUICK)
+    assert not row and row.reason.startswith("after timing")
+
+
+def test_who_cannot_run_and_who_breaks_down(subject: Subject, inputs: list[Tensor]) -> None:
+    def missing(batch: int) -> Provider:
+        raise ExportError("not installed\nlong explanation")
+
+    def broken(batch: int) -> Provider:
+        raise RuntimeError("no kernel\nlong explanation")
+
+    candidates = [candidate("eager", subject.model), Candidate("a", missing, 2.0), Candidate("b", broken, 2.0)]
+    rows = compare_providers(candidates, subject, 4, inputs, QUICK)
+    assert [bool(row) for row in rows] == [True, True, False]
+    assert [row.reason for row in rows] == ["", "not installed", "RuntimeError: no kernel"]
+    assert [record["status"] for record in describe(rows, 4, {})] == ["measured", "not measured", "failed"]
+
+
+def test_a_compiler_that_fails_gives_its_reason_in_one_line(
+    subject: Subject, inputs: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compile_nothing(model: nn.Module, **options: Any) -> Callable[[Tensor], Tensor]:
+        def fail(x: Tensor) -> Tensor:
+            raise RuntimeError("No working C++ compiler found\n\nSet TORCHDYNAMO_VERBOSE=1")
+
+        assert options["dynamic"] is False
+        return fail
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    compiled = [c for c in cpu_candidates(subject, 1) if c.name == "torch.compile"]
+    (row,) = compare_providers(compiled, subject, 4, inputs, QUICK)
+    assert row and row.reason == "No working C++ compiler found"
+
+
+class Recorder(Provider):
+    """Writes down what is asked of it."""
+
+    def __init__(self, log: list[Any], name: str = "") -> None:
+        super().__init__(("output",))
+        self.log, self.name = log, name
+
+    def load(self, x: Tensor) -> None:
+        self.log.append(("load", x))
+
+    def step(self) -> None:
+        self.log.append("step")
+
+
+def test_providers_take_turns_and_another_begins_each_round() -> None:
+    turns: list[tuple[str, int, list[int]]] = []
+
+    def turn(provider: Provider, inputs: Iterator[Any], count: int) -> list[float]:
+        turns.append((provider.name, count, [next(inputs) for _ in range(count)]))
+        return [0.1 if provider.name == "fast" else 2.0] * count
+
+    providers = {name: Recorder([], name) for name in ("fast", "slow")}
+    sets: list[Any] = [1, 2, 3]
+    seconds = measure(providers, sets, Clock(turn, rounds=3, seconds=1.0))
+    assert {name: len(values) for name, values in seconds.items()} == {"fast": 12, "slow": 3}  # 1 s; once a round
+    assert [(name, count) for name, count, _ in turns[2:]] == [
+        *(("fast", 4), ("slow", 1)),
+        *(("slow", 1), ("fast", 4)),
+        *(("fast", 4), ("slow", 1)),
+    ]
+    assert [x for name, _, loaded in turns if name == "fast" for x in loaded] == [*sets * 5]
+
+
+def test_a_turn_on_the_cpu_times_one_run_and_not_its_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[Any] = []
+    ticks = itertools.count()
+
+    def tick() -> float:
+        log.append("clock")
+        return 2.0 ** next(ticks)
+
+    monkeypatch.setattr(benchmark, "time", SimpleNamespace(sleep=log.append, perf_counter=tick))
+    seconds = cpu_turn(Recorder(log), itertools.cycle("abc"), 2)  # type: ignore[arg-type]
+    assert log[1:] == [
+        *(("load", "a"), "step"),
+        *(("load", "b"), "clock", "step", "clock"),
+        *(("load", "c"), "clock", "step", "clock"),
+    ]
+    assert seconds == [1.0, 4.0]
+
+
+def test_a_turn_on_a_gpu_times_one_run_behind_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[Any] = []
+    ticks = itertools.count()
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("event")
+            self.milliseconds = 2.0 ** next(ticks)
+
+        def elapsed_time(self, end: Event) -> float:
+            assert log[-1] == "synchronize"
+            return end.milliseconds - self.milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("synchronize"))
+    seconds = cuda_turn(Recorder(log), itertools.cycle("ab"), 2)  # type: ignore[arg-type]
+    once = ["step", "event", "step", "event"]
+    assert log == [("load", "a"), *once, ("load", "b"), *once, "synchronize"]
+    assert seconds == [1e-3, 4e-3]
+
+
+def test_the_numbers_of_a_row() -> None:
+    rows = [
+        Row("eager", "a", tuple(np.linspace(0.01, 0.03, 11))),
+        Row("torch.compile max-autotune", "i", (0.01,)),
+        Row("ours c3", "c3", (0.005, 0.004, 0.006)),
+        Row("tensorrt", "", reason="not installed"),
+    ]
+    eager, compiled, ours, absent = describe(rows, 8, {"a": 0.002, "c3": 0.001})
+    assert eager["median_ms"] == pytest.approx(20) and eager["images_per_second"] == pytest.approx(400)
+    assert (eager["p20_ms"], eager["p80_ms"]) == pytest.approx((14, 26))
+    assert (eager["times_eager"], eager["times_compiled"]) == pytest.approx((1.0, 0.5))
+    assert (compiled["times_eager"], compiled["times_compiled"]) == pytest.approx((2.0, 1.0))
+    assert "floor_ms" not in compiled
+    assert (ours["times_eager"], ours["times_compiled"]) == pytest.approx((4.0, 2.0))
+    assert (ours["floor_ms"], ours["over_floor"], ours["runs"]) == pytest.approx((1.0, 5.0, 3))
+    assert absent == {"provider": "tensorrt", "batch": 8, "status": "not measured", "reason": "not installed"}
+    without = describe([Row("eager", "a", failed=True, reason="wrong"), *rows[1:]], 8, {})
+    assert without[2]["times_eager"] is None and without[2]["times_compiled"] == pytest.approx(2.0)
+
+
+def test_the_floor_is_the_slower_of_arithmetic_and_memory_kernel_by_kernel() -> None:
+    works = [
+        Work("arithmetic", "conv", flops=100, activation_bytes=10, weight_bytes=10),
+        Work("memory", "conv", flops=10, activation_bytes=50, weight_bytes=30),
+    ]
+    assert floor_seconds(works, Ceilings(flops=10, bandwidth=4)) == pytest.approx(100 / 10 + 80 / 4)
+
+
+# kernels launched, and MB of fp16 activations per image at 224 x 224: counted by hand from the architecture
+RESNET18 = {"a": (68, 34.6), "b": (23, 12.4), "c1": (21, 9.2), "c2": (18, 8.5), "c3": (18, 8.5)}
+
+
+def test_floors(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert script.main(["--model", "resnet18", "--floors", "--json"]) == 0
+    (result,) = json.loads(capsys.readouterr().out)["results"]
+    rows = {row["level"]: row for row in result["rows"]}
+    assert result["precision"] == "fp16" and list(rows) == ["a", "i", "b", "c1", "c2", "c3"]
+    for level, (kernels, megabytes) in RESNET18.items():
+        assert rows[level]["kernels"] == kernels, level
+        assert rows[level]["activation_bytes"] / 1e6 == pytest.approx(megabytes, abs=0.05), level
+        assert rows[level]["flops"] / 1e9 == pytest.approx(3.63, abs=0.005)
+        assert rows[level]["weight_bytes"] / 1e6 == pytest.approx(23.4, abs=0.05)
+    assert rows["b"]["kernels"] < rows["i"]["kernels"] < rows["a"]["kernels"]
+    last = script.show_floors({"results": [result]})
+    assert last.startswith("resnet18 moves 4.1 times fewer") and last.endswith("benchmark.py --model resnet18")
+    assert "34.6" in capsys.readouterr().out
+
+
+@pytest.fixture
+def quick_script(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """On the CPU, without the compiler, which takes a minute, and with two turns each."""
+
+    def candidates(subject: Subject, threads: int) -> list[Candidate]:
+        return [c for c in cpu_candidates(subject, threads) if c.name != "torch.compile"]
+
+    monkeypatch.setattr(script, "cpu_candidates", candidates)
+    monkeypatch.setattr(script, "CPU_CLOCK", QUICK)
+    monkeypatch.setattr(script, "BUSY", float("inf"))
+    return script
+
+
+COMMAND = ["--model", "resnet20", "--device", "cpu", "--batch", "2"]
+
+
+def test_compare_on_the_cpu(quick_script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxruntime")
+    path = tmp_path / "result.json"
+    assert quick_script.main([*COMMAND, "--output", str(path)]) == 0
+    out, err = capsys.readouterr()
+    record = json.loads(path.read_text())
+    (result,) = record["results"]
+    assert record["passed"] and record["command"] == f"python scripts/benchmark.py {' '.join(COMMAND)} --output {path}"
+    assert record["machine"]["torch"] == torch.__version__ and record["machine"]["cpu"]
+    assert (result["precision"], result["batch"], result["threads"]) == ("fp32", 2, torch.get_num_threads())
+    names = ["eager", "eager channels_last", "onnxruntime, plain export", "onnxruntime, our file"]
+    assert [row["provider"] for row in result["rows"]] == names
+    for row in result["rows"]:
+        assert row["status"] == "measured" and row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+        assert 0 < row["error_ratio"] <= row["error_limit"] == FACTOR
+        assert row["provider"] in out
+    assert "threads for torch and for ONNX Runtime" in out and "time 4 providers" in err
+    assert out.splitlines()[-2:] == [
+        f"{path} written",
+        "next: python scripts/export.py --model resnet20 --precision fp32",
+    ]
+
+
+def test_a_wrong_provider_is_exit_1_and_named_last(
+    quick_script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def candidates(subject: Subject, threads: int) -> list[Candidate]:
+        wrong = Counting(subject.model, lambda y, run: y * 1.001)
+        return [candidate("eager", subject.model), candidate("hasty", wrong)]
+
+    monkeypatch.setattr(quick_script, "cpu_candidates", candidates)
+    assert quick_script.main([*COMMAND, "--output", str(tmp_path / "result.json")]) == 1
+    assert json.loads((tmp_path / "result.json").read_text())["passed"] is False
+    out = capsys.readouterr().out
+    assert "hasty: failed: error is" in out
+    assert out.splitlines()[-1].startswith("FAILED") and out.splitlines()[-1].endswith("hasty; do not deploy that")
+
+
+def test_a_busy_machine_is_told_so(
+    quick_script: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = {"provider": "eager", "status": "measured", "reason": "", "median_ms": 2.0, "times_eager": 1.0}
+    result = {"model": "resnet20", "device": "cpu", "precision": "fp32", "batch": 1, "threads": 1}
+    for high, expected in ((1.2, "next: "), (1.9, "the machine was busy: eager's times spread by 1.9 times")):
+        monkeypatch.setattr(quick_script, "BUSY", 1.5)
+        rows = [row | {"p20_ms": 1.0, "p80_ms": high}]
+        record = {"machine": quick_script.machine(), "results": [result | {"rows": rows}]}
+        assert quick_script.show_comparison(record).startswith(expected)
+
+
+def test_export_step(script: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(script, "plain_onnx", lambda *args: calls.append("torch"))
+    monkeypatch.setattr(script, "fuse", lambda *args: calls.append("fuse"))
+
+    def lower(*args: object) -> SimpleNamespace:
+        calls.append("lower")
+        return SimpleNamespace(serialize=lambda: calls.append("serialize"))
+
+    monkeypatch.setattr(script, "lower_onnx", lower)
+    assert script.main(["--model", "resnet20", "--export-step"]) == 0
+    once = ["torch", *["lower", "serialize"] * 2, "fuse", "lower", "serialize"]
+    assert calls == ["fuse", *once * (1 + script.EXPORT_STEP_ROUNDS)]
+    out = capsys.readouterr().out
+    for label in ("torch.onnx.export", "ONNX step, fp32", "capture, fuse and ONNX step, fp16", "median s", "1.00"):
+        assert label in out
+    assert out.splitlines()[-1] == "next: python scripts/export.py --model resnet20"
+
+
+NONSENSE = {
+    "unknown model": (["--model", "resnet20", "resnet51"], "nearest: resnet56"),
+    "unknown flag": (["--flors"], "did you mean --floors"),
+    "unknown device": (["--device", "tpu"], "invalid choice"),
+    "batch zero": (["--batch", "0"], "expected whole numbers of at least 1, got 0"),
+    "two kinds of run": (["--floors", "--export-step"], "not allowed with"),
+    "floors of a batch": (["--floors", "--batch", "8"], "--floors does not take --batch"),
+    "export step in fp16": (["--export-step", "--precision", "fp16"], "--export-step does not take --precision"),
+    "a folder to write to": (["--floors", "--output", "."], "expected a file in a folder that exists"),
+    "nowhere to write to": (["--floors", "--output", "no/where.json"], "expected a file in a folder that exists"),
+    "no GPU": (["--device", "cuda"], "no NVIDIA GPU here; expected --device cpu"),
+}
+
+
+@pytest.mark.parametrize("case", NONSENSE)
+def test_nonsense_is_one_line_and_exit_2(
+    case: str, script: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments, expected = NONSENSE[case]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    try:
+        code = script.main(arguments)
+    except SystemExit as exit:
+        code = exit.code
+    out, err = capsys.readouterr()
+    assert code == 2 and out == "" and len(err.splitlines()) == 1
+    assert err.startswith("benchmark.py: error: ") and expected in err
+
+
+@pytest.mark.gpu
+def test_every_level_on_a_gpu(calibrated: dict[str, nn.Module], pictures: dict[str, Tensor]) -> None:
+    """Without the compiler, which takes minutes."""
+    model, images, precision = calibrated["resnet50"], pictures["resnet50"], PRECISIONS["fp16"]
+    programs = {level: fuse(model, images, Batch(1, 4, 8), level) for level in LEVELS}
+    subject = Subject.of(model, programs, precision, images)
+    candidates = [c for c in cuda_candidates(subject) if not c.name.startswith("torch.compile")]
+    rows = compare_providers(candidates, subject, 4, [images[:4].cuda()], Clock(cuda_turn, 2, 0.01))
+    assert all(rows), [row.reason for row in rows]
+    assert all(row.seconds for row in rows if not row.name.startswith("tensorrt"))
