@@ -41,8 +41,9 @@ from kernels.problems import (
 from kernels.selection import select_config
 from kernels.targets import TARGETS, Target
 
-# Without a GPU (Triton's interpreter) any target's choice is as good as another's.
-_INTERPRETED_AS = TARGETS["sm_80"]
+# Triton's interpreter runs one program at a time and pays for each operation: a GPU of one multiprocessor gets few
+# programs of large tiles.
+_INTERPRETER = Target("interpreter", 80, 163 * 1024, multiprocessors=1)
 
 
 class Workspace:
@@ -53,13 +54,14 @@ class Workspace:
     """
 
     def __init__(self, device: torch.device | str) -> None:
-        self._counters = torch.zeros(0, dtype=torch.int32, device=device)
+        self._device = torch.device(device)
+        self._counters: list[Tensor] = []  # outgrown ones too: CUDA graphs may still point to them
 
     def counters(self, count: int) -> Tensor:
         """At least `count` int32 zeros."""
-        if count > len(self._counters):
-            self._counters = torch.zeros(count, dtype=torch.int32, device=self._counters.device)
-        return self._counters
+        if not self._counters or count > len(self._counters[-1]):
+            self._counters.append(torch.zeros(count, dtype=torch.int32, device=self._device))
+        return self._counters[-1]
 
 
 @functools.lru_cache
@@ -241,7 +243,7 @@ def _run(
         return out.copy_(_run(with_dtype(problem, torch.float32), config, wide, None, workspace))
     target = target_of(x.device) if on_gpu else None
     if config is None:
-        config = select_config(problem, target or _INTERPRETED_AS)
+        config = select_config(problem, target or _INTERPRETER)
     elif (reason := unsupported_reason(problem, config, target)) is not None:
         raise ValueError(f"{config} cannot run {problem}: {reason}")
     workspace = workspace or Workspace(x.device)
@@ -290,9 +292,11 @@ def _blocks_view(launch: KernelLaunch, name: str, tensor: Tensor) -> Tensor:
 
     Of a projected shortcut only the pixels that its stride reads; of a dense convolution all pixels in one row.
     """
+    n, c, height, width = tensor.shape
+    # Not the tensor's own strides: along an axis of one element torch allows any, TMA multiples of 16 bytes.
+    pixels = tensor.as_strided((n, height, width, c), (height * width * c, width * c, c, 1))
     if name.endswith("weight"):
-        return tensor.permute(0, 2, 3, 1).reshape(tensor.shape[0], -1)
-    pixels = tensor.permute(0, 2, 3, 1)
+        return pixels.reshape(n, -1)
     problem = launch.problem
     conv = problem.first if isinstance(problem, BottleneckProblem) else problem
     assert isinstance(conv, ConvProblem)

@@ -68,7 +68,7 @@ def tuned_table(target_name: str) -> Mapping[str, Config]:
         return {}
     try:
         return {key: config_from_json(entry) for key, entry in json.loads(path.read_text())["configs"].items()}
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: expected a table written by scripts/tune.py: {error!r}") from error
 
 

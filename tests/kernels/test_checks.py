@@ -1,6 +1,7 @@
-"""Every argument that the operator does not accept is refused, with what was received and what is expected."""
+"""Every argument that an operator does not accept is refused, with what was received and what is expected."""
 
-from dataclasses import dataclass, field, replace
+import inspect
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -8,13 +9,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kernels import conv2d_bias_act
-from kernels.checks import is_channels_last
-from kernels.launch import launch_conv2d_bias_act
-from tests.kernels.conv_cases import ODD_CASES
-from tests.kernels.oracle import make_inputs
-
-PROBLEM = replace(ODD_CASES["small"], dtype=torch.float32)
+import kernels
+import kernels.launch
+from kernels.operators.checks import is_channels_last
+from kernels.problems import BottleneckProblem, HeadProblem, Problem, Projection, StemProblem, with_dtype
+from tests.kernels.cases import SMALL, projected
+from tests.kernels.oracle import make_inputs, operator_call
 
 
 def dense(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
@@ -27,23 +27,27 @@ class Refused:
     changes: dict[str, Any] = field(default_factory=dict)
 
 
-# The accepted call is x (2, 32, 6, 7), weight (40, 32, 3, 3), bias (40,), residual (2, 40, 6, 7), padding 1.
-REFUSED = {
+_FIRST = projected(SMALL, 48, (2, 2))
+# The accepted calls: x (2, 32, 6, 7), weight (40, 32, 3, 3), bias (40,), padding 1, and for the
+# residual (2, 40, 6, 7); projected shortcut (2, 48, 11, 13) with weight (40 or 72, 48, 1, 1); expand_weight
+# (72, 40, 1, 1). The head: x (2, 32, 6, 7), weight (10, 32), bias (10,).
+PROBLEMS: dict[str, Problem] = {
+    "conv2d_bias_act": SMALL,
+    "conv2d_projection_bias_act": _FIRST,
+    "conv2d_conv1x1_bias_act": BottleneckProblem(
+        projected(SMALL, 1), 72, projection=Projection(48, 11, 13, (2, 2)), relu=True
+    ),
+    "conv2d_bias_relu_maxpool": StemProblem(projected(SMALL, 1)),
+    "mean_linear": HeadProblem(2, 32, 6, 7, 10),
+}
+
+OF_A_CONVOLUTION = {
     "x-3d": Refused("x has 3 dimensions .*expected 4", {"x": torch.zeros(2, 32, 6)}),
     "weight-2d": Refused("weight has 2 dimensions .*expected 4", {"weight": torch.zeros(40, 32)}),
     "bias-2d": Refused("bias has 2 dimensions .*expected 1", {"bias": torch.zeros(40, 1)}),
     "x-channels": Refused("x has 31 channels, expected 32", {"x": dense(2, 31, 6, 7)}),
     "no-weights": Refused(r"weight is \(0, 32, 3, 3\)", {"weight": dense(0, 32, 3, 3)}),
-    "groups-do-not-divide-c_in": Refused("x has 32 channels, expected 64", {"groups": 2}),
-    "groups-do-not-divide-c_out": Refused(
-        "40 output channels, expected a multiple of 16", {"weight": dense(40, 2, 3, 3), "groups": 16}
-    ),
-    "groups-0": Refused("groups is 0, expected at least 1", {"groups": 0}),
     "bias-too-short": Refused("bias has 39 elements, expected 40", {"bias": torch.zeros(39)}),
-    "residual-shape": Refused(
-        r"residual is \(2, 40, 6, 6\), expected .*\(2, 40, 6, 7\)", {"residual": dense(2, 40, 6, 6)}
-    ),
-    "residual-would-broadcast": Refused(r"residual is \(1, 40, 1, 1\)", {"residual": dense(1, 40, 1, 1)}),
     "x-dtype": Refused("x is torch.uint8, expected one of", {"x": dense(2, 32, 6, 7, dtype=torch.uint8)}),
     "weight-dtype": Refused(
         "weight is torch.float16, expected torch.float32", {"weight": dense(40, 32, 3, 3, dtype=torch.float16)}
@@ -51,13 +55,11 @@ REFUSED = {
     "bias-dtype": Refused(
         "bias is torch.float64, expected torch.float32", {"bias": torch.zeros(40, dtype=torch.float64)}
     ),
-    "residual-dtype": Refused("residual is torch.bfloat16", {"residual": dense(2, 40, 6, 7, dtype=torch.bfloat16)}),
     "stride-0": Refused(r"stride is \(0, 1\), expected two integers of at least 1", {"stride": (0, 1)}),
     "stride-of-three": Refused(r"stride is \(1, 1, 1\), expected two", {"stride": (1, 1, 1)}),
     "padding-negative": Refused(r"padding is \(1, -1\)", {"padding": (1, -1)}),
-    "dilation-0": Refused(r"dilation is \(1, 0\)", {"dilation": (1, 0)}),
     "output-empty": Refused(
-        r"output of \(-2, -1\), expected at least \(1, 1\)", {"padding": (0, 0), "dilation": (4, 4), "residual": None}
+        r"output of \(-2, -1\), expected at least \(1, 1\)", {"padding": (0, 0), "weight": dense(40, 32, 9, 9)}
     ),
     "x-not-channels_last": Refused("x of shape .*expected channels_last", {"x": torch.zeros(2, 32, 6, 7)}),
     "x-sliced": Refused("x of shape .*channels_last", {"x": dense(2, 32, 6, 14)[..., ::2]}),
@@ -65,58 +67,137 @@ REFUSED = {
     "x-transposed": Refused("x of shape .*channels_last", {"x": dense(2, 32, 7, 6).transpose(2, 3)}),
     "x-expanded": Refused("x of shape .*channels_last", {"x": dense(1, 32, 6, 7).expand(2, -1, -1, -1)}),
     "weight-not-channels_last": Refused("weight of shape .*channels_last", {"weight": torch.zeros(40, 32, 3, 3)}),
-    "residual-not-channels_last": Refused("residual of shape .*channels_last", {"residual": torch.zeros(2, 40, 6, 7)}),
-    "bias-strided": Refused(r"bias has stride \(2,\)", {"bias": torch.zeros(80)[::2]}),
+    "bias-strided": Refused(r"bias has strides \(2,\)", {"bias": torch.zeros(80)[::2]}),
 }
+OF_A_PROJECTION = {
+    "shortcut-3d": Refused("shortcut has 3 dimensions .*expected 4", {"shortcut": torch.zeros(2, 48, 11)}),
+    "shortcut_weight-2d": Refused("shortcut_weight has 2 dimensions", {"shortcut_weight": torch.zeros(40, 48)}),
+    "shortcut-channels": Refused("shortcut has 47 channels, expected 48", {"shortcut": dense(2, 47, 11, 13)}),
+    "shortcut-batch": Refused(r"the projected shortcut is \(1, \d+, 6, 7\)", {"shortcut": dense(1, 48, 11, 13)}),
+    "shortcut-size": Refused(
+        r"the projected shortcut is \(2, \d+, 6, 8\), expected the output's shape \(2, \d+, 6, 7\)",
+        {"shortcut": dense(2, 48, 11, 15)},
+    ),
+    "shortcut_stride-1": Refused(r"the projected shortcut is \(2, \d+, 11, 13\)", {"shortcut_stride": (1, 1)}),
+    "shortcut_stride-0": Refused(r"shortcut_stride is \(0, 2\), expected two", {"shortcut_stride": (0, 2)}),
+    "shortcut_weight-rows": Refused(r"the projected shortcut is \(2, 39", {"shortcut_weight": dense(39, 48, 1, 1)}),
+    "shortcut_weight-3x3": Refused(
+        r"shortcut_weight is \(40, 48, 3, 3\), expected \(C_OUT, 48, 1, 1\)",
+        {"shortcut_weight": dense(40, 48, 3, 3), "shortcut": dense(2, 48, 13, 15)},
+    ),
+    "shortcut-dtype": Refused("shortcut is torch.float16", {"shortcut": dense(2, 48, 11, 13, dtype=torch.float16)}),
+    "shortcut-not-channels_last": Refused("shortcut of shape", {"shortcut": torch.zeros(2, 48, 11, 13)}),
+}
+REFUSED: dict[str, dict[str, Refused]] = {
+    "conv2d_bias_act": {
+        **OF_A_CONVOLUTION,
+        "groups-do-not-divide-c_in": Refused("x has 32 channels, expected 64", {"groups": 2}),
+        "groups-do-not-divide-c_out": Refused(
+            "40 output channels, expected a multiple of 16", {"weight": dense(40, 2, 3, 3), "groups": 16}
+        ),
+        "groups-0": Refused("groups is 0, expected at least 1", {"groups": 0}),
+        "dilation-0": Refused(r"dilation is \(1, 0\)", {"dilation": (1, 0)}),
+        "residual-shape": Refused(
+            r"residual is \(2, 40, 6, 6\), expected .*\(2, 40, 6, 7\)", {"residual": dense(2, 40, 6, 6)}
+        ),
+        "residual-would-broadcast": Refused(r"residual is \(1, 40, 1, 1\)", {"residual": dense(1, 40, 1, 1)}),
+        "residual-dtype": Refused("residual is torch.bfloat16", {"residual": dense(2, 40, 6, 7, dtype=torch.bfloat16)}),
+        "residual-not-channels_last": Refused("residual of shape", {"residual": torch.zeros(2, 40, 6, 7)}),
+    },
+    "conv2d_projection_bias_act": {
+        **OF_A_CONVOLUTION,
+        **OF_A_PROJECTION,
+        "dilation-0": Refused(r"dilation is \(1, 0\)", {"dilation": (1, 0)}),
+    },
+    "conv2d_conv1x1_bias_act": {
+        **OF_A_CONVOLUTION,
+        **OF_A_PROJECTION,
+        "expand_weight-2d": Refused("expand_weight has 2 dimensions", {"expand_weight": torch.zeros(72, 40)}),
+        "expand_weight-columns": Refused(
+            r"expand_weight is \(72, 39, 1, 1\), expected \(C_OUT, 40, 1, 1\)", {"expand_weight": dense(72, 39, 1, 1)}
+        ),
+        "expand_weight-3x3": Refused(r"expand_weight is \(72, 40, 3, 3\)", {"expand_weight": dense(72, 40, 3, 3)}),
+        "expand_weight-empty": Refused(r"expand_weight is \(0, 40, 1, 1\)", {"expand_weight": dense(0, 40, 1, 1)}),
+        "expand_weight-dtype": Refused(
+            "expand_weight is torch.float16", {"expand_weight": dense(72, 40, 1, 1, dtype=torch.float16)}
+        ),
+        "expand_bias-too-long": Refused("expand_bias has 73 elements, expected 72", {"expand_bias": torch.zeros(73)}),
+        "expand_bias-strided": Refused(r"expand_bias has strides \(2,\)", {"expand_bias": torch.zeros(144)[::2]}),
+        "weight-without-shortcut": Refused("shortcut is None, expected the tensor", {"shortcut": None}),
+        "shortcut-without-weight": Refused(
+            r"shortcut is \(2, 48, 11, 13\), expected the output's shape \(2, 72, 6, 7\)", {"shortcut_weight": None}
+        ),
+    },
+    "conv2d_bias_relu_maxpool": OF_A_CONVOLUTION,
+    "mean_linear": {
+        "x-2d": Refused("x has 2 dimensions .*expected 4", {"x": torch.zeros(2, 32)}),
+        "weight-4d": Refused("weight has 4 dimensions .*expected 2", {"weight": dense(10, 32, 1, 1)}),
+        "bias-2d": Refused("bias has 2 dimensions .*expected 1", {"bias": torch.zeros(10, 1)}),
+        "x-channels": Refused("x has 31 channels, expected weight's 32 columns", {"x": dense(2, 31, 6, 7)}),
+        "no-classes": Refused(r"weight \(0, 32\), expected no empty", {"weight": torch.zeros(0, 32)}),
+        "no-pixels": Refused(r"x is \(2, 32, 0, 7\) .* expected no empty", {"x": dense(2, 32, 0, 7)}),
+        "bias-too-long": Refused("bias has 11 elements, expected 10", {"bias": torch.zeros(11)}),
+        "x-dtype": Refused("x is torch.uint8, expected one of", {"x": dense(2, 32, 6, 7, dtype=torch.uint8)}),
+        "weight-dtype": Refused("weight is torch.float16", {"weight": torch.zeros(10, 32, dtype=torch.float16)}),
+        "x-not-channels_last": Refused("x of shape .*channels_last", {"x": torch.zeros(2, 32, 6, 7)}),
+        "weight-transposed": Refused(
+            r"weight has strides \(1, 10\), expected a contiguous", {"weight": torch.zeros(32, 10).T}
+        ),
+        "bias-strided": Refused(r"bias has strides \(2,\)", {"bias": torch.zeros(20)[::2]}),
+    },
+}
+CASES = [(operator, name) for operator, refused in REFUSED.items() for name in refused]
 
 
-def accepted_call() -> dict[str, Any]:
-    inputs = make_inputs(PROBLEM)
-    return {
-        "x": inputs.x,
-        "weight": inputs.weight,
-        "bias": inputs.bias,
-        "residual": inputs.residual,
-        "stride": (1, 1),
-        "padding": (1, 1),
-        "dilation": (1, 1),
-        "groups": 1,
-        "relu": True,
-    }
+def call_of(operator: str, **changes: Any) -> tuple[Any, ...]:
+    """The positional arguments of the accepted call, some of them replaced by name."""
+    problem = with_dtype(PROBLEMS[operator], torch.float32)
+    name, arguments = operator_call(problem, make_inputs(problem))
+    assert name == operator
+    parameters = [*inspect.signature(getattr(kernels.launch, operator)).parameters][: len(arguments)]
+    named = dict(zip(parameters, arguments, strict=True))
+    assert changes.keys() <= named.keys()
+    return tuple({**named, **changes}.values())
 
 
-def test_the_call_that_the_others_differ_from_is_accepted() -> None:
-    conv2d_bias_act(**accepted_call())
+@pytest.mark.parametrize("operator", PROBLEMS)
+def test_the_call_that_the_others_differ_from_is_accepted(operator: str) -> None:
+    getattr(torch.ops.resnet_deploy, operator)(*call_of(operator))
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_the_operator_refuses(name: str) -> None:
-    with pytest.raises(ValueError, match=REFUSED[name].message):
-        conv2d_bias_act(**{**accepted_call(), **REFUSED[name].changes})
+@pytest.mark.parametrize(("operator", "name"), CASES)
+def test_the_operator_refuses(operator: str, name: str) -> None:
+    refused = REFUSED[operator][name]
+    with pytest.raises(ValueError, match=refused.message):
+        getattr(torch.ops.resnet_deploy, operator)(*call_of(operator, **refused.changes))
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_the_fake_refuses_alike(name: str) -> None:
-    arguments = {**accepted_call(), **REFUSED[name].changes}
+@pytest.mark.parametrize(("operator", "name"), CASES)
+def test_the_fake_refuses_alike(operator: str, name: str) -> None:
+    refused = REFUSED[operator][name]
+    arguments = call_of(operator, **refused.changes)
     with FakeTensorMode() as mode:
-        faked = {
-            key: mode.from_tensor(value) if isinstance(value, Tensor) else value for key, value in arguments.items()
-        }
-        with pytest.raises(ValueError, match=REFUSED[name].message):
-            conv2d_bias_act(**faked)
+        faked = [mode.from_tensor(value) if isinstance(value, Tensor) else value for value in arguments]
+        with pytest.raises(ValueError, match=refused.message):
+            getattr(torch.ops.resnet_deploy, operator)(*faked)
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_the_launcher_refuses_alike(name: str) -> None:
-    with pytest.raises(ValueError, match=REFUSED[name].message):
-        launch_conv2d_bias_act(out=dense(2, 40, 6, 7), **{**accepted_call(), **REFUSED[name].changes})
+@pytest.mark.parametrize(("operator", "name"), CASES)
+def test_the_launcher_refuses_alike(operator: str, name: str) -> None:
+    refused = REFUSED[operator][name]
+    with pytest.raises(ValueError, match=refused.message):
+        getattr(kernels.launch, operator)(*call_of(operator, **refused.changes))
 
 
-def test_another_device_is_refused() -> None:
-    with FakeTensorMode():
-        arguments = {**accepted_call(), "weight": torch.empty(40, 32, 3, 3, device="meta")}
+@pytest.mark.parametrize("operator", PROBLEMS)
+def test_another_device_is_refused(operator: str) -> None:
+    arguments = call_of(operator)
+    elsewhere = torch.empty_strided(arguments[1].shape, arguments[1].stride(), device="meta")
+    with FakeTensorMode() as mode:
+        faked = [mode.from_tensor(value) if isinstance(value, Tensor) else value for value in arguments]
+        faked[1] = mode.from_tensor(elsewhere)
         with pytest.raises(ValueError, match="weight is on meta, expected cpu"):
-            conv2d_bias_act(**arguments)
+            getattr(torch.ops.resnet_deploy, operator)(*faked)
 
 
 @pytest.mark.parametrize(

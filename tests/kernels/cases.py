@@ -1,0 +1,276 @@
+"""What the kernels are tested on, as problems by readable id.
+
+Images are cropped to a few pixels, since the interpreter is slow; channel counts are the real ones.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from kernels.problems import BottleneckProblem, ConvProblem, HeadProblem, Problem, Projection, StemProblem
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+# (c_in, c_out, kernel, stride, padding, groups): every distinct convolution of each network.
+RESNET18 = (
+    (3, 64, 7, 2, 3, 1),
+    (64, 64, 3, 1, 1, 1),
+    (64, 128, 3, 2, 1, 1),
+    (64, 128, 1, 2, 0, 1),
+    (128, 128, 3, 1, 1, 1),
+    (128, 256, 3, 2, 1, 1),
+    (128, 256, 1, 2, 0, 1),
+    (256, 256, 3, 1, 1, 1),
+    (256, 512, 3, 2, 1, 1),
+    (256, 512, 1, 2, 0, 1),
+    (512, 512, 3, 1, 1, 1),
+)
+RESNET50 = (
+    (3, 64, 7, 2, 3, 1),
+    (64, 64, 1, 1, 0, 1),
+    (64, 64, 3, 1, 1, 1),
+    (64, 256, 1, 1, 0, 1),
+    (256, 64, 1, 1, 0, 1),
+    (256, 128, 1, 1, 0, 1),
+    (128, 128, 3, 2, 1, 1),
+    (128, 512, 1, 1, 0, 1),
+    (256, 512, 1, 2, 0, 1),
+    (512, 128, 1, 1, 0, 1),
+    (128, 128, 3, 1, 1, 1),
+    (512, 256, 1, 1, 0, 1),
+    (256, 256, 3, 2, 1, 1),
+    (256, 1024, 1, 1, 0, 1),
+    (512, 1024, 1, 2, 0, 1),
+    (1024, 256, 1, 1, 0, 1),
+    (256, 256, 3, 1, 1, 1),
+    (1024, 512, 1, 1, 0, 1),
+    (512, 512, 3, 2, 1, 1),
+    (512, 2048, 1, 1, 0, 1),
+    (1024, 2048, 1, 2, 0, 1),
+    (2048, 512, 1, 1, 0, 1),
+    (512, 512, 3, 1, 1, 1),
+)
+RESNEXT50_32X4D = (
+    (3, 64, 7, 2, 3, 1),
+    (64, 128, 1, 1, 0, 1),
+    (128, 128, 3, 1, 1, 32),
+    (128, 256, 1, 1, 0, 1),
+    (64, 256, 1, 1, 0, 1),
+    (256, 128, 1, 1, 0, 1),
+    (256, 256, 1, 1, 0, 1),
+    (256, 256, 3, 2, 1, 32),
+    (256, 512, 1, 1, 0, 1),
+    (256, 512, 1, 2, 0, 1),
+    (512, 256, 1, 1, 0, 1),
+    (256, 256, 3, 1, 1, 32),
+    (512, 512, 1, 1, 0, 1),
+    (512, 512, 3, 2, 1, 32),
+    (512, 1024, 1, 1, 0, 1),
+    (512, 1024, 1, 2, 0, 1),
+    (1024, 512, 1, 1, 0, 1),
+    (512, 512, 3, 1, 1, 32),
+    (1024, 1024, 1, 1, 0, 1),
+    (1024, 1024, 3, 2, 1, 32),
+    (1024, 2048, 1, 1, 0, 1),
+    (1024, 2048, 1, 2, 0, 1),
+    (2048, 1024, 1, 1, 0, 1),
+    (1024, 1024, 3, 1, 1, 32),
+)
+CIFAR_RESNET20 = (
+    (3, 16, 3, 1, 1, 1),
+    (16, 16, 3, 1, 1, 1),
+    (16, 32, 3, 2, 1, 1),
+    (16, 32, 1, 2, 0, 1),
+    (32, 32, 3, 1, 1, 1),
+    (32, 64, 3, 2, 1, 1),
+    (32, 64, 1, 2, 0, 1),
+    (64, 64, 3, 1, 1, 1),
+)
+
+
+def _network_cases() -> dict[str, ConvProblem]:
+    cases = {}
+    shapes = dict.fromkeys(RESNET18 + RESNET50 + RESNEXT50_32X4D + CIFAR_RESNET20)
+    for index, (c_in, c_out, kernel, stride, padding, groups) in enumerate(shapes):
+        name = f"{c_in}-{c_out}-{kernel}x{kernel}-s{stride}" + (f"-g{groups}" if groups > 1 else "")
+        cases[name] = ConvProblem(
+            batch=1 + index % 2,
+            c_in=c_in,
+            height=7 + index % 3,
+            width=9 - index % 2,
+            c_out=c_out,
+            kernel=(kernel, kernel),
+            stride=(stride, stride),
+            padding=(padding, padding),
+            groups=groups,
+            # The last convolution of a block, the only one with a residual, is a 1x1 or a 3x3 of stride 1.
+            has_residual=stride == 1 and c_out >= c_in,
+            relu=True,
+        )
+    return cases
+
+
+NETWORK_CASES = _network_cases()
+
+SMALL = ConvProblem(2, 32, 6, 7, 40, (3, 3), padding=(1, 1), has_residual=True, relu=True)
+
+ODD_CASES = {
+    "small": SMALL,
+    "one-pixel-image": replace(SMALL, height=1, width=1),
+    "one-channel-in-and-out": replace(SMALL, c_in=1, c_out=1),
+    "c_in-5": replace(SMALL, c_in=5),
+    "c_in-13-1x1": replace(SMALL, c_in=13, kernel=(1, 1), padding=(0, 0)),
+    "c_in-100": replace(SMALL, c_in=100),
+    "c_out-1000": replace(SMALL, c_out=1000, kernel=(1, 1), padding=(0, 0)),
+    "batch-5": replace(SMALL, batch=5),
+    "image-33x1": replace(SMALL, height=33, width=1),
+    "image-3x50": replace(SMALL, height=3, width=50),
+    "kernel-1x7": replace(SMALL, kernel=(1, 7), padding=(0, 3)),
+    "kernel-5x2-stride-1x3": replace(SMALL, kernel=(5, 2), padding=(2, 0), stride=(1, 3)),
+    "kernel-is-the-image": replace(SMALL, kernel=(6, 7), padding=(0, 0)),
+    "stride-3x2": replace(SMALL, stride=(3, 2)),
+    "stride-over-kernel": replace(SMALL, kernel=(1, 1), padding=(0, 0), stride=(4, 5)),
+    "padding-0": replace(SMALL, padding=(0, 0)),
+    "padding-2x0": replace(SMALL, padding=(2, 0)),
+    "padding-0x3": replace(SMALL, padding=(0, 3)),
+    "padding-over-kernel": replace(SMALL, kernel=(1, 1), padding=(2, 1)),
+    "dilation-2": replace(SMALL, dilation=(2, 2), padding=(2, 2)),
+    "dilation-1x3": replace(SMALL, dilation=(1, 3), padding=(1, 0)),
+    "groups-2": replace(SMALL, groups=2),
+    "groups-5-c_in-15": replace(SMALL, c_in=15, groups=5),
+    "groups-4-1x1": replace(SMALL, groups=4, kernel=(1, 1), padding=(0, 0)),
+    "depthwise": replace(SMALL, c_in=10, c_out=10, groups=10),
+    "depthwise-multiplier-2": replace(SMALL, c_in=6, c_out=12, groups=6, stride=(2, 2)),
+}
+
+
+def projected(conv: ConvProblem, c_in: int, stride: tuple[int, int] = (1, 1), beyond: int = 0) -> ConvProblem:
+    """`conv` with a projection of c_in channels; `beyond` are the pixels after the last one that its stride reads."""
+    height = (conv.out_height - 1) * stride[0] + 1 + min(beyond, stride[0] - 1)
+    width = (conv.out_width - 1) * stride[1] + 1 + min(beyond, stride[1] - 1)
+    return replace(conv, has_residual=False, projection=Projection(c_in, height, width, stride))
+
+
+def _basic(width: int, c_in: int, size: int, beyond: int) -> ConvProblem:
+    """The last convolution of a basic block that halves the image."""
+    conv = ConvProblem(2, width, size, size + 1, width, (3, 3), padding=(1, 1), relu=True)
+    return projected(conv, c_in, (2, 2), beyond)
+
+
+def _pointwise(width: int, c_in: int, stride: int, beyond: int) -> ConvProblem:
+    """The last convolution of a bottleneck with a projection."""
+    return projected(ConvProblem(2, width, 4, 5, 4 * width, (1, 1), relu=True), c_in, (stride, stride), beyond)
+
+
+_PROJECTED = projected(SMALL, 48, (2, 2))
+
+# Every distinct projection of resnet18 and resnet50, then odd sizes. Even images leave a row unread, odd ones do not.
+PROJECTION_CASES = {
+    "basic-128": _basic(128, 64, 5, 1),
+    "basic-256": _basic(256, 128, 4, 0),
+    "basic-512": _basic(512, 256, 3, 1),
+    "bottleneck-64-s1": _pointwise(64, 64, 1, 0),
+    "bottleneck-128-s2": _pointwise(128, 256, 2, 1),
+    "bottleneck-256-s2": _pointwise(256, 512, 2, 0),
+    "bottleneck-512-s2": _pointwise(512, 1024, 2, 1),
+    "odd-image": _PROJECTED,
+    "even-image": projected(SMALL, 48, (2, 2), beyond=1),
+    "batch-1": replace(_PROJECTED, batch=1),
+    "linear": replace(_PROJECTED, relu=False),
+    "stride-1": projected(SMALL, 48),
+    "stride-1x3": projected(SMALL, 48, (1, 3), beyond=2),
+    "one-pixel-image": projected(replace(SMALL, height=1, width=1), 48, (2, 2)),
+    "main-stride-2": projected(replace(SMALL, stride=(2, 2)), 48, (4, 4), beyond=3),
+    "main-dilation-2": projected(replace(SMALL, dilation=(2, 2), padding=(2, 2)), 48, (2, 2)),
+    "tails-everywhere": projected(replace(SMALL, c_in=13, c_out=70), 37, (2, 2), beyond=1),
+    "shortcut-of-one-channel": projected(SMALL, 1, (2, 2)),
+    "shortcut-wider-than-main": projected(replace(SMALL, c_in=5), 100),
+}
+
+
+def _bottleneck(width: int, c_in: int, stride: int, project: bool, size: tuple[int, int]) -> BottleneckProblem:
+    """The last two convolutions of a bottleneck with c_in input channels."""
+    first = ConvProblem(2, width, *size, width, (3, 3), (stride, stride), (1, 1), relu=True)
+    shortcut = Projection(c_in, *size, (stride, stride)) if project else None
+    return BottleneckProblem(first, 4 * width, has_residual=not project, projection=shortcut, relu=True)
+
+
+_BOTTLENECK = BottleneckProblem(replace(SMALL, has_residual=False), 72, has_residual=True, relu=True)
+_BOTTLENECK_PROJECTED = replace(_BOTTLENECK, has_residual=False, projection=Projection(48, 11, 13, (2, 2)))
+
+# Every distinct pair of resnet50 (resnet101 and resnet152 repeat them), then odd sizes.
+BOTTLENECK_CASES = {
+    "64-identity": _bottleneck(64, 256, 1, False, (5, 7)),
+    "64-projection-s1": _bottleneck(64, 64, 1, True, (5, 7)),
+    "128-identity": _bottleneck(128, 512, 1, False, (5, 6)),
+    "128-projection-s2": _bottleneck(128, 256, 2, True, (8, 9)),
+    "256-identity": _bottleneck(256, 1024, 1, False, (4, 4)),
+    "256-projection-s2": _bottleneck(256, 512, 2, True, (7, 6)),
+    "512-identity": _bottleneck(512, 2048, 1, False, (3, 3)),
+    "512-projection-s2": _bottleneck(512, 1024, 2, True, (5, 5)),
+    "c_mid-40-residual": _BOTTLENECK,
+    "c_mid-40-projection": _BOTTLENECK_PROJECTED,
+    "c_mid-40-no-shortcut": replace(_BOTTLENECK, has_residual=False),
+    "linear": replace(_BOTTLENECK, relu=False),
+    "batch-1": replace(_BOTTLENECK, first=replace(_BOTTLENECK.first, batch=1)),
+    "one-pixel-image": replace(_BOTTLENECK, first=replace(_BOTTLENECK.first, height=1, width=1)),
+    "first-1x1": replace(_BOTTLENECK, first=replace(_BOTTLENECK.first, kernel=(1, 1), padding=(0, 0))),
+    "first-stride-2x1": replace(_BOTTLENECK, first=replace(_BOTTLENECK.first, stride=(2, 1))),
+    "first-dilation-2": replace(_BOTTLENECK, first=replace(_BOTTLENECK.first, dilation=(2, 2), padding=(2, 2))),
+    "tails-everywhere": replace(
+        _BOTTLENECK_PROJECTED,
+        first=replace(_BOTTLENECK.first, c_in=13, c_out=21),
+        c_out=70,
+        projection=Projection(37, 12, 14, (2, 2)),
+    ),
+    "one-channel-between": replace(_BOTTLENECK, first=replace(_BOTTLENECK.first, c_out=1)),
+}
+
+_STEM = ConvProblem(2, 3, 19, 23, 64, (7, 7), (2, 2), (3, 3), relu=True)
+
+STEM_CASES = {
+    "resnet-odd": StemProblem(_STEM),
+    "resnet-even": StemProblem(replace(_STEM, height=16, width=18)),
+    "batch-5": StemProblem(replace(_STEM, batch=5, height=9, width=9)),
+    "one-pixel-image": StemProblem(replace(_STEM, height=1, width=1)),
+    "one-row": StemProblem(replace(_STEM, batch=1, height=2, width=21)),
+    "one-column": StemProblem(replace(_STEM, batch=1, height=21, width=2)),
+    "wide-image": StemProblem(replace(_STEM, batch=1, height=3, width=150)),
+    "c_out-40": StemProblem(replace(_STEM, c_out=40)),
+    "c_out-100": StemProblem(replace(_STEM, c_out=100)),
+    "one-channel-in": StemProblem(replace(_STEM, c_in=1)),
+    # The last convolution of a deep stem.
+    "32-64-3x3": StemProblem(ConvProblem(2, 32, 5, 6, 64, (3, 3), (1, 1), (1, 1), relu=True)),
+    "13-20-3x3-no-padding": StemProblem(ConvProblem(2, 13, 7, 9, 20, (3, 3), (1, 1), (0, 0), relu=True)),
+    "5x2-stride-1x3": StemProblem(ConvProblem(2, 8, 9, 20, 32, (5, 2), (1, 3), (2, 0), relu=True)),
+}
+
+HEAD_CASES = {
+    "resnet18": HeadProblem(5, 512, 7, 7, 1000),
+    "resnet50": HeadProblem(1, 2048, 7, 7, 1000),
+    "resnet20": HeadProblem(17, 64, 8, 8, 10),
+    "2048-channels-batch-17": HeadProblem(17, 2048, 2, 3, 33),
+    "one-pixel": HeadProblem(5, 512, 1, 1, 10),
+    "pixels-2x3": HeadProblem(5, 512, 2, 3, 33),
+    "70-channels": HeadProblem(5, 70, 7, 7, 33),
+    "70-channels-batch-1": HeadProblem(1, 70, 2, 3, 10),
+    "one-channel-one-class": HeadProblem(17, 1, 7, 7, 1),
+}
+
+CASES: dict[str, Problem] = {
+    **{f"conv {name}": problem for name, problem in {**NETWORK_CASES, **ODD_CASES}.items()},
+    **{f"projection {name}": problem for name, problem in PROJECTION_CASES.items()},
+    **{f"bottleneck {name}": problem for name, problem in BOTTLENECK_CASES.items()},
+    **{f"stem {name}": problem for name, problem in STEM_CASES.items()},
+    **{f"head {name}": problem for name, problem in HEAD_CASES.items()},
+}
+# One of each operator and each kind of shortcut.
+ONE_OF_EACH: dict[str, Problem] = {
+    "conv": SMALL,
+    "projection": PROJECTION_CASES["odd-image"],
+    "bottleneck-residual": BOTTLENECK_CASES["c_mid-40-residual"],
+    "bottleneck-projection": BOTTLENECK_CASES["c_mid-40-projection"],
+    "bottleneck-no-shortcut": BOTTLENECK_CASES["c_mid-40-no-shortcut"],
+    "stem": STEM_CASES["c_out-40"],
+    "head": HEAD_CASES["70-channels"],
+}

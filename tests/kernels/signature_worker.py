@@ -1,0 +1,119 @@
+"""Compares what kernels.compile says of launches with what Triton itself makes of them; prints JSON.
+
+A process of its own, because Triton's interpreter, in which the other tests run, cannot be switched off again.
+"""
+
+import json
+import re
+from dataclasses import replace
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels.compile import code_key, kernel_signature
+from kernels.config import BottleneckConfig, Config, ConvConfig, HeadConfig, StemConfig
+from kernels.plan import KernelLaunch, Operand, plan
+from kernels.problems import Problem
+from kernels.targets import TARGETS
+from tests.kernels.cases import ONE_OF_EACH, SMALL
+
+TARGET = TARGETS["sm_90"]
+GPU = GPUTarget("cuda", TARGET.capability, 32)
+GATHERED = ConvConfig(64, 32, 32, 4, 3)
+BOXES = replace(GATHERED, block_k=16, box=(1, 8, 8))
+FUSED = BottleneckConfig(64, 32, 16, 4, 2)
+LAUNCHES: dict[str, tuple[Problem, Config]] = {
+    "gathered": (ONE_OF_EACH["conv"], GATHERED),
+    "gathered-plain": (replace(SMALL, has_residual=False, relu=False), GATHERED),
+    "gathered-fp32": (replace(SMALL, dtype=torch.float32), replace(GATHERED, block_k=16)),
+    "gathered-bf16": (replace(SMALL, dtype=torch.bfloat16), GATHERED),
+    "gathered-groups": (replace(SMALL, groups=2), GATHERED),
+    "gathered-split": (ONE_OF_EACH["conv"], replace(GATHERED, split_k=3)),
+    "gathered-projection": (ONE_OF_EACH["projection"], GATHERED),
+    "boxes": (ONE_OF_EACH["conv"], BOXES),
+    "boxes-projection": (ONE_OF_EACH["projection"], BOXES),
+    "bottleneck": (ONE_OF_EACH["bottleneck-residual"], FUSED),
+    "bottleneck-projection": (ONE_OF_EACH["bottleneck-projection"], FUSED),
+    "bottleneck-boxes": (ONE_OF_EACH["bottleneck-projection"], replace(FUSED, box=(1, 8, 8))),
+    "stem": (ONE_OF_EACH["stem"], StemConfig(32, 64, 32, 2, 4, 2)),
+    "head": (ONE_OF_EACH["head"], HeadConfig(16, 64, 32, 4)),
+}
+
+
+def launch_of(problem: Problem, config: Config) -> KernelLaunch:
+    (launch,) = plan(problem, config, TARGET)
+    return launch
+
+
+def argument(operand: Operand | None) -> Any:
+    """A tensor or descriptor such as launch.py passes."""
+    if operand is None:
+        return None
+    if operand.block is None:
+        return torch.empty(64, dtype=operand.dtype)
+    tensor = torch.empty(operand.block, dtype=operand.dtype)
+    return TensorDescriptor(tensor, [*tensor.shape], [*tensor.stride()], [*operand.block])
+
+
+def signature_derived_by_triton(launch: KernelLaunch) -> tuple[Any, Any, Any]:
+    """What Triton's JIT makes of the arguments, tensors included, without a launch."""
+    backend = make_backend(GPU)
+    binder = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
+    operands = {name: argument(operand) for name, operand in launch.operands.items()}
+    bound, specialization, _ = binder(**operands, **launch.scalars, **launch.options)
+    _, types, constants, attributes = launch.kernel._pack_args(
+        backend, launch.options, bound, specialization, launch.options
+    )
+    return types, constants, {path: value for path, value in attributes.items() if value}
+
+
+def disagreement(launch: KernelLaunch) -> list[str]:
+    types, constants, attributes = kernel_signature(launch)
+    positions = {(launch.kernel.arg_names.index(name),): value for name, value in constants.items()}
+    ours, triton_s = (types, positions, attributes), signature_derived_by_triton(launch)
+    return [f"{mine} instead of {theirs}" for mine, theirs in zip(ours, triton_s, strict=True) if mine != theirs]
+
+
+def tile_offsets(launch: KernelLaunch) -> dict[str, list[str]]:
+    """By pointer parameter: the integer types that are added to it, in tiles of addresses."""
+    source = ASTSource(launch.kernel, *kernel_signature(launch))
+    text = triton.compile(source, GPU, options=dict(launch.options)).asm["ttir"]
+    roots: dict[str, str] = {}
+    found: dict[str, set[str]] = {}
+    step = re.compile(
+        r"%(\w+) = tt\.(?:addptr|splat|broadcast|expand_dims) %(\w+).* : .*?(?:, tensor<(?:\d+x)+(i\d+)>)?(?: loc.*)?$",
+        re.MULTILINE,
+    )
+    for result, operand, offsets in step.findall(text):
+        roots[result] = roots.get(operand, operand)
+        if offsets:
+            found.setdefault(roots[result], set()).add(offsets)
+    return {name: sorted(types) for name, types in found.items()}
+
+
+def codes(*variants: tuple[Problem, Config]) -> int:
+    """How many different kernels the variants run."""
+    return len({code_key(launch_of(problem, config)) for problem, config in variants})
+
+
+def main() -> None:
+    launches = {name: launch_of(problem, config) for name, (problem, config) in LAUNCHES.items()}
+    report = {
+        "kernels": sorted({launch.kernel.__name__ for launch in launches.values()}),
+        "disagreements": {name: disagreement(launch) for name, launch in launches.items()},
+        "tile_offsets": {name: tile_offsets(launch) for name, launch in launches.items()},
+        "codes_of_other_run_time_sizes": codes(
+            (SMALL, GATHERED), (replace(SMALL, batch=7, height=9, width=30), GATHERED)
+        ),
+        "codes_of_all_launches": len({code_key(launch) for launch in launches.values()}),
+    }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

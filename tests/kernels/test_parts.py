@@ -1,0 +1,110 @@
+"""What the kernels share: block orders, boxes and addresses, on their own."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+import kernels.jit
+from kernels.jit.parts import _box_corner, _box_pixels, _pixel_offset, _pixels, _swizzled_block
+
+JIT_FILES = sorted(Path(kernels.jit.__file__).parent.glob("*.py"))
+
+
+def loads(path: Path) -> list[ast.Call]:
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    return [call for call in calls if ast.unparse(call.func) == "tl.load"]
+
+
+@pytest.mark.parametrize("path", JIT_FILES, ids=lambda path: path.stem)
+def test_every_masked_load_says_what_masked_lanes_are(path: Path) -> None:
+    """The interpreter fills them with 0 in any case, so no run of it can show that `other` is missing."""
+    for load in loads(path):
+        keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in load.keywords}
+        assert len(load.args) == 1, "pass mask and other by name"
+        assert "mask" not in keywords or keywords.get("other") == "0.0", ast.unparse(load)
+
+
+def test_masked_loads_are_found() -> None:
+    names = [keyword.arg for path in JIT_FILES for load in loads(path) for keyword in load.keywords]
+    assert names.count("mask") >= 7
+
+
+@triton.jit
+def _address_kernel(pixel_ptr, out_ptr, P, Q, H, W, CHANNELS: tl.constexpr, SIZE: tl.constexpr):
+    lane = tl.arange(0, SIZE)
+    n, p, q = _pixels(tl.load(pixel_ptr + lane), P, Q)
+    tl.store(out_ptr + lane, _pixel_offset(n, p * 2 - 3, q * 2 - 3, H, W, CHANNELS))
+
+
+def test_addresses_beyond_2_to_the_31_elements(device: torch.device) -> None:
+    """The batch of a stem whose input has 2^31 pixels, with 2048 channels: offsets up to 2^42."""
+    size, out_size, channels = 224, 112, 2048
+    pixels = torch.tensor([0, 1, 12543, 2**20, 2**28 + 7, 2**29 - 1, 2**29, 536870911], dtype=torch.int32)
+    offsets = torch.empty(8, dtype=torch.int64, device=device)
+    _address_kernel[(1,)](pixels.to(device), offsets, out_size, out_size, size, size, channels, 8)
+    expected = []
+    for pixel in pixels.tolist():
+        row, column = divmod(pixel, out_size)
+        n, row = divmod(row, out_size)
+        expected.append(((n * size + row * 2 - 3) * size + column * 2 - 3) * channels)
+    assert max(expected) > 2**41
+    assert offsets.tolist() == expected
+
+
+@triton.jit
+def _swizzle_kernel(out_ptr, blocks_m, blocks_n, GROUP_M: tl.constexpr):
+    pid = tl.program_id(0)
+    block_m, block_n = _swizzled_block(pid, blocks_m, blocks_n, GROUP_M)
+    tl.store(out_ptr + pid * 2, block_m)
+    tl.store(out_ptr + pid * 2 + 1, block_n)
+
+
+@pytest.mark.parametrize("blocks", [(1, 1), (8, 3), (11, 4), (5, 1)], ids=str)
+def test_the_swizzle_visits_every_block_once(blocks: tuple[int, int], device: torch.device) -> None:
+    blocks_m, blocks_n = blocks
+    out = torch.full((blocks_m * blocks_n, 2), -1, dtype=torch.int32, device=device)
+    _swizzle_kernel[(blocks_m * blocks_n,)](out, blocks_m, blocks_n, 4)
+    expected = [[m, n] for m in range(blocks_m) for n in range(blocks_n)]
+    assert sorted(out.tolist()) == expected
+
+
+def test_the_swizzle_shares_columns_between_rows(device: torch.device) -> None:
+    """The first 4 programs have the same column of blocks and 4 different rows."""
+    out = torch.full((33, 2), -1, dtype=torch.int32, device=device)
+    _swizzle_kernel[(33,)](out, 11, 3, 4)
+    assert out[:5].tolist() == [[0, 0], [1, 0], [2, 0], [3, 0], [0, 1]]
+
+
+@triton.jit
+def _box_kernel(out_ptr, P, Q, TILE_N: tl.constexpr, TILE_P: tl.constexpr, TILE_Q: tl.constexpr):
+    SIZE: tl.constexpr = TILE_N * TILE_P * TILE_Q
+    n0, p0, q0 = _box_corner(tl.program_id(0), P, Q, TILE_N, TILE_P, TILE_Q)
+    n, p, q = _box_pixels(n0, p0, q0, TILE_N, TILE_P, TILE_Q)
+    rows = out_ptr + (tl.program_id(0) * SIZE + tl.arange(0, SIZE)) * 3
+    tl.store(rows, n)
+    tl.store(rows + 1, p)
+    tl.store(rows + 2, q)
+
+
+@pytest.mark.parametrize("tile", [(1, 1, 16), (1, 4, 8), (2, 2, 4), (4, 8, 2), (16, 1, 1)], ids=str)
+@pytest.mark.parametrize("size", [(1, 1, 1), (2, 6, 7), (5, 4, 8), (3, 9, 1)], ids=str)
+def test_boxes_hold_every_pixel_once(
+    size: tuple[int, int, int], tile: tuple[int, int, int], device: torch.device
+) -> None:
+    n, p, q = size
+    boxes = -(-n // tile[0]) * -(-p // tile[1]) * -(-q // tile[2])
+    lanes = tile[0] * tile[1] * tile[2]
+    out = torch.full((boxes, lanes, 3), -1, dtype=torch.int32, device=device)
+    _box_kernel[(boxes,)](out, p, q, *tile)
+    pixels = [tuple(pixel) for pixel in out.view(-1, 3).tolist()]
+    assert len(set(pixels)) == len(pixels)
+    inside = sorted(pixel for pixel in pixels if all(a < b for a, b in zip(pixel, size, strict=True)))
+    assert inside == [(i, j, k) for i in range(n) for j in range(p) for k in range(q)]
+    # TMA fills a tile with the box's images, rows and columns, the last fastest.
+    corner = out[:, :1]
+    order = torch.cartesian_prod(*(torch.arange(side, dtype=torch.int32) for side in tile)).to(device)
+    assert torch.equal(out - corner, order.expand(boxes, lanes, 3))

@@ -1,0 +1,86 @@
+"""A launch names every parameter of its kernel once, and its grid covers the output."""
+
+from dataclasses import replace
+
+import pytest
+
+from kernels.compile import uses_boxes
+from kernels.config import BottleneckConfig, Config, ConvConfig, HeadConfig, PairConfig, StemConfig
+from kernels.heuristic import heuristic_config
+from kernels.plan import plan
+from kernels.problems import Problem
+from kernels.targets import TARGETS
+from tests.kernels.cases import BOTTLENECK_CASES, CASES, HEAD_CASES, SMALL, STEM_CASES
+from tests.kernels.networks import NETWORKS
+
+CONFIG = ConvConfig(32, 16, 16, 4, 2)
+SPLIT = replace(CONFIG, split_k=5)
+BOXES = replace(CONFIG, box=(1, 4, 8))
+
+
+@pytest.mark.parametrize("target", [*TARGETS.values(), None], ids=[*TARGETS, "interpreter"])
+def test_every_parameter_of_the_kernel_is_given_once(target) -> None:
+    for problem in CASES.values():
+        for launch in plan(problem, heuristic_config(problem, target or TARGETS["sm_90"]), target):
+            given = [*launch.operands, *launch.scalars]
+            assert sorted(given) == sorted(launch.kernel.arg_names), problem
+            assert launch.options.get("launch_pdl", False) == launch.scalars["USE_PDL"]
+            assert launch.scalars["USE_PDL"] == (target is not None and target.has_pdl)
+
+
+GRIDS: dict[str, tuple[Problem, Config, tuple[int, ...], int]] = {
+    # 2 images of 6x7 pixels, 40 channels: 3 x 3 blocks, or 2 x 2 x 1 boxes of 1x4x8 by 3 blocks of channels.
+    "gathered": (SMALL, CONFIG, (9, 1), 0),
+    "grouped": (replace(SMALL, groups=2), CONFIG, (6, 2), 0),
+    "split": (SMALL, SPLIT, (45, 1), 9),
+    "split-grouped": (replace(SMALL, groups=2), SPLIT, (30, 2), 12),
+    "boxes": (SMALL, BOXES, (12,), 0),
+    "persistent": (SMALL, replace(BOXES, programs_per_sm=2), (2,), 0),
+    "dense-boxes": (replace(SMALL, kernel=(1, 1), padding=(0, 0)), replace(CONFIG, box=(1, 1, 32)), (9,), 0),
+    "bottleneck": (BOTTLENECK_CASES["c_mid-40-residual"], BottleneckConfig(32, 16, 16, 4, 2), (3,), 0),
+    "bottleneck-boxes": (
+        BOTTLENECK_CASES["c_mid-40-residual"], BottleneckConfig(32, 16, 16, 4, 2, box=(1, 4, 8)), (4,), 0,
+    ),
+    # 2 images of 5x6 pooled pixels, 64 channels: 3 strips of 2 rows, one strip of 7 columns, 4 blocks of channels.
+    "stem": (STEM_CASES["resnet-odd"], StemConfig(16, 16, 16, 2, 4, 2), (6, 1, 4), 0),
+    "stem-strips": (STEM_CASES["wide-image"], StemConfig(16, 64, 16, 2, 4, 2), (1, 6, 1), 0),
+    # 17 images, 64 channels, 10 classes: 2 blocks of images by 4 splits.
+    "head": (HEAD_CASES["resnet20"], HeadConfig(16, 16, 16, 4), (8,), 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_the_grid_covers_the_output(name: str) -> None:
+    problem, config, grid, tiles = GRIDS[name]
+    (launch,) = plan(problem, config, None)
+    assert (launch.grid, launch.tiles) == (grid, tiles)
+    splits = launch.scalars.get("SPLIT_K", 1)
+    block = launch.scalars.get("BLOCK_M", 0) * launch.scalars["BLOCK_N"]
+    assert launch.partials == tiles * splits * block
+
+
+def test_persistent_programs_are_at_most_the_blocks() -> None:
+    (launch,) = plan(SMALL, replace(BOXES, programs_per_sm=1), TARGETS["sm_90"])
+    assert launch.grid == (12,)
+    (launch,) = plan(replace(SMALL, batch=128), replace(BOXES, programs_per_sm=2), TARGETS["sm_90"])
+    assert launch.grid == (2 * 132,)
+
+
+def test_a_pair_is_two_launches() -> None:
+    first, second = plan(BOTTLENECK_CASES["c_mid-40-projection"], PairConfig(BOXES, CONFIG), None)
+    assert (first.scalars["C_IN"], first.scalars["C_OUT"], uses_boxes(first)) == (32, 40, True)
+    assert (second.scalars["C_IN"], second.scalars["C_OUT"], uses_boxes(second)) == (40, 72, False)
+    assert not first.scalars["HAS_PROJECTION"] and second.scalars["HAS_PROJECTION"]
+    assert first.scalars["APPLY_RELU"]
+
+
+# What fusion is for: the launches of one forward pass, at most.
+MOST_LAUNCHES = {"resnet18": 18, "resnet50": 37}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_network_is_few_launches(network: str, target: str) -> None:
+    problems = NETWORKS[network](32)
+    launches = [plan(problem, heuristic_config(problem, TARGETS[target]), TARGETS[target]) for problem in problems]
+    assert len(problems) <= sum(map(len, launches)) <= MOST_LAUNCHES[network]
