@@ -7,7 +7,7 @@ export: .venv/.installed
 	$(BIN)/python scripts/export.py --fp16
 
 test: .venv/.installed lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

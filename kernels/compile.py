@@ -161,8 +161,6 @@ def compile_kernel(launch: KernelLaunch, target: Target) -> CompiledKernel:
     Raises:
         RuntimeError: Triton's interpreter is on, so there is nothing to compile.
     """
-    if not isinstance(launch.kernel, JITFunction):
-        raise RuntimeError("the kernels were imported with TRITON_INTERPRET set, expected it unset to compile them")
     compiled = triton.compile(
         ASTSource(launch.kernel, *kernel_signature(launch)),
         target=GPUTarget("cuda", target.capability, 32),
@@ -197,6 +195,9 @@ def compile_problems(
 
     Returns:
         `CompiledKernel.to_json()` of each kernel in order, with "problems": the keys of all that run its code.
+
+    Raises:
+        RuntimeError: Triton's interpreter is on, so there is nothing to compile.
     """
     first: dict[tuple[Any, ...], tuple[Problem, int, Target]] = {}
     sharing: dict[tuple[Any, ...], list[str]] = {}
@@ -223,7 +224,13 @@ def _compile_one(task: tuple[Problem, int, Target]) -> dict[str, Any]:
 def kernel_signature(
     launch: KernelLaunch,
 ) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list[list[Any]]]]:
-    """(types, constants, attributes) of the kernel's parameters as Triton's JIT derives them from the launch."""
+    """(types, constants, attributes) of the kernel's parameters as Triton's JIT derives them from the launch.
+
+    Raises:
+        RuntimeError: Triton's interpreter is on, so there is nothing to compile.
+    """
+    if not isinstance(launch.kernel, JITFunction):
+        raise RuntimeError("the kernels were imported with TRITON_INTERPRET set, expected it unset to compile them")
     types: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}

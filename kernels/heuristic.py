@@ -92,7 +92,7 @@ def _conv_config(problem: ConvProblem, target: Target) -> ConvConfig:
     if problem.dtype != torch.float32 and unsupported_reason(problem, boxed, target) is None:
         config = boxed
     elif problem.projection is not None and block_m * block_n > _GATHERED_PER_THREAD * 32 * num_warps:
-        config = replace(config, block_n=min(block_n, 64), num_warps=8)
+        config = replace(config, block_m=min(block_m, 64), block_n=min(block_n, 64), num_warps=4)
     # s stages keep s - 1 slices in flight: as many as there are and as fit. Beyond 4 the extra ones only take shared
     # memory from a second program on the same multiprocessor.
     for num_stages in range(min(4, slices // config.split_k + 1), 2, -1):

@@ -243,6 +243,15 @@ def with_dtype(problem: Problem, dtype: torch.dtype) -> Problem:
     return replace(problem, dtype=dtype)
 
 
+def with_batch(problem: Problem, batch: int) -> Problem:
+    """The same problem for another number of images."""
+    if isinstance(problem, BottleneckProblem):
+        return replace(problem, first=replace(problem.first, batch=batch))
+    if isinstance(problem, StemProblem):
+        return replace(problem, conv=replace(problem.conv, batch=batch))
+    return replace(problem, batch=batch)
+
+
 def conv2d_bias_act_problem(
     x: Tensor,
     weight: Tensor,

@@ -68,6 +68,8 @@ Problems = list[tuple[str, int, Problem]]
 
 def problems_of(name: str, args: argparse.Namespace, progress: Progress) -> Problems:
     """(model, batch, problem) of every fused operator of a model at every batch size."""
+    if min(args.batch) < 1:
+        raise ExportError(f"--batch: expected numbers of at least 1, got {min(args.batch)}")
     progress(f"capture and fuse {name}")
     model = create_model(name).eval()
     size = MODELS[name].image_size
@@ -124,7 +126,7 @@ def print_launches(targets: list[str], launches: list[dict[str, Any]]) -> None:
     table = Table("launches", *(f"{model} batch {batch}" for model, batch in cases), box=box.SIMPLE_HEAD)
     counts = {(entry["target"], entry["model"], entry["batch"]): entry["launches"] for entry in launches}
     for target in targets:
-        table.add_row(target, *(str(counts[(target, *case)]) for case in cases))
+        table.add_row(target, *(str(counts[target, model, batch]) for model, batch in cases))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 

@@ -11,8 +11,8 @@ import kernels.launch
 from kernels.config import BottleneckConfig, Config, ConvConfig, HeadConfig, PairConfig, StemConfig
 from kernels.heuristic import box_of
 from kernels.launch import Workspace, target_of
+from kernels.oracle import Inputs, make_inputs, operator_call, p1_failures
 from kernels.problems import BottleneckProblem, ConvProblem, HeadProblem, Problem, StemProblem
-from tests.kernels.oracle import Inputs, make_inputs, operator_call, p1_failures
 
 POISONS = (float("nan"), 1e30)
 # Elements on either side of an output: more than a tile of 128 rows of 2048 channels.

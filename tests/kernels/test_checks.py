@@ -12,9 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import kernels
 import kernels.launch
 from kernels.operators.checks import is_channels_last
+from kernels.oracle import make_inputs, operator_call
 from kernels.problems import BottleneckProblem, HeadProblem, Problem, Projection, StemProblem, with_dtype
 from tests.kernels.cases import SMALL, projected
-from tests.kernels.oracle import make_inputs, operator_call
 
 
 def dense(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:

@@ -20,9 +20,9 @@ from kernels import (
     conv2d_projection_bias_act,
     mean_linear,
 )
+from kernels.oracle import Inputs, make_inputs, operator_call, p1_failures
 from kernels.problems import Problem, with_dtype
 from tests.kernels.cases import CASES, DTYPES, ODD_CASES, ONE_OF_EACH, SMALL
-from tests.kernels.oracle import Inputs, make_inputs, operator_call, p1_failures
 
 OPERATORS = (
     "conv2d_bias_act",

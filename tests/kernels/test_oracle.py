@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.oracle import MAX_Z, Inputs, make_inputs, operator_call, oracle, p1_failures
 from kernels.problems import BottleneckProblem, ConvProblem, HeadProblem, Problem, StemProblem, with_dtype
 from tests.kernels.cases import DTYPES, projected
-from tests.kernels.oracle import MAX_Z, Inputs, make_inputs, operator_call, oracle, p1_failures
 
 _CONV = ConvProblem(2, 32, 10, 9, 40, (3, 3), (2, 2), (1, 1), has_residual=True, relu=True)
 _FIRST = replace(_CONV, has_residual=False)

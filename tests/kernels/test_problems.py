@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kernels.oracle import make_inputs, operator_call
 from kernels.problems import (
     PROBLEMS,
     BottleneckProblem,
@@ -16,7 +17,6 @@ from kernels.problems import (
     with_dtype,
 )
 from tests.kernels.cases import CASES
-from tests.kernels.oracle import make_inputs, operator_call
 
 
 def test_costs_of_a_convolution() -> None:

@@ -1,4 +1,7 @@
-"""Inputs, the float64 oracle, and the criterion by which an operator's output equals it."""
+"""P1 for one operator: random inputs, the float64 oracle, and the criterion by which an output equals it.
+
+What the tests hold every kernel to, and `scripts/tune.py` every configuration before it is timed.
+"""
 
 import dataclasses
 import math
@@ -63,11 +66,19 @@ def operator_call(problem: Problem, inputs: Inputs) -> tuple[str, tuple[Any, ...
     shortcut_stride = problem.projection.stride if problem.projection else (1, 1)
     if isinstance(problem, BottleneckProblem):
         shortcut = i.residual if i.shortcut is None else i.shortcut
-        tensors = (i.x, i.weight, i.bias, i.expand_weight, i.expand_bias, shortcut, i.shortcut_weight)
-        return "conv2d_conv1x1_bias_act", (*tensors, *geometry, shortcut_stride, problem.relu)
+        expand = (i.expand_weight, i.expand_bias, shortcut, i.shortcut_weight)
+        return "conv2d_conv1x1_bias_act", (i.x, i.weight, i.bias, *expand, *geometry, shortcut_stride, problem.relu)
     if problem.projection:
-        tensors = (i.x, i.weight, i.bias, i.shortcut, i.shortcut_weight)
-        return "conv2d_projection_bias_act", (*tensors, *geometry, shortcut_stride, problem.relu)
+        shortcuts = (i.shortcut, i.shortcut_weight)
+        return "conv2d_projection_bias_act", (
+            i.x,
+            i.weight,
+            i.bias,
+            *shortcuts,
+            *geometry,
+            shortcut_stride,
+            problem.relu,
+        )
     return "conv2d_bias_act", (i.x, i.weight, i.bias, i.residual, *geometry, problem.groups, problem.relu)
 
 
@@ -133,19 +144,19 @@ def oracle(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
         pre, sigma = _convolution(problem.dtype, i.x, i.weight, i.bias, conv=problem.conv)
         pooled, where = F.max_pool2d(pre, 3, 2, 1, return_indices=True)
         return pooled, sigma.flatten(2).gather(2, where.flatten(2)).view(pooled.shape)
-    shortcut = {
-        "residual": i.residual,
-        "shortcut": i.shortcut,
-        "shortcut_weight": i.shortcut_weight,
-        "projection": problem.projection,
-    }
     if isinstance(problem, BottleneckProblem):
+        assert i.expand_weight is not None
         hidden, sigma_hidden = _convolution(problem.dtype, i.x, i.weight, i.bias, conv=problem.first)
-        sigma_hidden = sigma_hidden * (hidden > 0)
         return _convolution(
-            problem.dtype, hidden.relu(), i.expand_weight, i.expand_bias, sigma_x=sigma_hidden, **shortcut
+            problem.dtype,
+            hidden.relu(),
+            i.expand_weight,
+            i.expand_bias,
+            sigma_x=sigma_hidden * (hidden > 0),
+            added=i,
+            projection=problem.projection,
         )
-    return _convolution(problem.dtype, i.x, i.weight, i.bias, conv=problem, **shortcut)
+    return _convolution(problem.dtype, i.x, i.weight, i.bias, conv=problem, added=i, projection=problem.projection)
 
 
 def _convolution(
@@ -156,23 +167,21 @@ def _convolution(
     *,
     conv: ConvProblem | None = None,
     sigma_x: Tensor | None = None,
-    residual: Tensor | None = None,
-    shortcut: Tensor | None = None,
-    shortcut_weight: Tensor | None = None,
+    added: Inputs | None = None,
     projection: Projection | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(a convolution with whatever is added to it, its sigma); without `conv` of stride 1 and no padding."""
+    """(a convolution with the shortcut in `added`, its sigma); without `conv` of stride 1 and no padding."""
     hyper = (conv.stride, conv.padding, conv.dilation, conv.groups) if conv else ()
     reduction = math.prod(weight.shape[1:])
     pre = F.conv2d(x, weight, bias, *hyper)
     power = F.conv2d(x.square(), weight.square(), None if bias is None else bias.square(), *hyper)
-    if projection is not None:
-        assert shortcut is not None and shortcut_weight is not None
-        pre = pre + F.conv2d(shortcut, shortcut_weight, None, projection.stride)
-        power = power + F.conv2d(shortcut.square(), shortcut_weight.square(), None, projection.stride)
+    if added is not None and projection is not None:
+        assert added.shortcut is not None and added.shortcut_weight is not None
+        pre = pre + F.conv2d(added.shortcut, added.shortcut_weight, None, projection.stride)
+        power = power + F.conv2d(added.shortcut.square(), added.shortcut_weight.square(), None, projection.stride)
         reduction += projection.c_in
-    if residual is not None:
-        pre, power = pre + residual, power + residual.square()
+    if added is not None and added.residual is not None:
+        pre, power = pre + added.residual, power + added.residual.square()
     variance = UNIT_ROUNDOFF[torch.float32] ** 2 * max(1.0, reduction / 2) * power
     variance = variance + (ROUNDING_RMS * UNIT_ROUNDOFF[dtype]) ** 2 * pre.square()
     if sigma_x is not None:
@@ -185,9 +194,14 @@ def has_relu(problem: Problem) -> bool:
     return isinstance(problem, StemProblem) or (not isinstance(problem, HeadProblem) and problem.relu)
 
 
-def p1_failures(y: Tensor, problem: Problem, inputs: Inputs) -> list[str]:
-    """Every way in which y is not the operator's output for these inputs; empty if it is."""
-    pre, sigma = oracle(problem, inputs)
+def p1_failures(
+    y: Tensor, problem: Problem, inputs: Inputs, expected: tuple[Tensor, Tensor] | None = None
+) -> list[str]:
+    """Every way in which y is not the operator's output for these inputs; empty if it is.
+
+    `expected` is `oracle(problem, inputs)`, for whoever checks several outputs of the same inputs.
+    """
+    pre, sigma = expected or oracle(problem, inputs)
     if y.shape != pre.shape or y.dtype != problem.dtype:
         return [f"output is {tuple(y.shape)} {y.dtype}, expected {tuple(pre.shape)} {problem.dtype}"]
     value = y.detach().cpu().double()
