@@ -45,7 +45,8 @@ _FMA_TILES = (
 # A split shorter than this many K slices spends more on its partial sum than it saves.
 _MIN_SLICES_PER_SPLIT = 4
 _MAX_SPLIT_K = 16
-# Accumulators per thread beside the addresses of two gathered operands: 64 spill on sm_86 and sm_120.
+# Accumulators per thread beside the addresses of two gathered operands: 64 spill on sm_86 and sm_120, in float32 on
+# ordinary FMA units also 32.
 _GATHERED_PER_THREAD = 32
 # Rows of a fused bottleneck and its warps, largest first; 64 accumulators per thread at most.
 _BOTTLENECK_ROWS = ((128, 4), (128, 8), (64, 4), (64, 8), (32, 4), (32, 8))
@@ -91,6 +92,8 @@ def _conv_config(problem: ConvProblem, target: Target) -> ConvConfig:
     boxed = replace(config, box=box_of(problem, block_m))
     if problem.dtype != torch.float32 and unsupported_reason(problem, boxed, target) is None:
         config = boxed
+    elif problem.projection is not None and problem.dtype == torch.float32:
+        config = replace(config, block_m=min(block_m, 32), block_n=min(block_n, 32), num_warps=4)
     elif problem.projection is not None and block_m * block_n > _GATHERED_PER_THREAD * 32 * num_warps:
         config = replace(config, block_m=min(block_m, 64), block_n=min(block_n, 64), num_warps=4)
     # s stages keep s - 1 slices in flight: as many as there are and as fit. Beyond 4 the extra ones only take shared
@@ -174,10 +177,12 @@ def _bottleneck_config(problem: BottleneckProblem, target: Target) -> Bottleneck
 
 def _stem_config(problem: StemProblem, target: Target) -> StemConfig:
     _, c_out, pool_height, pool_width = problem.out_shape
-    block_q = min(128, max(32, 1 << (2 * pool_width + 1).bit_length()))
+    # On FMA units the row above and both operands' slices share the registers with the accumulators.
+    widest = 64 if problem.dtype == torch.float32 else 128
+    block_q = min(widest, max(32, 1 << (2 * pool_width + 1).bit_length()))
     block_n = min(64, max(MIN_BLOCK, 1 << (c_out - 1).bit_length()))
     block_k = 16 if problem.dtype == torch.float32 else 32
-    num_warps = 4
+    num_warps = 8 if problem.dtype == torch.float32 else 4
     while block_q * max(block_n, 2 * block_k) > 32 * MAX_GATHERED_PER_THREAD * 2 * num_warps and num_warps < 8:
         num_warps *= 2
     strips = -(-pool_width // (block_q // 2 - 1)) * -(-c_out // block_n) * problem.batch
