@@ -53,7 +53,7 @@ class CudaGraphProgram:
         self._weight_bytes = sum(t.numel() * t.element_size() for t in graph_module.state_dict().values())
         workspace = launch.Workspace(self.device)
         operators = {
-            operator: functools.partial(getattr(launch, operator._opname), workspace=workspace)
+            operator: functools.partial(launch.run, operator._opname, workspace=workspace)
             for operator in FUSED_OPERATORS
         }
         self.interpreter = GraphInterpreter(graph_module, operators)

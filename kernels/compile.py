@@ -23,7 +23,7 @@ from triton.runtime.jit import JITFunction
 
 from kernels.config import shared_memory_bound
 from kernels.plan import KernelLaunch, plan
-from kernels.problems import BottleneckProblem, HeadProblem, Problem, StemProblem
+from kernels.problems import Problem
 from kernels.selection import config_to_json, problem_key, select_config
 from kernels.targets import Target
 
@@ -110,7 +110,7 @@ class CompiledKernel:
             found.append("no TMA load, expected one for each box")
         expected = _narrowest_copy(self.launch)
         narrow = self.widest_load < 16 or min(self.async_copies, default=0) < expected
-        if _loads_are_vectors(self.launch.problem) and not uses_boxes(self.launch) and narrow:
+        if self.launch.problem.loads_are_vectors and not uses_boxes(self.launch) and narrow:
             found.append(
                 f"loads {dict(self.global_loads)} and copies {dict(self.async_copies)} (bytes: count),"
                 f" expected copies of {expected} bytes and more"
@@ -127,17 +127,6 @@ def _rows(launch: KernelLaunch) -> int:
     """Rows of the tile that the tensor cores accumulate."""
     s = launch.scalars
     return s.get("BLOCK_M") or s.get("BLOCK_Q") or s["TILE_N"] * s["TILE_P"] * s["TILE_Q"]
-
-
-def _loads_are_vectors(problem: Problem) -> bool:
-    """Whether every pixel's channels divide into 16-byte loads."""
-    if isinstance(problem, BottleneckProblem):
-        return problem.first.loads_are_vectors and problem.second.loads_are_vectors
-    if isinstance(problem, StemProblem):
-        return problem.conv.loads_are_vectors
-    if isinstance(problem, HeadProblem):
-        return problem.c_in * problem.dtype.itemsize % 16 == 0
-    return problem.loads_are_vectors
 
 
 def _narrowest_copy(launch: KernelLaunch) -> int:

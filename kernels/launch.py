@@ -1,12 +1,8 @@
-"""From tensors to launches: one function per operator, named after it.
-
-Each takes the operator's arguments in order and returns its result, on x's device and its current stream. CPU tensors
-need Triton's interpreter (TRITON_INTERPRET=1 when the package is imported).
-"""
+"""From an operator's arguments to launches of its kernels."""
 
 import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,27 +13,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.config import BottleneckConfig, Config, ConvConfig, PairConfig, unsupported_reason
 from kernels.jit.implicit_gemm import _conv2d_gathered_kernel
-from kernels.operators.checks import (
-    check_conv2d_bias_act,
-    check_conv2d_bias_relu_maxpool,
-    check_conv2d_conv1x1_bias_act,
-    check_conv2d_projection_bias_act,
-    check_mean_linear,
-    is_channels_last,
-)
+from kernels.operators.checks import CHECKS, is_channels_last
 from kernels.plan import KernelLaunch, plan
-from kernels.problems import (
-    KERNEL_DTYPES,
-    BottleneckProblem,
-    ConvProblem,
-    Problem,
-    conv2d_bias_act_problem,
-    conv2d_bias_relu_maxpool_problem,
-    conv2d_conv1x1_bias_act_problem,
-    conv2d_projection_bias_act_problem,
-    mean_linear_problem,
-    with_dtype,
-)
+from kernels.problems import KERNEL_DTYPES, PROBLEMS, BottleneckProblem, ConvProblem, Problem, with_dtype
 from kernels.selection import select_config
 from kernels.targets import TARGETS, Target
 
@@ -81,24 +59,19 @@ def target_of(device: torch.device) -> Target:
     )
 
 
-def conv2d_bias_act(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    residual: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    relu: bool,
-    *,
+def run(
+    name: str,
+    *arguments: Any,
     out: Tensor | None = None,
     config: Config | None = None,
     workspace: Workspace | None = None,
 ) -> Tensor:
-    """`kernels.conv2d_bias_act` by Triton.
+    """The operator `resnet_deploy::<name>` by Triton, on x's device and its current stream.
 
     Args:
+        name: of the operator.
+        arguments: the operator's, in order. CPU tensors need Triton's interpreter (TRITON_INTERPRET=1 when the
+            package is imported).
         out: where the result goes, by default a new tensor; shares no memory with the inputs.
         config: by default `select_config`'s.
         workspace: by default a new one.
@@ -106,113 +79,17 @@ def conv2d_bias_act(
     Raises:
         ValueError: an argument is not as the operator says, or config cannot run this problem on this device.
     """
-    check_conv2d_bias_act(x, weight, bias, residual, stride, padding, dilation, groups, relu, dtypes=KERNEL_DTYPES)
-    problem = conv2d_bias_act_problem(x, weight, bias, residual, stride, padding, dilation, groups, relu)
-    tensors = {"x": x, "weight": weight, "bias": bias, "residual": residual}
+    CHECKS[name](*arguments, dtypes=KERNEL_DTYPES)
+    problem = PROBLEMS[name](*arguments)
+    parameters = getattr(torch.ops.resnet_deploy, name).default._schema.arguments
+    named = {parameter.name: value for parameter, value in zip(parameters, arguments, strict=True)}
+    tensors = {key: value for key, value in named.items() if isinstance(value, Tensor)}
+    if isinstance(problem, BottleneckProblem) and problem.has_residual:
+        tensors["residual"] = tensors.pop("shortcut")  # what is not projected is added as it is
     return _run(problem, config, tensors, out, workspace)
 
 
-def conv2d_projection_bias_act(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    shortcut: Tensor,
-    shortcut_weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    shortcut_stride: Sequence[int],
-    relu: bool,
-    *,
-    out: Tensor | None = None,
-    config: Config | None = None,
-    workspace: Workspace | None = None,
-) -> Tensor:
-    """`kernels.conv2d_projection_bias_act` by Triton; out, config, workspace and errors as for `conv2d_bias_act`."""
-    check_conv2d_projection_bias_act(
-        x, weight, bias, shortcut, shortcut_weight, stride, padding, dilation, shortcut_stride, relu,
-        dtypes=KERNEL_DTYPES,
-    )  # fmt: skip
-    problem = conv2d_projection_bias_act_problem(
-        x, weight, bias, shortcut, shortcut_weight, stride, padding, dilation, shortcut_stride, relu
-    )
-    tensors = {"x": x, "weight": weight, "bias": bias, "shortcut": shortcut, "shortcut_weight": shortcut_weight}
-    return _run(problem, config, tensors, out, workspace)
-
-
-def conv2d_conv1x1_bias_act(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    expand_weight: Tensor,
-    expand_bias: Tensor,
-    shortcut: Tensor | None,
-    shortcut_weight: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    shortcut_stride: Sequence[int],
-    relu: bool,
-    *,
-    out: Tensor | None = None,
-    config: Config | None = None,
-    workspace: Workspace | None = None,
-) -> Tensor:
-    """`kernels.conv2d_conv1x1_bias_act` by Triton; out, config, workspace and errors as for `conv2d_bias_act`."""
-    check_conv2d_conv1x1_bias_act(
-        x, weight, bias, expand_weight, expand_bias, shortcut, shortcut_weight, stride, padding, dilation,
-        shortcut_stride, relu, dtypes=KERNEL_DTYPES,
-    )  # fmt: skip
-    problem = conv2d_conv1x1_bias_act_problem(
-        x, weight, bias, expand_weight, expand_bias, shortcut, shortcut_weight, stride, padding, dilation,
-        shortcut_stride, relu,
-    )  # fmt: skip
-    tensors = {
-        "x": x,
-        "weight": weight,
-        "bias": bias,
-        "expand_weight": expand_weight,
-        "expand_bias": expand_bias,
-        "residual": shortcut if problem.has_residual else None,
-        "shortcut": None if problem.has_residual else shortcut,
-        "shortcut_weight": shortcut_weight,
-    }
-    return _run(problem, config, tensors, out, workspace)
-
-
-def conv2d_bias_relu_maxpool(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    *,
-    out: Tensor | None = None,
-    config: Config | None = None,
-    workspace: Workspace | None = None,
-) -> Tensor:
-    """`kernels.conv2d_bias_relu_maxpool` by Triton; out, config, workspace and errors as for `conv2d_bias_act`."""
-    check_conv2d_bias_relu_maxpool(x, weight, bias, stride, padding, dtypes=KERNEL_DTYPES)
-    problem = conv2d_bias_relu_maxpool_problem(x, weight, bias, stride, padding)
-    return _run(problem, config, {"x": x, "weight": weight, "bias": bias}, out, workspace)
-
-
-def mean_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    out: Tensor | None = None,
-    config: Config | None = None,
-    workspace: Workspace | None = None,
-) -> Tensor:
-    """`kernels.mean_linear` by Triton; out, config, workspace and errors as for `conv2d_bias_act`."""
-    check_mean_linear(x, weight, bias, dtypes=KERNEL_DTYPES)
-    problem = mean_linear_problem(x, weight, bias)
-    return _run(problem, config, {"x": x, "weight": weight, "bias": bias}, out, workspace)
-
-
-_Tensors = Mapping[str, Tensor | None]
+_Tensors = Mapping[str, Tensor]
 
 
 def _run(
@@ -220,7 +97,6 @@ def _run(
 ) -> Tensor:
     """The result of `problem` on the operator's tensors, by name."""
     x = tensors["x"]
-    assert x is not None
     on_gpu = x.device.type == "cuda"
     if not on_gpu and isinstance(_conv2d_gathered_kernel, JITFunction):
         raise ValueError(f"x is on {x.device}, expected a CUDA device (or TRITON_INTERPRET=1 from the start)")
@@ -239,7 +115,7 @@ def _run(
     if not on_gpu and x.dtype == torch.bfloat16:
         # The interpreter multiplies bfloat16 operands as the integers that hold them and truncates where a GPU rounds.
         # float32 holds operands and products exactly, and leaves the last rounding to torch.
-        wide = {name: None if tensor is None else tensor.float() for name, tensor in tensors.items()}
+        wide = {name: tensor.float() for name, tensor in tensors.items()}
         return out.copy_(_run(with_dtype(problem, torch.float32), config, wide, None, workspace))
     target = target_of(x.device) if on_gpu else None
     if config is None:
@@ -249,11 +125,8 @@ def _run(
     workspace = workspace or Workspace(x.device)
     with torch.cuda.device(x.device) if on_gpu else contextlib.nullcontext():
         if isinstance(problem, BottleneckProblem) and isinstance(config, PairConfig):
-            between = {name: tensors[name] for name in ("x", "weight", "bias")}
-            hidden = _run(problem.first, config.first, between, None, workspace)
-            names = ("residual", "shortcut", "shortcut_weight")
-            second = {name: tensors[name] for name in names}
-            second |= {"x": hidden, "weight": tensors["expand_weight"], "bias": tensors["expand_bias"]}
+            hidden = _run(problem.first, config.first, tensors, None, workspace)
+            second = {**tensors, "x": hidden, "weight": tensors["expand_weight"], "bias": tensors["expand_bias"]}
             return _run(problem.second, config.second, second, out, workspace)
         config = _without_unaligned_boxes(config, tensors)
         for launch in plan(problem, config, target):
@@ -263,7 +136,7 @@ def _run(
 
 def _without_unaligned_boxes(config: Config, tensors: _Tensors) -> Config:
     """TMA wants tensors at multiples of 16 bytes, which a view of another tensor need not be."""
-    aligned = all(tensor.data_ptr() % 16 == 0 for tensor in tensors.values() if tensor is not None)
+    aligned = all(tensor.data_ptr() % 16 == 0 for tensor in tensors.values())
     if isinstance(config, (ConvConfig, BottleneckConfig)) and config.box is not None and not aligned:
         return replace(config, box=None)
     return config
@@ -275,14 +148,13 @@ def _launch(launch: KernelLaunch, tensors: _Tensors, out: Tensor, workspace: Wor
         arguments["partials_ptr"] = torch.empty(launch.partials, dtype=torch.float32, device=out.device)
         arguments["counters_ptr"] = workspace.counters(launch.tiles)
     for parameter, operand in launch.operands.items():
-        name = parameter.removesuffix("_ptr").removesuffix("_desc")
-        tensor = tensors.get(name)
         if parameter in arguments:
             continue
-        arguments[parameter] = tensor
-        if tensor is not None and operand is not None and operand.block is not None:
-            view = _blocks_view(launch, name, tensor)
-            arguments[parameter] = TensorDescriptor(tensor, [*view.shape], [*view.stride()], [*operand.block])
+        name = parameter.removesuffix("_ptr").removesuffix("_desc")
+        arguments[parameter] = None if operand is None else tensors[name]
+        if operand is not None and operand.block is not None:
+            view = _blocks_view(launch, name, tensors[name])
+            arguments[parameter] = TensorDescriptor(tensors[name], [*view.shape], [*view.stride()], [*operand.block])
     ordered = {parameter: arguments[parameter] for parameter in launch.operands}
     launch.kernel[launch.grid](**ordered, **launch.scalars, **launch.options)
 

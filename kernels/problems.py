@@ -166,6 +166,10 @@ class BottleneckProblem:
     def weight_bytes(self) -> int:
         return self.first.weight_bytes + self.second.weight_bytes
 
+    @property
+    def loads_are_vectors(self) -> bool:
+        return self.first.loads_are_vectors and self.second.loads_are_vectors
+
 
 @dataclass(frozen=True)
 class StemProblem:
@@ -201,6 +205,10 @@ class StemProblem:
     def weight_bytes(self) -> int:
         return self.conv.weight_bytes
 
+    @property
+    def loads_are_vectors(self) -> bool:
+        return self.conv.loads_are_vectors
+
 
 @dataclass(frozen=True)
 class HeadProblem:
@@ -229,6 +237,10 @@ class HeadProblem:
     @property
     def weight_bytes(self) -> int:
         return self.c_out * (self.c_in + 1) * self.dtype.itemsize
+
+    @property
+    def loads_are_vectors(self) -> bool:
+        return self.c_in * self.dtype.itemsize % 16 == 0
 
 
 Problem: TypeAlias = ConvProblem | BottleneckProblem | StemProblem | HeadProblem

@@ -138,8 +138,7 @@ def launcher(problem: Problem, inputs: Inputs, config: Config) -> Callable[[], t
     workspace = launch.Workspace("cuda")
 
     def run() -> torch.Tensor:
-        result: torch.Tensor = getattr(launch, name)(*arguments, config=config, workspace=workspace)
-        return result
+        return launch.run(name, *arguments, config=config, workspace=workspace)
 
     return run
 

@@ -3,7 +3,7 @@
 Nothing here looks at the size of the batch unless it has to, so that exporting with a dynamic batch stays dynamic.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -226,3 +226,12 @@ def _check_tensors(x: Tensor, others: Mapping[str, Tensor | None], dtypes: Seque
             )
         if tensor.ndim < 4 and not tensor.is_contiguous():
             raise ValueError(f"{name} has strides {tensor.stride()}, expected a contiguous tensor")
+
+
+CHECKS: dict[str, Callable[..., tuple[int, ...]]] = {
+    "conv2d_bias_act": check_conv2d_bias_act,
+    "conv2d_projection_bias_act": check_conv2d_projection_bias_act,
+    "conv2d_conv1x1_bias_act": check_conv2d_conv1x1_bias_act,
+    "conv2d_bias_relu_maxpool": check_conv2d_bias_relu_maxpool,
+    "mean_linear": check_mean_linear,
+}

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.operators.checks import check_conv2d_bias_act
 from kernels.operators.registration import accumulation_dtype, register
 
 
@@ -86,6 +85,5 @@ register(
     "conv2d_bias_act",
     "Tensor x, Tensor weight, Tensor bias, Tensor? residual, int[2] stride, int[2] padding, int[2] dilation,"
     " int groups, bool relu",
-    check_conv2d_bias_act,
     conv2d_bias_act_reference,
 )

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.operators.checks import check_conv2d_bias_relu_maxpool
 from kernels.operators.conv2d_bias_act import conv2d_bias_act_reference
 from kernels.operators.registration import register
 
@@ -57,6 +56,5 @@ def conv2d_bias_relu_maxpool_reference(
 register(
     "conv2d_bias_relu_maxpool",
     "Tensor x, Tensor weight, Tensor bias, int[2] stride, int[2] padding",
-    check_conv2d_bias_relu_maxpool,
     conv2d_bias_relu_maxpool_reference,
 )

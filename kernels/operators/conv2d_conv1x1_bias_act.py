@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.operators.checks import check_conv2d_conv1x1_bias_act
 from kernels.operators.conv2d_bias_act import conv2d_bias_act_reference
 from kernels.operators.conv2d_projection_bias_act import conv2d_projection_bias_act_reference
 from kernels.operators.registration import register
@@ -101,6 +100,5 @@ register(
     "conv2d_conv1x1_bias_act",
     "Tensor x, Tensor weight, Tensor bias, Tensor expand_weight, Tensor expand_bias, Tensor? shortcut,"
     " Tensor? shortcut_weight, int[2] stride, int[2] padding, int[2] dilation, int[2] shortcut_stride, bool relu",
-    check_conv2d_conv1x1_bias_act,
     conv2d_conv1x1_bias_act_reference,
 )

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.operators.checks import check_conv2d_projection_bias_act
 from kernels.operators.registration import accumulation_dtype, register
 
 
@@ -84,6 +83,5 @@ register(
     "conv2d_projection_bias_act",
     "Tensor x, Tensor weight, Tensor bias, Tensor shortcut, Tensor shortcut_weight, int[2] stride, int[2] padding,"
     " int[2] dilation, int[2] shortcut_stride, bool relu",
-    check_conv2d_projection_bias_act,
     conv2d_projection_bias_act_reference,
 )

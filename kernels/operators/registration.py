@@ -1,4 +1,4 @@
-"""Register an operator from three functions: what it checks, its reference, and the name of its Triton launcher."""
+"""Register an operator: checked, on a CPU by its reference, on a GPU by its Triton kernels."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,27 +6,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.operators.checks import CHECKS
 from kernels.problems import KERNEL_DTYPES
 
 # The reference also serves as the oracle, hence float64.
 REFERENCE_DTYPES = (*KERNEL_DTYPES, torch.float64)
 
 
-def register(
-    name: str,
-    arguments: str,
-    check: Callable[..., tuple[int, ...]],
-    reference: Callable[..., Tensor],
-) -> None:
+def register(name: str, arguments: str, reference: Callable[..., Tensor]) -> None:
     """Register `resnet_deploy::<name>(<arguments>) -> Tensor`.
 
+    kernels/launch.py and with it Triton is imported when an operator first runs on a GPU and not before.
+
     Args:
-        name: of the operator, and of its launcher in kernels/launch.py, which is imported when the operator first
-            runs on a GPU and not before.
-        arguments: with types, as torch.library writes a schema.
-        check: called with the operator's arguments and `dtypes=`; returns the shape of the output or raises.
+        name: of the operator, which CHECKS knows.
+        arguments: with their types, as the schema of a custom operator states them.
         reference: the operator in plain torch: what runs on a CPU.
     """
+    check = CHECKS[name]
 
     def on_cpu(*args: Any) -> Tensor:
         check(*args, dtypes=REFERENCE_DTYPES)
@@ -41,8 +38,7 @@ def register(
             raise ModuleNotFoundError(
                 f"{name} on a GPU needs the package triton: pip install 'triton>=3.6'", name="triton"
             ) from error
-        result: Tensor = getattr(launch, name)(*args)
-        return result
+        return launch.run(name, *args)
 
     def fake(x: Tensor, *args: Any) -> Tensor:
         dtypes = KERNEL_DTYPES if x.device.type == "cuda" else REFERENCE_DTYPES

@@ -31,8 +31,7 @@ def launcher(name: str) -> Callable[..., Tensor]:
 
     def call(*arguments: Any) -> Tensor:
         config = large_tiles(PROBLEMS[name](*arguments))
-        result: Tensor = getattr(launch, name)(*arguments, config=config)
-        return result
+        return launch.run(name, *arguments, config=config)
 
     return call
 

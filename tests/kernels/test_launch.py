@@ -25,7 +25,7 @@ CONFIG = ConvConfig(64, 64, 32, 4, 2)
 
 def run(problem: Problem, inputs: Inputs, config: Config | None = None, out: Tensor | None = None) -> Tensor:
     name, arguments = operator_call(problem, inputs)
-    return getattr(kernels.launch, name)(*arguments, config=config, out=out)
+    return kernels.launch.run(name, *arguments, config=config, out=out)
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
@@ -231,7 +231,7 @@ layout = torch.channels_last
 x = torch.randn(1, 4, 5, 5).contiguous(memory_format=layout)
 weight = torch.randn(4, 4, 1, 1).contiguous(memory_format=layout)
 try:
-    launch.conv2d_bias_act(x, weight, torch.zeros(4), None, (1, 1), (0, 0), (1, 1), 1, False)
+    launch.run("conv2d_bias_act", x, weight, torch.zeros(4), None, (1, 1), (0, 0), (1, 1), 1, False)
 except ValueError as error:
     print(error)
 """
