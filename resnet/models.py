@@ -130,7 +130,9 @@ class ResNet(nn.Module):
     x: [N, in_channels, H, W], normalised images; y: [N, num_classes], logits. depths: blocks per stage.
     """
 
-    def __init__(self, block: BlockFactory, depths: tuple[int, ...], num_classes: int, in_channels: int) -> None:
+    def __init__(
+        self, block: BlockFactory, depths: tuple[int, ...], num_classes: int, in_channels: int, dropout: float
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
@@ -141,13 +143,14 @@ class ResNet(nn.Module):
         self.layer3, width = _stage(block, width, 256, depths[2], stride=2)
         self.layer4, width = _stage(block, width, 512, depths[3], stride=2)
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+        self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(width, num_classes)
         _he_initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+        return self.fc(self.dropout(torch.flatten(self.avgpool(x), 1)))
 
 
 class CifarResNet(nn.Module):
@@ -158,7 +161,9 @@ class CifarResNet(nn.Module):
     x: [N, in_channels, H, W], normalised images; y: [N, num_classes], logits. depths: blocks per stage.
     """
 
-    def __init__(self, block: BlockFactory, depths: tuple[int, ...], num_classes: int, in_channels: int) -> None:
+    def __init__(
+        self, block: BlockFactory, depths: tuple[int, ...], num_classes: int, in_channels: int, dropout: float
+    ) -> None:
         super().__init__()
         self.conv1 = _conv3x3(in_channels, 16)
         self.bn1 = nn.BatchNorm2d(16)
@@ -167,13 +172,14 @@ class CifarResNet(nn.Module):
         self.layer2, width = _stage(block, width, 32, depths[1], stride=2)
         self.layer3, width = _stage(block, width, 64, depths[2], stride=2)
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+        self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(width, num_classes)
         _he_initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+        return self.fc(self.dropout(torch.flatten(self.avgpool(x), 1)))
 
 
 @dataclass(frozen=True)
@@ -219,8 +225,8 @@ MODELS: dict[str, ModelSpec] = {
         _imagenet("resnext101_64x4d", partial(Bottleneck, groups=64, width_per_group=4), 3, 4, 23, 3),
         _imagenet("wide_resnet50_2", partial(Bottleneck, width_per_group=128), 3, 4, 6, 3),
         _imagenet("wide_resnet101_2", partial(Bottleneck, width_per_group=128), 3, 4, 23, 3),
-        *(_cifar(f"resnet{layers}", BasicBlock, layers) for layers in (20, 32, 44, 56, 110)),
-        *(_cifar(f"plain{layers}", PlainBlock, layers) for layers in (20, 32, 44, 56, 110)),
+        *(_cifar(f"resnet{layers}", BasicBlock, layers) for layers in (8, 14, 20, 32, 44, 56, 110)),
+        *(_cifar(f"plain{layers}", PlainBlock, layers) for layers in (8, 14, 20, 32, 44, 56, 110)),
     )
 }
 
@@ -230,13 +236,16 @@ def _require_count(what: str, value: int) -> None:
         raise ValueError(f"{what} must be a whole number of at least 1, got {value!r}")
 
 
-def create_model(name: str, *, num_classes: int | None = None, in_channels: int = 3) -> ResNet | CifarResNet:
+def create_model(
+    name: str, *, num_classes: int | None = None, in_channels: int = 3, dropout: float = 0.0
+) -> ResNet | CifarResNet:
     """Build a member of the family by name, He-initialised from PyTorch's global generator, in training mode.
 
     Args:
         name: a key of MODELS.
         num_classes: logits; None means the default of the model (1000, or 10 for the small-image family).
         in_channels: channels of the input images.
+        dropout: share of the classifier's inputs that training sets to 0.
 
     Raises:
         ValueError: a name that is not in MODELS, with the nearest ones; a count that is not at least 1.
@@ -249,4 +258,4 @@ def create_model(name: str, *, num_classes: int | None = None, in_channels: int 
         num_classes = spec.num_classes
     _require_count("num_classes", num_classes)
     _require_count("in_channels", in_channels)
-    return spec.network(spec.block, spec.depths, num_classes, in_channels)
+    return spec.network(spec.block, spec.depths, num_classes, in_channels, dropout)

@@ -1,9 +1,10 @@
-"""Weights from a file into a model: opened safely, checked completely, then copied.
+"""Weights from a file into a model: opened safely, checked completely, then copied; and back into a file.
 
-Nothing in the model changes unless everything fits. A file is data and stays data: `.pt` and `.pth` go
-through PyTorch's weights-only unpickler, which builds tensors and plain containers and refuses code.
+Nothing in the model changes unless everything fits. A file is data and stays data: `.pt`, `.pth` and `.pth.tar`
+go through PyTorch's weights-only unpickler, which builds tensors and plain containers and refuses code.
 """
 
+import argparse
 import hashlib
 import logging
 import os
@@ -20,11 +21,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from resnet.files import write_atomically
+
 _LOG = logging.getLogger(__name__)
 
-_FORMATS = {".safetensors": "safetensors", ".pt": "torch", ".pth": "torch"}
-# Keys under which a state dict is stored; the first one present is taken.
-_CONTAINERS = ("state_dict", "model_state_dict", "model", "model_ema", "ema")
+_FORMATS = {".safetensors": "safetensors", ".pt": "torch", ".pth": "torch", ".tar": "torch"}  # .pth.tar
+# Keys under which a state dict is stored; the first one present is taken, so averaged weights only for want of others.
+_CONTAINERS = ("state_dict", "model_state_dict", "model", "state_dict_ema", "model_ema", "ema")
 # What DistributedDataParallel, wrapping modules and torch.compile put before every name.
 _PREFIXES = ("module.", "model.", "_orig_mod.")
 # Tensors whose shape holds a count the user chooses: axis, what it counts, the flag that sets it.
@@ -80,13 +83,14 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> WeightsInfo:
 
     Args:
         model: a model of the reference family; its state_dict says which names, shapes and dtypes are expected.
-        path: .safetensors, .pt or .pth with a state dict, bare or in the usual wrappers (see WeightsInfo).
+        path: .safetensors, .pt, .pth or .pth.tar with a state dict, bare or in the usual wrappers (see WeightsInfo);
+            timm and torchvision use the names of this family.
 
     Raises:
         WeightsError: with the model as it was, for a path that is not a readable regular file with one of these
             suffixes; content that is empty, truncated or something else; a pickle with more than tensors in it,
             which is not run; missing, unexpected or misshapen tensors; NaN or Inf; a negative running_var; and
-            for .pt and .pth under a PyTorch older than 2.10.
+            for all but .safetensors under a PyTorch older than 2.10.
     """
     file = Path(path)
     form, size = _check_file(file)
@@ -116,6 +120,31 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> WeightsInfo:
     return info
 
 
+def save_weights(path: str | os.PathLike[str], state_dict: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors as a .safetensors file that appears whole or not at all, in place of an older one.
+
+    Args:
+        path: where to write; a file that is there is replaced.
+        state_dict: tensors by name, on any device, in any memory format; written in their dtype.
+        metadata: stored as text in the header of the file.
+
+    Raises:
+        WeightsError: with nothing left behind, for another suffix, for a path that exists and is not a regular
+            file, and where the file cannot be written.
+    """
+    file = Path(path)
+    if file.suffix != ".safetensors":
+        raise WeightsError(file, f"cannot be written: suffix {_short(file.suffix)!r}, expected .safetensors")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
+    content = safetensors.torch.save(tensors, dict(metadata))
+    try:
+        if os.path.lexists(file) and not stat.S_ISREG(file.lstat().st_mode):
+            raise WeightsError(file, "exists and is not a regular file; choose another name")
+        write_atomically(file, content)
+    except OSError as error:
+        raise WeightsError(file, f"cannot be written: {error.strerror or error}") from error
+
+
 def _check_file(file: Path) -> tuple[str, int]:
     """Format by suffix and size in bytes of a readable regular file; opens nothing that could block."""
     try:
@@ -143,7 +172,10 @@ def _read_torch(file: Path, size: int) -> object:
         remedy = "update it, or convert the weights to .safetensors"
         raise WeightsError(file, f"PyTorch {torch.__version__} opens it unsafely, expected >= 2.10; {remedy}")
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        # timm stores the arguments of its training script beside the weights. Building a Namespace runs no code of
+        # the file's choice: constructor and unpickler only set attributes on it, and nothing here reads them.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a malformed pickle can raise anything; all of it is a refusal
         code = re.search(r"GLOBAL (\S+)", str(error))
         if code is None:
@@ -155,7 +187,7 @@ def _read_torch(file: Path, size: int) -> object:
 
 def _unreadable(file: Path, size: int, expected: str, error: Exception) -> str:
     reason = re.split(r"\n|\. ", str(error))[0]
-    if isinstance(error, pickle.UnpicklingError):
+    if isinstance(error, pickle.UnpicklingError) or "weights_only" in reason:
         reason = "no such pickle"  # PyTorch's own text is about how to load the file unsafely
     try:
         look = _looks_like(file, size)
@@ -184,6 +216,8 @@ def _looks_like(file: Path, size: int) -> str:
     if head[8:9] == b"{":
         header = int.from_bytes(head[:8], "little")
         return "a safetensors file" if 8 + header <= size else "a truncated safetensors file"
+    if head[257:262] == b"ustar":
+        return "a tar archive"
     if head[0] == 0x80 and head[1:2] <= b"\x05":
         return "a pickle"
     if all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head):

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from resnet import MODELS, create_model, initialise
-from resnet.models import BasicBlock, Bottleneck
+from resnet.initialise import initialise
+from resnet.models import MODELS, BasicBlock, Bottleneck, create_model
 
 
 @dataclass

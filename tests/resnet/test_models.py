@@ -3,7 +3,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resnet import MODELS, create_model
+from resnet.models import MODELS, create_model
 
 PARAMETERS = {
     "resnet18": 11_689_512,
@@ -16,11 +16,15 @@ PARAMETERS = {
     "resnext101_64x4d": 83_455_272,
     "wide_resnet50_2": 68_883_240,
     "wide_resnet101_2": 126_886_696,
+    "resnet8": 78_042,
+    "resnet14": 175_258,
     "resnet20": 272_474,
     "resnet32": 466_906,
     "resnet44": 661_338,
     "resnet56": 855_770,
     "resnet110": 1_730_714,
+    "plain8": 75_290,
+    "plain14": 172_506,
     "plain20": 269_722,
     "plain32": 464_154,
     "plain44": 658_586,

@@ -1,8 +1,11 @@
+import argparse
+import errno
 import hashlib
 import logging
 import os
 import pickle
 import re
+import tarfile
 import threading
 import zipfile
 from collections import OrderedDict
@@ -14,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
-from resnet import WeightsError, create_model, load_weights
+from resnet.models import create_model
+from resnet.weights import WeightsError, load_weights, save_weights
 
 
 def trained() -> nn.Module:
@@ -71,7 +75,7 @@ def assert_loaded(model: nn.Module, state: dict[str, Tensor]) -> None:
         assert torch.equal(loaded[name], tensor), name
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth", ".PTH"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth", ".PTH", ".pth.tar"])
 def test_loads(model, state, tmp_path, suffix):
     path = save(state, tmp_path / f"weights{suffix}")
     info = load_weights(model.train(), path)
@@ -105,6 +109,19 @@ WRAPPED = {
     "model_state_dict": (lambda s: {"model_state_dict": s, "loss": 0.5}, ("model_state_dict",), ("loss",)),
     "model_ema": (lambda s: {"model_ema": s, "step": 1}, ("model_ema",), ("step",)),
     "ema": (lambda s: {"ema": s}, ("ema",), ()),
+    "state_dict_ema": (lambda s: {"state_dict_ema": s, "epoch": 9}, ("state_dict_ema",), ("epoch",)),
+    "timm": (
+        lambda s: {
+            "epoch": 7,
+            "arch": "resnet18",
+            "optimizer": {"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]},
+            "args": argparse.Namespace(model="resnet18", mean=(0.5,), opt_kwargs={}, aug=None),
+            "state_dict_ema": {k: v + 1 for k, v in s.items()},
+            "state_dict": s,
+        },
+        ("state_dict",),
+        ("epoch", "arch", "optimizer", "args", "state_dict_ema"),
+    ),
     "model-before-ema": (lambda s: {"ema": {k: v + 1 for k, v in s.items()}, "model": s}, ("model",), ("ema",)),
     "nested": (lambda s: {"model": {"state_dict": s, "x": 1}, "y": 2}, ("model", "state_dict"), ("y", "x")),
     "ddp": (lambda s: prefixed("module.", s), ("module.*",), ()),
@@ -129,6 +146,49 @@ def test_wrappers_are_removed_and_reported(model, state, tmp_path, caplog, case)
     assert (info.wrappers, info.ignored) == (wrappers, ignored)
     assert len(caplog.messages) == 1
     assert all(word in caplog.messages[0] for word in (*wrappers, *ignored, info.sha256, str(path)))
+
+
+# sha256 of the lines "name shape" of the state dicts of timm 1.0.31 and of torchvision 0.28, which are the same
+PUBLISHED_TENSORS = {
+    "resnet18": "66b04efc1dfd4b80",
+    "resnet34": "4aa3e2bbbdc5e2fd",
+    "resnet50": "614cd53ddf849669",
+    "resnet101": "593b3bde446ee903",
+    "resnet152": "9ce3831312550858",
+    "resnext50_32x4d": "5157aafec2a2c5e4",
+    "resnext101_32x8d": "98e3cd7345111310",
+    "resnext101_64x4d": "945d960d03b26b2a",
+    "wide_resnet50_2": "bf71ae35ce444195",
+    "wide_resnet101_2": "2f1e7d726d1251d2",
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_TENSORS)
+def test_tensors_are_those_of_timm_and_torchvision(name):
+    with torch.device("meta"):
+        tensors = create_model(name).state_dict()
+    lines = "\n".join(f"{key} {list(tensor.shape)}" for key, tensor in tensors.items())
+    assert hashlib.sha256(lines.encode()).hexdigest()[:16] == PUBLISHED_TENSORS[name]
+
+
+def test_other_architecture_of_timm_is_refused(tmp_path):
+    """resnet50d: three convolutions in the stem, and a pool before the projection that shifts its names."""
+    with torch.device("meta"):
+        model = create_model("resnet50")
+    theirs = {}
+    for name, tensor in model.state_dict().items():
+        name = name.replace("downsample.1.", "downsample.2.").replace("downsample.0.", "downsample.1.")
+        theirs[name] = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)  # one number each in the file
+    stem = theirs.pop("conv1.weight")
+    theirs |= {f"conv1.{index}.weight": stem for index in (0, 1, 3, 4, 6)}
+    path = save({"state_dict": theirs, "arch": "resnet50d"}, tmp_path / "model_best.pth.tar")
+    with pytest.raises(WeightsError) as caught:
+        load_weights(model, path)
+    message = str(caught.value)
+    assert (
+        message.startswith(f"{path}: tensors do not fit the model: 17 missing (conv1.weight, ") and "\n" not in message
+    )
+    assert " unexpected (" in message and " misshapen (layer1.0.downsample.1.weight: file " in message
 
 
 def test_averaged_model_as_pytorch_writes_it(model, state, tmp_path):
@@ -255,6 +315,11 @@ def zip_archive(path: Path) -> None:
         archive.writestr("readme.txt", "x" * 100)
 
 
+def tar_archive(path: Path) -> None:
+    with tarfile.open(path, "w") as archive:
+        archive.addfile(tarfile.TarInfo("folder/"))
+
+
 NOT_WEIGHTS = {
     "empty": (lambda p: p.write_bytes(b""), "0 bytes, looks like an empty file"),
     "html": (lambda p: p.write_text("\n<!DOCTYPE html><html>404</html>"), "32 bytes, looks like an HTML page"),
@@ -264,6 +329,7 @@ NOT_WEIGHTS = {
         "looks like a git-lfs pointer",
     ),
     "zip": (zip_archive, "looks like a zip archive"),
+    "tar": (tar_archive, "looks like a tar archive"),
     "random": (lambda p: p.write_bytes(bytes(range(128, 256)) * 40), "5120 bytes, looks like binary data"),
     "pickle": (lambda p: p.write_bytes(pickle.dumps({"a": 1})[:-1]), "looks like a pickle"),
     "huge-header": (
@@ -275,7 +341,7 @@ NOT_WEIGHTS = {
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("case", NOT_WEIGHTS)
-@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth", ".pth.tar"])
 def test_files_that_are_no_weights_are_refused(model, tmp_path, case, suffix):
     write, expected = NOT_WEIGHTS[case]
     path = tmp_path / f"weights{suffix}"
@@ -309,7 +375,7 @@ def test_wrong_suffix_says_what_the_file_is(model, state, tmp_path, written, nam
 @pytest.mark.parametrize("name", ["weights.bin", "weights", "weights.pt.gz"])
 def test_other_suffixes_are_refused(model, tmp_path, name):
     (tmp_path / name).write_bytes(b"x")
-    assert "expected one of .safetensors, .pt, .pth" in refusal(model, tmp_path / name)
+    assert "expected one of .safetensors, .pt, .pth, .tar" in refusal(model, tmp_path / name)
 
 
 class Payload:
@@ -323,16 +389,27 @@ class Payload:
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-@pytest.mark.parametrize("place", ["whole", "beside-the-weights"])
+@pytest.mark.parametrize("place", ["whole", "beside-the-weights", "in-timm's-arguments"])
 def test_code_in_a_pickle_is_refused_and_not_run(model, state, tmp_path, zipped, place):
     marker, path = tmp_path / "executed", tmp_path / "weights.pt"
-    content = Payload(marker) if place == "whole" else {"state_dict": state, "extra": Payload(marker)}
+    content: object = Payload(marker)
+    if place != "whole":
+        content = {"state_dict": state, "args": argparse.Namespace(lr=content) if "timm" in place else content}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
     message = refusal(model, path)
     assert "mkdir" in message and "not run" in message and "torch.save(model.state_dict(), path)" in message
     assert not marker.exists()
     torch.load(path, weights_only=False)  # the payload was live: an unguarded load runs it
     assert marker.exists()
+
+
+def test_arguments_are_let_in_for_one_load_only(model, state, tmp_path):
+    path = save({"state_dict": state, "args": argparse.Namespace(lr=0.1)}, tmp_path / "weights.pt")
+    before = set(torch.serialization.get_safe_globals())
+    load_weights(model, path)
+    assert set(torch.serialization.get_safe_globals()) == before
+    with pytest.raises(pickle.UnpicklingError, match=r"argparse\.Namespace"):
+        torch.load(path, weights_only=True)
 
 
 def test_pickled_module_is_refused_with_the_way_out(model, tmp_path):
@@ -397,3 +474,76 @@ def test_unprintable_names_stay_on_one_line(model, tmp_path):
     path = tmp_path / "weights.pt"
     message = refusal(model, save({"a\nb\x1b[31m" + "c" * 999: torch.ones(1)}, path))
     assert r"a\nb\x1b[31mccc" in message and "\x1b" not in message
+
+
+def test_saved_weights_load_again(model, state, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    save_weights(path, state, {"model": "resnet20", "note": "a\nb \u00e9"})
+    info = load_weights(model, path)
+    assert_loaded(model, state)
+    assert info.wrappers == info.ignored == () and info.dtypes == ("float32",)
+    with safetensors.safe_open(path, framework="pt") as file:
+        assert file.metadata() == {"model": "resnet20", "note": "a\nb \u00e9"}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_tensors_are_saved_as_they_are(tmp_path):
+    base = torch.arange(24.0).reshape(2, 3, 4)
+    tensors = {
+        "transposed": base.transpose(0, 2),
+        "channels_last": torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        "parameter": nn.Parameter(torch.ones(3)),
+        "half": torch.ones(2, dtype=torch.bfloat16),
+        "scalar": torch.tensor(5),
+    }
+    save_weights(str(tmp_path / "tensors.safetensors"), tensors, {})
+    loaded = safetensors.torch.load_file(tmp_path / "tensors.safetensors")
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype, name
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("moment", ["fsync", "replace"])
+def test_failed_save_leaves_what_was_there(state, tmp_path, monkeypatch, failure, moment):
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(b"old")
+
+    def fail(*_: object) -> None:
+        assert len(list(tmp_path.iterdir())) == 2  # something was written, beside the old file
+        raise failure
+
+    monkeypatch.setattr(os, moment, fail)
+    monkeypatch.setattr(Path, "replace", lambda source, target: os.replace(source, target))
+    expected = WeightsError if isinstance(failure, OSError) else KeyboardInterrupt
+    with pytest.raises(expected) as caught:
+        save_weights(path, state, {})
+    assert isinstance(failure, KeyboardInterrupt) or str(caught.value).endswith("No space left on device")
+    assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == b"old"
+
+
+NO_PLACES = {
+    "directory": (lambda path: path.mkdir(), "exists and is not a regular file"),
+    "pipe": (os.mkfifo, "exists and is not a regular file"),
+    "link": (lambda path: path.symlink_to(path.with_name("elsewhere")), "exists and is not a regular file"),
+    "no-folder": (lambda path: path.parent.rmdir(), "cannot be written: No such file or directory"),
+}
+
+
+@pytest.mark.parametrize("case", NO_PLACES)
+def test_places_that_are_no_files_are_refused(state, tmp_path, case):
+    make, expected = NO_PLACES[case]
+    path = tmp_path / "folder" / "weights.safetensors"
+    path.parent.mkdir()
+    make(path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(WeightsError, match=expected):
+        save_weights(path, state, {})
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "weights", "weights.safetensors.gz"])
+def test_saving_under_another_suffix_is_refused(state, tmp_path, name):
+    with pytest.raises(WeightsError, match=r"expected \.safetensors$"):
+        save_weights(tmp_path / name, state, {})
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,23 @@
+"""Files that appear whole or not at all."""
+
+import os
+import secrets
+from pathlib import Path
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file in place of an older one, in one step; on disk when this returns.
+
+    Raises:
+        OSError: with nothing left behind. A process that is killed may leave `.<name>.<random>.partial` beside it.
+    """
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")  # of its own: another may write too
+    with beside.open("xb") as stream:
+        try:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+            beside.replace(path)
+        except BaseException:
+            beside.unlink()
+            raise

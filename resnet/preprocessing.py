@@ -1,0 +1,164 @@
+"""From a picture to the input of a network: one description for training, evaluation and the device. No PyTorch.
+
+The steps and their rounding are those of torchvision's evaluation transforms (Resize, CenterCrop, ToTensor,
+Normalize), on which published weights were measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+_COLOURS = {1: "grey", 3: "RGB"}
+_MODES = {1: "L", 3: "RGB"}  # Pillow's names of the same
+_LARGEST = 1e6  # deviations are above its inverse; NaN and Inf fail the comparison too
+_FIXED = {"interpolation": "bilinear", "scale": "x / 255", "layout": "NCHW"}
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Scale a picture until it covers `resize`, cut `size` from its middle, then (x / 255 - mean) / std.
+
+    Attributes:
+        size: height and width of the input in pixels.
+        resize: height and width that the scaled picture covers, touching in one of them; at least `size`.
+        mean: per channel: one for grey pictures, three for RGB.
+        std: per channel, above 0, and like the means within what float32 inputs can show.
+
+    Raises:
+        ValueError: values that describe no preprocessing.
+    """
+
+    size: tuple[int, int]
+    resize: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if min(self.size) < 1 or any(r < s for r, s in zip(self.resize, self.size, strict=True)):
+            raise ValueError(f"expected a size of at least 1x1 and a resize that covers it, got {self}")
+        if len(self.mean) not in _COLOURS or len(self.std) != len(self.mean):
+            raise ValueError(f"expected mean and std of 1 or 3 channels, got {self.mean} and {self.std}")
+        sound = all(abs(m) < _LARGEST for m in self.mean) and all(1 / _LARGEST < s < _LARGEST for s in self.std)
+        if not sound:
+            raise ValueError(f"expected finite means and positive deviations, got {self.mean} and {self.std}")
+
+    @property
+    def channels(self) -> int:
+        return len(self.mean)
+
+    def at(self, size: tuple[int, int]) -> Preprocessing:
+        """The same for inputs of another height and width, cut out of the same part of the picture."""
+        scaled = [round(new * cover / old) for new, cover, old in zip(size, self.resize, self.size, strict=True)]
+        return replace(self, size=size, resize=(max(scaled[0], size[0]), max(scaled[1], size[1])))
+
+    def pixels(self, picture: Image.Image) -> NDArray[np.uint8]:
+        """The scaled and cut picture, [H, W, C].
+
+        Raises:
+            ValueError: as for `eight_bits`.
+        """
+        picture = eight_bits(picture).convert(_MODES[self.channels])
+        (height, width), (cover_height, cover_width) = self.size, self.resize
+        # The side that touches gets its exact length, the other is rounded down.
+        if picture.width * cover_height <= picture.height * cover_width:
+            scaled = (cover_width, cover_width * picture.height // picture.width)
+        else:
+            scaled = (cover_height * picture.width // picture.height, cover_height)
+        if picture.size != scaled:
+            picture = picture.resize(scaled, Image.Resampling.BILINEAR)
+        left, top = round((picture.width - width) / 2), round((picture.height - height) / 2)
+        return np.asarray(picture.crop((left, top, left + width, top + height))).reshape(height, width, self.channels)
+
+    def normalise(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """[N, H, W, C] -> [N, C, H, W]."""
+        scaled = pixels.astype(np.float32) / np.float32(255)
+        normalised = (scaled - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        return np.ascontiguousarray(normalised.transpose(0, 3, 1, 2))
+
+    def __call__(self, pictures: Sequence[Image.Image]) -> NDArray[np.float32]:
+        """Pictures of any size and mode -> [N, C, H, W]."""
+        return self.normalise(np.stack([self.pixels(picture) for picture in pictures]))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "colour": _COLOURS[self.channels],
+            "resize": list(self.resize),
+            "size": list(self.size),
+            "mean": list(self.mean),
+            "std": list(self.std),
+            **_FIXED,
+        }
+
+    @classmethod
+    def from_json(cls, record: object) -> Preprocessing:
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError: not such a record, or one with steps that this version does not know.
+        """
+        if not isinstance(record, Mapping):
+            raise ValueError(f"expected the description of a preprocessing, got {record!r:.80}")
+        try:
+            (height, width), (cover_height, cover_width) = record["size"], record["resize"]
+            size, resize = (int(height), int(width)), (int(cover_height), int(cover_width))
+            mean, std = (tuple(float(value) for value in record[key]) for key in ("mean", "std"))
+            description = cls(size, resize, mean, std)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"expected the description of a preprocessing, got {record!r:.200} ({error})") from error
+        if description.to_json() != record:
+            raise ValueError(f"unknown steps in the preprocessing {record!r:.200}, expected {description.to_json()}")
+        return description
+
+
+def open_picture(path: str | Path) -> Image.Image:
+    """Read a picture from a file, with 8 bits per channel.
+
+    Raises:
+        ValueError: the file is missing, is no picture or is cut short; names it.
+    """
+    if not Path(path).is_file():  # opening a pipe would wait for whoever writes to it
+        raise ValueError(f"{path}: expected a picture (no such file)")
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return eight_bits(picture)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ValueError(f"{path}: expected a picture ({reason})") from error
+
+
+def eight_bits(picture: Image.Image) -> Image.Image:
+    """The picture with 8 bits per channel: of 16-bit grey the upper ones, where Pillow's conversion would clip.
+
+    Raises:
+        ValueError: a mode without a fixed range, or one that Pillow does not convert.
+    """
+    if picture.mode.startswith("I"):  # 32 bits are how older versions of Pillow open 16
+        return Image.fromarray((np.asarray(picture).clip(0, 65535) >> 8).astype(np.uint8))
+    if picture.mode in ("F", "LAB"):
+        raise ValueError(f"expected a picture with 8 or 16 bits per channel, got Pillow's mode {picture.mode}")
+    return picture
+
+
+def imagenet_preprocessing(channels: int, resize: int = 256) -> Preprocessing | None:
+    """What published ImageNet weights expect at 224x224; None where pictures do not have that many channels.
+
+    Args:
+        channels: 3 for RGB; 1 for grey, with the average of the RGB statistics.
+        resize: shorter side in pixels to which a picture is scaled first.
+    """
+    if channels not in _COLOURS:
+        return None
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
+    if channels == 1:
+        return Preprocessing((224, 224), (resize, resize), (sum(mean) / 3,), (sum(std) / 3,))
+    return Preprocessing((224, 224), (resize, resize), mean, std)

@@ -1,0 +1,64 @@
+"""Load a checkpoint into a model, which checks all of it, and write it as .safetensors, which holds no code."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
+
+from export.console import Parser
+from export.errors import first_line
+from resnet.models import create_model
+from resnet.weights import load_weights, save_weights
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(prog="convert.py", description=__doc__)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=".safetensors, .pt, .pth or .pth.tar")
+    parser.add_argument("output", metavar="OUTPUT.safetensors", help="replaced if it is a file")
+    parser.add_argument("--model", required=True, metavar="NAME", help="what the weights are for")
+    parser.add_argument("--num-classes", type=int, metavar="N", help="default: the model's, 1000 or 10")
+    parser.add_argument("--in-channels", type=int, metavar="N", help="default 3")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("resnet").setLevel(logging.INFO)
+    try:
+        convert(args)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        sys.stderr.write(f"convert.py: error: {first_line(error)}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("convert.py: interrupted\n")
+        return 130
+    print(f"{args.output} written; next: {next_command(args)}")
+    return 0
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Through the model: what is written is exactly what `load_weights` accepts, under its names and in float32."""
+    in_channels = 3 if args.in_channels is None else args.in_channels
+    model = create_model(args.model, num_classes=args.num_classes, in_channels=in_channels)
+    info = load_weights(model, args.checkpoint)
+    metadata = {"model": args.model, "converted_from": Path(info.path).name, "converted_from_sha256": info.sha256}
+    save_weights(args.output, model.state_dict(), metadata)
+
+
+def next_command(args: argparse.Namespace) -> str:
+    """How to export what was written: with the counts that were given, because export needs the same."""
+    command = ["python", "scripts/export.py", "--model", args.model, "--weights", args.output]
+    for flag, count in (("--num-classes", args.num_classes), ("--in-channels", args.in_channels)):
+        if count is not None:
+            command += [flag, str(count)]
+    return shlex.join([*command, "--fp16"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,419 @@
+"""Downloads against a real https server on this machine: what arrives whole and right, and what is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from resnet import pretrained
+from resnet.models import MODELS
+from resnet.pretrained import PUBLISHED, DownloadError, PublishedFile, download
+
+CONTENT = os.urandom(300_000)
+FILE = "weights-1234.pth"
+NAME = "tiny"
+
+
+class Site(ThreadingHTTPServer):
+    """Serves CONTENT over https, with Range, and remembers the Range of each request; `reply` takes its place."""
+
+    daemon_threads = True
+
+    def __init__(self, certificate: Path) -> None:
+        super().__init__(("localhost", 0), Handler)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        self.socket = context.wrap_socket(self.socket, server_side=True)
+        self.requests: list[str | None] = []
+        self.reply: Callable[[Handler], object] = serve
+        self.host = f"localhost:{self.server_port}"
+        self.url = f"https://{self.host}/{FILE}"
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        pass  # a client that hangs up is part of the tests
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Site
+
+    def do_GET(self) -> None:
+        self.server.requests.append(self.headers["Range"])
+        self.server.reply(self)
+
+    def answer(self, status: int, body: bytes, **headers: object) -> None:
+        self.send_response(status)
+        for name, value in ({"Content_Length": len(body)} | headers).items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def serve(handler: Handler, content: bytes = CONTENT) -> None:
+    start = re.fullmatch(r"bytes=(\d+)-", handler.headers["Range"] or "")
+    if start is None:
+        handler.answer(200, content)
+    elif int(start[1]) >= len(content):
+        handler.answer(416, b"", Content_Range=f"bytes */{len(content)}")
+    else:
+        first = int(start[1])
+        handler.answer(206, content[first:], Content_Range=f"bytes {first}-{len(content) - 1}/{len(content)}")
+
+
+def cut(after: int) -> Callable[[Handler], object]:
+    """The connection ends before the content does."""
+
+    def reply(handler: Handler) -> None:
+        handler.answer(200, CONTENT[:after], Content_Length=len(CONTENT))
+        handler.close_connection = True
+
+    return reply
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A self-signed certificate for localhost, and its key, in one file."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("needs the openssl command")
+    path = tmp_path_factory.mktemp("certificate") / "localhost.pem"
+    command = [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command += ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-days", "2"]
+    command += ["-keyout", str(path), "-out", str(path.with_suffix(".crt"))]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    path.write_bytes(path.read_bytes() + path.with_suffix(".crt").read_bytes())
+    return path
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "*")
+
+
+@pytest.fixture
+def site(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    """A site that is allowed and trusted, and publishes the weights of the model "tiny"."""
+    with Site(certificate) as site:
+        thread = threading.Thread(target=site.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        monkeypatch.setattr(pretrained, "_HOSTS", frozenset({site.host}))
+        publish(monkeypatch, site.url)
+        yield site
+        site.shutdown()
+        thread.join()
+
+
+def publish(monkeypatch: pytest.MonkeyPatch, url: str, content: bytes = CONTENT, max_bytes: int = len(CONTENT)) -> None:
+    published = PublishedFile(url, hashlib.sha256(content).hexdigest(), max_bytes, resize=256)
+    monkeypatch.setitem(PUBLISHED, NAME, published)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+def refusal(cache: Path) -> str:
+    """The one line with which a download is refused; under the name of the file there is nothing."""
+    with pytest.raises(DownloadError) as caught:
+        download(NAME, cache)
+    message = str(caught.value)
+    assert message.isprintable() and message.startswith(f"weights of {NAME} not fetched from {PUBLISHED[NAME].url}: ")
+    assert message.endswith("give --weights PATH")
+    assert not (cache / FILE).exists()
+    return message
+
+
+def part(cache: Path) -> Path:
+    return cache / f"{FILE}.part"
+
+
+def leave(cache: Path, content: bytes) -> None:
+    """What an interrupted download leaves."""
+    cache.mkdir(mode=0o700)
+    part(cache).write_bytes(content)
+
+
+def test_complete_download(site: Site, cache: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    path = download(NAME, cache, lambda done, total: seen.append((done, total)))
+    assert path == cache / FILE and path.read_bytes() == CONTENT
+    assert seen[-1] == (len(CONTENT), len(CONTENT)) and sorted(seen) == seen
+    assert not part(cache).exists() and site.requests == [None]
+
+
+def test_cache_hit_makes_no_request(site: Site, cache: Path) -> None:
+    download(NAME, str(cache))
+    site.requests.clear()
+    assert download(NAME, str(cache)).read_bytes() == CONTENT and site.requests == []
+
+
+@pytest.mark.parametrize("change", [lambda c: c[:-1], lambda c: c[:9] + bytes([c[9] ^ 1]) + c[10:], lambda c: b""])
+def test_changed_cache_file_is_fetched_again(site: Site, cache: Path, change: Callable[[bytes], bytes]) -> None:
+    path = download(NAME, cache)
+    path.write_bytes(change(CONTENT))
+    assert download(NAME, cache).read_bytes() == CONTENT and site.requests == [None, None]
+
+
+def test_cut_connection_is_continued_by_the_next_call(site: Site, cache: Path) -> None:
+    site.reply = cut(after=100_000)
+    assert "the connection ended after 100000 of 300000 bytes; try again" in refusal(cache)
+    site.reply = serve
+    seen: list[tuple[int, int]] = []
+    assert download(NAME, cache, lambda done, total: seen.append((done, total))).read_bytes() == CONTENT
+    assert site.requests == [None, "bytes=100000-"] and min(seen) > (100_000, len(CONTENT)) and not part(cache).exists()
+
+
+def test_server_that_ignores_range_starts_again(site: Site, cache: Path) -> None:
+    leave(cache, CONTENT[:1000])
+    site.reply = lambda handler: handler.answer(200, CONTENT)
+    assert download(NAME, cache).read_bytes() == CONTENT and site.requests == ["bytes=1000-"]
+
+
+WRONG_CONTINUATIONS = {
+    "another-place": lambda h: h.answer(206, CONTENT[500:], Content_Range=f"bytes 500-{len(CONTENT) - 1}/*"),
+    "nothing-left": lambda h: h.answer(416, b""),
+    "other-bytes": lambda h: h.answer(206, bytes(len(CONTENT) - 1000), Content_Range="bytes 1000-299999/300000"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_CONTINUATIONS)
+def test_wrong_continuation_starts_again(site: Site, cache: Path, case: str) -> None:
+    leave(cache, CONTENT[:1000])
+    site.reply = lambda handler: WRONG_CONTINUATIONS[case](handler) if handler.headers["Range"] else serve(handler)
+    assert download(NAME, cache).read_bytes() == CONTENT and site.requests == ["bytes=1000-", None]
+
+
+@pytest.mark.parametrize("left", [bytes(1000), CONTENT + b"more", bytes(len(CONTENT))], ids=["other", "longer", "full"])
+def test_useless_rest_starts_again(site: Site, cache: Path, left: bytes) -> None:
+    leave(cache, left)
+    assert download(NAME, cache).read_bytes() == CONTENT and site.requests == [f"bytes={len(left)}-", None]
+
+
+def test_complete_rest_needs_no_request(site: Site, cache: Path) -> None:
+    leave(cache, CONTENT)
+    assert download(NAME, cache).read_bytes() == CONTENT and site.requests == [] and not part(cache).exists()
+
+
+def test_wrong_sha256_is_refused_and_nothing_kept(site: Site, cache: Path) -> None:
+    wrong = CONTENT[:-1] + bytes([CONTENT[-1] ^ 1])
+    site.reply = lambda handler: serve(handler, wrong)
+    message = refusal(cache)
+    assert hashlib.sha256(wrong).hexdigest() in message and PUBLISHED[NAME].sha256 in message
+    assert not part(cache).exists()
+
+
+def chunked(handler: Handler) -> None:
+    handler.protocol_version = "HTTP/1.1"
+    handler.send_response(200)
+    handler.send_header("Transfer-Encoding", "chunked")
+    handler.end_headers()
+    for start in range(0, len(CONTENT), 50_000):
+        handler.wfile.write(b"c350\r\n" + CONTENT[start : start + 50_000] + b"\r\n")
+    handler.wfile.write(b"0\r\n\r\n")
+    handler.close_connection = True
+
+
+@pytest.mark.parametrize(("reply", "expected"), [(serve, "300000 bytes"), (chunked, "more bytes")], ids=["said", "not"])
+def test_too_long_is_refused_and_nothing_kept(
+    site: Site, cache: Path, monkeypatch: pytest.MonkeyPatch, reply: Callable[[Handler], object], expected: str
+) -> None:
+    monkeypatch.setattr(pretrained, "_CHUNK", 1000)
+    publish(monkeypatch, site.url, max_bytes=100_000)
+    site.reply = reply
+    seen: list[int] = []
+    with pytest.raises(DownloadError, match=expected):
+        download(NAME, cache, lambda done, _: seen.append(done))
+    assert max(seen, default=0) <= 100_000
+    assert "100000" in refusal(cache) and not part(cache).exists()
+
+
+def test_length_may_be_unknown(site: Site, cache: Path) -> None:
+    site.reply = chunked
+    assert download(NAME, cache).read_bytes() == CONTENT
+
+
+def redirect(to: str) -> Callable[[Handler], object]:
+    return lambda handler: serve(handler) if handler.path == "/moved" else handler.answer(302, b"", Location=to)
+
+
+def test_redirect_on_the_same_host_is_followed(site: Site, cache: Path) -> None:
+    site.reply = redirect("/moved")
+    assert download(NAME, cache).read_bytes() == CONTENT and len(site.requests) == 2
+
+
+def test_redirect_to_another_host_is_refused(site: Site, cache: Path, certificate: Path) -> None:
+    """Though the other one is trusted and has the right file."""
+    with Site(certificate) as other:
+        thread = threading.Thread(target=other.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        site.reply = redirect(other.url)
+        assert f"sent to '{other.url}', expected https://{site.host}" in refusal(cache)
+        other.shutdown()
+        thread.join()
+        assert other.requests == []
+
+
+@pytest.mark.parametrize("to", ["http://{host}/moved", "https://{host}@localhost/moved", "ftp://{host}/moved"])
+def test_redirect_off_https_or_in_disguise_is_refused(site: Site, cache: Path, to: str) -> None:
+    url = to.format(host=site.host)
+    site.reply = redirect(url)
+    assert f"sent to '{url}', expected https://{site.host}" in refusal(cache) and len(site.requests) == 1
+
+
+@pytest.mark.parametrize("location", ["file:///etc/passwd", "https://["], ids=["file", "broken"])
+def test_redirect_to_no_address_is_refused(site: Site, cache: Path, location: str) -> None:
+    site.reply = redirect(location)
+    assert "server" in refusal(cache) and len(site.requests) == 1
+
+
+def test_redirects_without_end_are_refused(site: Site, cache: Path) -> None:
+    site.reply = redirect(f"/{FILE}")
+    assert "the server answered 302" in refusal(cache) and len(site.requests) <= 11
+
+
+@pytest.mark.parametrize("url", ["http://{host}/x", "https://localhost/x", "https://{host}.example.com/x"])
+def test_other_addresses_are_refused_unasked(
+    site: Site, cache: Path, monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    publish(monkeypatch, url.format(host=site.host))
+    assert f"expected https://{site.host}" in refusal(cache) and site.requests == []
+
+
+def test_untrusted_certificate_is_refused(site: Site, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SSL_CERT_FILE")
+    assert "certificate verify failed" in refusal(cache) and site.requests == []
+
+
+@pytest.mark.parametrize("status", [403, 404, 500, 503])
+def test_error_of_the_server_keeps_what_is_there(site: Site, cache: Path, status: int) -> None:
+    leave(cache, CONTENT[:1000])
+    site.reply = lambda handler: handler.answer(status, b"no\x1b[31m")
+    assert f"the server answered {status};" in refusal(cache) and part(cache).read_bytes() == CONTENT[:1000]
+
+
+def test_answer_that_is_not_http_is_refused(site: Site, cache: Path) -> None:
+    site.reply = lambda handler: handler.wfile.write(b"\x1b[31mhello\r\n")
+    assert "not HTTP (BadStatusLine)" in refusal(cache)
+
+
+def test_silent_server_times_out(site: Site, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = threading.Event()
+
+    def reply(handler: Handler) -> None:
+        handler.answer(200, CONTENT[:1000], Content_Length=len(CONTENT))
+        handler.wfile.flush()
+        done.wait(timeout=20)
+
+    monkeypatch.setattr(pretrained, "_TIMEOUT", 0.3)
+    site.reply = reply
+    try:
+        assert "timed out" in refusal(cache)
+    finally:
+        done.set()
+
+
+def test_offline_is_one_line_with_a_way_out(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("localhost", 0))  # and does not listen
+        host = f"localhost:{nobody.getsockname()[1]}"
+        monkeypatch.setattr(pretrained, "_HOSTS", frozenset({host}))
+        publish(monkeypatch, f"https://{host}/{FILE}")
+        message = refusal(cache)
+    assert message.endswith(
+        f"{FILE}: Connection refused; try again, or download that file elsewhere and give --weights PATH"
+    )
+
+
+def test_full_disk_is_one_line(site: Site, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert "No space left on device" in refusal(cache)
+
+
+def test_downloads_at_once_fetch_once(site: Site, cache: Path) -> None:
+    paths: list[Path] = []
+    threads = [threading.Thread(target=lambda: paths.append(download(NAME, cache))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=20)
+    assert paths == [cache / FILE] * 4 and paths[0].read_bytes() == CONTENT and site.requests == [None]
+
+
+def test_folder_is_made_private(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    path = download(NAME)
+    assert path.parent == tmp_path / "xdg" / "resnet-deploy" / "weights"
+    assert path.parent.stat().st_mode & 0o777 == path.parent.parent.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("base", [None, "", "relative/path"])
+def test_default_folder_is_below_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, base: str | None) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if base is None:
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    else:
+        monkeypatch.setenv("XDG_CACHE_HOME", base)
+    assert pretrained._default_cache() == tmp_path / ".cache" / "resnet-deploy" / "weights"
+
+
+def folder_refusal(cache: Path) -> str:
+    with pytest.raises(DownloadError) as caught:
+        download(NAME, cache)
+    assert str(caught.value).startswith(str(cache)) and str(caught.value).isprintable()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o702, 0o1777], ids=oct)
+def test_folder_others_can_write_is_refused(site: Site, cache: Path, mode: int) -> None:
+    leave(cache, CONTENT)
+    cache.chmod(mode)
+    assert f"can be written by others (mode {mode:o})" in folder_refusal(cache)
+    assert site.requests == [] and not (cache / FILE).exists()
+
+
+def test_folder_of_another_user_is_refused(site: Site, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave(cache, CONTENT)
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    assert f"belongs to user {os.getuid()}; expected a folder of user {os.getuid() + 1}" in folder_refusal(cache)
+    assert site.requests == [] and not (cache / FILE).exists()
+
+
+def test_folder_that_is_none_is_refused(site: Site, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    assert "is not a folder" in folder_refusal(tmp_path / "file")
+    assert "cannot be made: Not a directory" in folder_refusal(tmp_path / "file" / "below")
+    assert site.requests == []
+
+
+@pytest.mark.parametrize("name", ["resnext50_32x4d", "resnet20", "resnet51", ""])
+def test_other_names_are_refused_with_those_there_are(name: str, cache: Path) -> None:
+    with pytest.raises(DownloadError, match=f"for '{name}'; expected one of resnet18, .*wide_resnet101_2$"):
+        download(name, cache)
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_file(name: str) -> None:
+    file = PUBLISHED[name]
+    assert name in MODELS and MODELS[name].image_size == 224
+    assert re.fullmatch(r"[0-9a-f]{64}", file.sha256)
+    assert file.url == f"https://download.pytorch.org/models/{name}-{file.sha256[:8]}.pth"
+    assert file.resize == 256  # all are the first recipe of torchvision; the second one has 232
