@@ -23,18 +23,20 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from export.capture import Batch, eager_copy, first_line
+from export.batch import Arrays, Batch, run_in_batches
+from export.capture import eager_copy
 from export.cuda_graph import CudaGraphProgram
-from export.errors import ExportError
+from export.errors import ExportError, first_line
 from export.lowering.onnx_file import lower_onnx, output_names
 from export.lowering.tensorrt_engine import FLAVOURS, Flavour, build_engine, import_flavour, why_not_buildable
-from export.parity.ladder import References, infer, run_references
+from export.onnx_session import import_onnxruntime
+from export.parity.ladder import References, run_references
 from export.parity.network import NetworkCheck, compare, finite
 from export.passes import DEFAULT_LEVEL
 from export.pipeline import ENGINE_FACTOR
 from export.precision import Precision
 from export.program import FusedProgram
-from export.runners import Arrays, Runner, import_onnxruntime
+from export.runners import Runner
 from export.workload import Work, eager_workload, fused_workload, pointwise_workload
 
 QUANTILES = (0.2, 0.5, 0.8)
@@ -487,7 +489,7 @@ def check(provider: Provider, subject: Subject, batch: int, factor: float, backw
     `backwards` gives the images in reverse order: an output left over from an earlier run differs.
     """
     r, order = subject.references, slice(None, None, -1 if backwards else 1)
-    found = infer(provider, r.images[order].copy(), Batch(batch, batch, batch), batch)
+    found = run_in_batches(provider.infer, r.images[order].copy(), Batch(batch, batch, batch), batch)
     outputs = {name: values[order] for name, values in found.items()}
     checks = compare(outputs, (r.eager, r.folded), r.oracle, factor, subject.precision.network_floor)
     return max(checks.values(), key=_severity)

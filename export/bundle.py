@@ -21,6 +21,8 @@ from typing import Any
 from export.errors import ExportError
 
 MANIFEST = "manifest.json"
+ONNX_FILE = "model.onnx"
+FORMAT = 1
 _SELF = "manifest_sha256"
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2

@@ -6,47 +6,14 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 
-from export.errors import ExportError
+from export.batch import Batch
+from export.batch import as_batch as as_batch
+from export.errors import ExportError, first_line
 from export.graph import args_of, aten, is_call
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The batch sizes an exported network accepts; `minimum == maximum` is a static batch."""
-
-    minimum: int
-    optimum: int
-    maximum: int
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.minimum <= self.optimum <= self.maximum:
-            raise ExportError(
-                f"batch must satisfy 1 <= MIN <= OPT <= MAX, got {self.minimum}:{self.optimum}:{self.maximum}"
-            )
-
-    @property
-    def static(self) -> bool:
-        return self.minimum == self.maximum
-
-    def __str__(self) -> str:
-        if self.static:
-            return str(self.minimum)
-        return f"{self.minimum}:{self.optimum}:{self.maximum}"
-
-
-DEFAULT_BATCH = Batch(1, 8, 32)
-
-
-def as_batch(value: Batch | tuple[int, int, int] | int) -> Batch:
-    """A Batch from (minimum, optimum, maximum) or from one static size."""
-    if isinstance(value, Batch):
-        return value
-    return Batch(value, value, value) if isinstance(value, int) else Batch(*value)
 
 
 @contextmanager
@@ -172,9 +139,3 @@ def _without_layout(graph_module: fx.GraphModule) -> fx.GraphModule:
 def describe_value(value: object) -> str:
     """Shape and type of a tensor, the type of anything else."""
     return f"{list(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of another library says, in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

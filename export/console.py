@@ -1,4 +1,4 @@
-"""What a person at a terminal sees: arguments refused in one line, progress, and the table of rungs."""
+"""What a person at a terminal sees: arguments refused in one line, progress, and tables. No PyTorch."""
 
 from __future__ import annotations
 
@@ -6,14 +6,25 @@ import argparse
 import difflib
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NoReturn
 
 from rich import box
+from rich.bar import Bar
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
 from rich.table import Table
+from rich.text import Text
 
-from export.parity.report import Rung
+from export.accuracy import Accuracy
+
+if TYPE_CHECKING:
+    from export.parity.report import Rung
+
+_SECONDS_BETWEEN_LINES = 10.0
+_BAR_WIDTH = 30
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,6 +68,11 @@ class Progress:
             self._status.update(step)
             self._status.start()
 
+    def transferred(self, done: int, total: int) -> None:
+        """How far a transfer is that the present step makes."""
+        if self._console.is_terminal:
+            self._status.update(f"{self._step}: {done / 1e6:.0f} of {total / 1e6:.0f} MB")
+
     def say(self, line: str) -> None:
         self._console.print(line, soft_wrap=True, markup=False)
 
@@ -64,6 +80,82 @@ class Progress:
         if self._step is not None:
             self.say(f"{time.perf_counter() - self._started:7.1f} s  {self._step}")
         self._step = None
+
+
+@contextmanager
+def images_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Says on stderr how many of `total` images are done: a bar on a terminal, now and then a line elsewhere.
+
+    What it gives is called with how many are done; whoever does not finish leaves no last line.
+    """
+    console = Console(stderr=True, highlight=False)
+    started = printed = time.perf_counter()
+    if console.is_terminal:
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+        with RichProgress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+            task = bar.add_task(what, total=total)
+            yield lambda done: bar.update(task, completed=done)
+    else:
+
+        def line(done: int) -> None:
+            nonlocal printed
+            now = time.perf_counter()
+            if done < total and now - printed >= _SECONDS_BETWEEN_LINES:
+                printed = now
+                console.print(f"{now - started:7.1f} s  {what}: {done} of {total} images", soft_wrap=True, markup=False)
+
+        yield line
+    console.print(f"{time.perf_counter() - started:7.1f} s  {what}: {total} images", soft_wrap=True, markup=False)
+
+
+def print_accuracy(accuracy: Sequence[Accuracy]) -> None:
+    """Print on stdout what each form gets right, the eager model before the export first."""
+    table = Table(title="accuracy before and after", title_justify="left", header_style="bold", box=box.SIMPLE_HEAD)
+    for heading in ("form", "runtime", "precision"):
+        table.add_column(heading)
+    for heading in ("top-1", "difference", "images"):
+        table.add_column(heading, justify="right")
+    for form in accuracy:
+        difference = "" if form is accuracy[0] else _difference(form, accuracy[0])
+        measured = (f"{100 * form.top1:.2f} %", difference, str(form.images))
+        table.add_row(form.form, form.runtime, form.precision, *measured)
+    _stdout().print(table)
+
+
+def print_evaluation(measured: Sequence[tuple[str, str, Accuracy]]) -> None:
+    """Print on stdout the bundle, artefact and accuracy of each; differences are to the first."""
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD)
+    for heading in ("bundle", "artefact", "runtime", "precision"):
+        table.add_column(heading)
+    for heading in ("images", "correct", "top-1", "difference", "images/s"):
+        table.add_column(heading, justify="right")
+    for index, (bundle, file, found) in enumerate(measured):
+        difference = _difference(found, measured[0][2]) if index else ""
+        rate = f"{found.images / found.seconds:.0f}"
+        counts = (str(found.images), str(found.correct), f"{100 * found.top1:.2f} %", difference, rate)
+        table.add_row(Text(bundle), file, found.runtime, found.precision, *counts)
+    _stdout().print(table)
+
+
+def _difference(form: Accuracy, first: Accuracy) -> str:
+    """How much more or less of the images `form` gets right."""
+    return f"{100 * (form.top1 - first.top1):+.2f} pp"
+
+
+def print_predictions(picture: str, predictions: Sequence[tuple[str, float]]) -> None:
+    """Print on stdout a picture's classes, each with its probability."""
+    table = Table(show_header=False, box=None)
+    table.add_column(justify="right")
+    for label, probability in predictions:
+        table.add_row(f"{100 * probability:.2f} %", Bar(1, 0, probability, width=_BAR_WIDTH), Text(label))
+    console = _stdout()
+    console.print(Text(picture), soft_wrap=True)
+    console.print(table)
+
+
+def _stdout() -> Console:
+    """As wide as the terminal; wide enough for every column where there is none."""
+    return Console(width=None if sys.stdout.isatty() else 132, highlight=False)
 
 
 def print_rungs(rungs: Sequence[Rung], files: Mapping[str, int]) -> None:
@@ -76,8 +168,7 @@ def print_rungs(rungs: Sequence[Rung], files: Mapping[str, int]) -> None:
     table.add_column("verdict")
     for rung in rungs:
         table.add_row(*_cells(rung, files.get(rung.file, 0)), style="" if rung else "red")
-    console = Console(width=None if sys.stdout.isatty() else 132)
-    console.print(table)
+    _stdout().print(table)
 
 
 def _cells(rung: Rung, size: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""The two ways an export can be refused. Both messages are one line that a person can act on."""
+"""The two ways an export can be refused. Both messages are one line that a person can act on. No PyTorch."""
 
 from __future__ import annotations
 
@@ -17,3 +17,9 @@ class MissingDependency(ExportError):
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"{package} is not installed; install it with: pip install -e '.[{extra}]'")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

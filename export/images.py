@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,12 +14,6 @@ from export.errors import ExportError
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-
-
-def preprocessing(channels: int) -> dict[str, Any]:
-    """What `crops` does to a picture, for the manifest."""
-    colour = {1: "grey, the mean of the normalised RGB planes", 3: "RGB"}.get(channels, "RGB planes repeated")
-    return {"colour": colour, "scale": "x / 255", "mean": list(MEAN), "std": list(STD), "layout": "NCHW"}
 
 
 def photographs() -> list[Image.Image]:
@@ -46,7 +39,15 @@ def open_images(paths: Sequence[str | Path]) -> list[Image.Image]:
     return images
 
 
-def crops(images: Sequence[Image.Image], count: int, channels: int, size: tuple[int, int], seed: int = 0) -> Tensor:
+def crops(
+    images: Sequence[Image.Image],
+    count: int,
+    channels: int,
+    size: tuple[int, int],
+    seed: int = 0,
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
+) -> Tensor:
     """Random resized crops with random flips, taken from the images in turn.
 
     Args:
@@ -55,13 +56,14 @@ def crops(images: Sequence[Image.Image], count: int, channels: int, size: tuple[
         channels: 3 gives RGB, 1 grey, any other number repeats the colour planes.
         size: height and width of a crop in pixels.
         seed: the same seed gives the same crops.
+        mean, std: of the normalisation (x / 255 - mean) / std: one each for RGB's planes, or one for all.
 
     Returns:
-        [count, channels, height, width], float32, normalised by ImageNet's mean and standard deviation.
+        [count, channels, height, width], float32.
     """
     generator = np.random.default_rng(seed)
     height, width = size
-    batch = np.empty((count, 3, height, width), np.float32)
+    batch = np.empty((count, height, width, 3), np.float32)
     for i in range(count):
         image = images[i % len(images)]
         side = min(image.size) * float(np.sqrt(generator.uniform(0.1, 1.0)))
@@ -71,11 +73,10 @@ def crops(images: Sequence[Image.Image], count: int, channels: int, size: tuple[
         box = (left, top, left + crop_width, top + crop_height)
         crop = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
         pixels = np.asarray(crop, np.float32) / 255
-        if generator.random() < 0.5:
-            pixels = pixels[:, ::-1]
-        batch[i] = ((pixels - np.array(MEAN, np.float32)) / np.array(STD, np.float32)).transpose(2, 0, 1)
+        batch[i] = pixels[:, ::-1] if generator.random() < 0.5 else pixels
+    planes = ((batch - np.array(mean, np.float32)) / np.array(std, np.float32)).transpose(0, 3, 1, 2)
     if channels == 1:
-        batch = batch.mean(axis=1, keepdims=True)
+        planes = planes.mean(axis=1, keepdims=True)
     elif channels != 3:
-        batch = batch[:, np.arange(channels) % 3]
-    return torch.from_numpy(np.ascontiguousarray(batch))
+        planes = planes[:, np.arange(channels) % 3]
+    return torch.from_numpy(np.ascontiguousarray(planes))

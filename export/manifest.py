@@ -9,12 +9,13 @@ from typing import Any
 
 import onnx
 
+from export.accuracy import Accuracy
+from export.bundle import FORMAT
 from export.lowering.onnx_file import OnnxFile
 from export.lowering.tensorrt_engine import Engine
 from export.precision import Precision
 from export.program import FusedProgram
 
-FORMAT = 1
 _PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt-rtx", "triton", "numpy")
 
 
@@ -24,6 +25,7 @@ def describe(
     engines: Sequence[Engine],
     precision: Precision,
     metadata: Mapping[str, Any],
+    accuracy: Sequence[Accuracy] = (),
 ) -> dict[str, Any]:
     """The manifest without its list of files. `metadata` goes under `model`: what only the caller knows."""
     graph = onnx_file.model.graph
@@ -32,8 +34,8 @@ def describe(
         "model": dict(metadata),
         "precision": precision.name,
         "batch": {"min": program.batch.minimum, "opt": program.batch.optimum, "max": program.batch.maximum},
-        "inputs": [_value(value) for value in graph.input],
-        "outputs": [_value(value) for value in graph.output],
+        "inputs": [value_facts(value) for value in graph.input],
+        "outputs": [value_facts(value) for value in graph.output],
         "opset": onnx_file.model.opset_import[0].version,
         "engines": {
             engine.flavour.file_name: {
@@ -46,11 +48,13 @@ def describe(
         },
         "fused": [{"name": o.name, "kind": o.kind, "parts": list(o.parts)} for o in program.coverage.fused],
         "left": [{"name": o.name, "kind": o.kind, "reason": o.reason} for o in program.coverage.left],
+        "accuracy": [measured.to_json() for measured in accuracy],
         "versions": {"python": platform.python_version(), **_versions()},
     }
 
 
-def _value(value: onnx.ValueInfoProto) -> dict[str, Any]:
+def value_facts(value: onnx.ValueInfoProto) -> dict[str, Any]:
+    """Name, shape and type of an input or output; a dimension that varies has a name for its size."""
     tensor = value.type.tensor_type
     return {
         "name": value.name,

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from export.bundle import publish, staged
-from export.capture import DEFAULT_BATCH, Batch, as_batch, check_model, describe_value
+from export.accuracy import Accuracy, Labelled, class_count, class_indices, measure
+from export.batch import DEFAULT_BATCH, Arrays, Batch, as_batch, run_in_batches
+from export.bundle import ONNX_FILE, publish, staged
+from export.capture import check_model, describe_value
 from export.errors import ExportError
 from export.golden import GOLDEN_FILE, save_golden
 from export.images import crops, photographs
-from export.lowering.onnx_file import ONNX_FILE, OnnxFile, lower_onnx
-from export.lowering.tensorrt_engine import FLAVOURS, Engine, build_engine, why_not_buildable
-from export.manifest import describe
+from export.lowering.onnx_file import OnnxFile, lower_onnx
+from export.lowering.tensorrt_engine import FLAVOURS, Engine, build_engine, why_not_buildable, why_not_runnable
+from export.manifest import describe, value_facts
+from export.onnx_session import import_onnxruntime
 from export.parity.evidence import check_evidence
 from export.parity.ladder import (
     Execution,
@@ -36,7 +40,7 @@ from export.parity.operators import check_operators
 from export.parity.report import ParityReport
 from export.precision import PRECISIONS, Precision
 from export.program import Coverage, FusedProgram, fuse
-from export.runners import OnnxRuntimeRunner, ProgramRunner, Runner, TensorRTRunner, import_onnxruntime
+from export.runners import EagerRunner, OnnxRuntimeRunner, ProgramRunner, Runner, TensorRTRunner
 
 PARITY_IMAGES = 16
 ENGINE_FACTOR = 3.0  # k for TensorRT, which chooses its own fusions and accumulation orders
@@ -95,6 +99,7 @@ def export_bundle(
     config: ExportConfig | None = None,
     *,
     images: Tensor | None = None,
+    labelled: Labelled | None = None,
     metadata: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] = lambda step: None,
 ) -> ExportResult:
@@ -107,7 +112,10 @@ def export_bundle(
         config: precision, batch sizes and engines.
         images: [N, C, H, W], what to compare on, as the model expects it; default: crops of the two
             photographs that come with scikit-learn.
-        metadata: JSON-serialisable facts for the manifest, such as the model's name and its weights.
+        labelled: what to measure accuracy on, before the export and after it; default: it is not measured. Every
+            form must keep 99 % of the eager model's.
+        metadata: JSON-serialisable facts for the manifest, such as the model's name and its weights. `classes`, if
+            given, are the names of the logits, by which the classes of `labelled` are found.
         progress: called with the name of each step as it begins.
 
     Raises:
@@ -125,6 +133,8 @@ def export_bundle(
         images = crops(photographs(), PARITY_IMAGES, channels, (size[0], size[1]))
     if not isinstance(images, Tensor) or images.shape[1:] != example.shape[1:] or len(images) == 0:
         raise ExportError(f"expected images of shape [N, *{list(example.shape[1:])}], got {describe_value(images)}")
+    if labelled is not None:
+        _check_labelled(labelled, example)
     precision = PRECISIONS[config.precision]
     flavours, skipped = _flavours(config.engine)
     import_onnxruntime()  # a missing package is known before any work is done
@@ -132,18 +142,29 @@ def export_bundle(
         progress("capture and fuse")
         program = fuse(model, example, batch)
         progress("write ONNX")
-        facts = {"precision": precision.name, "batch": str(batch)}
-        onnx_file = lower_onnx(program, example, precision, facts)
+        onnx_file = lower_onnx(program, example, precision, {"precision": precision.name, "batch": str(batch)})
         files = {ONNX_FILE: onnx_file.serialize()}
+        accuracy = []
+        if labelled is not None:
+            indices = _class_indices(labelled, onnx_file, metadata or {})
+            eager = EagerRunner(model, torch.float32, onnx_file.output_names)
+            accuracy.append(_measure(eager, "fp32", labelled, indices, batch, progress))
         engines = _build_engines(flavours, files[ONNX_FILE], precision, program, progress)
         files |= {engine.flavour.file_name: engine.plan for engine in engines}
         inputs = images.detach().cpu().float().numpy()
         report, references = _compare(model, program, onnx_file, engines, precision, inputs, progress)
+        if labelled is not None:
+            executed = {rung.name for rung in report.rungs if not rung.not_run}
+            runnable = [engine for engine in engines if engine.flavour.name in executed]
+            for runner in _exported_forms(program, onnx_file, runnable, precision):
+                accuracy.append(_measure(runner, precision.name, labelled, indices, batch, progress))
+            report = replace(report, accuracy=tuple(accuracy))
         if report:
             progress("write the bundle")
             files["parity.json"] = (json.dumps(report.to_json(), indent=2) + "\n").encode()
             files[GOLDEN_FILE] = save_golden(references)
-            publish(staging, output, files, describe(program, onnx_file, engines, precision, metadata or {}))
+            facts = describe(program, onnx_file, engines, precision, metadata or {}, report.accuracy)
+            publish(staging, output, files, facts)
     sizes = {name: len(content) for name, content in files.items()}
     return ExportResult(output, report, program.coverage, skipped, sizes, time.perf_counter() - started)
 
@@ -208,9 +229,53 @@ def _compare(
 
 def _execute_engine(engine: Engine, names: tuple[str, ...], images: NDArray, batch: Batch) -> Execution | str:
     """What the engine computes, or why this machine cannot run it."""
-    if not torch.cuda.is_available():
-        return "no NVIDIA GPU here"
+    obstacle = why_not_runnable(engine)
+    if obstacle:
+        return obstacle
     try:
         return execute(TensorRTRunner(engine, names), images, batch)
     except ExportError as error:
         return str(error)
+
+
+def _check_labelled(labelled: Labelled, example: Tensor) -> None:
+    """Refuse what cannot be measured on before any work is done."""
+    if len(labelled) == 0:
+        raise ExportError("expected labelled pictures to measure accuracy on, got none")
+    inputs, _ = next(iter(labelled.batches(1)))
+    if inputs.shape != (1, *example.shape[1:]) or inputs.dtype != np.float32:
+        expected = f"[N, *{list(example.shape[1:])}] float32"
+        raise ExportError(f"expected labelled inputs of shape {expected}, got {list(inputs.shape)} {inputs.dtype}")
+
+
+def _class_indices(labelled: Labelled, onnx_file: OnnxFile, metadata: Mapping[str, Any]) -> NDArray[np.int64]:
+    count = class_count(value_facts(onnx_file.model.graph.output[0])["shape"])
+    return class_indices(labelled.classes, metadata.get("classes"), count)
+
+
+def _exported_forms(
+    program: FusedProgram, onnx_file: OnnxFile, engines: Sequence[Engine], precision: Precision
+) -> list[Runner]:
+    """What accuracy is measured of; of the fused program's two forms the one that takes less time."""
+    names, device = onnx_file.output_names, "cuda" if torch.cuda.is_available() else "cpu"
+    return [
+        ProgramRunner(program, precision, names, device),
+        OnnxRuntimeRunner(onnx_file, precision),
+        *(TensorRTRunner(engine, names) for engine in engines),
+    ]
+
+
+def _measure(
+    runner: Runner,
+    precision: str,
+    labelled: Labelled,
+    indices: NDArray[np.int64],
+    batch: Batch,
+    progress: Callable[[str], None],
+) -> Accuracy:
+    def infer(images: NDArray) -> Arrays:
+        return run_in_batches(runner.infer, images, batch, batch.maximum)
+
+    progress(f"measure accuracy: {runner.name}")
+    with runner:
+        return measure(runner.name, runner.runtime, precision, infer, labelled, indices, batch.maximum)

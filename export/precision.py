@@ -1,10 +1,12 @@
-"""The precisions a network can be exported in."""
+"""The precisions a network can be exported in. No PyTorch until one asks for its type."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -13,7 +15,7 @@ class Precision:
 
     Attributes:
         name: the word used on the command line.
-        dtype: the torch type of weights and activations.
+        type_name: of weights and activations, as PyTorch calls it.
         roundoff: u, half the distance between 1 and the next representable number.
         network_factor: k of the network criterion, error <= k * error of the eager model.
         network_floor: the relative error of a network that no correct candidate can be blamed for: the
@@ -22,14 +24,22 @@ class Precision:
     """
 
     name: str
-    dtype: torch.dtype
+    type_name: str
     roundoff: float
     network_factor: float
     network_floor: float
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The torch type of weights and activations."""
+        import torch
+
+        dtype: torch.dtype = getattr(torch, self.type_name)
+        return dtype
+
 
 PRECISIONS = {
-    "fp32": Precision("fp32", torch.float32, 2.0**-24, 2.0, 8 * 2.0**-24),
-    "fp16": Precision("fp16", torch.float16, 2.0**-11, 1.5, 0.41 * 2.0**-11),
-    "bf16": Precision("bf16", torch.bfloat16, 2.0**-8, 1.5, 0.41 * 2.0**-8),
+    "fp32": Precision("fp32", "float32", 2.0**-24, 2.0, 8 * 2.0**-24),
+    "fp16": Precision("fp16", "float16", 2.0**-11, 1.5, 0.41 * 2.0**-11),
+    "bf16": Precision("bf16", "bfloat16", 2.0**-8, 1.5, 0.41 * 2.0**-8),
 }

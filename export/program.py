@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from export.capture import DEFAULT_BATCH, Batch, capture, plain_torch
+from export.batch import DEFAULT_BATCH, Batch
+from export.capture import capture, plain_torch
 from export.errors import ExportError
 from export.graph import FUSED_OPERATORS, converted, is_call, module_path, moves_data, schema_name
 from export.passes import DEFAULT_LEVEL, FOLDING, LEVELS

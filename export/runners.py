@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
@@ -20,17 +19,18 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from typing_extensions import Self
 
-from export.capture import eager_copy, first_line, plain_torch
+from export.batch import Arrays
+from export.bundle import ONNX_FILE
+from export.capture import eager_copy, plain_torch
 from export.cuda_graph import CudaGraphProgram
-from export.errors import ExportError, MissingDependency
+from export.errors import ExportError, first_line
 from export.graph import converted
 from export.interpreter import GraphInterpreter
-from export.lowering.onnx_file import ONNX_FILE, OnnxFile
+from export.lowering.onnx_file import OnnxFile
 from export.lowering.tensorrt_engine import Engine, import_flavour
+from export.onnx_session import import_onnxruntime, open_file, open_session, rounded_copy
 from export.precision import Precision
 from export.program import FusedProgram
-
-Arrays = dict[str, NDArray]
 
 
 class Runner(ABC):
@@ -156,10 +156,7 @@ class ProgramRunner(Runner):
 
 
 class OnnxRuntimeRunner(Runner):
-    """The ONNX file in ONNX Runtime on the CPU.
-
-    ONNX Runtime has no bfloat16 arithmetic on CPUs, so a bfloat16 file runs as `rounded_copy`.
-    """
+    """The ONNX file in ONNX Runtime on the CPU."""
 
     name = "onnx"
     file = ONNX_FILE
@@ -169,8 +166,7 @@ class OnnxRuntimeRunner(Runner):
 
     def __enter__(self) -> Self:
         self.runtime = f"onnxruntime {import_onnxruntime().__version__}"
-        bfloat16 = self._precision.dtype is torch.bfloat16
-        self._session = _open_session(rounded_copy(self._file.model) if bfloat16 else self._file.model)
+        self._session = open_file(self._file.model, self._precision)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -192,7 +188,7 @@ class OnnxRuntimeRunner(Runner):
         if not names:
             return {}
         copy.graph.output.extend(onnx.helper.make_empty_tensor_value_info(v) for v in names if v not in outputs)
-        values = dict(zip(names, _open_session(copy).run(names, dict(inputs)), strict=True)) | dict(inputs)
+        values = dict(zip(names, open_session(copy).run(names, dict(inputs)), strict=True)) | dict(inputs)
         dtype = self._precision.dtype
         return {node: torch.from_numpy(values[value]).to(dtype) for node, value in self._file.values.items()}
 
@@ -251,66 +247,6 @@ class TensorRTRunner(Runner):
             raise ExportError(f"{self.runtime} failed to run a batch of {len(x)}")
         self._stream.synchronize()
         return _named(self._output_names, outputs)
-
-
-_NARROW = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
-
-
-def rounded_copy(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy that computes every 16-bit node in float32 and rounds its result to the 16-bit type.
-
-    That is what a 16-bit device does; the values are exact, held in float32.
-    """
-    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True)
-    types = {value.name: value.type.tensor_type.elem_type for value in inferred.graph.value_info}
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    for tensor in copy.graph.initializer:
-        if tensor.data_type in _NARROW:
-            wide = onnx.numpy_helper.to_array(tensor).astype(np.float32)
-            tensor.CopyFrom(onnx.numpy_helper.from_array(wide, tensor.name))
-    nodes = []
-    for node in model.graph.node:
-        narrow = {name: types[name] for name in node.output if types.get(name) in _NARROW}
-        wide_node = onnx.NodeProto()
-        wide_node.CopyFrom(node)
-        wide_node.output[:] = [f"{name}/wide" if name in narrow else name for name in node.output]
-        for attribute in wide_node.attribute:
-            if node.op_type == "Cast" and attribute.i in _NARROW:
-                attribute.i = onnx.TensorProto.FLOAT
-        nodes.append(wide_node)
-        for name, kind in narrow.items():
-            nodes.append(onnx.helper.make_node("Cast", [f"{name}/wide"], [f"{name}/narrow"], to=kind))
-            nodes.append(onnx.helper.make_node("Cast", [f"{name}/narrow"], [name], to=onnx.TensorProto.FLOAT))
-    del copy.graph.node[:], copy.graph.value_info[:]
-    copy.graph.node.extend(nodes)
-    return copy
-
-
-def _open_session(model: onnx.ModelProto) -> Any:
-    runtime = import_onnxruntime()
-    options = runtime.SessionOptions()
-    options.log_severity_level = 3
-    try:
-        session = runtime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
-    except Exception as error:  # its exceptions share no base class
-        raise ExportError(f"onnxruntime cannot load the ONNX file: {first_line(error)}") from error
-    if session.get_providers() != ["CPUExecutionProvider"]:
-        raise ExportError(f"ONNX Runtime chose {session.get_providers()}: expected CPUExecutionProvider alone")
-    return session
-
-
-def import_onnxruntime() -> Any:
-    """Import ONNX Runtime.
-
-    Raises:
-        MissingDependency: it is not installed.
-    """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingDependency("onnxruntime", "onnxruntime") from error
-    return onnxruntime
 
 
 def _named(names: tuple[str, ...], outputs: list[Tensor]) -> Arrays:

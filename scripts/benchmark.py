@@ -25,6 +25,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from export import Batch, ExportError, FusedProgram, fuse
+from export.batch import DEFAULT_BATCH
 from export.benchmark import (
     CPU_CLOCK,
     CUDA_CLOCK,
@@ -38,14 +39,15 @@ from export.benchmark import (
     plain_onnx,
     workloads,
 )
-from export.capture import DEFAULT_BATCH, first_line
 from export.console import Parser, Progress
+from export.errors import first_line
 from export.images import crops, photographs
 from export.lowering.onnx_file import lower_onnx
 from export.passes import DEFAULT_LEVEL, LEVELS
 from export.pipeline import PARITY_IMAGES
 from export.precision import PRECISIONS
-from resnet import MODELS, create_model, initialise
+from resnet.initialise import initialise
+from resnet.models import MODELS, create_model
 
 DEFAULTS = {"cpu": ("fp32", [1, 8]), "cuda": ("fp16", [1, 8, 32, 128])}
 CALIBRATION_IMAGES = 16

@@ -17,13 +17,13 @@ from rich.console import Console
 from rich.table import Table
 
 from export import ExportError, fuse
-from export.capture import first_line
 from export.console import Parser, Progress
+from export.errors import first_line
 from export.precision import PRECISIONS
 from export.workload import fused_workload
 from kernels.problems import Problem
 from kernels.targets import TARGETS
-from resnet import MODELS, create_model
+from resnet.models import MODELS, create_model
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -6,38 +6,56 @@ import argparse
 import json
 import logging
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be this file
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from export import Batch, ExportConfig, ExportError, ExportResult, export_bundle
 from export.capture import as_batch, first_line
-from export.console import Parser, Progress, print_rungs
-from export.images import crops, open_images, photographs, preprocessing
+from export.console import Parser, Progress, print_accuracy, print_rungs
+from export.images import crops, open_images, photographs
 from export.pipeline import PARITY_IMAGES
-from resnet import MODELS, create_model, initialise, load_weights
+from resnet.data import LabelledInputs, open_test
+from resnet.initialise import initialise
+from resnet.model_card import read_model_card
+from resnet.models import MODELS, create_model
+from resnet.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, imagenet_preprocessing
+from resnet.pretrained import PUBLISHED, download
+from resnet.weights import load_weights
 
+DEFAULT_MODEL = "resnet50"
+PRETRAINED = "pretrained"  # as a value of --weights: the published file of that model
 CALIBRATION_IMAGES = 16
 CALIBRATION_SEED = 1  # other crops than those the result is checked on
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="export.py", description=__doc__)
-    parser.add_argument("--model", default="resnet50", metavar="NAME", help="default resnet50")
-    parser.add_argument("--weights", metavar="PATH", help=".safetensors, .pt or .pth; absent: seeded, untrained")
-    parser.add_argument("--num-classes", type=int, metavar="N", help="default: the model's, 1000 or 10")
-    parser.add_argument("--in-channels", type=int, default=3, metavar="N", help="default 3")
+    parser.add_argument("--model", metavar="NAME", help="default: what the weights say they are for, else resnet50")
+    parser.add_argument(
+        "--weights", metavar="PATH|pretrained", help=".safetensors, .pt, .pth or .pth.tar; absent: seeded, untrained"
+    )
+    parser.add_argument("--num-classes", type=int, metavar="N", help="default: the weights', else 1000 or 10")
+    parser.add_argument("--in-channels", type=int, metavar="N", help="default: the weights', else 3")
     precision = parser.add_mutually_exclusive_group()
     precision.add_argument("--precision", choices=("fp32", "fp16", "bf16", "int8"), default="fp32")
     for name in ("fp32", "fp16", "bf16", "int8"):
         precision.add_argument(f"--{name}", dest="precision", action="store_const", const=name)
     parser.add_argument("--batch", default="1:8:32", metavar="MIN:OPT:MAX|N", help="default 1:8:32; N is static")
-    parser.add_argument("--image-size", metavar="H[xW]", help="default: the model's, 224 or 32")
+    parser.add_argument("--image-size", metavar="H[xW]", help="default: the weights', else 224 or 32")
     parser.add_argument("--engine", choices=("auto", "none", "tensorrt", "tensorrt-rtx"), default="auto")
     parser.add_argument("--images", nargs="+", metavar="PATH", help="pictures to compare on")
+    parser.add_argument(
+        "--data",
+        metavar="digits|PATH",
+        help="labelled pictures to measure accuracy on; default digits where the weights were trained on them",
+    )
     parser.add_argument("--calibration", metavar="DIR", help="int8 only")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default build/<model>-<precision>")
     parser.add_argument("--json", action="store_true", help="the summary as one JSON object on stdout")
@@ -49,46 +67,129 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("resnet").setLevel(logging.INFO)
     try:
+        source = describe_source(args, parse_size(args.image_size) if args.image_size else None)
         with Progress() as progress:
-            result = run(args, progress)
+            result = run(args, source, progress)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         sys.stderr.write(f"export.py: error: {first_line(error)}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("export.py: interrupted\n")
         return 130
-    summarise(args, result)
+    summarise(args, source, result)
     return 0 if result else 1
 
 
-def run(args: argparse.Namespace, progress: Progress) -> ExportResult:
-    """Make the model the arguments describe and export it."""
+def run(args: argparse.Namespace, source: Source, progress: Progress) -> ExportResult:
+    """Make the model and export it."""
     if args.precision == "int8" or args.calibration:
         raise ExportError("--int8 and --calibration are not available yet; expected --fp32, --fp16 or --bf16")
-    if args.weights == "pretrained":
-        raise ExportError("--weights pretrained is not available yet; expected the path of a weights file")
     config = ExportConfig(args.precision, parse_batch(args.batch), args.engine)
-    model = create_model(args.model, num_classes=args.num_classes, in_channels=args.in_channels)
-    height, width = parse_size(args.image_size) if args.image_size else (MODELS[args.model].image_size,) * 2
+    model = create_model(source.model, num_classes=source.num_classes, in_channels=source.in_channels)
+    labelled = open_labelled(args, source)
     pictures = open_images(args.images) if args.images else photographs()
-    images = crops(pictures, max(PARITY_IMAGES, len(pictures)), args.in_channels, (height, width))
+
+    def cut(count: int, seed: int) -> Tensor:
+        return crops(pictures, count, source.in_channels, source.size, seed, source.mean, source.std)
+
+    if labelled is not None and not args.images:
+        images = spread(labelled, PARITY_IMAGES)
+    else:
+        images = cut(max(PARITY_IMAGES, len(pictures)), seed=0)
     metadata: dict[str, Any] = {
-        "name": args.model,
+        "name": source.model,
         "trained": args.weights is not None,
-        "preprocessing": preprocessing(args.in_channels),
+        "preprocessing": source.preprocessing and source.preprocessing.to_json(),
+        "classes": source.classes and list(source.classes),
     }
     if args.weights is not None:
+        path = args.weights
+        if path == PRETRAINED:
+            progress("fetch the published weights")
+            path = download(source.model, progress=progress.transferred)
         progress("load the weights")
-        info = load_weights(model, args.weights)
+        info = load_weights(model, path)
         metadata["weights"] = {"file": Path(info.path).name, "sha256": info.sha256}
     else:
         progress("initialise: UNTRAINED, seeded weights with calibrated BatchNorm")
-        calibration = crops(photographs(), CALIBRATION_IMAGES, args.in_channels, (height, width), CALIBRATION_SEED)
-        initialise(model, calibration)
+        initialise(model, cut(CALIBRATION_IMAGES, CALIBRATION_SEED))
         metadata["weights"] = "UNTRAINED: seed 0"
-    output = args.output or Path("build") / f"{args.model}-{args.precision}"
-    example = torch.zeros(1, args.in_channels, height, width)
-    return export_bundle(model.eval(), example, output, config, images=images, metadata=metadata, progress=progress)
+    return export_bundle(
+        model.eval(),
+        torch.zeros(1, source.in_channels, *source.size),
+        args.output or Path("build") / f"{source.model}-{args.precision}",
+        config,
+        images=images,
+        labelled=labelled,
+        metadata=metadata,
+        progress=progress,
+    )
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported and what it is fed: from the flags, else from the card in the weights, else by default.
+
+    Attributes:
+        size: height and width of the input in pixels.
+        preprocessing: from a picture to the input; None where pictures do not have that many channels.
+        classes: what the logits stand for; None where nobody said.
+        data: what the weights were trained on, empty where nobody said.
+    """
+
+    model: str
+    num_classes: int | None
+    in_channels: int
+    size: tuple[int, int]
+    preprocessing: Preprocessing | None
+    classes: tuple[str, ...] | None = None
+    data: str = ""
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        return self.preprocessing.mean if self.preprocessing else IMAGENET_MEAN
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        return self.preprocessing.std if self.preprocessing else IMAGENET_STD
+
+
+def describe_source(args: argparse.Namespace, size: tuple[int, int] | None) -> Source:
+    card = read_model_card(args.weights) if args.weights not in (None, PRETRAINED) else None
+    if card is None:
+        name, channels = args.model or DEFAULT_MODEL, 3 if args.in_channels is None else args.in_channels
+        size = size or (MODELS[name].image_size if name in MODELS else 224,) * 2  # create_model refuses other names
+        published = PUBLISHED[name].resize if args.weights == PRETRAINED and name in PUBLISHED else 256
+        preprocessing = imagenet_preprocessing(channels, published)
+        return Source(name, args.num_classes, channels, size, preprocessing and preprocessing.at(size))
+    for flag, given, held in (
+        ("--model", args.model, card.model),
+        ("--num-classes", args.num_classes, len(card.classes)),
+        ("--in-channels", args.in_channels, card.preprocessing.channels),
+    ):
+        if given is not None and given != held:
+            raise ExportError(f"{flag} {given}: {args.weights} holds weights for {held}")
+    preprocessing = card.preprocessing.at(size) if size else card.preprocessing
+    channels = preprocessing.channels
+    return Source(card.model, len(card.classes), channels, preprocessing.size, preprocessing, card.classes, card.data)
+
+
+def open_labelled(args: argparse.Namespace, source: Source) -> LabelledInputs | None:
+    """The labelled inputs to measure accuracy on: --data, or the digits for weights that were trained on them."""
+    name = args.data or ("digits" if source.data == "digits" else None)
+    if name is None:
+        return None
+    if args.weights is None:
+        raise ExportError("--data: expected trained weights to measure, got none; give --weights")
+    if source.preprocessing is None:
+        raise ExportError(f"--data: expected a model for pictures of 1 or 3 channels, got {source.in_channels}")
+    return LabelledInputs(open_test(name), source.preprocessing)
+
+
+def spread(labelled: LabelledInputs, count: int) -> Tensor:
+    """Inputs from all over a set, which may be sorted by class."""
+    chosen = np.linspace(0, len(labelled) - 1, min(count, len(labelled))).astype(int).tolist()
+    return torch.from_numpy(labelled.pictures.inputs(chosen, labelled.preprocessing))
 
 
 def parse_batch(text: str) -> Batch:
@@ -113,12 +214,12 @@ def parse_size(text: str) -> tuple[int, int]:
     return sizes[0], sizes[-1]
 
 
-def summarise(args: argparse.Namespace, result: ExportResult) -> None:
+def summarise(args: argparse.Namespace, source: Source, result: ExportResult) -> None:
     """What was found and, last, what to do next."""
     coverage, report = result.coverage, result.report
     if args.json:
         record = {
-            "model": args.model,
+            "model": source.model,
             "trained": args.weights is not None,
             "precision": report.precision,
             "output": str(result.output) if result else None,
@@ -138,6 +239,10 @@ def summarise(args: argparse.Namespace, result: ExportResult) -> None:
             print(f"{rung.name}: no operator criterion for {', '.join(rung.operators.unchecked)}")
     for name, reason in result.skipped.items():
         print(f"{name} engine not built: {reason}")
+    if report.accuracy:
+        print_accuracy(report.accuracy)
+    elif args.weights is not None:
+        print("accuracy not measured: give labelled pictures with --data")
     for weakness in report.evidence.weaknesses:
         print(f"weak evidence: {weakness}")
     if args.weights is None:

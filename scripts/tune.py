@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from export import Batch, ExportError, fuse
-from export.capture import first_line
 from export.console import Parser, Progress
+from export.errors import first_line
 from export.precision import PRECISIONS
 from export.workload import fused_workload
 from kernels.config import Config
@@ -27,7 +27,7 @@ from kernels.oracle import Inputs, make_inputs, operator_call, oracle, p1_failur
 from kernels.problems import Problem, with_batch
 from kernels.selection import problem_key, tuned_table, write_table
 from kernels.tuning import tune
-from resnet import MODELS, create_model
+from resnet.models import MODELS, create_model
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -18,7 +18,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from export.images import crops, photographs
-from resnet import create_model, initialise
+from resnet.initialise import initialise
+from resnet.models import create_model
 
 IMAGE_SIZES = {"resnet18": 64, "resnet20": 32, "resnet50": 64}
 

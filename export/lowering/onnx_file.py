@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from export.capture import Batch, first_line, plain_torch
-from export.errors import ExportError
+from export.batch import Batch
+from export.capture import plain_torch
+from export.errors import ExportError, first_line
 from export.graph import FUSED_OPERATORS, is_call, module_path, named_args, schema_name
 from export.lowering.operators import TRANSLATIONS
 from export.precision import Precision
@@ -23,7 +24,6 @@ from export.program import FusedProgram
 
 # Conv admits bfloat16 from opset 22 on; TensorRT 10.3, the oldest supported, reads up to opset 20.
 _OPSETS = {torch.float32: 18, torch.float16: 18, torch.bfloat16: 22}
-ONNX_FILE = "model.onnx"
 _FX_NODE = "pkg.torch.onnx.fx_node"
 
 

@@ -1,4 +1,7 @@
-"""Build TensorRT and TensorRT-RTX engines from an ONNX file: one path, since the two share their interface."""
+"""Build TensorRT and TensorRT-RTX engines from an ONNX file: one path, since the two share their interface.
+
+What an engine is and whether it runs here is asked without PyTorch too.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-import torch
-
-from export.capture import Batch
+from export.batch import Batch
 from export.errors import ExportError, MissingDependency
 from export.precision import Precision
 
@@ -78,9 +79,27 @@ def why_not_buildable(flavour: Flavour) -> str | None:
         import_flavour(flavour)
     except MissingDependency as error:
         return str(error)
-    if flavour.needs_gpu and not torch.cuda.is_available():
-        return "needs an NVIDIA GPU on the building machine; build on the device from model.onnx"
+    if flavour.needs_gpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            return "needs an NVIDIA GPU on the building machine; build on the device from model.onnx"
     return None
+
+
+def why_not_runnable(engine: Engine) -> str:
+    """Why this machine cannot run an engine, empty where it can: asked before the engine, which is code, is loaded."""
+    try:
+        installed = import_flavour(engine.flavour).__version__
+    except MissingDependency as error:
+        return str(error)
+    if installed != engine.version:
+        return f"built by {engine.flavour.name} {engine.version}, {installed} is installed: export again with it"
+    try:
+        import torch
+    except ImportError:
+        return "torch, which holds an engine's inputs on the GPU, is not installed"
+    return "" if torch.cuda.is_available() else "no NVIDIA GPU here"
 
 
 def build_engine(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,15 +11,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from export.capture import Batch
-from export.errors import ExportError
+from export.batch import Arrays, Batch, run_in_batches
 from export.lowering.tensorrt_engine import Engine
 from export.parity.network import NetworkCheck, compare
 from export.parity.operators import OperatorChecks
 from export.parity.report import Rung
 from export.precision import Precision
 from export.program import FusedProgram
-from export.runners import Arrays, EagerRunner, FoldedRunner, Runner
+from export.runners import EagerRunner, FoldedRunner, Runner
 
 # Two draws of rounding the weights, which were seen to differ by up to 2.5; a broken fold is off by far more.
 _FOLDED_FACTOR = 4.0
@@ -75,9 +73,9 @@ def execute(runner: Runner, images: NDArray, batch: Batch) -> Execution:
     with runner:
         trace = runner.trace({"input": operator_images(images, batch)})
         started = time.perf_counter()
-        straight = infer(runner, images, batch, len(images))
+        straight = run_in_batches(runner.infer, images, batch, len(images))
         seconds = (time.perf_counter() - started) / len(images)
-        backwards = infer(runner, images[::-1].copy(), batch, max(1, len(images) // 2 - 1))
+        backwards = run_in_batches(runner.infer, images[::-1].copy(), batch, max(1, len(images) // 2 - 1))
     put_back = {name: values[::-1] for name, values in backwards.items()}
     changed = not np.array_equal(images, untouched)
     return Execution(runner.name, runner.runtime, runner.file, straight, put_back, trace, changed, seconds)
@@ -87,27 +85,6 @@ def operator_images(images: NDArray, batch: Batch) -> NDArray:
     """The images the operator criterion looks at: about four, repeated up to the smallest batch allowed."""
     size = max(batch.minimum, min(_OPERATOR_IMAGES, batch.maximum))
     return np.resize(images, (size, *images.shape[1:]))
-
-
-def infer(runner: Runner, images: NDArray, batch: Batch, size: int) -> Arrays:
-    """The outputs for all images, in batches of about `size` that `batch` allows.
-
-    A batch that would be smaller than the minimum is filled up with images that are dropped again.
-    """
-    size = min(max(size, batch.minimum), batch.maximum)
-    chunks = []
-    for chunk in _chunks(images, size):
-        filled = chunk
-        if len(chunk) < batch.minimum:
-            filled = np.resize(chunk, (batch.minimum, *chunk.shape[1:]))
-        outputs = runner.infer({"input": filled})
-        for name, values in outputs.items():
-            if values.ndim == 0 or len(values) != len(filled):
-                raise ExportError(
-                    f"{name} has shape {list(values.shape)}: expected [{len(filled)}, ...], the batch first"
-                )
-        chunks.append({name: values[: len(chunk)] for name, values in outputs.items()})
-    return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
 
 def run_references(
@@ -123,7 +100,7 @@ def run_references(
     ):
         with runner:
             started = time.perf_counter()
-            outputs.append(infer(runner, images, batch, len(images)))
+            outputs.append(run_in_batches(runner.infer, images, batch, len(images)))
             seconds = (time.perf_counter() - started) / len(images)
     oracle, folded, eager = outputs
     return References(images, eager, folded, oracle, seconds)
@@ -170,8 +147,3 @@ def judge(
 
 def _severity(check: NetworkCheck) -> tuple[bool, float]:
     return (not check, check.ratio if math.isfinite(check.ratio) else math.inf)
-
-
-def _chunks(images: NDArray, size: int) -> Iterator[NDArray]:
-    for start in range(0, len(images), size):
-        yield images[start : start + size]

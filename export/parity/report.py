@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from export.accuracy import Accuracy, lost_accuracy
 from export.parity.evidence import Evidence
 from export.parity.network import NetworkCheck, finite
 from export.parity.operators import OperatorChecks
@@ -90,23 +91,31 @@ class Rung:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """Every rung and the evidence under them. True when the network may be shipped."""
+    """Every rung and the evidence under them. True when the network may be shipped.
+
+    Attributes:
+        accuracy: of the eager model in float32, then of each form; empty where it was not measured.
+    """
 
     precision: str
     images: int
     evidence: Evidence
     rungs: tuple[Rung, ...]
+    accuracy: tuple[Accuracy, ...] = ()
 
     def __bool__(self) -> bool:
         executed = [rung for rung in self.rungs if not rung.not_run]
-        return bool(self.evidence) and bool(executed) and all(executed)
+        return bool(self.evidence) and bool(executed) and all(executed) and not lost_accuracy(self.accuracy)
 
     @property
     def verdict(self) -> str:
-        """One line: equal, not equal and where, or no verdict and why."""
+        """One line: equal, not equal and where, accuracy lost and how much, or no verdict and why."""
         failed = [f"{rung.name}: {rung.verdict}" for rung in self.rungs if not rung]
+        lost = lost_accuracy(self.accuracy)
         if failed:
-            return f"not equal to the eager model: {failed[0]}"
+            return f"not equal to the eager model: {failed[0]}{lost and f'; {lost}'}"
+        if lost:
+            return f"accuracy lost: {lost}"
         if not self.evidence:
             return f"no verdict, the evidence is too weak: {self.evidence.weaknesses[0]}"
         undecided = [r for r in self.rungs for check in r.outputs.values() if check.decision == "no verdict"]
@@ -125,4 +134,5 @@ class ParityReport:
                 "classes": self.evidence.classes,
             },
             "rungs": [rung.to_json() for rung in self.rungs],
+            "accuracy": [measured.to_json() for measured in self.accuracy],
         }

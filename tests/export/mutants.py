@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
+from export.batch import Arrays
 from export.capture import plain_torch
 from export.graph import args_of, aten, duplicate, is_call, module_path, named_args, resnet_deploy, same_shape
 from export.passes import DEFAULT_LEVEL, FOLDING, LEVELS
 from export.program import FusedProgram
-from export.runners import Arrays, ProgramRunner
+from export.runners import ProgramRunner
 from kernels import (
     conv2d_bias_act_reference,
     conv2d_bias_relu_maxpool_reference,

@@ -26,7 +26,7 @@ from export.passes import LEVELS
 from export.precision import PRECISIONS
 from export.program import FusedProgram, fuse
 from export.runners import OnnxRuntimeRunner, ProgramRunner, Runner
-from resnet import initialise
+from resnet.initialise import initialise
 from resnet.models import Bottleneck, CifarResNet
 from tests.export import mutants
 

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from export import Batch, fuse
 from export.lowering.onnx_file import OnnxFile, lower_onnx
+from export.onnx_session import rounded_copy
 from export.passes import LEVELS
 from export.precision import PRECISIONS
-from export.runners import OnnxRuntimeRunner, rounded_copy
+from export.runners import OnnxRuntimeRunner
 from tests.export import networks
 
 BATCH = Batch(1, 4, 8)

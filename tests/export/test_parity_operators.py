@@ -219,7 +219,7 @@ def test_good_evidence(calibrated: dict[str, nn.Module], pictures: dict[str, Ten
 
 
 def test_an_untouched_network_is_weak_evidence(pictures: dict[str, Tensor]) -> None:
-    from resnet import create_model
+    from resnet.models import create_model
 
     torch.manual_seed(0)
     found = evidence(create_model("resnet20").eval(), pictures["resnet20"])

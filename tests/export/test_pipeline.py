@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from export import Batch, ExportConfig, ExportError, export_bundle, verify_bundle
+from export import Batch, ExportConfig, ExportError, ExportResult, export_bundle, verify_bundle
+from export.accuracy import Labelled
 from export.program import FusedProgram
-from tests.export import networks
+from resnet.data import LabelledInputs, open_test
+from resnet.preprocessing import Preprocessing
+from tests.export import digits, networks
 
 BATCH = Batch(1, 4, 8)
 FILES = {"model.onnx", "model.rtx.engine", "parity.json", "golden.safetensors", "manifest.json"}
@@ -229,4 +235,113 @@ def test_unknown_settings_are_refused(case: str) -> None:
 def test_images_of_another_shape_are_refused(resnet20: nn.Module, example: Tensor, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"expected images of shape \[N, \*\[3, 32, 32\]\], got \[4, 3, 16, 16\]"):
         export_bundle(resnet20, example, tmp_path / "b", images=torch.zeros(4, 3, 16, 16))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def digit_images() -> Tensor:
+    return torch.from_numpy(digits.held_out_arrays()[0][:16])
+
+
+def export_digits(model: nn.Module, images: Tensor, output: Path, labelled: Labelled, **settings: Any) -> ExportResult:
+    config = ExportConfig(settings.pop("precision", "fp32"), settings.pop("batch", BATCH), "none")
+    arguments = {"metadata": digits.METADATA, **settings}
+    return export_bundle(model, digits.EXAMPLE, output, config, images=images, labelled=labelled, **arguments)
+
+
+@pytest.mark.parametrize(("precision", "batch"), [("fp16", BATCH), ("fp32", Batch(7, 7, 7))])
+def test_accuracy_is_measured_before_and_after(
+    precision: str, batch: Batch, trained_digits: tuple[nn.Module, Tensor], digit_images: Tensor, tmp_path: Path
+) -> None:
+    steps: list[str] = []
+    output, labelled = tmp_path / "b", digits.held_out()
+    result = export_digits(
+        trained_digits[0], digit_images, output, labelled, precision=precision, batch=batch, progress=steps.append
+    )
+    assert result, result.report.verdict
+    fused = "triton" if torch.cuda.is_available() else "fused"
+    inputs, labels = digits.held_out_arrays()
+    with torch.no_grad():
+        expected = int((trained_digits[0](torch.from_numpy(inputs)).argmax(1).numpy() == labels).sum())
+    measured = result.report.accuracy
+    assert [(form.form, form.precision) for form in measured] == [
+        ("eager", "fp32"), (fused, precision), ("onnx", precision),
+    ]  # fmt: skip
+    assert [form.images for form in measured] == [359] * 3 and measured[0].correct == expected > 300
+    assert all(abs(form.correct - expected) <= 3 for form in measured)
+    assert [step for step in steps if step.startswith("measure")] == [
+        "measure accuracy: eager", f"measure accuracy: {fused}", "measure accuracy: onnx",
+    ]  # fmt: skip
+    assert steps.index("measure accuracy: eager") < steps.index("compare") < steps.index("measure accuracy: onnx")
+    records = [form.to_json() for form in measured]
+    assert json.loads((output / "parity.json").read_text())["accuracy"] == records
+    assert json.loads((output / "manifest.json").read_text())["accuracy"] == records
+
+
+def test_without_labelled_pictures_no_accuracy_is_claimed(bundle: Path) -> None:
+    assert json.loads((bundle / "parity.json").read_text())["accuracy"] == []
+    assert json.loads((bundle / "manifest.json").read_text())["accuracy"] == []
+
+
+def test_a_form_that_loses_accuracy_is_not_written(
+    trained_digits: tuple[nn.Module, Tensor], digit_images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fused program whose accuracy is measured has two class rows exchanged; all that is compared is right."""
+    import export.pipeline
+
+    swapped = digits.fused(digits.with_swapped_classes(trained_digits[0]), BATCH)
+    forms = export.pipeline._exported_forms
+    monkeypatch.setattr(export.pipeline, "_exported_forms", lambda program, *others: forms(swapped, *others))
+    result = export_digits(trained_digits[0], digit_images, tmp_path / "b", digits.held_out())
+    eager, fused, onnx = result.report.accuracy
+    assert all(result.report.rungs) and not result and list(tmp_path.iterdir()) == []
+    assert fused.correct < eager.correct - 40 and onnx.correct == eager.correct
+    expected = f"accuracy lost: {fused.form} (fp32) has {100 * fused.top1:.2f} % top-1 where the eager model has "
+    assert result.report.verdict.startswith(f"{expected}{100 * eager.top1:.2f} %")
+
+
+def test_a_wrong_form_shows_as_lower_accuracy_too(
+    trained_digits: tuple[nn.Module, Tensor], digit_images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import export.pipeline
+    from export.runners import ProgramRunner
+
+    class Swapped(ProgramRunner):
+        def infer(self, inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
+            return {name: logits[:, ::-1] for name, logits in super().infer(inputs).items()}
+
+    monkeypatch.setattr(export.pipeline, "ProgramRunner", Swapped)
+    result = export_digits(trained_digits[0], digit_images, tmp_path / "b", digits.held_out())
+    assert not result and result.report.verdict.startswith("not equal to the eager model: fused")
+    assert "% top-1 where the eager model has" in result.report.verdict
+
+
+class Empty:
+    classes = digits.CLASSES
+
+    def __len__(self) -> int:
+        return 0
+
+    def batches(self, size: int) -> Iterator[tuple[NDArray, NDArray]]:
+        return iter(())
+
+
+UNMEASURABLE: dict[str, tuple[Labelled, dict[str, Any], str]] = {
+    "no pictures": (Empty(), digits.METADATA, "expected labelled pictures to measure accuracy on, got none"),
+    "another size": (
+        LabelledInputs(open_test("digits"), Preprocessing((8, 8), (8, 8), (0.5,), (0.5,))),
+        digits.METADATA,
+        r"expected labelled inputs of shape \[N, \*\[1, 16, 16\]\] float32, got \[1, 1, 8, 8\] float32",
+    ),
+    "other classes": (digits.held_out(), {"classes": list("abcdefghij")}, "class '0' of the data is none of"),
+}
+
+
+@pytest.mark.parametrize("case", UNMEASURABLE)
+def test_data_that_does_not_fit_is_refused(
+    case: str, trained_digits: tuple[nn.Module, Tensor], digit_images: Tensor, tmp_path: Path
+) -> None:
+    labelled, metadata, message = UNMEASURABLE[case]
+    with pytest.raises(ExportError, match=message):
+        export_digits(trained_digits[0], digit_images, tmp_path / "b", labelled, metadata=metadata)
     assert list(tmp_path.iterdir()) == []

@@ -18,7 +18,7 @@ from export.graph import schema_name
 from export.parity.operators import check_operators
 from export.precision import PRECISIONS
 from export.runners import ProgramRunner
-from resnet import create_model
+from resnet.models import create_model
 from tests.export import networks
 
 BATCH = Batch(1, 4, 8)

@@ -19,7 +19,7 @@ from export.runners import ProgramRunner
 from kernels import launch
 from kernels.config import BottleneckConfig, Config, ConvConfig
 from kernels.problems import PROBLEMS, BottleneckProblem, ConvProblem, Problem
-from resnet import initialise
+from resnet.initialise import initialise
 from resnet.models import Bottleneck, ResNet
 
 NAMES = ("output",)

@@ -6,13 +6,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import save_file
 
-from resnet import create_model
+from resnet.data import open_test
+from resnet.models import create_model
 
 ROOT = Path(__file__).resolve().parents[2]
+DIGITS = str(ROOT / "resnet" / "checkpoints" / "resnet20-digits.safetensors")
 
 
 def run(script: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -75,6 +78,51 @@ def test_weights_from_a_file(tmp_path: Path) -> None:
     assert process.returncode == 2 and "--num-classes 7" in process.stderr
 
 
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Any]]]:
+    """The model that ships, exported in every precision from its weights file alone: folder and summaries."""
+    folder = tmp_path_factory.mktemp("digits")
+    summaries = {}
+    for precision in ("fp32", "fp16", "bf16"):
+        process = run("export.py", "--weights", DIGITS, f"--{precision}", "--engine", "none", "--json", cwd=folder)
+        assert process.returncode == 0, process.stderr
+        summaries[precision] = json.loads(process.stdout)
+    return folder, summaries
+
+
+def test_the_accuracy_of_the_model_that_ships_survives_every_precision(
+    digits: tuple[Path, dict[str, dict[str, Any]]],
+) -> None:
+    for precision, summary in digits[1].items():
+        before, *after = summary["accuracy"]
+        assert summary["model"] == "resnet20" and summary["trained"] is True
+        assert (before["form"], before["precision"]) == ("eager", "fp32")
+        assert before["images"] == 359 and before["top1"] >= 0.985
+        assert [form["form"] for form in after] == ["fused", "onnx"]
+        for form in after:
+            assert form["precision"] == precision and abs(form["top1"] - before["top1"]) <= 0.001, form
+
+
+def test_evaluate_puts_the_precisions_side_by_side(digits: tuple[Path, dict[str, dict[str, Any]]]) -> None:
+    folder, summaries = digits
+    bundles = [f"build/resnet20-{precision}" for precision in summaries]
+    process = run("evaluate.py", *bundles, "digits", "--json", cwd=folder)
+    measured = json.loads(process.stdout)["measured"]
+    assert [row["precision"] for row in measured] == ["fp32", "fp16", "bf16"]
+    assert [row["correct"] for row in measured] == [s["accuracy"][-1]["correct"] for s in summaries.values()]
+
+
+def test_classify_names_what_it_sees(digits: tuple[Path, dict[str, dict[str, Any]]], tmp_path: Path) -> None:
+    held_out = open_test("digits")
+    paths = [tmp_path / f"{i}.png" for i in range(1, 359, 60)]
+    for path in paths:
+        held_out.picture(int(path.stem)).save(path)
+    process = run("classify.py", digits[0] / "build" / "resnet20-fp16", *paths, "--json", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    found = [image["predictions"][0]["label"] for image in json.loads(process.stdout)["images"]]
+    assert found == [held_out.classes[held_out.labels[int(path.stem)]] for path in paths]
+
+
 NONSENSE = {
     "unknown model": (["--model", "resnet51"], "resnet50"),
     "unknown flag": (["--fp61"], "did you mean --fp16"),
@@ -91,7 +139,11 @@ NONSENSE = {
     "corrupt weights": (["--weights", "corrupt.pt"], "corrupt.pt"),
     "text as a picture": (["--images", "corrupt.pt"], "expected an image file"),
     "int8": (["--int8"], "not available yet"),
-    "pretrained": (["--weights", "pretrained"], "not available yet"),
+    "pretrained": (["--weights", "pretrained"], "no published weights with a known sha256 for 'resnet20'"),
+    "another model's weights": (["--weights", DIGITS, "--model", "resnet56"], "holds weights for resnet20"),
+    "another count of classes": (["--weights", DIGITS, "--num-classes", "7"], "holds weights for 10"),
+    "labelled data without weights": (["--data", "digits"], "give --weights"),
+    "no such data": (["--weights", DIGITS, "--data", "nowhere"], "nowhere: expected digits, a folder"),
     "missing engine package": (["--engine", "tensorrt"], "pip install -e '.[tensorrt]'"),
     "unwritable folder": (["--output", "corrupt.pt/out"], "cannot be written"),
     "folder of something else": (["--output", "."], "is not a bundle"),

@@ -1,0 +1,231 @@
+"""Run a bundle on this machine: check it, see which of its files run here, run one. No PyTorch but for engines."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+
+from export.accuracy import class_count, class_names
+from export.batch import Arrays, Batch, run_in_batches
+from export.bundle import FORMAT, ONNX_FILE, read_verified
+from export.errors import ExportError, MissingDependency, first_line
+from export.lowering.tensorrt_engine import FLAVOURS, Engine, why_not_runnable
+from export.onnx_session import import_onnxruntime, open_file
+from export.precision import PRECISIONS, Precision
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle whose every file is the one that was written, and what its manifest says.
+
+    Attributes:
+        path: its folder.
+        manifest: the whole of it.
+        contents: file name -> the bytes that were checked.
+        precision: of weights and activations.
+        batch: the batch sizes its artefacts accept.
+        input_name: of the ONNX file's one input.
+        image_shape: (C, H, W) of an input.
+        outputs: name -> shape, in order.
+        engines: those it lists.
+    """
+
+    path: Path
+    manifest: Mapping[str, Any] = field(repr=False)
+    contents: Mapping[str, bytes] = field(repr=False)
+    precision: Precision
+    batch: Batch
+    input_name: str
+    image_shape: tuple[int, int, int]
+    outputs: Mapping[str, tuple[int | str, ...]]
+    engines: tuple[Engine, ...] = field(repr=False)
+
+    @property
+    def class_count(self) -> int:
+        """How many classes there are; raises ExportError where the first output is not [N, classes]."""
+        return class_count(next(iter(self.outputs.values())))
+
+    @property
+    def classes(self) -> list[str] | None:
+        """The names of the classes, None where the manifest has none; raises ExportError where they do not fit."""
+        names = self.manifest["model"].get("classes")
+        return None if names is None else class_names(names, self.class_count)
+
+    @property
+    def preprocessing(self) -> Mapping[str, Any]:
+        """How a picture becomes an input.
+
+        Raises:
+            ExportError: the manifest does not say; the model does not take pictures.
+        """
+        record = self.manifest["model"].get("preprocessing")
+        if not isinstance(record, Mapping):
+            raise ExportError(f"{self.path} takes inputs of shape {list(self.image_shape)}, not pictures: expected "
+                              f"a preprocessing in its manifest, got {record!r:.80}")  # fmt: skip
+        return record
+
+    def check_input(self, shape: tuple[int, ...]) -> None:
+        """Raises ExportError where (C, H, W) is not the shape of an input."""
+        if shape != self.image_shape:
+            raise ExportError(f"{self.path} takes inputs of shape {list(self.image_shape)}: its preprocessing makes "
+                              f"{list(shape)}")  # fmt: skip
+
+    def onnx_model(self) -> onnx.ModelProto:
+        """The ONNX file; raises ExportError where it is none."""
+        try:
+            return onnx.load_model_from_string(self.contents[ONNX_FILE])
+        except DecodeError as error:
+            raise _foreign(self.path, error) from error
+
+
+def open_bundle(path: str | Path) -> Bundle:
+    """Check every file of a bundle and read its manifest. Nothing of it is loaded or run.
+
+    Raises:
+        ExportError: not a bundle, or a file is missing, changed, unlisted or a link; names the file.
+    """
+    path = Path(path)
+    manifest, contents = read_verified(path)
+    if manifest.get("format") != FORMAT:
+        raise ExportError(f"{path} has format {manifest.get('format')}: this version reads format {FORMAT}")
+    try:
+        precision = PRECISIONS[manifest["precision"]]
+        batch = Batch(*(manifest["batch"][key] for key in ("min", "opt", "max")))
+        (entry,) = manifest["inputs"]
+        _, channels, height, width = entry["shape"]
+        outputs = {str(output["name"]): tuple(output["shape"]) for output in manifest["outputs"]}
+        engines = tuple(_engine(name, facts, contents, precision) for name, facts in manifest["engines"].items())
+        if not outputs or not isinstance(manifest["model"], dict) or ONNX_FILE not in contents:
+            raise ValueError(f"expected outputs, a model and {ONNX_FILE}")
+        image_shape = (int(channels), int(height), int(width))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _foreign(path, error) from error
+    return Bundle(path, manifest, contents, precision, batch, entry["name"], image_shape, outputs, engines)
+
+
+def _foreign(path: Path, error: Exception) -> ExportError:
+    return ExportError(f"{path}: not a bundle of this project ({type(error).__name__}: {error})")
+
+
+def _engine(name: str, facts: Mapping[str, Any], contents: Mapping[str, bytes], precision: Precision) -> Engine:
+    """An engine from the bytes that were checked: only under the name its flavour has in a bundle."""
+    flavour = FLAVOURS[facts["flavour"]]
+    if flavour.file_name != name:
+        raise ValueError(f"{name!r} is not the name of an engine of {flavour.name}")
+    return Engine(flavour, contents[name], facts["version"], precision, facts["convolutions"], facts["build_seconds"])
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """One file of a bundle that computes the network.
+
+    Attributes:
+        form: `onnx` or an engine's flavour.
+        file: its name in the bundle.
+        runtime: what executes it, with its version.
+        obstacle: why this machine cannot run it, empty where nothing is known to speak against it.
+        engine: None for the ONNX file.
+    """
+
+    form: str
+    file: str
+    runtime: str
+    obstacle: str
+    engine: Engine | None = field(default=None, repr=False)
+
+
+def artefacts(bundle: Bundle) -> list[Artefact]:
+    """What the bundle holds, engines first: where one runs it is the fastest."""
+    found = []
+    for engine in bundle.engines:
+        name = engine.flavour.name
+        runtime = f"{name} {engine.version}"
+        found.append(Artefact(name, engine.flavour.file_name, runtime, _engine_obstacle(engine), engine))
+    try:
+        runtime, obstacle = f"onnxruntime {import_onnxruntime().__version__}", ""
+    except MissingDependency as error:
+        runtime, obstacle = "onnxruntime", str(error)
+    return [*found, Artefact("onnx", ONNX_FILE, runtime, obstacle)]
+
+
+def _engine_obstacle(engine: Engine) -> str:
+    obstacle = why_not_runnable(engine)
+    if not obstacle:
+        try:
+            importlib.import_module("export.runners")
+        except ImportError as error:
+            return f"{error.name} is not installed"
+    return obstacle
+
+
+@contextmanager
+def running(bundle: Bundle, artefact: Artefact) -> Iterator[Callable[[NDArray], Arrays]]:
+    """Load an artefact and give the function that runs it.
+
+    The function takes any number of images [N, C, H, W], float32, and returns the outputs by name, in the order
+    of the manifest; batches of a size the bundle does not accept are split or filled up.
+
+    Raises:
+        ExportError: it does not load, or an input has another shape.
+    """
+    if artefact.obstacle:
+        raise ExportError(f"{bundle.path / artefact.file} cannot run here: {artefact.obstacle}")
+    with _loaded(bundle, artefact) as run:
+
+        def infer(images: NDArray) -> Arrays:
+            if images.shape[1:] != bundle.image_shape or not len(images):
+                expected = f"[N, *{list(bundle.image_shape)}]"
+                raise ExportError(f"{bundle.path}: expected inputs of shape {expected}, got {list(images.shape)}")
+            return run_in_batches(run, images, bundle.batch, bundle.batch.maximum)
+
+        yield infer
+
+
+@contextmanager
+def running_first(bundle: Bundle) -> Iterator[tuple[Artefact, Callable[[NDArray], Arrays]]]:
+    """The first of `artefacts` that loads here, and what `running` gives for it.
+
+    Raises:
+        ExportError: none does.
+    """
+    reasons = []
+    with ExitStack() as stack:
+        for artefact in artefacts(bundle):
+            try:
+                infer = stack.enter_context(running(bundle, artefact))
+            except ExportError as error:
+                reasons.append(str(error))
+                continue
+            yield artefact, infer
+            return
+    raise ExportError("; ".join(reasons))
+
+
+@contextmanager
+def _loaded(bundle: Bundle, artefact: Artefact) -> Iterator[Callable[[Mapping[str, NDArray]], Arrays]]:
+    """What runs one batch, as a runner's `infer` does."""
+    names = tuple(bundle.outputs)
+    if artefact.engine is not None:
+        from export.runners import TensorRTRunner  # needs PyTorch
+
+        with TensorRTRunner(artefact.engine, names) as runner:
+            yield runner.infer
+    else:
+        session = open_file(bundle.onnx_model(), bundle.precision)
+
+        def run(inputs: Mapping[str, NDArray]) -> Arrays:
+            try:
+                values = session.run(list(names), {bundle.input_name: inputs["input"]})
+            except Exception as error:  # its exceptions share no base class
+                raise ExportError(f"{bundle.path / artefact.file} does not run: {first_line(error)}") from error
+            return dict(zip(names, values, strict=True))
+
+        yield run

@@ -1,0 +1,85 @@
+"""What is in these pictures: the most probable classes, from a bundle, on this machine. Needs no PyTorch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.console import Parser, print_predictions
+from export.errors import first_line
+from export.inference import Artefact, Bundle, open_bundle, running_first
+from resnet.preprocessing import Preprocessing, open_picture
+
+TOP = 5
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(prog="classify.py", description=__doc__)
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder written by export.py")
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="picture files")
+    parser.add_argument("--json", action="store_true", help="the result as one JSON object on stdout")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        bundle = open_bundle(args.bundle)
+        labels = bundle.classes or [f"class {i}" for i in range(bundle.class_count)]
+        artefact, logits = run(bundle, args.images)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"classify.py: error: {first_line(error)}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("classify.py: interrupted\n")
+        return 130
+    for path, row in zip(args.images, logits, strict=True):
+        if not np.isfinite(row).all():
+            sys.stderr.write(f"classify.py: {path}: {artefact.file} returns NaN or Inf for this picture\n")
+            return 1
+    records = [
+        {
+            "path": str(path),
+            "runtime": artefact.runtime,
+            "predictions": [{"class": i, "label": labels[i], "probability": p} for i, p in most_probable(row)],
+        }
+        for path, row in zip(args.images, logits, strict=True)
+    ]
+    if args.json:
+        print(json.dumps({"images": records}))
+        return 0
+    for record in records:
+        print_predictions(record["path"], [(found["label"], found["probability"]) for found in record["predictions"]])
+    return 0
+
+
+def run(bundle: Bundle, paths: list[Path]) -> tuple[Artefact, NDArray]:
+    """What ran, and the logits of each picture."""
+    preprocessing = Preprocessing.from_json(bundle.preprocessing)
+    bundle.check_input((preprocessing.channels, *preprocessing.size))
+    size, logits = bundle.batch.maximum, []
+    with running_first(bundle) as (artefact, infer):
+        sys.stderr.write(f"{bundle.path / artefact.file} on {artefact.runtime}\n")
+        for start in range(0, len(paths), size):
+            outputs = infer(preprocessing([open_picture(path) for path in paths[start : start + size]]))
+            logits.append(next(iter(outputs.values())))
+    return artefact, np.concatenate(logits)
+
+
+def most_probable(logits: NDArray) -> list[tuple[int, float]]:
+    """The first classes by softmax, in float64, each with its probability."""
+    exponentials = np.exp(logits.astype(np.float64) - logits.max())
+    probabilities = exponentials / exponentials.sum()
+    order = np.argsort(-probabilities, kind="stable")[:TOP]
+    return [(int(index), float(probabilities[index])) for index in order]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

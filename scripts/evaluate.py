@@ -1,0 +1,224 @@
+"""How many labelled pictures the artefacts of some bundles get right, side by side. Needs no PyTorch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)  # not scripts/, where `export` would be a script
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.accuracy import Accuracy, class_indices, measure
+from export.batch import Arrays
+from export.console import Parser, images_bar, print_evaluation
+from export.errors import ExportError, MissingDependency, first_line
+from export.inference import Artefact, Bundle, artefacts, open_bundle, running
+from resnet.data import LabelledImages, LabelledInputs, open_test
+from resnet.preprocessing import Preprocessing
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(prog="evaluate.py", description=__doc__)
+    parser.add_argument("bundles", nargs="+", type=Path, metavar="BUNDLE", help="folders written by export.py")
+    parser.add_argument(
+        "data", metavar="DATA", help="digits, an archive of CIFAR-10 or CIFAR-100, or a folder of class folders"
+    )
+    parser.add_argument(
+        "--ray",
+        action="store_true",
+        help="share the pictures among the machines of the Ray cluster in RAY_ADDRESS, or of one started here; BUNDLE "
+        "and DATA must have the same absolute paths on all of them, as in a shared folder",
+    )
+    parser.add_argument("--json", action="store_true", help="the result as one JSON object on stdout")
+    return parser.parse_args(argv)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A bundle and the data as its inputs; `indices` is the logit of each label."""
+
+    bundle: Bundle
+    labelled: LabelledInputs
+    indices: NDArray
+
+    @classmethod
+    def of(cls, path: Path, data: LabelledImages) -> Subject:
+        """Raises ExportError where the data does not fit the bundle."""
+        bundle = open_bundle(path)
+        preprocessing = Preprocessing.from_json(bundle.preprocessing)
+        bundle.check_input((preprocessing.channels, *preprocessing.size))
+        try:
+            indices = class_indices(data.classes, bundle.classes, bundle.class_count)
+        except ExportError as error:
+            raise ExportError(f"{path}: {error}") from error
+        return cls(bundle, LabelledInputs(data, preprocessing), indices)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        ray = import_ray() if args.ray else None
+        data = open_test(args.data)
+        subjects = [Subject.of(path, data) for path in args.bundles]
+        measured, waiting = run(subjects, cluster_measure(ray, args.data) if ray else measure_here)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"evaluate.py: error: {first_line(error)}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("evaluate.py: interrupted\n")
+        return 130
+    if args.json:
+        records = [{"bundle": bundle, "artefact": file, **found.to_json()} for bundle, file, found in measured]
+        skipped = [{"bundle": bundle, "artefact": file, "reason": reason} for bundle, file, reason in waiting]
+        print(json.dumps({"data": args.data, "measured": records, "not_run": skipped}))
+        return 0
+    print_evaluation(measured)
+    for bundle, file, reason in waiting:
+        print(f"{bundle}/{file} not run: {reason}")
+    return 0
+
+
+Measure = Callable[[Subject, Artefact, Callable[[int], None]], Accuracy]
+Measured = list[tuple[str, str, Accuracy]]  # bundle, artefact
+Waiting = list[tuple[str, str, str]]  # bundle, artefact, reason
+
+
+def run(subjects: Sequence[Subject], measure_one: Measure) -> tuple[Measured, Waiting]:
+    """What each artefact got right, and why others did not run.
+
+    Raises:
+        ExportError: none runs.
+    """
+    measured: Measured = []
+    waiting: Waiting = []
+    for subject in subjects:
+        bundle = str(subject.bundle.path)
+        for artefact in artefacts(subject.bundle):
+            try:
+                if artefact.obstacle:
+                    raise ExportError(artefact.obstacle)
+                with images_bar(f"{bundle}/{artefact.file}", len(subject.labelled)) as progress:
+                    measured.append((bundle, artefact.file, measure_one(subject, artefact, progress)))
+            except ExportError as error:
+                waiting.append((bundle, artefact.file, str(error)))
+    if not measured:
+        raise ExportError("; ".join(f"{bundle}/{file} does not run: {reason}" for bundle, file, reason in waiting))
+    return measured, waiting
+
+
+def measure_here(subject: Subject, artefact: Artefact, progress: Callable[[int], None]) -> Accuracy:
+    bundle, labelled = subject.bundle, subject.labelled
+    facts = (artefact.form, artefact.runtime, bundle.precision.name)
+    with running(bundle, artefact) as infer:
+        return measure(*facts, infer, labelled, subject.indices, bundle.batch.maximum, progress)
+
+
+def import_ray() -> Any:
+    """Raises MissingDependency where Ray Data is not installed."""
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise MissingDependency("ray", "ray") from error
+    return ray
+
+
+def cluster_measure(ray: Any, data: str) -> Measure:
+    """`measure_here`, with the batches shared among the machines of a cluster.
+
+    One worker per machine, which uses all its cores; for an engine, one per GPU. The batches are those of
+    `measure_here`, and what is added up is whole numbers. The seconds include the start of the workers.
+    """
+    modules = [str(ROOT / room) for room in ("export", "kernels", "resnet")]
+    ray.init(runtime_env={"py_modules": modules}, log_to_driver=False, logging_level=logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    source = data if data == "digits" else str(Path(data).resolve())
+
+    def measure_one(subject: Subject, artefact: Artefact, progress: Callable[[int], None]) -> Accuracy:
+        bundle, data = subject.bundle, subject.labelled.pictures
+        started, images, correct = time.perf_counter(), 0, 0
+        size, gpus = bundle.batch.maximum, 1 if artefact.engine else 0
+        ranges = [{"start": i, "stop": min(i + size, len(data))} for i in range(0, len(data), size)]
+        machines = sum(node["Alive"] and "CPU" in node["Resources"] for node in ray.nodes())
+        workers = min(int(ray.cluster_resources().get("GPU", 0)) if gpus else machines, len(ranges))
+        if not workers:
+            raise ExportError(f"expected a cluster with {'a GPU' if gpus else 'CPUs'}, got none")
+        counts = ray.data.from_items(ranges).map_batches(
+            Counter,
+            fn_constructor_args=(bundle.path.resolve(), artefact.file, source, bundle.manifest, data.labels),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            num_gpus=gpus,
+        )
+        try:
+            for row in counts.iter_rows():
+                if row["refusal"]:
+                    raise ExportError(row["refusal"])
+                images, correct = images + int(row["images"]), correct + int(row["correct"])
+                progress(images)
+        except ray.exceptions.RayError as error:
+            raise ExportError(f"a worker failed: {str(error).splitlines()[-1]}") from error
+        if images != len(data):
+            raise ExportError(f"the cluster counted {images} pictures: expected {len(data)}")
+        runtime, seconds = f"{artefact.runtime} x {workers}", time.perf_counter() - started
+        return Accuracy(artefact.form, runtime, bundle.precision.name, images, correct, seconds)
+
+    return measure_one
+
+
+class Counter:
+    """Opens the bundle and the data on its machine, then counts what ranges of pictures get right."""
+
+    def __init__(self, path: Path, file: str, source: str, manifest: Mapping[str, Any], labels: NDArray) -> None:
+        """`manifest` and `labels` are the driver's: bundle and data must be the same on all machines."""
+        self._path, self._file, self._source = path, file, source
+        self._manifest, self._labels = manifest, labels
+        self._opened: tuple[Subject, Callable[[NDArray], Arrays], ExitStack] | None = None
+
+    def __call__(self, ranges: Mapping[str, NDArray]) -> dict[str, NDArray]:
+        """One row for each range; a refusal is a value: Ray retries what raises, and buries it in its own frames."""
+        correct, refusal = [0] * len(ranges["start"]), ""
+        try:
+            correct = [self._count(int(i), int(j)) for i, j in zip(ranges["start"], ranges["stop"], strict=True)]
+        except (ValueError, OSError) as error:
+            refusal = f"{socket.gethostname()}: {first_line(error)}"
+        refusals = np.array([refusal] * len(correct))
+        return {"images": ranges["stop"] - ranges["start"], "correct": np.array(correct), "refusal": refusals}
+
+    def _count(self, start: int, stop: int) -> int:
+        self._opened = self._opened or self._open()
+        subject, infer, _ = self._opened
+        part = replace(subject.labelled, pictures=subject.labelled.pictures.subset(np.arange(start, stop)))
+        return measure("", "", "", infer, part, subject.indices, stop - start).correct
+
+    def _open(self) -> tuple[Subject, Callable[[NDArray], Arrays], ExitStack]:
+        """What `measure` needs, and what keeps it open."""
+        data = open_test(self._source)
+        subject, stack = Subject.of(self._path, data), ExitStack()
+        same = {
+            self._path: subject.bundle.manifest == self._manifest,
+            self._source: np.array_equal(data.labels, self._labels),
+        }
+        for what, is_same in same.items():
+            if not is_same:
+                raise ExportError(f"{what} is not what it is on the driver: expected a shared folder")
+        artefact = next(artefact for artefact in artefacts(subject.bundle) if artefact.file == self._file)
+        return subject, stack.enter_context(running(subject.bundle, artefact)), stack
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""Bundles of a network that reads handwritten digits, written without the comparison that other tests are about."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from export import Batch, FusedProgram, fuse
+from export.bundle import ONNX_FILE, publish, read_verified, staged
+from export.lowering.onnx_file import lower_onnx
+from export.manifest import describe
+from export.precision import PRECISIONS
+from resnet.data import LabelledInputs, open_test
+from resnet.preprocessing import Preprocessing
+
+PREPROCESSING = Preprocessing((16, 16), (16, 16), (0.5,), (0.5,))
+CLASSES = [str(digit) for digit in range(10)]
+METADATA = {"preprocessing": PREPROCESSING.to_json(), "classes": CLASSES}
+EXAMPLE = torch.zeros(1, 1, 16, 16)
+BATCH = Batch(1, 4, 8)
+
+
+def held_out() -> LabelledInputs:
+    return LabelledInputs(open_test("digits"), PREPROCESSING)
+
+
+def held_out_arrays() -> tuple[NDArray, NDArray]:
+    """The same, all inputs and labels at once, prepared by plain numpy and Pillow."""
+    data = open_test("digits")
+    pictures = [np.asarray(data.picture(i).resize((16, 16), 2), np.float32) for i in range(len(data))]
+    return (np.stack(pictures)[:, None] / 255 - 0.5) / 0.5, data.labels
+
+
+def with_swapped_classes(model: nn.Module) -> nn.Module:
+    """The network with the logits of 3 and 8 exchanged."""
+    swapped: Any = copy.deepcopy(model)
+    order = torch.arange(10)
+    order[[3, 8]] = order[[8, 3]]
+    with torch.no_grad():
+        for parameter in (swapped.fc.weight, swapped.fc.bias):
+            parameter.copy_(parameter[order])
+    return swapped
+
+
+def fused(model: nn.Module, batch: Batch = BATCH) -> FusedProgram:
+    return fuse(model, EXAMPLE, batch)
+
+
+def write(program: FusedProgram, output: Path, precision: str = "fp32", metadata: Mapping[str, Any] = METADATA) -> Path:
+    file = lower_onnx(program, EXAMPLE, PRECISIONS[precision], {})
+    manifest = describe(program, file, [], PRECISIONS[precision], metadata)
+    with staged(output) as staging:
+        publish(staging, output, {ONNX_FILE: file.serialize()}, manifest)
+    return output
+
+
+def rewrite(bundle: Path, output: Path, change: Callable[[dict[str, Any], dict[str, bytes]], None]) -> Path:
+    """A copy that is whole, but whose manifest and files were changed before they were written."""
+    manifest, files = read_verified(bundle)
+    change(manifest, files)
+    with staged(output) as staging:
+        publish(staging, output, files, manifest)
+    return output
+
+
+def change_onnx(change: Callable[[onnx.ModelProto], None]) -> Callable[[dict[str, Any], dict[str, bytes]], None]:
+    """For `rewrite`."""
+
+    def rewritten(manifest: dict[str, Any], files: dict[str, bytes]) -> None:
+        model = onnx.load_model_from_string(files[ONNX_FILE])
+        change(model)
+        files[ONNX_FILE] = model.SerializeToString()
+
+    return rewritten
+
+
+def without_torch(folder: Path, *others: str) -> dict[str, str]:
+    """Environment variables under which no Python process can import PyTorch and what needs it, nor `others`."""
+    folder.mkdir(exist_ok=True)
+    hidden = ("torch", "triton", "onnxscript", "tensorrt", "tensorrt_rtx", *others)
+    (folder / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.partition('.')[0] in {hidden}:\n"
+        "            raise ImportError(f'{name} is hidden')\n"
+        "sys.meta_path.insert(0, Absent())\n"
+    )
+    return {"PYTHONPATH": str(folder)}
