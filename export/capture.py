@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from export.batch import Batch
-from export.batch import as_batch as as_batch
 from export.errors import ExportError, first_line
 from export.graph import args_of, aten, is_call
 

@@ -131,7 +131,7 @@ class ResNet(nn.Module):
     """
 
     def __init__(
-        self, block: BlockFactory, depths: tuple[int, ...], num_classes: int, in_channels: int, dropout: float
+        self, block: BlockFactory, depths: tuple[int, ...], num_classes: int, in_channels: int, dropout: float = 0.0
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
@@ -162,7 +162,7 @@ class CifarResNet(nn.Module):
     """
 
     def __init__(
-        self, block: BlockFactory, depths: tuple[int, ...], num_classes: int, in_channels: int, dropout: float
+        self, block: BlockFactory, depths: tuple[int, ...], num_classes: int, in_channels: int, dropout: float = 0.0
     ) -> None:
         super().__init__()
         self.conv1 = _conv3x3(in_channels, 16)

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from export import Batch, ExportConfig, ExportError, ExportResult, export_bundle
-from export.capture import as_batch, first_line
+from export.batch import as_batch
 from export.console import Parser, Progress, print_accuracy, print_rungs
+from export.errors import first_line
 from export.images import crops, open_images, photographs
 from export.pipeline import PARITY_IMAGES
 from resnet.data import LabelledInputs, open_test

@@ -131,7 +131,7 @@ def test_folded_graph_has_no_batchnorm_and_no_fused_operator(
 ) -> None:
     program = fuse(calibrated["resnet20"], pictures["resnet20"], BATCH)
     kinds = {schema_name(node) for node in program.folded.graph.nodes} - {""}
-    assert kinds == {"conv2d", "relu", "add", "mean", "reshape", "linear"}
+    assert kinds == {"conv2d", "relu", "add", "mean", "reshape", "clone", "linear"}  # dropout leaves a clone
     with torch.no_grad():
         expected = copy.deepcopy(calibrated["resnet20"]).double()(pictures["resnet20"].double())
         torch.testing.assert_close(program.folded(pictures["resnet20"].double()), expected, rtol=1e-10, atol=1e-10)
