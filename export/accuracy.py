@@ -82,16 +82,18 @@ def class_indices(data: Sequence[str], names: object, count: int) -> NDArray[np.
 
     Args:
         data: the names of its classes.
-        names: what the network's logits mean, in order: its classes are found by name. None: not known, label i
-            is logit i.
+        names: what the network's logits mean, in order: its classes are found by name. None: not known; there must
+            be as many classes as logits, and label i is logit i.
         count: how many logits there are.
 
     Raises:
         ExportError: a class that is not one of the network's, or names that do not fit the logits.
     """
     if names is None:
-        if len(data) > count:
-            raise ExportError(f"the data has {len(data)} classes: expected at most the model's {count}")
+        if len(data) != count:
+            raise ExportError(
+                f"the data has {len(data)} classes: expected the model's {count}, since it does not name them"
+            )
         return np.arange(len(data))
     known = class_names(names, count)
     for name in data:

@@ -22,7 +22,7 @@ from export.errors import ExportError
 
 MANIFEST = "manifest.json"
 ONNX_FILE = "model.onnx"
-FORMAT = 1
+FORMAT = 2
 _SELF = "manifest_sha256"
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2

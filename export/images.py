@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-
-from export.errors import ExportError
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -21,22 +18,6 @@ def photographs() -> list[Image.Image]:
     from sklearn.datasets import load_sample_images
 
     return [Image.fromarray(image) for image in load_sample_images().images]
-
-
-def open_images(paths: Sequence[str | Path]) -> list[Image.Image]:
-    """Read image files as RGB.
-
-    Raises:
-        ExportError: a file cannot be read as an image; names it.
-    """
-    images = []
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                images.append(image.convert("RGB"))
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise ExportError(f"{path}: expected an image file ({error})") from error
-    return images
 
 
 def crops(

@@ -190,8 +190,10 @@ def running(bundle: Bundle, artefact: Artefact) -> Iterator[Callable[[NDArray], 
 
 
 @contextmanager
-def running_first(bundle: Bundle) -> Iterator[tuple[Artefact, Callable[[NDArray], Arrays]]]:
-    """The first of `artefacts` that loads here, and what `running` gives for it.
+def running_first(
+    bundle: Bundle, say: Callable[[str], None] = lambda reason: None
+) -> Iterator[tuple[Artefact, Callable[[NDArray], Arrays]]]:
+    """The first of `artefacts` that loads here, and what `running` gives for it; `say` hears why others do not.
 
     Raises:
         ExportError: none does.
@@ -204,6 +206,8 @@ def running_first(bundle: Bundle) -> Iterator[tuple[Artefact, Callable[[NDArray]
             except ExportError as error:
                 reasons.append(str(error))
                 continue
+            for reason in reasons:
+                say(reason)
             yield artefact, infer
             return
     raise ExportError("; ".join(reasons))

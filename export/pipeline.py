@@ -43,6 +43,7 @@ from export.program import Coverage, FusedProgram, fuse
 from export.runners import EagerRunner, OnnxRuntimeRunner, ProgramRunner, Runner, TensorRTRunner
 
 PARITY_IMAGES = 16
+_SECONDS_BETWEEN_REPORTS = 15.0
 ENGINE_FACTOR = 3.0  # k for TensorRT, which chooses its own fusions and accumulation orders
 
 
@@ -276,6 +277,14 @@ def _measure(
     def infer(images: NDArray) -> Arrays:
         return run_in_batches(runner.infer, images, batch, batch.maximum)
 
+    reported = time.perf_counter()
+
+    def report(images: int) -> None:
+        nonlocal reported
+        if time.perf_counter() - reported >= _SECONDS_BETWEEN_REPORTS:
+            reported = time.perf_counter()
+            progress(f"measure accuracy: {runner.name}, {images} of {len(labelled)} images done")
+
     progress(f"measure accuracy: {runner.name}")
     with runner:
-        return measure(runner.name, runner.runtime, precision, infer, labelled, indices, batch.maximum)
+        return measure(runner.name, runner.runtime, precision, infer, labelled, indices, batch.maximum, report)

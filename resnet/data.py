@@ -10,7 +10,7 @@ import logging
 import pickle
 import re
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ class LabelledImages:
         classes: what each label means.
         labels: [N], int64, indices into `classes`.
         pictures: [N, H, W] or [N, H, W, 3], uint8; or the files they are read from when asked for.
-        mirrored: whether a picture seen in a mirror still shows its class.
+        mirrored: whether a picture seen in a mirror is known to show its class still.
     """
 
     name: str
@@ -134,8 +134,14 @@ def open_splits(source: str) -> Splits:
     return Splits(train, parts["validation"], parts["test"])
 
 
-def open_test(source: str) -> LabelledImages:
-    """What to measure accuracy on: the pictures `open_splits` keeps for testing, of an undivided folder all.
+def open_test(source: str, trained_on: Collection[str] = ()) -> LabelledImages:
+    """What to measure accuracy on: the test part of a source, else its validation part, else all of it.
+
+    Of what a network was trained on, it is what `open_splits` keeps for testing, and so of the digits always.
+
+    Args:
+        source: see the module.
+        trained_on: names of the data sets that the networks to be measured were trained on.
 
     Raises:
         DataError: as for `open_splits`.
@@ -143,9 +149,9 @@ def open_test(source: str) -> LabelledImages:
     parts = _open_parts(source)
     if "test" in parts:
         return parts["test"]
-    if parts.keys() == {"train"} and source != "digits":
-        return parts["train"]
-    return open_splits(source).test
+    if source == "digits" or parts["train"].name in trained_on:
+        return open_splits(source).test
+    return parts.get("validation", parts["train"])
 
 
 def suggest_size(data: LabelledImages, designed: int) -> int:
@@ -156,9 +162,9 @@ def suggest_size(data: LabelledImages, designed: int) -> int:
 
 
 def suggest_preprocessing(data: LabelledImages, size: tuple[int, int]) -> Preprocessing:
-    """Whole pictures at `size`, grey where all are grey, with the mean and deviation of these pictures.
+    """Grey where all pictures are grey; as much of a picture as fits `size`, with these pictures' mean and deviation.
 
-    Inputs from 64 pixels on get ImageNet's statistics and the part of the picture that it uses instead.
+    Colour inputs from 64 pixels on get ImageNet's statistics and the part of the picture that it uses instead.
 
     Args:
         data: what will be trained on.
@@ -167,7 +173,7 @@ def suggest_preprocessing(data: LabelledImages, size: tuple[int, int]) -> Prepro
     chosen = np.linspace(0, len(data) - 1, min(len(data), _STATISTICS_PICTURES)).astype(int)
     grey = isinstance(data.pictures, np.ndarray) and data.pictures.ndim == 3
     if not isinstance(data.pictures, np.ndarray):
-        grey = all(data.picture(i).mode in ("1", "L") for i in chosen[:50])
+        grey = all(data.picture(i).mode in ("1", "L") for i in chosen)
     if not grey and min(size) >= _SMALL:
         photograph = imagenet_preprocessing(3)
         assert photograph is not None
@@ -240,13 +246,19 @@ def _class_folders(root: Path) -> dict[str, LabelledImages]:
     if len(parts) != len(folders) or "train" not in parts:
         names = ", ".join(folder.name for folder in folders[:5])
         raise DataError(f"{root}: expected class folders, or train/ with val/ or test/ and nothing else, got {names}")
-    train = _labelled_folder(parts["train"], _folders(parts["train"]), None)
+    train = replace(_labelled_folder(parts["train"], _folders(parts["train"]), None), name=_name(root))
     others = {
         name: _labelled_folder(folder, _folders(folder), train.classes)
         for name, folder in parts.items()
         if name != "train"
     }
-    return {name: replace(data, name=root.resolve().name) for name, data in {"train": train, **others}.items()}
+    return {part: replace(data, name=train.name) for part, data in {"train": train, **others}.items()}
+
+
+def _name(root: Path) -> str:
+    """Of a folder as a data set; never that of a data set everybody knows."""
+    name = root.resolve().name
+    return f"{name}-folder" if name in ("digits", "cifar10", "cifar100") else name
 
 
 def _folders(root: Path) -> list[Path]:
@@ -277,7 +289,7 @@ def _labelled_folder(root: Path, folders: list[Path], classes: tuple[str, ...] |
         _LOG.warning(
             "%s: left out %d files that are no pictures by their names: %s ...", root, len(ignored), ignored[0]
         )
-    return LabelledImages(root.resolve().name, names, np.array(labels, np.int64), tuple(files), mirrored=True)
+    return LabelledImages(_name(root), names, np.array(labels, np.int64), tuple(files), mirrored=False)
 
 
 def _hidden(path: Path) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file in place of an older one, in one step; on disk when this returns.
+    """Write a file in place of an older one, in one step.
 
     Raises:
         OSError: with nothing left behind. A process that is killed may leave `.<name>.<random>.partial` beside it.

@@ -79,7 +79,7 @@ def depths(outcomes: Sequence[Outcome], macs: Sequence[int], pictures: int, titl
 
 
 def regularisers(outcomes: Sequence[Outcome], title: str) -> bytes:
-    """Test and training accuracy with each regulariser: a dot per seed, a bar at their mean."""
+    """Test accuracy with each regulariser: a dot per seed, a bar at their mean."""
     figure, axes = _figure(1, 1, (7.5, 4), title)
     groups = by_setting(outcomes)
     for place, group in enumerate(groups.values()):

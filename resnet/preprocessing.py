@@ -20,6 +20,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 _COLOURS = {1: "grey", 3: "RGB"}
 _MODES = {1: "L", 3: "RGB"}  # Pillow's names of the same
 _LARGEST = 1e6  # deviations are above its inverse; NaN and Inf fail the comparison too
+_LONGEST = 200  # what lies outside the middle is scaled too, in memory
 _FIXED = {"interpolation": "bilinear", "scale": "x / 255", "layout": "NCHW"}
 
 
@@ -64,7 +65,7 @@ class Preprocessing:
         """The scaled and cut picture, [H, W, C].
 
         Raises:
-            ValueError: as for `eight_bits`.
+            ValueError: a picture of extreme proportions, or one that `eight_bits` refuses.
         """
         picture = eight_bits(picture).convert(_MODES[self.channels])
         (height, width), (cover_height, cover_width) = self.size, self.resize
@@ -73,6 +74,8 @@ class Preprocessing:
             scaled = (cover_width, cover_width * picture.height // picture.width)
         else:
             scaled = (cover_height * picture.width // picture.height, cover_height)
+        if max(scaled) > _LONGEST * max(cover_height, cover_width):
+            raise ValueError(f"expected a picture at most {_LONGEST} times as long as wide, got {picture.size}")
         if picture.size != scaled:
             picture = picture.resize(scaled, Image.Resampling.BILINEAR)
         left, top = round((picture.width - width) / 2), round((picture.height - height) / 2)
@@ -149,16 +152,15 @@ def eight_bits(picture: Image.Image) -> Image.Image:
     return picture
 
 
-def imagenet_preprocessing(channels: int, resize: int = 256) -> Preprocessing | None:
-    """What published ImageNet weights expect at 224x224; None where pictures do not have that many channels.
+def imagenet_preprocessing(channels: int) -> Preprocessing | None:
+    """What torchvision's first ImageNet weights expect at 224x224; None where pictures do not have so many channels.
 
     Args:
         channels: 3 for RGB; 1 for grey, with the average of the RGB statistics.
-        resize: shorter side in pixels to which a picture is scaled first.
     """
     if channels not in _COLOURS:
         return None
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     if channels == 1:
-        return Preprocessing((224, 224), (resize, resize), (sum(mean) / 3,), (sum(std) / 3,))
-    return Preprocessing((224, 224), (resize, resize), mean, std)
+        return Preprocessing((224, 224), (256, 256), (sum(mean) / 3,), (sum(std) / 3,))
+    return Preprocessing((224, 224), (256, 256), mean, std)

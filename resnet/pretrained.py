@@ -42,20 +42,17 @@ class PublishedFile:
         url: https, on one of the hosts that are allowed.
         sha256: of the whole file, in hexadecimal.
         max_bytes: its size, or a little more where that is not known exactly; a longer file is refused.
-        resize: shorter side in pixels to which pictures are scaled before the 224 x 224 crop, in the evaluation
-            that its published accuracy is from.
     """
 
     url: str
     sha256: str
     max_bytes: int
-    resize: int
 
 
 def _torchvision(name: str, sha256: str, max_bytes: int) -> PublishedFile:
     """Weights "IMAGENET1K_V1" of torchvision, which puts the first eight digits of the sha256 into the name."""
     url = f"https://download.pytorch.org/models/{name}-{sha256[:8]}.pth"
-    return PublishedFile(url, sha256, max_bytes, resize=256)
+    return PublishedFile(url, sha256, max_bytes)
 
 
 # resnext50_32x4d, resnext101_32x8d and resnext101_64x4d are published too, but only those eight digits of their sha256

@@ -100,8 +100,8 @@ def compare_report(outcomes: Sequence[Outcome], splits: Splits, preprocessing: P
         )
     findings.append(
         "One learning rate has to suit all layers. Without BatchNorm the gradients of a deep plain network vanish"
-        " towards its input; with it they grow instead, from layer to layer (Yang et al. 2019). A shortcut passes them"
-        " on unchanged, which keeps them within reach of each other (He et al. 2016)."
+        " towards its input; with it they grow instead, from layer to layer (Yang et al. 2019), and shortcuts damp"
+        " that growth."
     )
     return Report(
         f"Plain against residual networks on {splits.train.name}",
@@ -149,11 +149,15 @@ def depths_report(outcomes: Sequence[Outcome], splits: Splits, preprocessing: Pr
         f" {_percent(best.validation_accuracy)} % by {best.trial.model}. Its test accuracy is"
         f" {_percent(chosen.test_accuracy)} %."
     )
+    chance = (
+        f"One picture is {100 / len(splits.validation):.2f} points, and each depth was trained from one seed:"
+        " with another, neighbours in the table may change places."
+    )
     return Report(
         f"How deep a residual network for {splits.train.name}",
         ("network", "weights", "million multiply-adds", "time, batch 1, ratio", "validation top-1 %", "test top-1 %"),
         rows,
-        (finding,),
+        (finding, chance),
         plots.depths(
             outcomes,
             [costs[outcome.trial.model].macs for outcome in outcomes],
@@ -183,8 +187,8 @@ def regularisers_report(outcomes: Sequence[Outcome], splits: Splits, preprocessi
     error = standard_error(means["none"], len(splits.test))
     clear = [name for name, mean in means.items() if abs(mean - means["none"]) > 2 * error]
     findings = (
-        f"Without any: {_percent(means['none'])} %. Best: {max(means, key=lambda name: means[name])},"
-        f" {_percent(max(means.values()))} %.",
+        f"Without any: {_percent(means['none'])} %. The highest mean: {max(means, key=lambda name: means[name])},"
+        f" {_percent(max(means.values()))} %. All clip the gradient alike.",
         f"One standard error of an accuracy on {len(splits.test)} pictures is {100 * error:.2f} points;"
         f" more than two of them apart from none: {', '.join(clear) or 'no setting'}.",
     )

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -41,7 +41,6 @@ LOG_FILE = "log.csv"
 AUGMENTATIONS = ("crop", "flip", "cutout")
 OPTIMIZERS = ("adam", "adamw", "sgd")
 _MOMENTUM = 0.9
-_EVALUATION_BATCH = 256
 _FILE_WORKERS = 4  # processes that decode pictures from files
 
 
@@ -63,7 +62,7 @@ class TrainingConfig:
         l2: weight decay of convolutions and the classifier; not of biases and BatchNorm.
         l1: factor of the sum of the absolute values of the same weights, added to the loss.
         dropout: share of the classifier's inputs set to 0 in training.
-        augment: some of `crop` (shifted by up to an eighth), `flip` (left to right, where the data allows it),
+        augment: some of `crop` (shifted by up to an eighth), `flip` (left to right),
             `cutout` (a square of half the side set to the mean).
         clip: largest norm of the gradient of all weights together; 0 does not clip.
         patience: epochs without a better validation accuracy after which training ends with the best weights; with 0
@@ -80,7 +79,7 @@ class TrainingConfig:
     l2: float = 0.0
     l1: float = 0.0
     dropout: float = 0.0
-    augment: tuple[str, ...] = ("crop", "flip")
+    augment: tuple[str, ...] = ("crop",)
     clip: float = 5.0
     patience: int = 0
     seed: int = 0
@@ -186,12 +185,14 @@ def train(
         "preprocessing": preprocessing.to_json(),
         "config": {**asdict(config), "augment": list(config.augment)},
     }
+    if resume and not (folder / STATE_FILE).is_file():
+        raise TrainingError(f"{folder / STATE_FILE}: no such file: there is nothing to resume")
     with _locked(folder):
         training = _Training(name, splits, preprocessing, config, device)
         if resume:
             training.restore(_read_state(folder / STATE_FILE, facts))
-        elif (folder / STATE_FILE).exists():
-            raise TrainingError(f"{folder} holds a training: add --resume to go on with it, or choose another --output")
+        elif any((folder / name).exists() for name in (STATE_FILE, MODEL_FILE)):
+            raise TrainingError(f"{folder} holds a training: go on with it by --resume, or remove it first")
         while not training.finished:
             training.run_epoch(on_step)
             write_atomically(folder / LOG_FILE, _log(training.epochs))
@@ -237,7 +238,6 @@ class _Training:
     def run_epoch(self, on_step: Callable[[int, int, int], None]) -> None:
         number, config = len(self.epochs) + 1, self._config
         train = self._splits.train
-        kinds = [kind for kind in config.augment if kind != "flip" or train.mirrored]
         steps = max(1, len(train) // config.batch_size)
         losses, hits, norms, seen, rate = 0.0, 0, 0.0, 0, 0.0
         self.model.train()
@@ -247,7 +247,7 @@ class _Training:
                 rate = learning_rate((number - 1) * steps + step, steps, config)
                 for group in self.optimizer.param_groups:
                     group["lr"] = rate
-                images, labels = augment(images, kinds, generator).to(self._device), labels.to(self._device)
+                images, labels = augment(images, config.augment, generator).to(self._device), labels.to(self._device)
                 loss, logits, norm = training_step(self.model, self.optimizer, images, labels, config)
                 if not math.isfinite(loss):
                     raise TrainingError(
@@ -270,7 +270,7 @@ class _Training:
         self.model.eval()
         loss, hits = 0.0, 0
         with torch.no_grad():
-            for images, labels in self._batches(data, torch.arange(len(data)).split(_EVALUATION_BATCH)):
+            for images, labels in self._batches(data, torch.arange(len(data)).split(self._config.batch_size)):
                 logits = self.model(images.to(self._device)).cpu()
                 loss += float(F.cross_entropy(logits, labels, reduction="sum"))
                 hits += int((logits.argmax(1) == labels).sum())
@@ -374,7 +374,7 @@ def training_step(
     return float(loss.detach()), logits.detach(), float(norm)
 
 
-def augment(images: Tensor, kinds: list[str], generator: torch.Generator) -> Tensor:
+def augment(images: Tensor, kinds: Collection[str], generator: torch.Generator) -> Tensor:
     """Each picture changed on its own, by chance from `generator`.
 
     Args:
@@ -422,8 +422,6 @@ def _read_state(path: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Tensor]
             record = json.loads(file.metadata()["training"])
             tensors = {key: file.get_tensor(key) for key in [*file.keys()]}  # no mapping: it only has keys()
         epochs = [Epoch(**epoch) for epoch in record.pop("epochs")]
-    except FileNotFoundError as error:
-        raise TrainingError(f"{path}: no such file: there is nothing to resume") from error
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise TrainingError(f"{path}: expected the state of a training ({error})") from error
     config, wanted = record.get("config") or {}, facts["config"]
@@ -458,8 +456,9 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
         raise TrainingError(f"{folder}: another training is writing there") from error
     try:
-        for stale in folder.glob(".*.partial"):  # of a run that was killed while it wrote
-            stale.unlink()
+        for name in (MODEL_FILE, STATE_FILE, LOG_FILE):
+            for stale in folder.glob(f".{name}.????????.partial"):  # of a run that was killed while it wrote
+                stale.unlink()
         yield
     finally:
         os.close(descriptor)

@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         bundle = open_bundle(args.bundle)
         labels = bundle.classes or [f"class {i}" for i in range(bundle.class_count)]
         artefact, logits = run(bundle, args.images)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
         sys.stderr.write(f"classify.py: error: {first_line(error)}\n")
         return 2
     except KeyboardInterrupt:
@@ -65,7 +65,7 @@ def run(bundle: Bundle, paths: list[Path]) -> tuple[Artefact, NDArray]:
     preprocessing = Preprocessing.from_json(bundle.preprocessing)
     bundle.check_input((preprocessing.channels, *preprocessing.size))
     size, logits = bundle.batch.maximum, []
-    with running_first(bundle) as (artefact, infer):
+    with running_first(bundle, lambda reason: print(reason, file=sys.stderr)) as (artefact, infer):
         sys.stderr.write(f"{bundle.path / artefact.file} on {artefact.runtime}\n")
         for start in range(0, len(paths), size):
             outputs = infer(preprocessing([open_picture(path) for path in paths[start : start + size]]))

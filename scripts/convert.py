@@ -12,6 +12,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where
 
 from export.console import Parser
 from export.errors import first_line
+from resnet.model_card import read_model_card
 from resnet.models import create_model
 from resnet.weights import load_weights, save_weights
 
@@ -44,11 +45,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def convert(args: argparse.Namespace) -> None:
     """Through the model: what is written is exactly what `load_weights` accepts, under its names and in float32."""
-    in_channels = 3 if args.in_channels is None else args.in_channels
-    model = create_model(args.model, num_classes=args.num_classes, in_channels=in_channels)
+    card = read_model_card(args.checkpoint)
+    if card is not None and card.model != args.model:
+        raise ValueError(f"--model {args.model}: {args.checkpoint} holds weights for {card.model}")
+    classes, channels = args.num_classes, 3 if args.in_channels is None else args.in_channels
+    if card is not None:
+        classes, channels = len(card.classes), card.preprocessing.channels
+    model = create_model(args.model, num_classes=classes, in_channels=channels)
     info = load_weights(model, args.checkpoint)
-    metadata = {"model": args.model, "converted_from": Path(info.path).name, "converted_from_sha256": info.sha256}
-    save_weights(args.output, model.state_dict(), metadata)
+    metadata = {"converted_from": Path(info.path).name, "converted_from_sha256": info.sha256}
+    save_weights(args.output, model.state_dict(), metadata | (card.to_metadata() if card else {}))
 
 
 def next_command(args: argparse.Namespace) -> str:

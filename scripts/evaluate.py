@@ -54,15 +54,14 @@ class Subject:
     indices: NDArray
 
     @classmethod
-    def of(cls, path: Path, data: LabelledImages) -> Subject:
+    def of(cls, bundle: Bundle, data: LabelledImages) -> Subject:
         """Raises ExportError where the data does not fit the bundle."""
-        bundle = open_bundle(path)
         preprocessing = Preprocessing.from_json(bundle.preprocessing)
         bundle.check_input((preprocessing.channels, *preprocessing.size))
         try:
             indices = class_indices(data.classes, bundle.classes, bundle.class_count)
         except ExportError as error:
-            raise ExportError(f"{path}: {error}") from error
+            raise ExportError(f"{bundle.path}: {error}") from error
         return cls(bundle, LabelledInputs(data, preprocessing), indices)
 
 
@@ -71,10 +70,12 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
         ray = import_ray() if args.ray else None
-        data = open_test(args.data)
-        subjects = [Subject.of(path, data) for path in args.bundles]
-        measured, waiting = run(subjects, cluster_measure(ray, args.data) if ray else measure_here)
-    except (ValueError, OSError) as error:
+        bundles = [open_bundle(path) for path in args.bundles]
+        trained_on = {str(bundle.manifest["model"].get("data")) for bundle in bundles}
+        data = open_test(args.data, trained_on)
+        subjects = [Subject.of(bundle, data) for bundle in bundles]
+        measured, waiting = run(subjects, cluster_measure(ray, args.data, trained_on) if ray else measure_here)
+    except (ValueError, OSError, RuntimeError, MemoryError, ImportError) as error:
         sys.stderr.write(f"evaluate.py: error: {first_line(error)}\n")
         return 2
     except KeyboardInterrupt:
@@ -136,7 +137,7 @@ def import_ray() -> Any:
     return ray
 
 
-def cluster_measure(ray: Any, data: str) -> Measure:
+def cluster_measure(ray: Any, data: str, trained_on: set[str]) -> Measure:
     """`measure_here`, with the batches shared among the machines of a cluster.
 
     One worker per machine, which uses all its cores; for an engine, one per GPU. The batches are those of
@@ -149,17 +150,24 @@ def cluster_measure(ray: Any, data: str) -> Measure:
     source = data if data == "digits" else str(Path(data).resolve())
 
     def measure_one(subject: Subject, artefact: Artefact, progress: Callable[[int], None]) -> Accuracy:
-        bundle, data = subject.bundle, subject.labelled.pictures
+        bundle, labels = subject.bundle, subject.labelled.pictures.labels
         started, images, correct = time.perf_counter(), 0, 0
         size, gpus = bundle.batch.maximum, 1 if artefact.engine else 0
-        ranges = [{"start": i, "stop": min(i + size, len(data))} for i in range(0, len(data), size)]
+        ranges = [{"start": i, "stop": min(i + size, len(labels))} for i in range(0, len(labels), size)]
         machines = sum(node["Alive"] and "CPU" in node["Resources"] for node in ray.nodes())
         workers = min(int(ray.cluster_resources().get("GPU", 0)) if gpus else machines, len(ranges))
         if not workers:
             raise ExportError(f"expected a cluster with {'a GPU' if gpus else 'CPUs'}, got none")
         counts = ray.data.from_items(ranges).map_batches(
             Counter,
-            fn_constructor_args=(bundle.path.resolve(), artefact.file, source, bundle.manifest, data.labels),
+            fn_constructor_args=(
+                bundle.path.resolve(),
+                artefact.file,
+                source,
+                trained_on,
+                bundle.manifest,
+                data.labels,
+            ),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=workers),
             num_gpus=gpus,
@@ -172,8 +180,8 @@ def cluster_measure(ray: Any, data: str) -> Measure:
                 progress(images)
         except ray.exceptions.RayError as error:
             raise ExportError(f"a worker failed: {str(error).splitlines()[-1]}") from error
-        if images != len(data):
-            raise ExportError(f"the cluster counted {images} pictures: expected {len(data)}")
+        if images != len(labels):
+            raise ExportError(f"the cluster counted {images} pictures: expected {len(labels)}")
         runtime, seconds = f"{artefact.runtime} x {workers}", time.perf_counter() - started
         return Accuracy(artefact.form, runtime, bundle.precision.name, images, correct, seconds)
 
@@ -183,9 +191,11 @@ def cluster_measure(ray: Any, data: str) -> Measure:
 class Counter:
     """Opens the bundle and the data on its machine, then counts what ranges of pictures get right."""
 
-    def __init__(self, path: Path, file: str, source: str, manifest: Mapping[str, Any], labels: NDArray) -> None:
+    def __init__(
+        self, path: Path, file: str, source: str, trained_on: set[str], manifest: Mapping[str, Any], labels: NDArray
+    ) -> None:
         """`manifest` and `labels` are the driver's: bundle and data must be the same on all machines."""
-        self._path, self._file, self._source = path, file, source
+        self._path, self._file, self._source, self._trained_on = path, file, source, trained_on
         self._manifest, self._labels = manifest, labels
         self._opened: tuple[Subject, Callable[[NDArray], Arrays], ExitStack] | None = None
 
@@ -194,7 +204,7 @@ class Counter:
         correct, refusal = [0] * len(ranges["start"]), ""
         try:
             correct = [self._count(int(i), int(j)) for i, j in zip(ranges["start"], ranges["stop"], strict=True)]
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:
             refusal = f"{socket.gethostname()}: {first_line(error)}"
         refusals = np.array([refusal] * len(correct))
         return {"images": ranges["stop"] - ranges["start"], "correct": np.array(correct), "refusal": refusals}
@@ -207,8 +217,8 @@ class Counter:
 
     def _open(self) -> tuple[Subject, Callable[[NDArray], Arrays], ExitStack]:
         """What `measure` needs, and what keeps it open."""
-        data = open_test(self._source)
-        subject, stack = Subject.of(self._path, data), ExitStack()
+        data = open_test(self._source, self._trained_on)
+        subject, stack = Subject.of(open_bundle(self._path), data), ExitStack()
         same = {
             self._path: subject.bundle.manifest == self._manifest,
             self._source: np.array_equal(data.labels, self._labels),

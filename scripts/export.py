@@ -20,14 +20,14 @@ from export import Batch, ExportConfig, ExportError, ExportResult, export_bundle
 from export.batch import as_batch
 from export.console import Parser, Progress, print_accuracy, print_rungs
 from export.errors import first_line
-from export.images import crops, open_images, photographs
+from export.images import crops, photographs
 from export.pipeline import PARITY_IMAGES
 from resnet.data import LabelledInputs, open_test
 from resnet.initialise import initialise
 from resnet.model_card import read_model_card
 from resnet.models import MODELS, create_model
-from resnet.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, imagenet_preprocessing
-from resnet.pretrained import PUBLISHED, download
+from resnet.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, imagenet_preprocessing, open_picture
+from resnet.pretrained import download
 from resnet.weights import load_weights
 
 DEFAULT_MODEL = "resnet50"
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace, source: Source, progress: Progress) -> ExportR
     config = ExportConfig(args.precision, parse_batch(args.batch), args.engine)
     model = create_model(source.model, num_classes=source.num_classes, in_channels=source.in_channels)
     labelled = open_labelled(args, source)
-    pictures = open_images(args.images) if args.images else photographs()
+    pictures = [open_picture(path).convert("RGB") for path in args.images or ()] or photographs()
 
     def cut(count: int, seed: int) -> Tensor:
         return crops(pictures, count, source.in_channels, source.size, seed, source.mean, source.std)
@@ -102,6 +102,7 @@ def run(args: argparse.Namespace, source: Source, progress: Progress) -> ExportR
         "trained": args.weights is not None,
         "preprocessing": source.preprocessing and source.preprocessing.to_json(),
         "classes": source.classes and list(source.classes),
+        "data": source.data or None,
     }
     if args.weights is not None:
         path = args.weights
@@ -160,8 +161,7 @@ def describe_source(args: argparse.Namespace, size: tuple[int, int] | None) -> S
     if card is None:
         name, channels = args.model or DEFAULT_MODEL, 3 if args.in_channels is None else args.in_channels
         size = size or (MODELS[name].image_size if name in MODELS else 224,) * 2  # create_model refuses other names
-        published = PUBLISHED[name].resize if args.weights == PRETRAINED and name in PUBLISHED else 256
-        preprocessing = imagenet_preprocessing(channels, published)
+        preprocessing = imagenet_preprocessing(channels)
         return Source(name, args.num_classes, channels, size, preprocessing and preprocessing.at(size))
     for flag, given, held in (
         ("--model", args.model, card.model),
@@ -184,7 +184,7 @@ def open_labelled(args: argparse.Namespace, source: Source) -> LabelledInputs | 
         raise ExportError("--data: expected trained weights to measure, got none; give --weights")
     if source.preprocessing is None:
         raise ExportError(f"--data: expected a model for pictures of 1 or 3 channels, got {source.in_channels}")
-    return LabelledInputs(open_test(name), source.preprocessing)
+    return LabelledInputs(open_test(name, {source.data}), source.preprocessing)
 
 
 def spread(labelled: LabelledInputs, count: int) -> Tensor:

@@ -14,7 +14,7 @@ import platform
 import re
 import shlex
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ DEFAULTS = TrainingConfig()
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="train.py", description=__doc__)
     parser.add_argument("experiment", nargs="?", metavar="|".join(EXPERIMENTS), help="default: train --model once")
-    parser.add_argument("--model", default="resnet20", metavar="NAME", help="default resnet20")
+    parser.add_argument("--model", metavar="NAME", help="default resnet20; compare and depths have their own")
     parser.add_argument(
         "--data", default="digits", metavar="digits|PATH", help="CIFAR's archive or a folder of class folders"
     )
@@ -77,7 +77,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--warmup-epochs", type=int, default=DEFAULTS.warmup_epochs, metavar="N", help="default %(default)s"
     )
     parser.add_argument(
-        "--augment", nargs="*", default=DEFAULTS.augment, metavar="KIND", help=f"of {', '.join(AUGMENTATIONS)}"
+        "--augment",
+        nargs="*",
+        metavar="KIND",
+        help=f"of {', '.join(AUGMENTATIONS)}; default crop, and flip where pictures are known to allow it: CIFAR's",
     )
     parser.add_argument(
         "--patience",
@@ -88,12 +91,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=DEFAULTS.seed, metavar="N", help="default %(default)s")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="default build/train/<model or experiment>-<data>")
-    parser.add_argument("--resume", action="store_true", help="go on with the training in --output")
+    parser.add_argument("--output", type=Path, metavar="DIR", help=f"default {WORK}/<model or experiment>-<data>")
+    parser.add_argument("--resume", action="store_true", help="go on with what was interrupted")
     parser.add_argument("--json", action="store_true", help="the result as one JSON object on stdout")
     args = parser.parse_args(argv)
     if args.experiment not in (None, *EXPERIMENTS):
         parser.error(f"unknown experiment {args.experiment!r}, expected one of {', '.join(EXPERIMENTS)}")
+    if args.model and args.experiment in ("compare", "depths"):
+        parser.error(f"--model {args.model}: {args.experiment} trains models of its own")
+    args.model = args.model or "resnet20"
     args.command = shlex.join(sys.argv[1:] if argv is None else argv)
     return args
 
@@ -132,10 +138,15 @@ def prepare(args: argparse.Namespace) -> Job:
     """Everything is checked before anything is written."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: expected an NVIDIA GPU, PyTorch finds none")
-    config = TrainingConfig(**{field.name: getattr(args, field.name) for field in fields(TrainingConfig)})
+    settings = {field.name: getattr(args, field.name) for field in fields(TrainingConfig)}
+    settings["augment"] = args.augment or ()
+    config = TrainingConfig(**settings)
     create_model(args.model)  # an unknown name is known before the data is read
     splits = open_splits(args.data)
-    size = args.image_size or suggest_size(splits.train, MODELS[args.model].image_size)
+    if args.augment is None:
+        config = replace(config, augment=("crop", "flip") if splits.train.mirrored else ("crop",))
+    designed = MODELS[args.model].image_size
+    size = suggest_size(splits.train, designed) if args.image_size is None else args.image_size
     if size < 8:
         raise ValueError(f"--image-size: expected at least 8 pixels, got {size}")
     return Job(
@@ -200,7 +211,7 @@ def train_once(args: argparse.Namespace, job: Job, display: Display) -> dict[str
             f" {len(result.epochs)}, {result.seconds:.0f} s"
         )
         print(f"{output} holds {MODEL_FILE}, {LOG_FILE}, {CURVES_FILE}")
-        print(f"next: python scripts/export.py --weights {weights} --fp16 --data {args.data}")
+        print(f"next: {shlex.join(['python', 'scripts/export.py', '--weights', str(weights), '--data', args.data])}")
     return {
         "model": args.model,
         "data": splits.train.name,

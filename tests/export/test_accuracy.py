@@ -75,13 +75,14 @@ def test_labels_are_found_by_the_names_of_the_classes() -> None:
 
 def test_some_of_the_networks_classes_are_enough() -> None:
     assert class_indices(["dog", "cat"], ["ant", "bee", "cat", "dog"], 4).tolist() == [3, 2]
-    assert class_indices(["x", "y"], None, 4).tolist() == [0, 1]
+    assert class_indices(["x", "y"], None, 2).tolist() == [0, 1]
 
 
 CLASSES_REFUSED = {
     "unknown": (["dog", "emu", "fox"], ["cat", "dog"], 2, "class 'emu' of the data is none of the model's: cat, dog"),
     "twice": (["crane"], ["crane", "crane"], 2, "class 'crane' of the data stands for several of the model's"),
-    "too many": (["a", "b", "c"], None, 2, "the data has 3 classes: expected at most the model's 2"),
+    "too many": (["a", "b", "c"], None, 2, "the data has 3 classes: expected the model's 2"),
+    "too few": (["a", "b"], None, 10, "the data has 2 classes: expected the model's 10, since it does not name them"),
     "too few names": (["a"], ["a"], 2, "expected the names of 2 classes, got 1"),
     "a number": (["a"], 2, 2, "expected the names of 2 classes, got 2"),
     "one word": (["a"], "ab", 2, "expected the names of 2 classes, got 'ab'"),

@@ -211,8 +211,10 @@ def test_an_engine_that_does_not_load_leaves_its_place_to_onnx(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("export.runners.TensorRTRunner.__enter__", refuse)
     bundle = open_bundle(with_engine(bundles["fp32"], tmp_path / "b", "1.2.3"))
-    with running_first(bundle) as (artefact, _):
+    said: list[str] = []
+    with running_first(bundle, said.append) as (artefact, _):
         assert artefact.file == ONNX_FILE
+    assert said == ["tensorrt-rtx 1.2.3 cannot load the engine"]
 
 
 def test_without_a_runtime_the_extra_is_named(bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +244,7 @@ def test_a_file_that_is_no_network_is_refused(bundles: dict[str, Path], tmp_path
 
 
 MANIFESTS: Mapping[str, tuple[dict[str, Any], str]] = {
-    "format": ({"format": 2}, "has format 2: this version reads format 1"),
+    "format": ({"format": 1}, "has format 1: this version reads format 2"),
     "precision": ({"precision": "fp4"}, "not a bundle of this project .*fp4"),
     "batch": ({"batch": {"min": 4, "opt": 2, "max": 1}}, "not a bundle of this project .*MIN <= OPT <= MAX"),
     "two inputs": ({"inputs": [{}, {}]}, "not a bundle of this project"),

@@ -400,7 +400,7 @@ def assert_labelled_by_folder(data: LabelledImages) -> None:
 def test_plain_class_folders(tmp_path):
     root = write_classes(tmp_path / "pets", dog=10, cat=20, bird=5)
     everything = open_test(str(root))
-    assert (everything.name, everything.classes, everything.mirrored) == ("pets", ("bird", "cat", "dog"), True)
+    assert (everything.name, everything.classes, everything.mirrored) == ("pets", ("bird", "cat", "dog"), False)
     assert files(everything) == sorted(root.glob("*/*.png"))
     assert everything.labels.tolist() == [0] * 5 + [1] * 20 + [2] * 10
     splits = open_splits(str(root))
@@ -433,7 +433,24 @@ def test_divided_class_folders(case, tmp_path):
         assert (part.name, part.classes) == ("pets", ("cat", "dog"))
         assert_labelled_by_folder(part)
     assert files(*parts(splits)) == sorted(tmp_path.rglob("*.png"))
-    assert open_test(str(tmp_path / "pets")).pictures == splits.test.pictures
+    held_out = open_test(str(tmp_path / "pets"), {"pets"})
+    assert held_out.pictures == splits.test.pictures  # of what a network was trained on, only that
+    shown = splits.test if "test" in folders else splits.validation
+    assert open_test(str(tmp_path / "pets"), {"birds"}).pictures == shown.pictures
+
+
+def test_of_an_undivided_folder_a_network_trained_on_it_sees_only_what_was_held_out(tmp_path):
+    root = str(write_classes(tmp_path / "pets", cat=10, dog=10))
+    assert len(open_test(root)) == 20
+    assert open_test(root, {"pets"}).pictures == open_splits(root).test.pictures
+
+
+def test_a_folder_has_not_the_name_of_a_data_set_everybody_knows(tmp_path):
+    assert open_test(str(write_classes(tmp_path / "digits", cat=2, dog=2))).name == "digits-folder"
+    divided = tmp_path / "cifar10"
+    for part in ("train", "test"):
+        write_classes(divided / part, cat=5, dog=5)
+    assert {part.name for part in parts(open_splits(str(divided)))} == {"cifar10-folder"}
 
 
 def test_test_part_may_lack_a_class(tmp_path):

@@ -118,7 +118,7 @@ def site(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
 
 
 def publish(monkeypatch: pytest.MonkeyPatch, url: str, content: bytes = CONTENT, max_bytes: int = len(CONTENT)) -> None:
-    published = PublishedFile(url, hashlib.sha256(content).hexdigest(), max_bytes, resize=256)
+    published = PublishedFile(url, hashlib.sha256(content).hexdigest(), max_bytes)
     monkeypatch.setitem(PUBLISHED, NAME, published)
 
 
@@ -416,4 +416,3 @@ def test_published_file(name: str) -> None:
     assert name in MODELS and MODELS[name].image_size == 224
     assert re.fullmatch(r"[0-9a-f]{64}", file.sha256)
     assert file.url == f"https://download.pytorch.org/models/{name}-{file.sha256[:8]}.pth"
-    assert file.resize == 256  # all are the first recipe of torchvision; the second one has 232

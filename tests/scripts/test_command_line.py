@@ -137,7 +137,7 @@ NONSENSE = {
     "empty weights": (["--weights", ""], "expected a"),
     "more pixels than memory": (["--image-size", "2000000x2000000"], "error: "),
     "corrupt weights": (["--weights", "corrupt.pt"], "corrupt.pt"),
-    "text as a picture": (["--images", "corrupt.pt"], "expected an image file"),
+    "text as a picture": (["--images", "corrupt.pt"], "expected a picture"),
     "int8": (["--int8"], "not available yet"),
     "pretrained": (["--weights", "pretrained"], "no published weights with a known sha256 for 'resnet20'"),
     "another model's weights": (["--weights", DIGITS, "--model", "resnet56"], "holds weights for resnet20"),

@@ -18,6 +18,7 @@ import safetensors
 import torch
 from torch import Tensor
 
+from resnet.model_card import read_model_card
 from resnet.models import create_model
 from resnet.weights import load_weights
 
@@ -69,7 +70,6 @@ def test_converts_from_the_command_line(checkpoint: Path, tmp_path: Path) -> Non
     assert "wrappers removed: state_dict, module.*, entries ignored: args, epoch" in process.stderr
     with safetensors.safe_open(output, framework="pt") as file:
         assert file.metadata() == {
-            "model": "resnet20",
             "converted_from": checkpoint.name,
             "converted_from_sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
         }
@@ -97,6 +97,17 @@ def test_converts_in_place(script: ModuleType, checkpoint: Path, tmp_path: Path)
     assert script.main([str(output), str(output), "--model", "resnet20", *COUNTS]) == 0
     after = safetensors.torch.load_file(output)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_model_card_is_carried_over_and_another_model_refused(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shipped = SCRIPT.parents[1] / "resnet" / "checkpoints" / "resnet20-digits.safetensors"
+    copy = tmp_path / "copy.safetensors"
+    assert script.main([str(shipped), str(copy), "--model", "resnet20"]) == 0
+    assert read_model_card(copy) == read_model_card(shipped) is not None
+    assert script.main([str(shipped), str(copy), "--model", "resnet56"]) == 2
+    assert "--model resnet56" in capsys.readouterr().err
 
 
 def test_next_command_survives_the_shell(

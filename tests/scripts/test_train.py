@@ -55,7 +55,7 @@ def test_a_training_ends_with_a_model_a_log_a_picture_and_the_next_command(tmp_p
     assert len((folder / "log.csv").read_text().splitlines()) == 5
     assert "4/4" in done.stderr
     again = run(tmp_path, "--model", "resnet8", "--data", pictures)
-    assert again.returncode == 2 and "add --resume" in again.stderr and again.stderr.count("\n") == 1
+    assert again.returncode == 2 and "go on with it by --resume" in again.stderr and again.stderr.count("\n") == 1
 
 
 def test_killed_in_the_middle_and_resumed_it_ends_with_the_same_weights(tmp_path: Path) -> None:
@@ -113,6 +113,8 @@ def test_an_experiment_writes_a_table_a_picture_and_its_numbers(tmp_path: Path, 
         (("--resume",), "there is nothing to resume"),
         (("--device", "cuda"), "expected an NVIDIA GPU"),
         (("--lerning-rate", "1"), "did you mean --learning-rate"),
+        (("compare", "--model", "resnet20"), "--model resnet20: compare trains models of its own"),
+        (("--image-size", "0"), "--image-size: expected at least 8 pixels, got 0"),
         (("compair",), "unknown experiment 'compair', expected one of compare, depths, regularisers"),
     ],
     ids=lambda value: "-".join(value).strip("-") if isinstance(value, tuple) else "",
