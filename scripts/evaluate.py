@@ -160,14 +160,7 @@ def cluster_measure(ray: Any, data: str, trained_on: set[str]) -> Measure:
             raise ExportError(f"expected a cluster with {'a GPU' if gpus else 'CPUs'}, got none")
         counts = ray.data.from_items(ranges).map_batches(
             Counter,
-            fn_constructor_args=(
-                bundle.path.resolve(),
-                artefact.file,
-                source,
-                trained_on,
-                bundle.manifest,
-                data.labels,
-            ),
+            fn_constructor_args=(bundle.path.resolve(), artefact.file, source, trained_on, bundle.manifest, labels),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=workers),
             num_gpus=gpus,
