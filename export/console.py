@@ -19,12 +19,14 @@ from rich.table import Table
 from rich.text import Text
 
 from export.accuracy import Accuracy
+from export.errors import first_line
 
 if TYPE_CHECKING:
     from export.parity.report import Rung
 
 _SECONDS_BETWEEN_LINES = 10.0
 _BAR_WIDTH = 30
+_WIDTH = 132  # where there is no terminal
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,6 +44,18 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         sys.stderr.write(f"{self.prog}: error: {message}\n")
         sys.exit(2)
+
+
+def run_script(prog: str, run: Callable[[], int], interrupted: str = "interrupted") -> int:
+    """The exit code of a script: `run`'s, or 2 and one line on stderr for what it refuses; 130 where it was stopped."""
+    try:
+        return run()
+    except (ValueError, OSError, RuntimeError, MemoryError, ImportError) as error:
+        sys.stderr.write(f"{prog}: error: {first_line(error)}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{prog}: {interrupted}\n")
+        return 130
 
 
 class Progress:
@@ -119,7 +133,7 @@ def print_accuracy(accuracy: Sequence[Accuracy]) -> None:
         difference = "" if form is accuracy[0] else _difference(form, accuracy[0])
         measured = (f"{100 * form.top1:.2f} %", difference, str(form.images))
         table.add_row(form.form, form.runtime, form.precision, *measured)
-    _stdout().print(table)
+    print_table(table)
 
 
 def print_evaluation(measured: Sequence[tuple[str, str, Accuracy]]) -> None:
@@ -134,7 +148,7 @@ def print_evaluation(measured: Sequence[tuple[str, str, Accuracy]]) -> None:
         rate = f"{found.images / found.seconds:.0f}"
         counts = (str(found.images), str(found.correct), f"{100 * found.top1:.2f} %", difference, rate)
         table.add_row(Text(bundle), file, found.runtime, found.precision, *counts)
-    _stdout().print(table)
+    print_table(table)
 
 
 def _difference(form: Accuracy, first: Accuracy) -> str:
@@ -153,9 +167,14 @@ def print_predictions(picture: str, predictions: Sequence[tuple[str, float]]) ->
     console.print(table)
 
 
-def _stdout() -> Console:
+def print_table(table: Table, width: int = _WIDTH) -> None:
+    """Print a table on stdout; `width` is how wide it may be where there is no terminal, in characters."""
+    _stdout(width).print(table)
+
+
+def _stdout(width: int = _WIDTH) -> Console:
     """As wide as the terminal; wide enough for every column where there is none."""
-    return Console(width=None if sys.stdout.isatty() else 132, highlight=False)
+    return Console(width=None if sys.stdout.isatty() else width, highlight=False)
 
 
 def print_rungs(rungs: Sequence[Rung], files: Mapping[str, int]) -> None:
@@ -168,7 +187,7 @@ def print_rungs(rungs: Sequence[Rung], files: Mapping[str, int]) -> None:
     table.add_column("verdict")
     for rung in rungs:
         table.add_row(*_cells(rung, files.get(rung.file, 0)), style="" if rung else "red")
-    _stdout().print(table)
+    print_table(table)
 
 
 def _cells(rung: Rung, size: int) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,10 +12,9 @@ from export.accuracy import Accuracy
 from export.bundle import FORMAT
 from export.lowering.onnx_file import OnnxFile
 from export.lowering.tensorrt_engine import Engine
+from export.machine import installed_versions
 from export.precision import Precision
 from export.program import FusedProgram
-
-_PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt-rtx", "triton", "numpy")
 
 
 def describe(
@@ -49,7 +47,7 @@ def describe(
         "fused": [{"name": o.name, "kind": o.kind, "parts": list(o.parts)} for o in program.coverage.fused],
         "left": [{"name": o.name, "kind": o.kind, "reason": o.reason} for o in program.coverage.left],
         "accuracy": [measured.to_json() for measured in accuracy],
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), **installed_versions()},
     }
 
 
@@ -61,13 +59,3 @@ def value_facts(value: onnx.ValueInfoProto) -> dict[str, Any]:
         "shape": [dim.dim_param or dim.dim_value for dim in tensor.shape.dim],
         "dtype": onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name,
     }
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions

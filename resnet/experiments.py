@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from resnet.data import Splits
+from resnet.labelled import Splits
 from resnet.preprocessing import Preprocessing
-from resnet.training import STATE_FILE, Epoch, TrainingConfig, seeded_model, train
+from resnet.recipe import TrainingConfig
+from resnet.training import STATE_FILE, Epoch, seeded_model, train
 
 COMPARED_DEPTHS = (20, 32, 56)
 DEPTHS = (8, 14, 20, 32, 44, 56)

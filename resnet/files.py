@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and the folders that are not hidden."""
 
 import os
 import secrets
@@ -21,3 +21,8 @@ def write_atomically(path: Path, content: bytes) -> None:
         except BaseException:
             beside.unlink()
             raise
+
+
+def visible_folders(root: Path) -> list[Path]:
+    """The folders in a folder, sorted, without those whose names begin with a dot."""
+    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))

@@ -34,6 +34,20 @@ class ModelCard:
     accuracy: float | None = None
     test_images: int = 0
 
+    def check(self, path: str | Path, model: str | None, num_classes: int | None, in_channels: int | None) -> None:
+        """Compare the card of the file `path` with the arguments of the same names; None was not given.
+
+        Raises:
+            ValueError: one is not what the file holds.
+        """
+        for flag, given, held in (
+            ("--model", model, self.model),
+            ("--num-classes", num_classes, len(self.classes)),
+            ("--in-channels", in_channels, self.preprocessing.channels),
+        ):
+            if given is not None and given != held:
+                raise ValueError(f"{flag} {given}: {path} holds weights for {held}")
+
     def to_metadata(self) -> dict[str, str]:
         """For the header of a safetensors file."""
         record = {

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from resnet import plots
-from resnet.data import Splits
 from resnet.experiments import (
     Outcome,
     Trial,
@@ -20,9 +19,10 @@ from resnet.experiments import (
     regulariser_trials,
     standard_error,
 )
+from resnet.labelled import Splits
 from resnet.models import create_model
 from resnet.preprocessing import Preprocessing
-from resnet.training import TrainingConfig
+from resnet.recipe import TrainingConfig
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
 import json
 import logging
 import os
@@ -20,7 +19,6 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where
 
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -39,10 +37,10 @@ from export.benchmark import (
     plain_onnx,
     workloads,
 )
-from export.console import Parser, Progress
-from export.errors import first_line
+from export.console import Parser, Progress, print_table, run_script
 from export.images import crops, photographs
 from export.lowering.onnx_file import lower_onnx
+from export.machine import describe_machine, machine_line
 from export.passes import DEFAULT_LEVEL, LEVELS
 from export.pipeline import PARITY_IMAGES
 from export.precision import PRECISIONS
@@ -63,7 +61,6 @@ LEVEL_NAMES = {
     "c2": "c1; projection in the block's last convolution",
     "c3": "c2; 3x3 and 1x1 back to back",
 }
-PACKAGES = ("torch", "triton", "onnxruntime", "tensorrt", "tensorrt-rtx")
 Result = dict[str, Any]
 
 
@@ -80,37 +77,37 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--export-step", action="store_true", help="time the writing of the ONNX file instead")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON to a file too")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.command = " ".join(["python scripts/benchmark.py", *(sys.argv[1:] if argv is None else argv)])
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # of absent packages
-    run, show = compare, show_comparison
+    return run_script("benchmark.py", lambda: benchmark(args))
+
+
+def benchmark(args: argparse.Namespace) -> int:
+    """Measure, write and show what the arguments ask for; the exit code."""
+    measure, show = compare, show_comparison
     if args.floors:
-        run, show = floors, show_floors
+        measure, show = floors, show_floors
     elif args.export_step:
-        run, show = export_step, show_export_step
-    try:
-        check_arguments(args)
-        with Progress() as progress:
-            results = [result for name in args.model for result in run(name, args, progress)]
-        passed = all(row.get("status") != "failed" for result in results for row in result["rows"])
-        record = {
-            "date": datetime.date.today().isoformat(),
-            "command": " ".join(["python scripts/benchmark.py", *(sys.argv[1:] if argv is None else argv)]),
-            "machine": machine(),
-            "passed": passed,
-            "results": results,
-        }
-        if args.output:
-            args.output.write_text(json.dumps(record, indent=2) + "\n")
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        sys.stderr.write(f"benchmark.py: error: {first_line(error)}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("benchmark.py: interrupted\n")
-        return 130
+        measure, show = export_step, show_export_step
+    check_arguments(args)
+    with Progress() as progress:
+        results = [result for name in args.model for result in measure(name, args, progress)]
+    passed = all(row.get("status") != "failed" for result in results for row in result["rows"])
+    record = {
+        "date": datetime.date.today().isoformat(),
+        "command": args.command,
+        "machine": describe_machine(torch.cuda.get_device_name() if torch.cuda.is_available() else None),
+        "passed": passed,
+        "results": results,
+    }
+    if args.output:
+        args.output.write_text(json.dumps(record, indent=2) + "\n")
     if args.json:
         print(json.dumps(record))
     else:
@@ -250,7 +247,7 @@ def show_rows(result: Result) -> None:
     for row in result["rows"]:
         cells = [format(row[key], spec) if row.get(key) is not None else "" for key, spec in columns.values()]
         table.add_row(row["provider"], *cells, style="red" if row["status"] == "failed" else "")
-    printer().print(table)
+    print_table(table)
     for row in result["rows"]:
         if row["reason"]:
             print(f"{row['provider']}: {row['status']}: {row['reason']}")
@@ -287,7 +284,7 @@ def show_floors(record: Result) -> str:
             numbers = (row["flops"] / 1e9, row["weight_bytes"] / 1e6, row["activation_bytes"] / 1e6)
             formatted = [format(number, spec) for number, spec in zip(numbers, (".2f", ".1f", ".1f"), strict=True)]
             table.add_row(row["level"], LEVEL_NAMES[row["level"]], *formatted, str(row["kernels"]))
-        printer().print(table)
+        print_table(table)
     last = record["results"][-1]
     bytes_of = {row["level"]: row["activation_bytes"] for row in last["rows"]}
     saved = bytes_of["a"] / bytes_of[DEFAULT_LEVEL]
@@ -343,45 +340,8 @@ def show_export_step(record: Result) -> str:
         table = Table("step", "median s", "ratio", title=f"{result['model']}, {result['rounds']} rounds; {facts}")
         for row in result["rows"]:
             table.add_row(row["step"], f"{row['median_s']:.2f}", f"{row['times_torch']:.2f}")
-        printer().print(table)
+        print_table(table)
     return f"next: python scripts/export.py --model {record['results'][-1]['model']}"
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers depend on."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
-        "cpu": cpu_name(),
-        "cpus": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        **versions,
-    }
-
-
-def cpu_name() -> str:
-    """As Linux calls it, else as Python does."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def machine_line(facts: dict[str, Any]) -> str:
-    versions = [f"{package} {facts[package]}" for package in PACKAGES if package in facts]
-    return ", ".join([*filter(None, [facts["gpu"]]), f"{facts['cpu']}, {facts['cpus']} CPUs", *versions])
-
-
-def printer() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 132)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where
 import numpy as np
 from numpy.typing import NDArray
 
-from export.console import Parser, print_predictions
-from export.errors import first_line
+from export.console import Parser, print_predictions, run_script
 from export.inference import Artefact, Bundle, open_bundle, running_first
 from resnet.preprocessing import Preprocessing, open_picture
 
@@ -30,16 +29,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        bundle = open_bundle(args.bundle)
-        labels = bundle.classes or [f"class {i}" for i in range(bundle.class_count)]
-        artefact, logits = run(bundle, args.images)
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        sys.stderr.write(f"classify.py: error: {first_line(error)}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("classify.py: interrupted\n")
-        return 130
+    return run_script("classify.py", lambda: classify(args))
+
+
+def classify(args: argparse.Namespace) -> int:
+    """Show the classes of every picture; the exit code."""
+    bundle = open_bundle(args.bundle)
+    labels = bundle.classes or [f"class {i}" for i in range(bundle.class_count)]
+    artefact, logits = run(bundle, args.images)
     for path, row in zip(args.images, logits, strict=True):
         if not np.isfinite(row).all():
             sys.stderr.write(f"classify.py: {path}: {artefact.file} returns NaN or Inf for this picture\n")

@@ -13,17 +13,17 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where
 
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from export import ExportError, fuse
-from export.console import Parser, Progress
-from export.errors import first_line
+from export.console import Parser, Progress, print_table, run_script
 from export.precision import PRECISIONS
 from export.workload import fused_workload
 from kernels.problems import Problem
 from kernels.targets import TARGETS
 from resnet.models import MODELS, create_model
+
+WIDTH = 160  # of the tables where there is no terminal
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -40,16 +40,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        with Progress() as progress:
-            problems = [problem for name in args.model for problem in problems_of(name, args, progress)]
-            kernels, launches = compile_for(args.targets, problems, progress)
-    except (ExportError, ValueError, RuntimeError) as error:
-        sys.stderr.write(f"compile_kernels.py: error: {first_line(error)}\n")
-        return 2
-    except ModuleNotFoundError as error:
-        sys.stderr.write(f"compile_kernels.py: error: no package {error.name}, expected triton: Linux only\n")
-        return 2
+    return run_script("compile_kernels.py", lambda: compile_kernels(args))
+
+
+def compile_kernels(args: argparse.Namespace) -> int:
+    """Compile and show what was found; the exit code, which is 1 where a kernel is at fault."""
+    with Progress() as progress:
+        problems = [problem for name in args.model for problem in problems_of(name, args, progress)]
+        kernels, launches = compile_for(args.targets, problems, progress)
     faulty = [kernel for kernel in kernels if kernel["faults"]]
     if args.json:
         print(json.dumps({"passed": not faulty, "kernels": kernels, "launches": launches}))
@@ -82,9 +80,12 @@ def compile_for(
     targets: list[str], problems: Problems, progress: Progress
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """What was found in each kernel, and the launches of one forward pass per target, model and batch."""
-    from kernels.compile import compile_problems
-    from kernels.plan import plan
-    from kernels.selection import select_config
+    try:
+        from kernels.compile import compile_problems
+        from kernels.plan import plan
+        from kernels.selection import select_config
+    except ModuleNotFoundError as error:
+        raise ExportError(f"no package {error.name}, expected triton: Linux only") from error
 
     distinct = [problem for _, _, problem in problems]
     kernels = compile_problems({TARGETS[name]: distinct for name in targets}, progress)
@@ -117,7 +118,7 @@ def print_kernels(target: str, kernels: list[dict[str, Any]]) -> None:
             "FAULT" if kernel["faults"] else "ok",
             style="red" if kernel["faults"] else "",
         )
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    print_table(table, WIDTH)
 
 
 def print_launches(targets: list[str], launches: list[dict[str, Any]]) -> None:
@@ -127,7 +128,7 @@ def print_launches(targets: list[str], launches: list[dict[str, Any]]) -> None:
     counts = {(entry["target"], entry["model"], entry["batch"]): entry["launches"] for entry in launches}
     for target in targets:
         table.add_row(target, *(str(counts[target, model, batch]) for model, batch in cases))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    print_table(table, WIDTH)
 
 
 def describe_config(config: dict[str, Any]) -> str:

@@ -10,8 +10,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
 
-from export.console import Parser
-from export.errors import first_line
+from export.console import Parser, run_script
 from resnet.model_card import read_model_card
 from resnet.models import create_model
 from resnet.weights import load_weights, save_weights
@@ -31,30 +30,22 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("resnet").setLevel(logging.INFO)
-    try:
-        convert(args)
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        sys.stderr.write(f"convert.py: error: {first_line(error)}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("convert.py: interrupted\n")
-        return 130
-    print(f"{args.output} written; next: {next_command(args)}")
-    return 0
+    return run_script("convert.py", lambda: convert(args))
 
 
-def convert(args: argparse.Namespace) -> None:
+def convert(args: argparse.Namespace) -> int:
     """Through the model: what is written is exactly what `load_weights` accepts, under its names and in float32."""
     card = read_model_card(args.checkpoint)
-    if card is not None and card.model != args.model:
-        raise ValueError(f"--model {args.model}: {args.checkpoint} holds weights for {card.model}")
     classes, channels = args.num_classes, 3 if args.in_channels is None else args.in_channels
     if card is not None:
+        card.check(args.checkpoint, args.model, args.num_classes, args.in_channels)
         classes, channels = len(card.classes), card.preprocessing.channels
     model = create_model(args.model, num_classes=classes, in_channels=channels)
     info = load_weights(model, args.checkpoint)
     metadata = {"converted_from": Path(info.path).name, "converted_from_sha256": info.sha256}
     save_weights(args.output, model.state_dict(), metadata | (card.to_metadata() if card else {}))
+    print(f"{args.output} written; next: {next_command(args)}")
+    return 0
 
 
 def next_command(args: argparse.Namespace) -> str:

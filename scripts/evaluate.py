@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 
 from export.accuracy import Accuracy, class_indices, measure
 from export.batch import Arrays
-from export.console import Parser, images_bar, print_evaluation
+from export.console import Parser, images_bar, print_evaluation, run_script
 from export.errors import ExportError, MissingDependency, first_line
 from export.inference import Artefact, Bundle, artefacts, open_bundle, running
-from resnet.data import LabelledImages, LabelledInputs, open_test
+from resnet.data import open_test
+from resnet.labelled import LabelledImages, LabelledInputs
 from resnet.preprocessing import Preprocessing
 
 
@@ -68,19 +69,18 @@ class Subject:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    try:
-        ray = import_ray() if args.ray else None
-        bundles = [open_bundle(path) for path in args.bundles]
-        trained_on = {str(bundle.manifest["model"].get("data")) for bundle in bundles}
-        data = open_test(args.data, trained_on)
-        subjects = [Subject.of(bundle, data) for bundle in bundles]
-        measured, waiting = run(subjects, cluster_measure(ray, args.data, trained_on) if ray else measure_here)
-    except (ValueError, OSError, RuntimeError, MemoryError, ImportError) as error:
-        sys.stderr.write(f"evaluate.py: error: {first_line(error)}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("evaluate.py: interrupted\n")
-        return 130
+    return run_script("evaluate.py", lambda: evaluate(args))
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Measure every artefact that runs here and show what each gets right; the exit code."""
+    ray = import_ray() if args.ray else None
+    bundles = [open_bundle(path) for path in args.bundles]
+    named = [bundle.manifest["model"].get("data") for bundle in bundles]
+    trained_on = {str(name) for name in named if name is not None}
+    data = open_test(args.data, trained_on)
+    subjects = [Subject.of(bundle, data) for bundle in bundles]
+    measured, waiting = run(subjects, cluster_measure(ray, args.data, trained_on) if ray else measure_here)
     if args.json:
         records = [{"bundle": bundle, "artefact": file, **found.to_json()} for bundle, file, found in measured]
         skipped = [{"bundle": bundle, "artefact": file, "reason": reason} for bundle, file, reason in waiting]

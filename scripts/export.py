@@ -18,12 +18,12 @@ from torch import Tensor
 
 from export import Batch, ExportConfig, ExportError, ExportResult, export_bundle
 from export.batch import as_batch
-from export.console import Parser, Progress, print_accuracy, print_rungs
-from export.errors import first_line
+from export.console import Parser, Progress, print_accuracy, print_rungs, run_script
 from export.images import crops, photographs
 from export.pipeline import PARITY_IMAGES
-from resnet.data import LabelledInputs, open_test
+from resnet.data import open_test
 from resnet.initialise import initialise
+from resnet.labelled import LabelledInputs
 from resnet.model_card import read_model_card
 from resnet.models import MODELS, create_model
 from resnet.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, imagenet_preprocessing, open_picture
@@ -67,16 +67,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("resnet").setLevel(logging.INFO)
-    try:
-        source = describe_source(args, parse_size(args.image_size) if args.image_size else None)
-        with Progress() as progress:
-            result = run(args, source, progress)
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        sys.stderr.write(f"export.py: error: {first_line(error)}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("export.py: interrupted\n")
-        return 130
+    return run_script("export.py", lambda: export(args))
+
+
+def export(args: argparse.Namespace) -> int:
+    """Export what the arguments describe and say what was found; the exit code, which is 1 for what is not equal."""
+    source = describe_source(args, parse_size(args.image_size) if args.image_size else None)
+    with Progress() as progress:
+        result = run(args, source, progress)
     summarise(args, source, result)
     return 0 if result else 1
 
@@ -163,13 +161,7 @@ def describe_source(args: argparse.Namespace, size: tuple[int, int] | None) -> S
         size = size or (MODELS[name].image_size if name in MODELS else 224,) * 2  # create_model refuses other names
         preprocessing = imagenet_preprocessing(channels)
         return Source(name, args.num_classes, channels, size, preprocessing and preprocessing.at(size))
-    for flag, given, held in (
-        ("--model", args.model, card.model),
-        ("--num-classes", args.num_classes, len(card.classes)),
-        ("--in-channels", args.in_channels, card.preprocessing.channels),
-    ):
-        if given is not None and given != held:
-            raise ExportError(f"{flag} {given}: {args.weights} holds weights for {held}")
+    card.check(args.weights, args.model, args.num_classes, args.in_channels)
     preprocessing = card.preprocessing.at(size) if size else card.preprocessing
     channels = preprocessing.channels
     return Source(card.model, len(card.classes), channels, preprocessing.size, preprocessing, card.classes, card.data)

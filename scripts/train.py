@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
-import platform
 import re
 import shlex
 import sys
@@ -26,24 +24,18 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from export.console import Parser
-from export.errors import first_line
+from export.console import Parser, print_table, run_script
+from export.machine import describe_machine, machine_line
 from resnet import plots
-from resnet.data import Splits, open_splits, suggest_preprocessing, suggest_size
+from resnet.data import open_splits, suggest_preprocessing, suggest_size
 from resnet.experiments import run_trial
 from resnet.files import write_atomically
+from resnet.labelled import Splits
 from resnet.models import MODELS, create_model
 from resnet.preprocessing import Preprocessing
+from resnet.recipe import AUGMENTATIONS, OPTIMIZERS, TrainingConfig
 from resnet.reports import EXPERIMENTS
-from resnet.training import (
-    AUGMENTATIONS,
-    LOG_FILE,
-    MODEL_FILE,
-    OPTIMIZERS,
-    Epoch,
-    TrainingConfig,
-    train,
-)
+from resnet.training import LOG_FILE, MODEL_FILE, Epoch, train
 
 WORK = Path("build/train")
 CURVES_FILE = "curves.png"
@@ -107,17 +99,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    try:
-        plots.require_matplotlib()
-        job = prepare(args)
-        with Display() as display:
-            record = run_experiment(args, job, display) if args.experiment else train_once(args, job, display)
-    except (ValueError, OSError, RuntimeError, ModuleNotFoundError, MemoryError) as error:
-        sys.stderr.write(f"train.py: error: {first_line(error)}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("train.py: interrupted; the same command with --resume goes on after the last whole epoch\n")
-        return 130
+    interrupted = "interrupted; the same command with --resume goes on after the last whole epoch"
+    return run_script("train.py", lambda: train_or_answer(args), interrupted)
+
+
+def train_or_answer(args: argparse.Namespace) -> int:
+    """Train --model once, or run the experiment that was named; the exit code."""
+    plots.require_matplotlib()
+    job = prepare(args)
+    with Display() as display:
+        record = run_experiment(args, job, display) if args.experiment else train_once(args, job, display)
     if args.json:
         print(json.dumps(record))
     return 0
@@ -240,7 +231,7 @@ def run_experiment(args: argparse.Namespace, job: Job, display: Display) -> dict
         )  # fmt: skip
         outcomes.append(outcome)
     report = experiment.report(outcomes, splits, job.preprocessing)
-    provenance = (f"`python scripts/train.py {args.command.removesuffix(' --resume')}`", describe_machine(job.device))
+    provenance = (f"`python scripts/train.py {args.command.removesuffix(' --resume')}`", conditions(job.device))
     record = {
         "title": report.title,
         "findings": report.findings,
@@ -257,27 +248,17 @@ def run_experiment(args: argparse.Namespace, job: Job, display: Display) -> dict
         table = Table(*report.headings, header_style="bold", box=box.SIMPLE_HEAD)
         for row in report.rows:
             table.add_row(*row)
-        Console(width=None if sys.stdout.isatty() else 132).print(table)
+        print_table(table)
         for finding in report.findings:
             print(finding)
         print(f"{output} holds {name}.md, {name}.png, {name}.json")
     return record
 
 
-def describe_machine(device: str) -> str:
+def conditions(device: str) -> str:
     """Where and with what the figures were made."""
-    where = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} cores, {_processor()}"
-    return f"{where}; Python {platform.python_version()}, torch {torch.__version__}, threads: {torch.get_num_threads()}"
-
-
-def _processor() -> str:
-    """The processor's name where the system tells it."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.machine()
-    names = re.findall(r"^model name\s*: (.*)$", text, re.MULTILINE)
-    return names[0] if names else platform.machine()
+    facts = describe_machine(torch.cuda.get_device_name() if device == "cuda" else None)
+    return f"{machine_line(facts)}; Python {facts['python']}, threads: {torch.get_num_threads()}"
 
 
 if __name__ == "__main__":

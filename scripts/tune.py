@@ -13,12 +13,11 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where
 
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from export import Batch, ExportError, fuse
-from export.console import Parser, Progress
-from export.errors import first_line
+from export.console import Parser, Progress, print_table, run_script
+from export.machine import describe_machine
 from export.precision import PRECISIONS
 from export.workload import fused_workload
 from kernels.config import Config
@@ -40,15 +39,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    return run_script("tune.py", lambda: tune_and_show(args))
+
+
+def tune_and_show(args: argparse.Namespace) -> int:
+    """Tune and show what was won; the exit code."""
     if not torch.cuda.is_available():
-        sys.stderr.write("tune.py: error: no NVIDIA GPU here: expected to run on the GPU to tune for\n")
-        return 2
-    try:
-        with Progress() as progress:
-            rows, path = tune_models(args, progress)
-    except (ExportError, ValueError, RuntimeError) as error:
-        sys.stderr.write(f"tune.py: error: {first_line(error)}\n")
-        return 2
+        raise ExportError("no NVIDIA GPU here: expected to run on the GPU to tune for")
+    with Progress() as progress:
+        rows, path = tune_models(args, progress)
     print_rows(rows)
     print(f"{path} written; next: python scripts/benchmark.py --device cuda --model {args.model[0]}")
     return 0
@@ -76,7 +75,9 @@ def tune_models(args: argparse.Namespace, progress: Progress) -> tuple[list[tupl
     progress("capture and fuse")
     problems = problems_of(args)
     configs: dict[str, Config] = dict(tuned_table(target.name))
-    header = describe_machine(device)
+    facts = describe_machine(torch.cuda.get_device_name(device))
+    header: dict[str, str] = {name: facts[name] for name in ("gpu", "torch", "triton") if name in facts}
+    header["date"] = datetime.date.today().isoformat()
     rows, path = [], Path()
     for index, problem in enumerate(problems):
         progress(f"{index + 1} of {len(problems)}: {problem_key(problem)}")
@@ -143,17 +144,6 @@ def launcher(problem: Problem, inputs: Inputs, config: Config) -> Callable[[], t
     return run
 
 
-def describe_machine(device: torch.device) -> dict[str, str]:
-    import triton
-
-    return {
-        "gpu": torch.cuda.get_device_name(device),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "date": datetime.date.today().isoformat(),
-    }
-
-
 def print_rows(rows: list[tuple[str, float, float, int]]) -> None:
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("problem")
@@ -161,7 +151,7 @@ def print_rows(rows: list[tuple[str, float, float, int]]) -> None:
         table.add_column(heading, justify="right")
     for key, before, after, count in rows:
         table.add_row(key, f"{before:.1f}", f"{after:.1f}", f"{before / after:.2f}", str(count))
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    print_table(table)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
 
-from export import ExportError, verify_bundle
-from export.console import Parser, Progress, print_rungs
+from export import verify_bundle
+from export.console import Parser, Progress, print_rungs, run_script
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -22,15 +22,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        with Progress() as progress:
-            rungs = verify_bundle(args.bundle, progress)
-    except (ExportError, OSError) as error:
-        sys.stderr.write(f"verify.py: error: {error}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("verify.py: interrupted\n")
-        return 130
+    return run_script("verify.py", lambda: verify(args))
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Check the bundle and say what was found; the exit code, which is 1 for what is not equal."""
+    with Progress() as progress:
+        rungs = verify_bundle(args.bundle, progress)
     passed = all(rungs)
     if args.json:
         print(json.dumps({"passed": passed, "rungs": [rung.to_json() for rung in rungs]}))

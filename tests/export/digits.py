@@ -18,7 +18,8 @@ from export.bundle import ONNX_FILE, publish, read_verified, staged
 from export.lowering.onnx_file import lower_onnx
 from export.manifest import describe
 from export.precision import PRECISIONS
-from resnet.data import LabelledInputs, open_test
+from resnet.data import open_test
+from resnet.labelled import LabelledInputs
 from resnet.preprocessing import Preprocessing
 
 PREPROCESSING = Preprocessing((16, 16), (16, 16), (0.5,), (0.5,))

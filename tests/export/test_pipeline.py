@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from export import Batch, ExportConfig, ExportError, ExportResult, export_bundle, verify_bundle
 from export.accuracy import Labelled
 from export.program import FusedProgram
-from resnet.data import LabelledInputs, open_test
+from resnet.data import open_test
+from resnet.labelled import LabelledInputs
 from resnet.preprocessing import Preprocessing
 from tests.export import digits, networks
 

@@ -19,16 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from resnet.data import (
-    DataError,
-    LabelledImages,
-    LabelledInputs,
-    Splits,
-    open_splits,
-    open_test,
-    suggest_preprocessing,
-    suggest_size,
-)
+from resnet.data import open_splits, open_test, suggest_preprocessing, suggest_size
+from resnet.labelled import DataError, LabelledImages, LabelledInputs, Splits
 from resnet.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 
 

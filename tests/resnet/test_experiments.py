@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from resnet.data import LabelledImages, Splits, open_splits, suggest_preprocessing
+from resnet.data import open_splits, suggest_preprocessing
 from resnet.experiments import (
     REGULARISER_SEEDS,
     Outcome,
@@ -23,10 +23,12 @@ from resnet.experiments import (
     run_trial,
     standard_error,
 )
+from resnet.labelled import LabelledImages, Splits
 from resnet.models import create_model
 from resnet.preprocessing import Preprocessing
+from resnet.recipe import TrainingConfig
 from resnet.reports import EXPERIMENTS, compare_report, depths_report, regularisers_report
-from resnet.training import Epoch, TrainingConfig
+from resnet.training import Epoch
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

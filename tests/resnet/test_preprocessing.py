@@ -314,8 +314,8 @@ def test_needs_no_pytorch():
 import sys
 sys.modules["torch"] = None  # importing it is an ImportError now
 import numpy as np
-import resnet.data, resnet.preprocessing
-data = resnet.data.LabelledImages("two", ("a", "b"), np.arange(2), np.zeros((2, 8, 8), np.uint8), mirrored=False)
+import resnet.data, resnet.labelled
+data = resnet.labelled.LabelledImages("two", ("a", "b"), np.arange(2), np.zeros((2, 8, 8), np.uint8), mirrored=False)
 preprocessing = resnet.data.suggest_preprocessing(data, (8, 8))
 print(data.inputs([0, 1], preprocessing).shape)
 try:

@@ -17,22 +17,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from resnet.data import Splits, open_splits, suggest_preprocessing
+from resnet.data import open_splits, suggest_preprocessing
+from resnet.labelled import Splits
 from resnet.model_card import read_model_card
 from resnet.models import Bottleneck, create_model
 from resnet.preprocessing import Preprocessing
-from resnet.training import (
-    LOG_FILE,
-    MODEL_FILE,
-    STATE_FILE,
-    TrainingConfig,
-    TrainingError,
-    augment,
-    learning_rate,
-    make_optimizer,
-    train,
-    training_step,
-)
+from resnet.recipe import TrainingConfig, TrainingError, augment, learning_rate, make_optimizer, training_step
+from resnet.training import LOG_FILE, MODEL_FILE, STATE_FILE, train
 from resnet.weights import load_weights
 
 QUICK = TrainingConfig(epochs=3, batch_size=32, warmup_epochs=1, dropout=0.2, augment=("crop", "flip", "cutout"))

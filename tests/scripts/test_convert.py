@@ -23,6 +23,7 @@ from resnet.models import create_model
 from resnet.weights import load_weights
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "convert.py"
+SHIPPED = SCRIPT.parents[1] / "resnet" / "checkpoints" / "resnet20-digits.safetensors"  # has a model card
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +103,16 @@ def test_converts_in_place(script: ModuleType, checkpoint: Path, tmp_path: Path)
 def test_a_model_card_is_carried_over_and_another_model_refused(
     script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shipped = SCRIPT.parents[1] / "resnet" / "checkpoints" / "resnet20-digits.safetensors"
     copy = tmp_path / "copy.safetensors"
-    assert script.main([str(shipped), str(copy), "--model", "resnet20"]) == 0
-    assert read_model_card(copy) == read_model_card(shipped) is not None
-    assert script.main([str(shipped), str(copy), "--model", "resnet56"]) == 2
+    assert script.main([str(SHIPPED), str(copy), "--model", "resnet20"]) == 0
+    assert read_model_card(copy) == read_model_card(SHIPPED) is not None
+    assert script.main([str(SHIPPED), str(copy), "--model", "resnet56"]) == 2
     assert "--model resnet56" in capsys.readouterr().err
+
+
+def test_counts_that_the_model_card_confirms_are_accepted(script: ModuleType, tmp_path: Path) -> None:
+    counts = ("--num-classes", "10", "--in-channels", "1")
+    assert script.main([str(SHIPPED), str(tmp_path / "copy.safetensors"), "--model", "resnet20", *counts]) == 0
 
 
 def test_next_command_survives_the_shell(
@@ -140,6 +145,14 @@ REFUSED: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "another model": (
         lambda f: [str(f / "checkpoint.pth.tar"), str(f / "out.safetensors"), "--model", "resnet32", *COUNTS],
         "tensors do not fit the model",
+    ),
+    "other classes than the card's": (
+        lambda f: [str(SHIPPED), str(f / "out.safetensors"), "--model", "resnet20", "--num-classes", "7"],
+        f"--num-classes 7: {SHIPPED} holds weights for 10",
+    ),
+    "other channels than the card's": (
+        lambda f: [str(SHIPPED), str(f / "out.safetensors"), "--model", "resnet20", "--in-channels", "3"],
+        f"--in-channels 3: {SHIPPED} holds weights for 1",
     ),
     "output is a folder": (
         lambda f: [str(f / "checkpoint.pth.tar"), str(f / "folder.safetensors"), "--model", "resnet20", *COUNTS],

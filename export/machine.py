@@ -1,0 +1,55 @@
+"""What figures depend on: the machine and the versions of what ran. No PyTorch."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt-rtx", "triton", "numpy")
+
+
+def installed_versions() -> dict[str, str]:
+    """Of those of PACKAGES that are installed."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def describe_machine(gpu: str | None) -> dict[str, Any]:
+    """What to write beside figures.
+
+    Args:
+        gpu: the name of the GPU that was used, None where none was.
+    """
+    return {
+        "cpu": _cpu_name(),
+        "cpus": os.cpu_count(),
+        "gpu": gpu,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        **installed_versions(),
+    }
+
+
+def machine_line(facts: Mapping[str, Any]) -> str:
+    """What `describe_machine` found, for a person."""
+    versions = [f"{package} {facts[package]}" for package in PACKAGES if package in facts]
+    return ", ".join([*filter(None, [facts["gpu"]]), f"{facts['cpu']}, {facts['cpus']} CPUs", *versions])
+
+
+def _cpu_name() -> str:
+    """As Linux calls it, else as Python does."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
