@@ -1,22 +1,25 @@
 """Build TensorRT and TensorRT-RTX engines from an ONNX file: one path, since the two share their interface.
 
-What an engine is and whether it runs here is asked without PyTorch too.
+What an engine is and whether it runs here is asked without PyTorch, and neither package is run in this process.
 """
 
 from __future__ import annotations
 
 import importlib
-import logging
-import time
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 from export.batch import Batch
-from export.errors import ExportError, MissingDependency
+from export.child import run_in_child
+from export.cuda_runtime import why_no_gpu
+from export.errors import MissingDependency
+from export.lowering.engine_config import DEFAULT_ENGINE, EngineConfig
 from export.precision import Precision
 
-log = logging.getLogger(__name__)
+_BUILDER = "export.lowering.engine_builder"
+_ADVICE = "lower --workspace, --batch or --optimization-level"
 
 
 @dataclass(frozen=True)
@@ -27,18 +30,26 @@ class Flavour:
         name: the word used on the command line, and the extra that installs it.
         module: what is imported.
         file_name: of the engine in a bundle.
+        layers_name: of the list of its layers beside it.
         needs_gpu: whether building needs the target GPU on this machine.
+        inspects: whether what was built can be looked at where it was built, kernel by kernel.
     """
 
     name: str
     module: str
     file_name: str
+    layers_name: str
     needs_gpu: bool
+    inspects: bool
 
 
 FLAVOURS = {
-    "tensorrt": Flavour("tensorrt", "tensorrt", "model.trt.engine", needs_gpu=True),
-    "tensorrt-rtx": Flavour("tensorrt-rtx", "tensorrt_rtx", "model.rtx.engine", needs_gpu=False),
+    "tensorrt": Flavour(
+        "tensorrt", "tensorrt", "model.trt.engine", "model.trt.layers.json", needs_gpu=True, inspects=True
+    ),
+    "tensorrt-rtx": Flavour(
+        "tensorrt-rtx", "tensorrt_rtx", "model.rtx.engine", "model.rtx.layers.json", needs_gpu=False, inspects=False
+    ),
 }
 
 
@@ -48,9 +59,12 @@ class Engine:
 
     Attributes:
         plan: the bytes a TensorRT runtime deserialises.
-        version: of the TensorRT package that built it; only that version runs it.
+        version: of the TensorRT package that built it; only that version runs it, unless `config` says otherwise.
         convolutions: how many convolutions the network has, all proved to be of `precision`.
         seconds: what building took.
+        config: how it was built.
+        layers: name and types of each layer: of the kernels where the flavour shows them, else of the network as
+            parsed. Empty for an engine read from a bundle.
     """
 
     flavour: Flavour
@@ -59,6 +73,8 @@ class Engine:
     precision: Precision
     convolutions: int
     seconds: float
+    config: EngineConfig = DEFAULT_ENGINE
+    layers: tuple[Mapping[str, Any], ...] = ()
 
 
 def import_flavour(flavour: Flavour) -> ModuleType:
@@ -73,18 +89,19 @@ def import_flavour(flavour: Flavour) -> ModuleType:
         raise MissingDependency(flavour.module, flavour.name) from error
 
 
-def why_not_buildable(flavour: Flavour) -> str | None:
-    """Why this machine cannot build the flavour's engines, None where it can."""
+def why_not_buildable(flavour: Flavour, dla_core: int | None = None) -> str:
+    """Why this machine cannot build the flavour's engines, for its accelerator if asked; empty where it can."""
     try:
         import_flavour(flavour)
     except MissingDependency as error:
         return str(error)
-    if flavour.needs_gpu:
-        import torch
-
-        if not torch.cuda.is_available():
-            return "needs an NVIDIA GPU on the building machine; build on the device from model.onnx"
-    return None
+    if flavour.needs_gpu and why_no_gpu(flavour.name):
+        return f"builds on the GPU it is for; build on the device from model.onnx: {why_no_gpu(flavour.name)}"
+    if dla_core is not None:
+        cores = run_in_child("counting accelerators", "", f"{_BUILDER}:count_dla_cores", flavour)
+        if dla_core >= cores:
+            return f"--dla {dla_core}: this device has {cores} deep-learning accelerators that TensorRT can use"
+    return ""
 
 
 def why_not_runnable(engine: Engine) -> str:
@@ -93,88 +110,43 @@ def why_not_runnable(engine: Engine) -> str:
         installed = import_flavour(engine.flavour).__version__
     except MissingDependency as error:
         return str(error)
-    if installed != engine.version:
+    if installed != engine.version and not (engine.config.version_compatible and _follows(installed, engine.version)):
         return f"built by {engine.flavour.name} {engine.version}, {installed} is installed: export again with it"
-    try:
-        import torch
-    except ImportError:
-        return "torch, which holds an engine's inputs on the GPU, is not installed"
-    return "" if torch.cuda.is_available() else "no NVIDIA GPU here"
+    return why_no_gpu(engine.flavour.name)
+
+
+def _follows(installed: str, built: str) -> bool:
+    """Whether a version is a later one of the same major version."""
+    later, earlier = ([int(part) for part in version.split(".") if part.isdigit()] for version in (installed, built))
+    return later[:1] == earlier[:1] and later >= earlier
 
 
 def build_engine(
-    onnx_bytes: bytes, flavour: Flavour, precision: Precision, batch: Batch, image_shape: tuple[int, int, int]
+    onnx_bytes: bytes,
+    flavour: Flavour,
+    precision: Precision,
+    batch: Batch,
+    image_shape: tuple[int, int, int],
+    config: EngineConfig = DEFAULT_ENGINE,
+    kept: Collection[str] = (),
 ) -> Engine:
-    """Build an engine whose precision is the ONNX file's, with one optimisation profile.
+    """Build an engine whose precision is the ONNX file's, with one optimisation profile, in a process of its own.
 
     Args:
         onnx_bytes: a serialised ONNX model with one input `input` [batch, C, H, W].
-        precision: what every convolution must compute in; proved from the parsed network's types.
+        precision: what every convolution and every product with weights must compute in; proved from the parsed
+            network's types and, where the flavour shows them, from the kernels that were chosen.
         batch: minimum, optimum and maximum of the profile.
         image_shape: (C, H, W).
+        config: how to build it.
+        kept: layers, by the names of their ONNX nodes, that compute in fp16 where the precision is int8.
 
     Raises:
         MissingDependency: the package is not installed.
-        ExportError: the file does not parse, has another precision, or the builder fails; says why.
+        ExportError: the file does not parse, has another precision, or the builder fails or dies; says why.
     """
-    trt = import_flavour(flavour)
-    started = time.perf_counter()
-    logger = _logger(trt)
-    builder = trt.Builder(logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse(onnx_bytes):
-        reason = parser.get_error(0).desc() if parser.num_errors else "no reason given"
-        raise ExportError(f"{flavour.name} cannot parse the ONNX file: {reason.splitlines()[0]}")
-    convolutions = prove_precision(trt, network, precision)
-    config = builder.create_builder_config()
-    profile = builder.create_optimization_profile()
-    profile.set_shape("input", *((size, *image_shape) for size in (batch.minimum, batch.optimum, batch.maximum)))
-    config.add_optimization_profile(profile)
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        raise ExportError(f"{flavour.name} {trt.__version__} could not build an engine: {logger.last_error}")
-    return Engine(flavour, bytes(plan), trt.__version__, precision, convolutions, time.perf_counter() - started)
-
-
-def prove_precision(trt: ModuleType, network: Any, precision: Precision) -> int:
-    """Check that every convolution of a parsed, strongly typed network computes in `precision`.
-
-    In a strongly typed network the types of the tensors are the types of the arithmetic, so an engine
-    cannot fall back to another precision in silence.
-
-    Returns:
-        How many convolutions there are.
-
-    Raises:
-        ExportError: the network is not strongly typed, or a convolution has another type; names it.
-    """
-    if not network.get_flag(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED):
-        raise ExportError("expected a strongly typed network")
-    expected = {"fp32": trt.DataType.FLOAT, "fp16": trt.DataType.HALF, "bf16": trt.DataType.BF16}[precision.name]
-    convolutions = 0
-    for index in range(network.num_layers):
-        layer = network.get_layer(index)
-        if layer.type != trt.LayerType.CONVOLUTION:
-            continue
-        convolutions += 1
-        types = {layer.get_input(0).dtype, layer.get_output(0).dtype}
-        if types != {expected}:
-            raise ExportError(f"{layer.name} would compute in {sorted(map(str, types))}: expected {expected}")
-    return convolutions
-
-
-def _logger(trt: ModuleType) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[name-defined]
-        """Hands the builder's messages to `logging` and keeps the last error for the refusal."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.last_error = "no reason given"
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                self.last_error = message.splitlines()[0]
-            log.debug("%s", message)
-
-    return Logger()
+    import_flavour(flavour)
+    task, target = f"building the {flavour.name} engine", f"{_BUILDER}:build"
+    arguments = (onnx_bytes, flavour, precision, batch, image_shape, config, frozenset(kept))
+    engine: Engine = run_in_child(task, _ADVICE, target, *arguments)
+    return engine
