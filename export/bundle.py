@@ -22,6 +22,8 @@ from export.errors import ExportError
 
 MANIFEST = "manifest.json"
 ONNX_FILE = "model.onnx"
+CPU_ONNX_FILE = "model.cpu.onnx"  # beside it in int8, where one file cannot suit every runtime
+ONNX_FORMS = {CPU_ONNX_FILE: "onnx cpu", ONNX_FILE: "onnx"}  # what ONNX Runtime runs, the first that there is
 FORMAT = 2
 _SELF = "manifest_sha256"
 _AT_FDCWD = -100

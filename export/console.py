@@ -19,13 +19,16 @@ from rich.table import Table
 from rich.text import Text
 
 from export.accuracy import Accuracy
+from export.bundle import CPU_ONNX_FILE
 from export.errors import first_line
+from export.quantisation.facts import Quantisation
 
 if TYPE_CHECKING:
     from export.parity.report import Rung
 
 _SECONDS_BETWEEN_LINES = 10.0
 _BAR_WIDTH = 30
+_COSTS_SHOWN = 5
 _WIDTH = 132  # where there is no terminal
 
 
@@ -134,6 +137,23 @@ def print_accuracy(accuracy: Sequence[Accuracy]) -> None:
         measured = (f"{100 * form.top1:.2f} %", difference, str(form.images))
         table.add_row(form.form, form.runtime, form.precision, *measured)
     print_table(table)
+
+
+def print_quantisation(quantisation: Quantisation) -> None:
+    """Print on stdout what was quantised and which layers cost most."""
+    q = quantisation
+    kept = f"kept in floating point: {', '.join(q.kept)}" if q.kept else "none kept in floating point"
+    print(f"{q.layers} layers quantised, {kept}; calibrated on {q.images} images ({q.method})")
+    if q.float_convolutions > len(q.kept):
+        print(f"ONNX Runtime runs {q.float_convolutions} convolutions of {CPU_ONNX_FILE} in floating point")
+    table = Table(title="what a layer in 8 bits costs", title_justify="left", header_style="bold", box=box.SIMPLE_HEAD)
+    table.add_column("layer")
+    table.add_column("error of the output", justify="right")
+    for cost in q.costs[:_COSTS_SHOWN]:
+        table.add_row(cost.name, f"{cost.error:.1e}")
+    print_table(table)
+    if len(q.costs) > _COSTS_SHOWN:
+        print(f"and {len(q.costs) - _COSTS_SHOWN} layers that cost less: all are in parity.json")
 
 
 def print_evaluation(measured: Sequence[tuple[str, str, Accuracy]]) -> None:

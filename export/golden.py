@@ -6,18 +6,19 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from export.batch import Arrays
 from export.errors import ExportError
 from export.parity.ladder import References
 
 GOLDEN_FILE = "golden.safetensors"
-_GROUPS = ("eager", "folded", "oracle")
+_ORACLE = "oracle"
 
 
 def save_golden(references: References) -> bytes:
-    """The bytes of a safetensors file with `input` and `<group>.<output>` for each group of outputs."""
+    """The bytes of a safetensors file: `input`, and `<network>.<output>` for the oracle and each unfused network."""
     tensors = {"input": references.images}
-    for group in _GROUPS:
-        tensors |= {f"{group}.{name}": values for name, values in getattr(references, group).items()}
+    for network, outputs in {**references.rounded, _ORACLE: references.oracle}.items():
+        tensors |= {f"{network}.{name}": values for name, values in outputs.items()}
     return save({name: np.ascontiguousarray(values) for name, values in tensors.items()})
 
 
@@ -29,10 +30,13 @@ def load_golden(content: bytes) -> References:
     """
     try:
         tensors = load(content)
-        groups = {
-            group: {name.partition(".")[2]: t for name, t in tensors.items() if name.startswith(f"{group}.")}
-            for group in _GROUPS
-        }
-        return References(tensors["input"], groups["eager"], groups["folded"], groups["oracle"])
+        images, networks = tensors.pop("input"), dict[str, Arrays]()
+        for name in sorted(tensors):
+            network, _, output = name.rpartition(".")  # names of outputs have no dots
+            networks.setdefault(network, {})[output] = tensors[name]
+        oracle = networks.pop(_ORACLE)
+        if not networks or any(outputs.keys() != oracle.keys() for outputs in networks.values()):
+            raise KeyError("outputs of unfused networks")
+        return References(images, networks, oracle)
     except (SafetensorError, KeyError) as error:
         raise ExportError(f"{GOLDEN_FILE}: expected inputs and reference outputs ({error})") from error

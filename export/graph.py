@@ -12,7 +12,8 @@ from typing import Any, TypeGuard, TypeVar
 import torch
 from torch import Tensor, fx
 
-import kernels  # noqa: F401  registers the fused operators
+import export.quantisation.operators  # noqa: F401  registers operators, as does the next
+import kernels  # noqa: F401
 from export.errors import ExportError
 
 aten = torch.ops.aten
@@ -24,6 +25,7 @@ FUSED_OPERATORS = (
     resnet_deploy.conv2d_conv1x1_bias_act.default,
     resnet_deploy.mean_linear.default,
 )
+QUANTISATION = (resnet_deploy.quantize_linear.default, resnet_deploy.dequantize_linear.default)
 _T = TypeVar("_T")
 
 

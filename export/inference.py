@@ -1,8 +1,7 @@
-"""Run a bundle on this machine: check it, see which of its files run here, run one. No PyTorch but for engines."""
+"""Run a bundle on this machine: check it, see which of its files run here, run one. No PyTorch."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -15,11 +14,13 @@ from numpy.typing import NDArray
 
 from export.accuracy import class_count, class_names
 from export.batch import Arrays, Batch, run_in_batches
-from export.bundle import FORMAT, ONNX_FILE, read_verified
+from export.bundle import FORMAT, ONNX_FILE, ONNX_FORMS, read_verified
 from export.errors import ExportError, MissingDependency, first_line
+from export.lowering.engine_config import EngineConfig
 from export.lowering.tensorrt_engine import FLAVOURS, Engine, why_not_runnable
 from export.onnx_session import import_onnxruntime, open_file
-from export.precision import PRECISIONS, Precision
+from export.precision import FORMATS, Precision
+from export.tensorrt_runner import TensorRTRunner
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,10 @@ class Bundle:
             raise ExportError(f"{self.path} takes inputs of shape {list(self.image_shape)}: its preprocessing makes "
                               f"{list(shape)}")  # fmt: skip
 
-    def onnx_model(self) -> onnx.ModelProto:
-        """The ONNX file; raises ExportError where it is none."""
+    def onnx_model(self, file: str) -> onnx.ModelProto:
+        """One of its ONNX files; raises ExportError where it is none."""
         try:
-            return onnx.load_model_from_string(self.contents[ONNX_FILE])
+            return onnx.load_model_from_string(self.contents[file])
         except DecodeError as error:
             raise _foreign(self.path, error) from error
 
@@ -97,7 +98,7 @@ def open_bundle(path: str | Path) -> Bundle:
     if manifest.get("format") != FORMAT:
         raise ExportError(f"{path} has format {manifest.get('format')}: this version reads format {FORMAT}")
     try:
-        precision = PRECISIONS[manifest["precision"]]
+        precision = FORMATS[manifest["precision"]]
         batch = Batch(*(manifest["batch"][key] for key in ("min", "opt", "max")))
         (entry,) = manifest["inputs"]
         _, channels, height, width = entry["shape"]
@@ -120,7 +121,9 @@ def _engine(name: str, facts: Mapping[str, Any], contents: Mapping[str, bytes], 
     flavour = FLAVOURS[facts["flavour"]]
     if flavour.file_name != name:
         raise ValueError(f"{name!r} is not the name of an engine of {flavour.name}")
-    return Engine(flavour, contents[name], facts["version"], precision, facts["convolutions"], facts["build_seconds"])
+    config = EngineConfig.from_json(facts.get("options", {}))
+    known = (facts["version"], precision, facts["convolutions"], facts["build_seconds"])
+    return Engine(flavour, contents[name], *known, config)
 
 
 @dataclass(frozen=True)
@@ -128,11 +131,11 @@ class Artefact:
     """One file of a bundle that computes the network.
 
     Attributes:
-        form: `onnx` or an engine's flavour.
+        form: an engine's flavour, or one of ONNX_FORMS.
         file: its name in the bundle.
         runtime: what executes it, with its version.
         obstacle: why this machine cannot run it, empty where nothing is known to speak against it.
-        engine: None for the ONNX file.
+        engine: None for an ONNX file.
     """
 
     form: str
@@ -148,22 +151,13 @@ def artefacts(bundle: Bundle) -> list[Artefact]:
     for engine in bundle.engines:
         name = engine.flavour.name
         runtime = f"{name} {engine.version}"
-        found.append(Artefact(name, engine.flavour.file_name, runtime, _engine_obstacle(engine), engine))
+        found.append(Artefact(name, engine.flavour.file_name, runtime, why_not_runnable(engine), engine))
     try:
         runtime, obstacle = f"onnxruntime {import_onnxruntime().__version__}", ""
     except MissingDependency as error:
         runtime, obstacle = "onnxruntime", str(error)
-    return [*found, Artefact("onnx", ONNX_FILE, runtime, obstacle)]
-
-
-def _engine_obstacle(engine: Engine) -> str:
-    obstacle = why_not_runnable(engine)
-    if not obstacle:
-        try:
-            importlib.import_module("export.runners")
-        except ImportError as error:
-            return f"{error.name} is not installed"
-    return obstacle
+    files = [(form, file) for file, form in ONNX_FORMS.items() if file in bundle.contents]
+    return found + [Artefact(form, file, runtime, obstacle) for form, file in files]
 
 
 @contextmanager
@@ -218,12 +212,10 @@ def _loaded(bundle: Bundle, artefact: Artefact) -> Iterator[Callable[[Mapping[st
     """What runs one batch, as a runner's `infer` does."""
     names = tuple(bundle.outputs)
     if artefact.engine is not None:
-        from export.runners import TensorRTRunner  # needs PyTorch
-
         with TensorRTRunner(artefact.engine, names) as runner:
             yield runner.infer
     else:
-        session = open_file(bundle.onnx_model(), bundle.precision)
+        session = open_file(bundle.onnx_model(artefact.file))
 
         def run(inputs: Mapping[str, NDArray]) -> Arrays:
             try:

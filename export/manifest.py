@@ -15,6 +15,7 @@ from export.lowering.tensorrt_engine import Engine
 from export.machine import installed_versions
 from export.precision import Precision
 from export.program import FusedProgram
+from export.quantisation.facts import Quantisation
 
 
 def describe(
@@ -24,6 +25,7 @@ def describe(
     precision: Precision,
     metadata: Mapping[str, Any],
     accuracy: Sequence[Accuracy] = (),
+    quantisation: Quantisation | None = None,
 ) -> dict[str, Any]:
     """The manifest without its list of files. `metadata` goes under `model`: what only the caller knows."""
     graph = onnx_file.model.graph
@@ -41,12 +43,14 @@ def describe(
                 "version": engine.version,
                 "convolutions": engine.convolutions,
                 "build_seconds": round(engine.seconds, 2),
+                "options": engine.config.to_json(),
             }
             for engine in engines
         },
         "fused": [{"name": o.name, "kind": o.kind, "parts": list(o.parts)} for o in program.coverage.fused],
         "left": [{"name": o.name, "kind": o.kind, "reason": o.reason} for o in program.coverage.left],
         "accuracy": [measured.to_json() for measured in accuracy],
+        "quantisation": quantisation and quantisation.to_json(),
         "versions": {"python": platform.python_version(), **installed_versions()},
     }
 

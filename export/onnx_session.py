@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 
 from export.errors import ExportError, MissingDependency, first_line
-from export.precision import Precision
 
 _NARROW = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 
@@ -26,23 +28,31 @@ def import_onnxruntime() -> Any:
     return onnxruntime
 
 
-def open_file(model: onnx.ModelProto, precision: Precision) -> Any:
+def open_file(model: onnx.ModelProto) -> Any:
     """A session for an exported file.
 
-    ONNX Runtime has no bfloat16 arithmetic on CPUs, so a bfloat16 file runs as `rounded_copy`.
+    ONNX Runtime has no bfloat16 arithmetic on CPUs, and of a file quantised with float16 scales, which is made for
+    TensorRT, it fuses pairs of quantisation and dequantisation into something less exact. Both run as `rounded_copy`.
 
     Raises:
         MissingDependency: ONNX Runtime is not installed.
         ExportError: ONNX Runtime refuses the file.
     """
-    return open_session(rounded_copy(model) if precision.name == "bf16" else model)
+    types = {tensor.data_type for tensor in model.graph.initializer}
+    quantised = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+    rounded = onnx.TensorProto.BFLOAT16 in types or (quantised and onnx.TensorProto.FLOAT16 in types)
+    return open_session(rounded_copy(model) if rounded else model)
 
 
 def open_session(model: onnx.ModelProto) -> Any:
     """A session for the model as it is; raises as `open_file` does."""
-    runtime = import_onnxruntime()
-    options = runtime.SessionOptions()
+    options = import_onnxruntime().SessionOptions()
     options.log_severity_level = 3
+    return _session(model, options)
+
+
+def _session(model: onnx.ModelProto, options: Any) -> Any:
+    runtime = import_onnxruntime()
     try:
         session = runtime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
     except Exception as error:  # its exceptions share no base class
@@ -50,6 +60,17 @@ def open_session(model: onnx.ModelProto) -> Any:
     if session.get_providers() != ["CPUExecutionProvider"]:
         raise ExportError(f"ONNX Runtime chose {session.get_providers()}: expected CPUExecutionProvider alone")
     return session
+
+
+def optimised_operators(model: onnx.ModelProto) -> Counter[str]:
+    """How many of each operator ONNX Runtime runs of a file, after its own optimisations on this machine."""
+    runtime = import_onnxruntime()
+    with tempfile.TemporaryDirectory() as folder:
+        options = runtime.SessionOptions()
+        options.log_severity_level = 3
+        options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
+        _session(model, options)
+        return Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
 
 
 def rounded_copy(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from export.batch import DEFAULT_BATCH, Batch
 from export.capture import capture, plain_torch
 from export.errors import ExportError
-from export.graph import FUSED_OPERATORS, converted, is_call, module_path, moves_data, schema_name
+from export.graph import FUSED_OPERATORS, QUANTISATION, converted, is_call, module_path, moves_data, schema_name
 from export.passes import DEFAULT_LEVEL, FOLDING, LEVELS
 from export.precision import PRECISIONS, Precision
 
@@ -129,6 +129,6 @@ def _coverage(master: fx.GraphModule) -> Coverage:
     for node in master.graph.nodes:
         if is_call(node, *FUSED_OPERATORS):
             fused.append(Operator(module_path(node), schema_name(node), tuple(node.meta["fused"])))
-        elif node.op == "call_function" and not moves_data(node):
+        elif node.op == "call_function" and not moves_data(node) and not is_call(node, *QUANTISATION):
             left.append(Operator(module_path(node), schema_name(node), reason=node.meta.get("refused", "")))
     return Coverage(tuple(fused), tuple(left))

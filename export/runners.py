@@ -1,15 +1,9 @@
-"""Runners: each executes one form of the network behind the same call, infer(dict) -> dict.
-
-Inputs and outputs are numpy arrays, float32 or wider, batch first. A runner is a context manager: what
-it loads or allocates lives between enter and exit.
-"""
+"""Runners of the forms that PyTorch or ONNX Runtime executes."""
 
 from __future__ import annotations
 
 import importlib.metadata
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import Any
 
 import onnx
@@ -20,47 +14,17 @@ from torch.utils import _pytree as pytree
 from typing_extensions import Self
 
 from export.batch import Arrays
-from export.bundle import ONNX_FILE
+from export.bundle import ONNX_FILE, ONNX_FORMS
 from export.capture import eager_copy, plain_torch
 from export.cuda_graph import CudaGraphProgram
 from export.errors import ExportError, first_line
 from export.graph import converted
 from export.interpreter import GraphInterpreter
 from export.lowering.onnx_file import OnnxFile
-from export.lowering.tensorrt_engine import Engine, import_flavour
 from export.onnx_session import import_onnxruntime, open_file, open_session, rounded_copy
 from export.precision import Precision
 from export.program import FusedProgram
-
-
-class Runner(ABC):
-    """One runtime holding one form of the network.
-
-    Attributes:
-        name: of the form: `eager`, `folded`, `fused`, `triton`, `onnx`, or an engine's flavour.
-        runtime: what executes it, with version where that matters.
-        file: the artefact in the bundle, empty where there is none.
-    """
-
-    name: str
-    runtime: str
-    file = ""
-
-    @abstractmethod
-    def infer(self, inputs: Mapping[str, NDArray]) -> Arrays:
-        """Run one batch: {"input": [N, C, H, W] float32} -> {output name: array}."""
-
-    def trace(self, inputs: Mapping[str, NDArray]) -> dict[str, Tensor]:
-        """Every intermediate tensor of one batch that this runtime can show, by fused-graph node name."""
-        return {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
+from export.runner import Runner
 
 
 class EagerRunner(Runner):
@@ -158,15 +122,14 @@ class ProgramRunner(Runner):
 class OnnxRuntimeRunner(Runner):
     """The ONNX file in ONNX Runtime on the CPU."""
 
-    name = "onnx"
-    file = ONNX_FILE
-
-    def __init__(self, file: OnnxFile, precision: Precision) -> None:
-        self._file, self._precision = file, precision
+    def __init__(self, file: OnnxFile, precision: Precision, artefact: str = ONNX_FILE) -> None:
+        """`artefact` is the name of the file in the bundle."""
+        self._file, self._precision, self.file = file, precision, artefact
+        self.name = ONNX_FORMS[artefact]
 
     def __enter__(self) -> Self:
         self.runtime = f"onnxruntime {import_onnxruntime().__version__}"
-        self._session = open_file(self._file.model, self._precision)
+        self._session = open_file(self._file.model)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -191,62 +154,6 @@ class OnnxRuntimeRunner(Runner):
         values = dict(zip(names, open_session(copy).run(names, dict(inputs)), strict=True)) | dict(inputs)
         dtype = self._precision.dtype
         return {node: torch.from_numpy(values[value]).to(dtype) for node, value in self._file.values.items()}
-
-
-_TORCH_TYPES = {
-    "FLOAT": "float32",
-    "HALF": "float16",
-    "BF16": "bfloat16",
-    "INT32": "int32",
-    "INT64": "int64",
-    "INT8": "int8",
-    "UINT8": "uint8",
-    "BOOL": "bool",
-}
-
-
-class TensorRTRunner(Runner):
-    """A TensorRT or TensorRT-RTX engine on the first CUDA device."""
-
-    def __init__(self, engine: Engine, output_names: tuple[str, ...]) -> None:
-        self._engine, self._output_names = engine, output_names
-        self.name, self.file = engine.flavour.name, engine.flavour.file_name
-        self.runtime = f"{engine.flavour.name} {engine.version}"
-
-    def __enter__(self) -> Self:
-        trt = import_flavour(self._engine.flavour)
-        self._logger = trt.Logger(trt.Logger.ERROR)
-        runtime = trt.Runtime(self._logger)
-        self._plan = runtime.deserialize_cuda_engine(self._engine.plan)
-        if self._plan is None:
-            raise ExportError(f"{self.runtime} cannot load the engine on {torch.cuda.get_device_name()}")
-        self._context = self._plan.create_execution_context()
-        self._stream = torch.cuda.Stream()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        del self._context, self._plan, self._stream
-
-    def infer(self, inputs: Mapping[str, NDArray]) -> Arrays:
-        x = torch.from_numpy(inputs["input"]).cuda().contiguous()
-        smallest, _, largest = self._plan.get_tensor_profile_shape("input", 0)
-        if not all(low <= n <= high for low, n, high in zip(smallest, x.shape, largest, strict=True)):
-            raise ExportError(f"the engine takes {tuple(smallest)} to {tuple(largest)}, got {tuple(x.shape)}")
-        if not self._context.set_input_shape("input", tuple(x.shape)):
-            raise ExportError(f"the engine refuses an input of shape {tuple(x.shape)}")
-        self._context.set_tensor_address("input", x.data_ptr())
-        outputs = []
-        for name in self._output_names:
-            dtype = getattr(torch, _TORCH_TYPES[self._plan.get_tensor_dtype(name).name])
-            y = torch.empty(tuple(self._context.get_tensor_shape(name)), dtype=dtype, device="cuda")
-            y.view(torch.uint8).fill_(0xFF)  # NaN in every floating-point type: what is not written is noticed
-            self._context.set_tensor_address(name, y.data_ptr())
-            outputs.append(y)
-        self._stream.wait_stream(torch.cuda.current_stream())
-        if not self._context.execute_async_v3(self._stream.cuda_stream):
-            raise ExportError(f"{self.runtime} failed to run a batch of {len(x)}")
-        self._stream.synchronize()
-        return _named(self._output_names, outputs)
 
 
 def _named(names: tuple[str, ...], outputs: list[Tensor]) -> Arrays:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from export.bundle import ONNX_FILE
+from export.bundle import ONNX_FORMS
 from export.errors import ExportError
 from export.golden import GOLDEN_FILE, load_golden
 from export.inference import open_bundle
@@ -14,7 +14,8 @@ from export.lowering.tensorrt_engine import why_not_runnable
 from export.parity.ladder import execute, judge, reference_rungs, unexecuted_rung
 from export.parity.report import Rung
 from export.pipeline import ENGINE_FACTOR
-from export.runners import OnnxRuntimeRunner, TensorRTRunner
+from export.runners import OnnxRuntimeRunner
+from export.tensorrt_runner import TensorRTRunner
 
 
 def verify_bundle(bundle: str | Path, progress: Callable[[str], None] = lambda step: None) -> list[Rung]:
@@ -34,11 +35,13 @@ def verify_bundle(bundle: str | Path, progress: Callable[[str], None] = lambda s
     if GOLDEN_FILE not in opened.contents:
         raise ExportError(f"{bundle}: expected {GOLDEN_FILE}, which is not listed in its manifest")
     references = load_golden(opened.contents[GOLDEN_FILE])
-    model = opened.onnx_model()
     rungs = reference_rungs(references, precision)
-    progress(f"run {ONNX_FILE}")
-    execution = execute(OnnxRuntimeRunner(OnnxFile(model, names, {}), precision), references.images, batch)
-    rungs.append(judge(execution, references, precision, precision.network_factor))
+    for file in ONNX_FORMS:
+        if file in opened.contents:
+            progress(f"run {file}")
+            runner = OnnxRuntimeRunner(OnnxFile(opened.onnx_model(file), names, {}), precision, file)
+            execution = execute(runner, references.images, batch)
+            rungs.append(judge(execution, references, precision, precision.network_factor))
     for engine in opened.engines:
         progress(f"run {engine.flavour.file_name}")
         reason = why_not_runnable(engine)

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from resnet.cifar import open_cifar
-from resnet.files import visible_folders
+from resnet.files import is_hidden, visible_folders
 from resnet.labelled import DataError, LabelledImages, Splits
 from resnet.preprocessing import Preprocessing, imagenet_preprocessing
 
@@ -23,7 +23,7 @@ _LOG = logging.getLogger(__name__)
 _TEST_SHARE = 0.2  # of a source that comes without a test part
 _VALIDATION_SHARE = 0.1  # of what there is to train on, where the source has no validation part
 _SPLIT_SEED = 0
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}
 _PARTS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
 _STATISTICS_PICTURES = 2000
 _SMALL = 64  # pixels; pictures from here on are photographs to `suggest_size` and `suggest_preprocessing`
@@ -186,11 +186,13 @@ def _labelled_folder(root: Path, folders: list[Path], classes: tuple[str, ...] |
     for folder in folders:
         if folder.name not in names:
             raise DataError(f"{folder}: expected one of the classes in train/: {', '.join(names[:5])}")
-        found = sorted(path for path in folder.rglob("*") if path.is_file() and not _hidden(path.relative_to(folder)))
-        pictures = [path for path in found if path.suffix.lower() in _SUFFIXES]
-        ignored += [path for path in found if path.suffix.lower() not in _SUFFIXES]
+        found = sorted(path for path in folder.rglob("*") if path.is_file() and not is_hidden(path.relative_to(folder)))
+        pictures = [path for path in found if path.suffix.lower() in PICTURE_SUFFIXES]
+        ignored += [path for path in found if path.suffix.lower() not in PICTURE_SUFFIXES]
         if not pictures:
-            raise DataError(f"{folder}: expected pictures ({', '.join(sorted(_SUFFIXES))}), got {len(found)} files")
+            raise DataError(
+                f"{folder}: expected pictures ({', '.join(sorted(PICTURE_SUFFIXES))}), got {len(found)} files"
+            )
         for path in pictures:
             _check_header(path)
         files += pictures
@@ -200,10 +202,6 @@ def _labelled_folder(root: Path, folders: list[Path], classes: tuple[str, ...] |
             "%s: left out %d files that are no pictures by their names: %s ...", root, len(ignored), ignored[0]
         )
     return LabelledImages(_name(root), names, np.array(labels, np.int64), tuple(files), mirrored=False)
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
 
 
 def _check_header(path: Path) -> None:

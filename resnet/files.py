@@ -23,6 +23,11 @@ def write_atomically(path: Path, content: bytes) -> None:
             raise
 
 
+def is_hidden(path: Path) -> bool:
+    """Whether a file, or a folder it is in, has a name that begins with a dot; `path` is relative to what is shown."""
+    return any(part.startswith(".") for part in path.parts)
+
+
 def visible_folders(root: Path) -> list[Path]:
     """The folders in a folder, sorted, without those whose names begin with a dot."""
     return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))

@@ -11,7 +11,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +24,20 @@ from torch import Tensor, nn
 
 from export import Batch, ExportError, FusedProgram, fuse
 from export.batch import DEFAULT_BATCH
-from export.benchmark import (
-    CPU_CLOCK,
-    CUDA_CLOCK,
-    Subject,
-    compare_providers,
-    cpu_candidates,
-    cuda_candidates,
-    describe,
-    floor_seconds,
-    measure_ceilings,
-    plain_onnx,
-    workloads,
-)
+from export.benchmark import CPU_CLOCK, CUDA_CLOCK, compare_providers, describe
+from export.candidates import Subject, cpu_candidates, cuda_candidates, int8_candidate, plain_onnx
+from export.ceilings import floor_seconds, measure_ceilings, workloads
 from export.console import Parser, Progress, print_table, run_script
+from export.forms import quantised_programs
 from export.images import crops, photographs
 from export.lowering.onnx_file import lower_onnx
 from export.machine import describe_machine, machine_line
-from export.passes import DEFAULT_LEVEL, LEVELS
+from export.passes import DEFAULT_LEVEL, LEVELS, QUANTISED_LEVEL
+from export.passes.split_addition import split_addition
 from export.pipeline import PARITY_IMAGES
 from export.precision import PRECISIONS
+from export.quantisation.calibration import WANTED_IMAGES, Calibration, InMemory, calibrate
+from export.quantisation.scheme import CPU
 from resnet.initialise import initialise
 from resnet.models import MODELS, create_model
 
@@ -156,7 +150,13 @@ def compare(name: str, args: argparse.Namespace, progress: Progress) -> list[Res
     precision, cuda, largest = PRECISIONS[args.precision], args.device == "cuda", max(args.batch)
     progress(f"initialise {name}")
     model, images = seeded_model(name), photographs_for(name, PARITY_IMAGES)
-    programs = fused(model, images, Batch(1, min(8, largest), largest), LEVELS if cuda else (DEFAULT_LEVEL,), progress)
+    programs = fused(
+        model,
+        images,
+        Batch(1, min(8, largest), largest),
+        LEVELS if cuda else (DEFAULT_LEVEL, QUANTISED_LEVEL),
+        progress,
+    )
     progress("run the eager model in float64")
     subject = Subject.of(model, programs, precision, images)
     common: Result = {"model": name, "weights": "UNTRAINED: seed 0", "device": args.device, "precision": precision.name}
@@ -169,7 +169,11 @@ def compare(name: str, args: argparse.Namespace, progress: Progress) -> list[Res
         candidates, clock = cuda_candidates(subject), CUDA_CLOCK
     else:
         common["threads"] = torch.get_num_threads()
-        candidates, clock = cpu_candidates(subject, torch.get_num_threads()), CPU_CLOCK
+        progress("calibrate 8 bits")
+        quantised = quantised_programs(programs[QUANTISED_LEVEL], calibrated(name, programs, progress), ())[CPU]
+        threads = torch.get_num_threads()
+        candidates = [*cpu_candidates(subject, threads), int8_candidate(subject, quantised, threads)]
+        clock = CPU_CLOCK
     results = []
     for batch in args.batch:
         inputs, levels = [photographs_for(name, batch, seed) for seed in INPUT_SEEDS], {}
@@ -180,6 +184,11 @@ def compare(name: str, args: argparse.Namespace, progress: Progress) -> list[Res
         rows = compare_providers(candidates, subject, batch, inputs, clock, progress)
         results.append({**common, "batch": batch, "rows": describe(rows, batch, levels)})
     return results
+
+
+def calibrated(name: str, programs: Mapping[str, FusedProgram], progress: Progress) -> Calibration:
+    pictures = InMemory(photographs_for(name, WANTED_IMAGES, CALIBRATION_SEED).numpy())
+    return calibrate(split_addition(programs[QUANTISED_LEVEL].master), pictures, progress=progress)
 
 
 def fused(

@@ -18,9 +18,12 @@ from torch import Tensor
 
 from export import Batch, ExportConfig, ExportError, ExportResult, export_bundle
 from export.batch import as_batch
-from export.console import Parser, Progress, print_accuracy, print_rungs, run_script
+from export.console import Parser, Progress, print_accuracy, print_quantisation, print_rungs, run_script
 from export.images import crops, photographs
-from export.pipeline import PARITY_IMAGES
+from export.lowering.engine_config import TARGETS, EngineConfig
+from export.pipeline import AUTO, PARITY_IMAGES
+from export.quantisation.calibration import DEFAULT_METHOD, METHODS
+from resnet.calibration import PictureInputs, open_calibration
 from resnet.data import open_test
 from resnet.initialise import initialise
 from resnet.labelled import LabelledInputs
@@ -51,16 +54,42 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", default="1:8:32", metavar="MIN:OPT:MAX|N", help="default 1:8:32; N is static")
     parser.add_argument("--image-size", metavar="H[xW]", help="default: the weights', else 224 or 32")
     parser.add_argument("--engine", choices=("auto", "none", "tensorrt", "tensorrt-rtx"), default="auto")
+    add_engine_arguments(parser)
     parser.add_argument("--images", nargs="+", metavar="PATH", help="pictures to compare on")
     parser.add_argument(
         "--data",
         metavar="digits|PATH",
         help="labelled pictures to measure accuracy on; default digits where the weights were trained on them",
     )
-    parser.add_argument("--calibration", metavar="DIR", help="int8 only")
+    parser.add_argument(
+        "--calibration",
+        metavar="DIR",
+        help="int8: a folder of pictures like those the network will see, 100 or more; or digits, or an archive of "
+        "CIFAR; default digits where the weights were trained on them",
+    )
+    parser.add_argument("--calibration-method", choices=METHODS, default=DEFAULT_METHOD, help="default %(default)s")
+    parser.add_argument(
+        "--keep-fp16",
+        nargs="+",
+        default=(),
+        metavar="NAME|auto",
+        help="int8: layers, or modules with all their layers, to leave in floating point; auto: the fewest with which "
+        "the accuracy is retained",
+    )
     parser.add_argument("--output", type=Path, metavar="DIR", help="default build/<model>-<precision>")
     parser.add_argument("--json", action="store_true", help="the summary as one JSON object on stdout")
     return parser.parse_args(argv)
+
+
+def add_engine_arguments(parser: Parser) -> None:
+    """How engines are built; what a flavour of TensorRT does not take is refused, or with auto leaves it out."""
+    parser.add_argument("--workspace", type=int, metavar="MIB", help="memory a kernel of an engine may use for itself")
+    parser.add_argument("--optimization-level", type=int, metavar="N", help="0 to 5: how long to look for fast kernels")
+    parser.add_argument("--timing-cache", type=Path, metavar="FILE", help="measured kernels, read and written")
+    parser.add_argument("--version-compatible", action="store_true", help="engines for later minor versions too")
+    parser.add_argument("--hardware-compatible", action="store_true", help="engines for every GPU from Ampere on")
+    parser.add_argument("--targets", nargs="+", default=(), metavar="SM", help=f"tensorrt-rtx: of {' '.join(TARGETS)}")
+    parser.add_argument("--dla", type=int, metavar="CORE", help="the deep-learning accelerator of a Jetson Orin")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -81,11 +110,13 @@ def export(args: argparse.Namespace) -> int:
 
 def run(args: argparse.Namespace, source: Source, progress: Progress) -> ExportResult:
     """Make the model and export it."""
-    if args.precision == "int8" or args.calibration:
-        raise ExportError("--int8 and --calibration are not available yet; expected --fp32, --fp16 or --bf16")
-    config = ExportConfig(args.precision, parse_batch(args.batch), args.engine)
+    kept = AUTO if args.keep_fp16 == [AUTO] else tuple(args.keep_fp16)
+    config = ExportConfig(
+        args.precision, parse_batch(args.batch), args.engine, engine_config(args), args.calibration_method, kept
+    )
     model = create_model(source.model, num_classes=source.num_classes, in_channels=source.in_channels)
     labelled = open_labelled(args, source)
+    calibration = open_calibration_inputs(args, source, labelled)
     pictures = [open_picture(path).convert("RGB") for path in args.images or ()] or photographs()
 
     def cut(count: int, seed: int) -> Tensor:
@@ -121,8 +152,21 @@ def run(args: argparse.Namespace, source: Source, progress: Progress) -> ExportR
         config,
         images=images,
         labelled=labelled,
+        calibration=calibration,
         metadata=metadata,
         progress=progress,
+    )
+
+
+def engine_config(args: argparse.Namespace) -> EngineConfig:
+    return EngineConfig(
+        workspace_mib=args.workspace,
+        optimization_level=args.optimization_level,
+        timing_cache=args.timing_cache,
+        version_compatible=args.version_compatible,
+        hardware_compatible=args.hardware_compatible,
+        targets=tuple(args.targets),
+        dla_core=args.dla,
     )
 
 
@@ -179,6 +223,19 @@ def open_labelled(args: argparse.Namespace, source: Source) -> LabelledInputs | 
     return LabelledInputs(open_test(name, {source.data}), source.preprocessing)
 
 
+def open_calibration_inputs(
+    args: argparse.Namespace, source: Source, labelled: LabelledInputs | None
+) -> PictureInputs | None:
+    """The inputs to calibrate on: --calibration, or the digits for weights that were trained on them."""
+    name = args.calibration or ("digits" if source.data == "digits" and args.precision == "int8" else None)
+    if name is None:
+        return None
+    if source.preprocessing is None:
+        raise ExportError(f"--calibration: expected a model for pictures of 1 or 3 channels, got {source.in_channels}")
+    measured = labelled.pictures.pictures if labelled is not None else ()
+    return open_calibration(name, source.preprocessing, [path for path in measured if isinstance(path, Path)])
+
+
 def spread(labelled: LabelledInputs, count: int) -> Tensor:
     """Inputs from all over a set, which may be sorted by class."""
     chosen = np.linspace(0, len(labelled) - 1, min(count, len(labelled))).astype(int).tolist()
@@ -232,9 +289,11 @@ def summarise(args: argparse.Namespace, source: Source, result: ExportResult) ->
             print(f"{rung.name}: no operator criterion for {', '.join(rung.operators.unchecked)}")
     for name, reason in result.skipped.items():
         print(f"{name} engine not built: {reason}")
+    if report.quantisation is not None:
+        print_quantisation(report.quantisation)
     if report.accuracy:
         print_accuracy(report.accuracy)
-    elif args.weights is not None:
+    elif args.weights is not None or report.quantisation is not None:
         print("accuracy not measured: give labelled pictures with --data")
     for weakness in report.evidence.weaknesses:
         print(f"weak evidence: {weakness}")

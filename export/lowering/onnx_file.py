@@ -17,13 +17,14 @@ from torch.utils import _pytree as pytree
 from export.batch import Batch
 from export.capture import plain_torch
 from export.errors import ExportError, first_line
-from export.graph import FUSED_OPERATORS, is_call, module_path, named_args, schema_name
+from export.graph import FUSED_OPERATORS, QUANTISATION, is_call, module_path, named_args, schema_name
 from export.lowering.operators import TRANSLATIONS
 from export.precision import Precision
 from export.program import FusedProgram
 
 # Conv admits bfloat16 from opset 22 on; TensorRT 10.3, the oldest supported, reads up to opset 20.
 _OPSETS = {torch.float32: 18, torch.float16: 18, torch.bfloat16: 22}
+_QUANTISED_OPSET = 19  # the first in which quantisation has 16-bit floating-point scales
 _FX_NODE = "pkg.torch.onnx.fx_node"
 
 
@@ -116,6 +117,7 @@ def _translate(
     size = batch.minimum if batch.static else max(2, batch.optimum)
     traced_input = torch.zeros(size, *example.shape[1:], dtype=torch.float32)
     dynamic = None if batch.static else ({0: torch.export.Dim("batch", min=batch.minimum, max=batch.maximum)},)
+    quantised = any(is_call(node, *QUANTISATION) for node in graph_module.graph.nodes)
     registry_log = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = registry_log.level
     registry_log.setLevel(logging.ERROR)  # it warns of every operator of a torchvision that is not installed
@@ -126,7 +128,7 @@ def _translate(
                 _Boundary(graph_module, precision.dtype).eval(),
                 (traced_input,),
                 dynamo=True,
-                opset_version=_OPSETS[precision.dtype],
+                opset_version=_QUANTISED_OPSET if quantised else _OPSETS[precision.dtype],
                 custom_translation_table=TRANSLATIONS,
                 input_names=["input"],
                 output_names=list(names),
@@ -194,6 +196,8 @@ def _rename(graph_module: fx.GraphModule, model: onnx.ModelProto, groups: Mappin
                 role = "bias" if argument.endswith("bias") else "weight"
                 names[f"graph_module.{arguments[argument].target}"] = f"{owner}.{role}"
             names |= _value_names(node, groups.get(node.name, []))
+        elif is_call(node, *QUANTISATION):
+            names |= _quantisation_names(node, groups.get(node.name, []))
     for tensor in model.graph.initializer:
         names.setdefault(tensor.name, tensor.name.removeprefix("graph_module."))
     fixed = {value.name for value in [*model.graph.input, *model.graph.output]}
@@ -207,6 +211,7 @@ def _rename(graph_module: fx.GraphModule, model: onnx.ModelProto, groups: Mappin
         node.output[:] = [names.get(name, name) for name in node.output]
     for named in [*model.graph.initializer, *model.graph.value_info]:
         named.name = names.get(named.name, named.name)
+    _name_layers(model)
 
 
 def _value_names(node: fx.Node, group: Sequence[onnx.NodeProto]) -> dict[str, str]:
@@ -224,6 +229,25 @@ def _value_names(node: fx.Node, group: Sequence[onnx.NodeProto]) -> dict[str, st
         owner_of[onnx_node.output[0]] = pools.get(onnx_node.op_type) or owners.get(weight, inherited)
     last = {owner: value for value, owner in owner_of.items()}
     return {value: owner for owner, value in last.items()}
+
+
+def _quantisation_names(node: fx.Node, group: Sequence[onnx.NodeProto]) -> dict[str, str]:
+    """The label that the pass gave a value, and names after it for what it is scaled with."""
+    label = node.meta["label"]
+    names = {onnx_node.output[0]: label for onnx_node in group}
+    owner = label.removesuffix(".quantized").removesuffix(".dequantized")
+    roles = ("quantized", "scale", "zero_point")
+    constants = {role: value for role, value in zip(roles, node.args, strict=True) if isinstance(value, fx.Node)}
+    return names | {
+        f"graph_module.{v.target}": f"{owner}.{role}" for role, v in constants.items() if v.op == "get_attr"
+    }
+
+
+def _name_layers(model: onnx.ModelProto) -> None:
+    """Name convolutions and matrix products after the module that owns their weight."""
+    for node in model.graph.node:
+        if node.op_type in ("Conv", "Gemm", "MatMul") and node.input[1].endswith(".weight"):
+            node.name = node.input[1].removesuffix(".weight")
 
 
 def _variants(name: str) -> Iterator[str]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from onnxscript import opset18 as op
+from onnxscript import opset19
 
 from export.graph import resnet_deploy
 
@@ -67,10 +68,20 @@ def _project(shortcut, weight, stride):  # type: ignore[no-untyped-def]
     return op.Conv(shortcut, weight, strides=[*stride])
 
 
+def _quantize_linear(x, scale, zero_point):  # type: ignore[no-untyped-def]
+    return opset19.QuantizeLinear(x, scale, zero_point)
+
+
+def _dequantize_linear(q, scale, zero_point):  # type: ignore[no-untyped-def]
+    return opset19.DequantizeLinear(q, scale, zero_point, axis=0)
+
+
 TRANSLATIONS: dict[Callable, Callable] = {
     resnet_deploy.conv2d_bias_act.default: _conv2d_bias_act,
     resnet_deploy.conv2d_bias_relu_maxpool.default: _conv2d_bias_relu_maxpool,
     resnet_deploy.conv2d_projection_bias_act.default: _conv2d_projection_bias_act,
     resnet_deploy.conv2d_conv1x1_bias_act.default: _conv2d_conv1x1_bias_act,
     resnet_deploy.mean_linear.default: _mean_linear,
+    resnet_deploy.quantize_linear.default: _quantize_linear,
+    resnet_deploy.dequantize_linear.default: _dequantize_linear,
 }

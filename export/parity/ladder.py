@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,12 +14,13 @@ from torch import Tensor, nn
 
 from export.batch import Arrays, Batch, run_in_batches
 from export.lowering.tensorrt_engine import Engine
+from export.parity.checks import OperatorChecks
 from export.parity.network import NetworkCheck, compare
-from export.parity.operators import OperatorChecks
 from export.parity.report import Rung
-from export.precision import Precision
+from export.precision import PRECISIONS, Precision
 from export.program import FusedProgram
-from export.runners import EagerRunner, FoldedRunner, Runner
+from export.runner import Runner
+from export.runners import EagerRunner, FoldedRunner, ProgramRunner
 
 # Two draws of rounding the weights, which were seen to differ by up to 2.5; a broken fold is off by far more.
 _FOLDED_FACTOR = 4.0
@@ -31,15 +33,14 @@ class References:
 
     Attributes:
         images: [N, C, H, W], float32.
-        eager: outputs of the user's model in the precision under test, by name.
-        folded: the same with BatchNorm folded, every operator still on its own.
+        rounded: what rounding alone makes of the outputs: name of an unfused network in the precision under test ->
+            its outputs by name. `eager` is the user's model, `folded` the same with BatchNorm folded.
         oracle: outputs of the user's model in float64, by name.
         seconds: per image of the eager model in the precision under test.
     """
 
     images: NDArray
-    eager: Arrays
-    folded: Arrays
+    rounded: Mapping[str, Arrays]
     oracle: Arrays
     seconds: float = 0.0
 
@@ -103,18 +104,31 @@ def run_references(
             outputs.append(run_in_batches(runner.infer, images, batch, len(images)))
             seconds = (time.perf_counter() - started) / len(images)
     oracle, folded, eager = outputs
-    return References(images, eager, folded, oracle, seconds)
+    return References(images, {EagerRunner.name: eager, FoldedRunner.name: folded}, oracle, seconds)
+
+
+def run_simulations(references: References, simulations: Mapping[str, FusedProgram]) -> References:
+    """The same images and oracle, with quantised programs run in float32 as what rounding alone makes of them."""
+    rounded, single, names = {}, PRECISIONS["fp32"], tuple(references.oracle)
+    seconds = 0.0
+    for name, program in simulations.items():
+        with ProgramRunner(program, single, names) as runner:
+            started = time.perf_counter()
+            rounded[name] = run_in_batches(runner.infer, references.images, program.batch, len(references.images))
+            seconds = (time.perf_counter() - started) / len(references.images)
+    return References(references.images, rounded, references.oracle, seconds)
 
 
 def reference_rungs(references: References, precision: Precision) -> list[Rung]:
-    """What rounding alone costs: the eager model, and the same operators with BatchNorm folded."""
-    r, floor = references, precision.network_floor
-    eager = compare(r.eager, [r.eager], r.oracle, precision.network_factor, floor)
-    folded = compare(r.folded, [r.eager], r.oracle, _FOLDED_FACTOR, floor)
-    return [
-        Rung("eager", EagerRunner.runtime, precision.name, outputs=eager, seconds=r.seconds),
-        Rung("folded", FoldedRunner.runtime, precision.name, outputs=folded),
-    ]
+    """What rounding alone costs: the first unfused network, and the others, which may not differ much from it."""
+    rungs: list[Rung] = []
+    first = next(iter(references.rounded.values()))
+    for name, outputs in references.rounded.items():
+        factor = _FOLDED_FACTOR if rungs else precision.network_factor
+        checks = compare(outputs, [first], references.oracle, factor, precision.network_floor)
+        seconds = 0.0 if rungs else references.seconds
+        rungs.append(Rung(name, EagerRunner.runtime, precision.name, outputs=checks, seconds=seconds))
+    return rungs
 
 
 def unexecuted_rung(engine: Engine, reason: str) -> Rung:
@@ -131,7 +145,7 @@ def judge(
     operators: OperatorChecks | None = None,
 ) -> Rung:
     """Compare what a form computed with the references; `factor` is k of the network criterion."""
-    rounded = (references.eager, references.folded)
+    rounded = list(references.rounded.values())
     runs = [
         compare(outputs, rounded, references.oracle, factor, precision.network_floor)
         for outputs in (execution.straight, execution.reversed)

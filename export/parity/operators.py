@@ -51,7 +51,7 @@ from export.graph import (
     schema_name,
     source_name,
 )
-from export.parity.network import finite
+from export.parity.checks import OperatorCheck, OperatorChecks
 from export.precision import Precision
 from export.program import FusedProgram
 
@@ -61,51 +61,6 @@ RMS_LIMIT = 1.6
 MAX_LIMIT = 9.0
 MAX_LIMIT_FP32 = 16.0
 _DEAD = 8.0
-
-
-@dataclass(frozen=True)
-class OperatorCheck:
-    """One operator of one candidate; true when it passed.
-
-    Attributes:
-        name: the module of the user's model.
-        kind: the operator.
-        rms_z, max_z: error in units of what rounding explains; 0 or inf for an exact operator.
-        reason: why it failed, empty where it passed.
-        worst: index of the worst element.
-        got, expected: its value and the float64 value.
-    """
-
-    name: str
-    kind: str
-    rms_z: float
-    max_z: float
-    reason: str = ""
-    worst: tuple[int, ...] = ()
-    got: float = 0.0
-    expected: float = 0.0
-
-    def __bool__(self) -> bool:
-        return not self.reason
-
-    def to_json(self) -> dict[str, Any]:
-        z = {"rms_z": finite(self.rms_z), "max_z": finite(self.max_z)}
-        return {"name": self.name, "kind": self.kind, **z, "reason": self.reason}
-
-
-@dataclass(frozen=True)
-class OperatorChecks:
-    """All operators of one candidate; true when each passed and there was at least one."""
-
-    checks: tuple[OperatorCheck, ...]
-    unchecked: tuple[str, ...]
-
-    def __bool__(self) -> bool:
-        return bool(self.checks) and all(self.checks)
-
-    @property
-    def first_failure(self) -> OperatorCheck | None:
-        return next((check for check in self.checks if not check), None)
 
 
 def check_operators(

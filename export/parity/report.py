@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from export.accuracy import Accuracy, lost_accuracy
+from export.parity.checks import OperatorChecks
 from export.parity.evidence import Evidence
 from export.parity.network import NetworkCheck, finite
-from export.parity.operators import OperatorChecks
+from export.quantisation.facts import Quantisation
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class ParityReport:
     """Every rung and the evidence under them. True when the network may be shipped.
 
     Attributes:
+        quantisation: how it was quantised; None for floating-point precisions.
         accuracy: of the eager model in float32, then of each form; empty where it was not measured.
     """
 
@@ -102,6 +104,7 @@ class ParityReport:
     evidence: Evidence
     rungs: tuple[Rung, ...]
     accuracy: tuple[Accuracy, ...] = ()
+    quantisation: Quantisation | None = None
 
     def __bool__(self) -> bool:
         executed = [rung for rung in self.rungs if not rung.not_run]
@@ -109,17 +112,27 @@ class ParityReport:
 
     @property
     def verdict(self) -> str:
-        """One line: equal, not equal and where, accuracy lost and how much, or no verdict and why."""
+        """One line: equal, not equal and where, accuracy lost and how much, or no verdict and why.
+
+        A network of 8 bits is not equal to the eager model; it is right where every value is what its scales say.
+        """
         failed = [f"{rung.name}: {rung.verdict}" for rung in self.rungs if not rung]
         lost = lost_accuracy(self.accuracy)
-        if failed:
-            return f"not equal to the eager model: {failed[0]}{lost and f'; {lost}'}"
+        if self.quantisation is not None:
+            equal, unequal = "every value of 8 bits is what its scales say", "wrong in 8 bits"
+            lost = lost and f"{lost}; --keep-fp16 auto finds the layers to leave in fp16"
+        else:
+            equal, unequal = "equal to the eager model", "not equal to the eager model"
+        if failed and self.quantisation is None:
+            return f"{unequal}: {failed[0]}{lost and f'; {lost}'}"
         if lost:
             return f"accuracy lost: {lost}"
+        if failed:
+            return f"{unequal}: {failed[0]}"
         if not self.evidence:
             return f"no verdict, the evidence is too weak: {self.evidence.weaknesses[0]}"
         undecided = [r for r in self.rungs for check in r.outputs.values() if check.decision == "no verdict"]
-        return f"equal to the eager model{', no verdict on top-1: margins too small' if undecided else ''}"
+        return f"{equal}{', no verdict on top-1: margins too small' if undecided else ''}"
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -135,4 +148,5 @@ class ParityReport:
             },
             "rungs": [rung.to_json() for rung in self.rungs],
             "accuracy": [measured.to_json() for measured in self.accuracy],
+            "quantisation": self.quantisation and self.quantisation.to_json(),
         }

@@ -31,6 +31,7 @@ LEVELS = {
     for level in ("b", "c1", "c2", "c3")
 }
 DEFAULT_LEVEL = "c3"
+QUANTISED_LEVEL = "b"  # each convolution on its own: what is quantised lies between them
 
 __all__ = [
     "DEFAULT_LEVEL",

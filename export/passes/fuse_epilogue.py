@@ -20,6 +20,7 @@ from export.graph import (
     parameter,
     resnet_deploy,
     same_shape,
+    source_name,
 )
 
 _CONVOLUTIONS = (aten.conv2d.default, aten.conv2d.padding)
@@ -68,7 +69,12 @@ def _replace(graph_module: fx.GraphModule, conv: fx.Node, arguments: _ConvArgume
     name = module_path(conv)
     parts = [*conv.meta.get("fused", [name]), *(module_path(node) for node in chain[1:])]
     weights = {"weight": name, "bias": name}
-    fused.meta = {"nn_module_stack": conv.meta.get("nn_module_stack"), "fused": parts, "weights": weights}
+    fused.meta = {
+        "nn_module_stack": conv.meta.get("nn_module_stack"),
+        "fused": parts,
+        "weights": weights,
+        "summand": source_name(conv),  # its value before anything is added
+    }
     copy_meta(fused, last)
     last.replace_all_uses_with(fused)
     for node in reversed(chain):

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from export import Batch, ExportError, MissingDependency
+from export import Batch, ExportError, MissingDependency, inference
 from export.bundle import ONNX_FILE
 from export.inference import artefacts, open_bundle, running, running_first
 from export.lowering import tensorrt_engine
@@ -159,7 +159,7 @@ def test_engines_come_first_and_say_why_they_do_not_run(
 ) -> None:
     version, package, gpu, reason = ENGINES[case]
     monkeypatch.setattr(tensorrt_engine, "import_flavour", package)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(tensorrt_engine, "why_no_gpu", lambda extra: "" if gpu else "no NVIDIA GPU here")
     bundle = open_bundle(with_engine(bundles["fp32"], tmp_path / "b", version))
     engine, file = artefacts(bundle)
     assert (engine.form, engine.file, engine.runtime) == ("tensorrt-rtx", RTX_FILE, f"tensorrt-rtx {version}")
@@ -193,8 +193,8 @@ def test_an_engine_runs_in_batches_it_accepts(
             return {"output": arrays["input"].sum(axis=(2, 3))}
 
     monkeypatch.setattr(tensorrt_engine, "import_flavour", lambda flavour: FakePackage)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("export.runners.TensorRTRunner", Counting)
+    monkeypatch.setattr(tensorrt_engine, "why_no_gpu", lambda extra: "")
+    monkeypatch.setattr(inference, "TensorRTRunner", Counting)
     bundle = open_bundle(with_engine(bundles["fp32"], tmp_path / "b", "1.2.3", b"the plan"))
     with running_first(bundle) as (artefact, infer):
         np.testing.assert_array_equal(infer(inputs)["output"], inputs.sum(axis=(2, 3)))
@@ -208,8 +208,8 @@ def test_an_engine_that_does_not_load_leaves_its_place_to_onnx(
         raise ExportError("tensorrt-rtx 1.2.3 cannot load the engine")
 
     monkeypatch.setattr(tensorrt_engine, "import_flavour", lambda flavour: FakePackage)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("export.runners.TensorRTRunner.__enter__", refuse)
+    monkeypatch.setattr(tensorrt_engine, "why_no_gpu", lambda extra: "")
+    monkeypatch.setattr(inference.TensorRTRunner, "__enter__", refuse)
     bundle = open_bundle(with_engine(bundles["fp32"], tmp_path / "b", "1.2.3"))
     said: list[str] = []
     with running_first(bundle, said.append) as (artefact, _):

@@ -145,6 +145,15 @@ NONSENSE = {
     "labelled data without weights": (["--data", "digits"], "give --weights"),
     "no such data": (["--weights", DIGITS, "--data", "nowhere"], "nowhere: expected digits, a folder"),
     "missing engine package": (["--engine", "tensorrt"], "pip install -e '.[tensorrt]'"),
+    "GPU without TensorRT-RTX": (["--targets", "sm_86", "sm_90"], "not for Orin (sm_87), H100 and H200 (sm_90)"),
+    "level of optimisation": (["--optimization-level", "9"], "--optimization-level: expected 0 to 5, got 9"),
+    "no workspace": (["--workspace", "0"], "--workspace: expected at least 1 MiB, got 0"),
+    "cache without a folder": (["--timing-cache", "nowhere/cache"], "expected a file in a folder that exists"),
+    "option of the other engine": (
+        ["--engine", "tensorrt-rtx", "--dla", "0"],
+        "--engine tensorrt-rtx: does not take --dla; it takes --workspace, --optimization-level, --targets",
+    ),
+    "option of no engine": (["--engine", "none", "--workspace", "64"], "an engine to build, got --engine none"),
     "unwritable folder": (["--output", "corrupt.pt/out"], "cannot be written"),
     "folder of something else": (["--output", "."], "is not a bundle"),
 }

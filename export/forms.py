@@ -1,0 +1,150 @@
+"""The forms of a network that an export compares and ships, and what each of them is held to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from export.bundle import ONNX_FILE
+from export.graph import is_call, module_path, resnet_deploy
+from export.lowering.onnx_file import OnnxFile, lower_onnx
+from export.onnx_session import optimised_operators
+from export.parity.operators import OperatorChecks, check_operators
+from export.parity.quantised import check_quantised, shown_values
+from export.passes.quantise import quantisable, quantise
+from export.passes.split_addition import split_addition
+from export.precision import INT8, PRECISIONS, Precision
+from export.program import FusedProgram
+from export.progress import Progress
+from export.quantisation.calibration import Calibration
+from export.quantisation.facts import LayerCost, Quantisation
+from export.quantisation.scheme import CPU, TENSORRT, Scheme
+from export.runner import Runner
+from export.runners import OnnxRuntimeRunner, ProgramRunner
+
+Check = Callable[[Mapping[str, Tensor]], OperatorChecks]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One form that runs on this machine.
+
+    Attributes:
+        runner: what runs it.
+        precision: of its weights and activations.
+        check: what its intermediate tensors are held to.
+        measured: whether its accuracy counts.
+    """
+
+    runner: Runner
+    precision: Precision
+    check: Check
+    measured: bool = True
+
+
+@dataclass(frozen=True)
+class Forms:
+    """What an export made of a fused program.
+
+    Attributes:
+        files: name in the bundle -> ONNX file. Engines are built from ONNX_FILE.
+        candidates: what is compared, but for the engines.
+        arithmetic: of the unfused networks that candidates of floating-point precisions are compared with.
+        simulations: what those of 8 bits are compared with: name -> quantised program, to be run in float32.
+        kept: the layers of a quantised network that stay in floating point.
+        quantisation: how it was quantised; None for floating-point precisions.
+    """
+
+    files: Mapping[str, OnnxFile]
+    candidates: tuple[Candidate, ...]
+    arithmetic: Precision
+    simulations: Mapping[str, FusedProgram]
+    kept: frozenset[str] = frozenset()
+    quantisation: Quantisation | None = None
+
+
+def floating_forms(program: FusedProgram, example: Tensor, precision: Precision, progress: Progress) -> Forms:
+    """The fused program and its ONNX file in a floating-point precision."""
+    progress("write ONNX")
+    facts = {"precision": precision.name, "batch": str(program.batch)}
+    onnx_file = lower_onnx(program, example, precision, facts)
+    names, fused = onnx_file.output_names, partial(check_operators, program, precision)
+    on_gpu = torch.cuda.is_available()
+    candidates = [Candidate(ProgramRunner(program, precision, names), precision, fused, measured=not on_gpu)]
+    if on_gpu:
+        candidates.append(Candidate(ProgramRunner(program, precision, names, device="cuda"), precision, fused))
+    separate = partial(check_operators, program, precision, separate_addition=True)  # standard ONNX adds in a node
+    candidates.append(Candidate(OnnxRuntimeRunner(onnx_file, precision), precision, separate))
+    return Forms({ONNX_FILE: onnx_file}, tuple(candidates), precision, {})
+
+
+def quantised_programs(
+    program: FusedProgram, calibration: Calibration, kept: Collection[str]
+) -> dict[Scheme, FusedProgram]:
+    """The program as each scheme quantises it.
+
+    Raises:
+        ExportError: a range that a scheme cannot hold.
+    """
+    masters = {TENSORRT: program.master, CPU: split_addition(program.master)}
+    return {
+        scheme: FusedProgram(
+            program.source, program.folded, quantise(master, calibration.ranges, scheme, kept), program.batch
+        )
+        for scheme, master in masters.items()
+    }
+
+
+def quantised_forms(
+    program: FusedProgram,
+    example: Tensor,
+    calibration: Calibration,
+    kept: frozenset[str],
+    costs: tuple[LayerCost, ...],
+    progress: Progress,
+) -> Forms:
+    """The two ONNX files of an 8-bit network, and the float32 program that they are made from.
+
+    Args:
+        program: fused at level b.
+        example: [N, C, H, W]; only channels and image size matter.
+        calibration: the ranges of its values.
+        kept: layers that stay in floating point.
+        costs: of the layers, for the record.
+        progress: called with the name of each step.
+    """
+    single = PRECISIONS["fp32"]
+    programs = quantised_programs(program, calibration, kept)
+    files, candidates = {}, []
+    for scheme, quantised in programs.items():
+        progress(f"write {scheme.file}")
+        facts = {"precision": INT8.name, "batch": str(program.batch), "purpose": scheme.purpose}
+        onnx_file = lower_onnx(quantised, example, scheme.arithmetic, facts)
+        shown = shown_values(quantised)
+        onnx_file = replace(onnx_file, values={node: v for node, v in onnx_file.values.items() if node in shown})
+        files[scheme.file] = onnx_file
+        runner = OnnxRuntimeRunner(onnx_file, scheme.arithmetic, scheme.file)
+        check = partial(check_quantised, quantised, program.master, scheme.arithmetic)
+        candidates.append(Candidate(runner, INT8, check))
+    names = files[ONNX_FILE].output_names
+    fused = Candidate(
+        ProgramRunner(program, single, names), single, partial(check_operators, program, single), measured=False
+    )
+    run = optimised_operators(files[CPU.file].model)
+    convolutions = [n for n in quantisable(program.master) if is_call(n, resnet_deploy.conv2d_bias_act.default)]
+    quantisation = Quantisation(
+        calibration.method,
+        calibration.images,
+        calibration.sha256,
+        sum(module_path(layer) not in kept for layer in quantisable(program.master)),
+        tuple(sorted(kept)),
+        costs,
+        {scheme.file: scheme.purpose for scheme in programs},
+        len(convolutions) - run["QLinearConv"],
+    )
+    simulations = {f"sim. {scheme.name}": programs[scheme] for scheme in (CPU, TENSORRT)}
+    return Forms(files, (fused, *candidates), single, simulations, kept, quantisation)

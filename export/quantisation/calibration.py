@@ -1,0 +1,230 @@
+"""What values the activations of a network take on pictures, and how much of that range is worth its bits."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.special import rel_entr
+from torch import Tensor, fx
+
+from export.capture import plain_torch
+from export.errors import ExportError
+from export.graph import converted, module_path, source_name
+from export.passes.quantise import is_input, quantised_values
+from export.progress import Progress, silent, sparsely
+from export.quantisation import cache
+from export.quantisation.scheme import CPU, Range
+
+_LOG = logging.getLogger(__name__)
+
+METHODS = ("percentile", "entropy", "minmax")
+DEFAULT_METHOD = METHODS[0]
+WANTED_IMAGES = 100
+_PERCENTILE = 99.99
+_BINS = 2048
+_LEVELS = 128  # of the magnitude of a signed byte
+_STEP = 8  # between the candidates of the entropy method, in bins
+_BATCH = 8  # images in memory at once
+_VERSION = 1  # of the methods, for the cache
+
+
+class Pictures(Protocol):
+    """Inputs of a network, to calibrate on."""
+
+    def __len__(self) -> int: ...
+
+    def batches(self, size: int) -> Iterator[NDArray[np.float32]]:
+        """All inputs in order, [n, C, H, W] with n at most `size`; the same in every call."""
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """Inputs that are there already, [N, C, H, W] float32, as pictures to calibrate on."""
+
+    images: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batches(self, size: int) -> Iterator[NDArray[np.float32]]:
+        yield from (self.images[start : start + size] for start in range(0, len(self), size))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Ranges and where they come from.
+
+    Attributes:
+        ranges: `source_name` of a value -> what its scale covers.
+        method: one of METHODS.
+        images: how many were shown.
+        sha256: of them, as the network took them.
+    """
+
+    ranges: dict[str, Range]
+    method: str
+    images: int
+    sha256: str
+
+
+def calibrate(
+    graph_module: fx.GraphModule,
+    pictures: Pictures,
+    method: str = DEFAULT_METHOD,
+    progress: Progress = silent,
+) -> Calibration:
+    """Find the range of every value that quantisation needs, or take it from the cache.
+
+    `minmax` covers everything that was seen; `percentile` the smallest 99.99 % of magnitudes; `entropy` as much as
+    loses the least information in 128 levels, by the Kullback-Leibler divergence. None covers more than was seen. The
+    network's input keeps all of its range: its extremes are black and white, not outliers.
+
+    Args:
+        graph_module: fused at level b, with `split_addition`; float64.
+        pictures: at least one.
+        method: one of METHODS.
+        progress: called with what is being done.
+
+    Raises:
+        ExportError: no pictures, an unknown method, or a value that is NaN or Inf; names the layer.
+
+    Source:
+        S. Migacz, "8-bit Inference with TensorRT", GTC 2017, for `entropy`.
+    """
+    if method not in METHODS:
+        raise ExportError(f"expected a calibration method of {', '.join(METHODS)}, got {method!r}")
+    if not len(pictures):
+        raise ExportError("expected pictures to calibrate on, got none")
+    if len(pictures) < WANTED_IMAGES:
+        _LOG.warning("calibrating on %d images: at least %d are wanted", len(pictures), WANTED_IMAGES)
+    inputs = hashlib.sha256()
+    for images in pictures.batches(_BATCH):
+        inputs.update(str(images.shape).encode() + np.ascontiguousarray(images).tobytes())
+    key = _key(graph_module, inputs.hexdigest(), method)
+    ranges = cache.read(key)
+    if ranges is None:
+        ranges = _ranges(graph_module, pictures, method, progress)
+        cache.write(key, ranges)
+    return Calibration(ranges, method, len(pictures), inputs.hexdigest())
+
+
+def _key(graph_module: fx.GraphModule, inputs: str, method: str) -> str:
+    """Of the network, the inputs and the settings: nothing else changes the result by more than rounding."""
+    digest = hashlib.sha256()
+    for part in (_VERSION, inputs, method, _PERCENTILE, _BINS, _LEVELS, _STEP, graph_module.graph):
+        digest.update(f"{part}\n".encode())
+    for name, tensor in sorted([*graph_module.named_parameters(), *graph_module.named_buffers()]):
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _ranges(graph_module: fx.GraphModule, pictures: Pictures, method: str, progress: Progress) -> dict[str, Range]:
+    values = {str(source_name(node)): node for node in quantised_values(graph_module, CPU)}
+    names = {node.name: name for name, node in values.items()}
+    say = sparsely(progress)
+    observer = _Observer(converted(graph_module, torch.float32), names)
+    with plain_torch():
+        for done, images in _counted(pictures):
+            say(f"calibrate: ranges of {len(names)} values, {done} of {len(pictures)} images")
+            observer.observe(torch.from_numpy(images), _extremes)
+        limits: dict[str, Range] = {}
+        for name, found in observer.found.items():
+            low, high = min(low for low, _ in found), max(high for _, high in found)
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise ExportError(f"{module_path(values[name])}: NaN or Inf on the calibration images")
+            limits[name] = low, high
+        if method == "minmax":
+            return limits
+        largest = {name: max(-low, high) for name, (low, high) in limits.items()}
+        histograms = {name: np.zeros(_BINS, np.int64) for name in limits}
+
+        def count(name: str, value: Tensor) -> None:
+            if largest[name] > 0:
+                counts = torch.histc(value.abs(), _BINS, 0.0, largest[name])
+                histograms[name] += counts.to(torch.int64).numpy()
+
+        for done, images in _counted(pictures):
+            say(f"calibrate: histograms, {done} of {len(pictures)} images")
+            observer.observe(torch.from_numpy(images), count)
+    covered = _percentile if method == "percentile" else _entropy
+    ranges = {}
+    for name, (low, high) in limits.items():
+        if largest[name] == 0 or is_input(values[name]):
+            ranges[name] = low, high
+            continue
+        threshold = largest[name] * covered(histograms[name])
+        ranges[name] = max(low, -threshold), min(high, threshold)
+    return ranges
+
+
+def _counted(pictures: Pictures) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    done = 0
+    for images in pictures.batches(_BATCH):
+        done += len(images)
+        yield done, images
+
+
+def _extremes(name: str, value: Tensor) -> Range:
+    low, high = torch.aminmax(value)
+    return low.item(), high.item()
+
+
+class _Observer(fx.Interpreter):
+    """Runs a graph and hands some of its values to a function, which may not keep them."""
+
+    def __init__(self, graph_module: fx.GraphModule, names: dict[str, str]) -> None:
+        """`names`: node -> what the function is told."""
+        super().__init__(graph_module)
+        self._names = names
+        self.found: dict[str, list[Any]] = {name: [] for name in names.values()}
+
+    def observe(self, x: Tensor, look: Callable[[str, Tensor], Any]) -> None:
+        self._look = look
+        self.run(x)
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.name in self._names:
+            name = self._names[n.name]
+            self.found[name].append(self._look(name, value))
+        return value
+
+
+def _percentile(histogram: NDArray[np.int64]) -> float:
+    """The share of the bins that holds the smallest `_PERCENTILE` percent."""
+    share = np.cumsum(histogram) / histogram.sum()
+    return (int(np.searchsorted(share, _PERCENTILE / 100)) + 1) / len(histogram)
+
+
+def _entropy(histogram: NDArray[np.int64]) -> float:
+    """The share of the bins that, cut off there and told apart by `_LEVELS` levels, stays nearest to what it was.
+
+    What lies beyond the cut counts in the last bin of the distribution, but not of its quantised form: a cut that
+    loses much moves the two apart.
+    """
+    histogram = histogram.copy()
+    histogram[0] = histogram[1]  # the zeros that a ReLU makes are exact in any scale
+    best, least = len(histogram), math.inf
+    for bins in range(_LEVELS, len(histogram) + 1, _STEP):
+        kept = histogram[:bins].astype(np.float64)
+        reference = kept.copy()
+        reference[-1] += histogram[bins:].sum()
+        level = np.arange(bins) * _LEVELS // bins
+        sums = np.bincount(level, kept, _LEVELS)
+        filled = np.bincount(level, kept > 0, _LEVELS)
+        quantised = np.where(kept > 0, (sums / np.maximum(filled, 1))[level], 0.0)
+        if not quantised.any():
+            continue
+        divergence = rel_entr(reference / reference.sum(), quantised / quantised.sum()).sum()
+        if divergence < least:
+            best, least = bins, float(divergence)
+    return best / len(histogram)
