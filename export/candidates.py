@@ -15,9 +15,9 @@ from export.capture import eager_copy
 from export.errors import ExportError, first_line
 from export.lowering.onnx_file import lower_onnx, output_names
 from export.lowering.tensorrt_engine import FLAVOURS, Flavour, build_engine, why_not_buildable
-from export.parity.ladder import References, run_references, run_simulations
+from export.parity.ladder import ENGINE_FACTOR, References
+from export.parity.references import run_references, run_simulations
 from export.passes import DEFAULT_LEVEL
-from export.pipeline import ENGINE_FACTOR
 from export.precision import INT8, Precision
 from export.program import FusedProgram
 from export.providers import EngineProvider, FusedProvider, GraphProvider, ModuleProvider, OnnxProvider, Provider

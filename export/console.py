@@ -1,14 +1,12 @@
-"""What a person at a terminal sees: arguments refused in one line, progress, and tables. No PyTorch."""
+"""What a person at a terminal sees: progress and tables. No PyTorch."""
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.bar import Bar
@@ -20,7 +18,7 @@ from rich.text import Text
 
 from export.accuracy import Accuracy
 from export.bundle import CPU_ONNX_FILE
-from export.errors import first_line
+from export.parity.report import RUNG_HEADINGS
 from export.quantisation.facts import Quantisation
 
 if TYPE_CHECKING:
@@ -30,35 +28,6 @@ _SECONDS_BETWEEN_LINES = 10.0
 _BAR_WIDTH = 30
 _COSTS_SHOWN = 5
 _WIDTH = 132  # where there is no terminal
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse that refuses in one line and suggests the nearest flag."""
-
-    def parse_args(self, args: Sequence[str] | None = None, namespace: None = None) -> argparse.Namespace:  # type: ignore[override]
-        parsed, unknown = self.parse_known_args(args)
-        if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=3)
-            hint = f"; did you mean {', '.join(near)}?" if near else ""
-            self.error(f"unknown argument {unknown[0]!r}{hint}")
-        return parsed
-
-    def error(self, message: str) -> NoReturn:
-        sys.stderr.write(f"{self.prog}: error: {message}\n")
-        sys.exit(2)
-
-
-def run_script(prog: str, run: Callable[[], int], interrupted: str = "interrupted") -> int:
-    """The exit code of a script: `run`'s, or 2 and one line on stderr for what it refuses; 130 where it was stopped."""
-    try:
-        return run()
-    except (ValueError, OSError, RuntimeError, MemoryError, ImportError) as error:
-        sys.stderr.write(f"{prog}: error: {first_line(error)}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write(f"{prog}: {interrupted}\n")
-        return 130
 
 
 class Progress:
@@ -200,28 +169,8 @@ def _stdout(width: int = _WIDTH) -> Console:
 def print_rungs(rungs: Sequence[Rung], files: Mapping[str, int]) -> None:
     """Print the table of rungs on stdout; `files` gives the size in bytes of each artefact."""
     table = Table(header_style="bold", box=box.SIMPLE_HEAD)
-    for heading in ("form", "runtime"):
-        table.add_column(heading)
-    for heading in ("operators", "error", "eager error", "ratio", "top-1", "MB", "ms/image"):
-        table.add_column(heading, justify="right")
-    table.add_column("verdict")
+    for heading in RUNG_HEADINGS:
+        table.add_column(heading, justify="left" if heading in ("form", "runtime", "verdict") else "right")
     for rung in rungs:
-        table.add_row(*_cells(rung, files.get(rung.file, 0)), style="" if rung else "red")
+        table.add_row(*rung.cells(files.get(rung.file, 0)), style="" if rung else "red")
     print_table(table)
-
-
-def _cells(rung: Rung, size: int) -> list[str]:
-    worst = rung.worst
-    measured = ["", "", "", ""]
-    if worst is not None:
-        agreement = "" if worst.top1_agreement is None else f"{100 * worst.top1_agreement:.0f} %"
-        measured = [f"{worst.error:.2e}", f"{worst.eager_error:.2e}", f"{worst.ratio:.2f}", agreement]
-    operators = ""
-    if rung.operators is not None:
-        operators = f"{sum(map(bool, rung.operators.checks))}/{len(rung.operators.checks)}"
-    megabytes = f"{size / 1e6:.1f}" if size else ""
-    milliseconds = f"{1000 * rung.seconds:.0f}" if rung.seconds else ""
-    verdict = rung.verdict
-    if verdict == "equal" and worst is not None and worst.decision == "no verdict":
-        verdict = "equal, no verdict on top-1"
-    return [rung.name, rung.runtime, operators, *measured, megabytes, milliseconds, verdict]

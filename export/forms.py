@@ -12,7 +12,7 @@ from torch import Tensor
 from export.bundle import ONNX_FILE
 from export.graph import is_call, module_path, resnet_deploy
 from export.lowering.onnx_file import OnnxFile, lower_onnx
-from export.onnx_session import optimised_operators
+from export.onnx_session import optimised_operators, runs_rounded
 from export.parity.operators import OperatorChecks, check_operators
 from export.parity.quantised import check_quantised, shown_values
 from export.passes.quantise import quantisable, quantise
@@ -127,7 +127,7 @@ def quantised_forms(
         shown = shown_values(quantised)
         onnx_file = replace(onnx_file, values={node: v for node, v in onnx_file.values.items() if node in shown})
         files[scheme.file] = onnx_file
-        runner = OnnxRuntimeRunner(onnx_file, scheme.arithmetic, scheme.file)
+        runner = OnnxRuntimeRunner(onnx_file, scheme.arithmetic, scheme.file, runs_rounded(INT8.name, scheme.file))
         check = partial(check_quantised, quantised, program.master, scheme.arithmetic)
         candidates.append(Candidate(runner, INT8, check))
     names = files[ONNX_FILE].output_names

@@ -6,21 +6,23 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import onnx
-from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from export.accuracy import class_count, class_names
 from export.batch import Arrays, Batch, run_in_batches
 from export.bundle import FORMAT, ONNX_FILE, ONNX_FORMS, read_verified
-from export.errors import ExportError, MissingDependency, first_line
+from export.errors import ExportError, first_line
 from export.lowering.engine_config import EngineConfig
 from export.lowering.tensorrt_engine import FLAVOURS, Engine, why_not_runnable
-from export.onnx_session import import_onnxruntime, open_file
+from export.onnx_session import import_onnx, import_onnxruntime, open_file, runs_rounded
 from export.precision import FORMATS, Precision
+from export.runner import Runner
 from export.tensorrt_runner import TensorRTRunner
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -78,13 +80,6 @@ class Bundle:
         if shape != self.image_shape:
             raise ExportError(f"{self.path} takes inputs of shape {list(self.image_shape)}: its preprocessing makes "
                               f"{list(shape)}")  # fmt: skip
-
-    def onnx_model(self, file: str) -> onnx.ModelProto:
-        """One of its ONNX files; raises ExportError where it is none."""
-        try:
-            return onnx.load_model_from_string(self.contents[file])
-        except DecodeError as error:
-            raise _foreign(self.path, error) from error
 
 
 def open_bundle(path: str | Path) -> Bundle:
@@ -152,12 +147,23 @@ def artefacts(bundle: Bundle) -> list[Artefact]:
         name = engine.flavour.name
         runtime = f"{name} {engine.version}"
         found.append(Artefact(name, engine.flavour.file_name, runtime, why_not_runnable(engine), engine))
+    for file, form in ONNX_FORMS.items():
+        if file in bundle.contents:
+            runtime, obstacle = _onnx_obstacle(runs_rounded(bundle.precision.name, file))
+            found.append(Artefact(form, file, runtime, obstacle))
+    return found
+
+
+def _onnx_obstacle(rounded: bool) -> tuple[str, str]:
+    """What runs an ONNX file, and why it does not."""
+    runtime = "onnxruntime"
     try:
-        runtime, obstacle = f"onnxruntime {import_onnxruntime().__version__}", ""
-    except MissingDependency as error:
-        runtime, obstacle = "onnxruntime", str(error)
-    files = [(form, file) for file, form in ONNX_FORMS.items() if file in bundle.contents]
-    return found + [Artefact(form, file, runtime, obstacle) for form, file in files]
+        runtime = f"onnxruntime {import_onnxruntime().__version__}"
+        if rounded:
+            import_onnx()
+    except ExportError as error:
+        return runtime, str(error)
+    return runtime, ""
 
 
 @contextmanager
@@ -215,7 +221,7 @@ def _loaded(bundle: Bundle, artefact: Artefact) -> Iterator[Callable[[Mapping[st
         with TensorRTRunner(artefact.engine, names) as runner:
             yield runner.infer
     else:
-        session = open_file(bundle.onnx_model(artefact.file))
+        session = open_file(bundle.contents[artefact.file], runs_rounded(bundle.precision.name, artefact.file))
 
         def run(inputs: Mapping[str, NDArray]) -> Arrays:
             try:
@@ -225,3 +231,22 @@ def _loaded(bundle: Bundle, artefact: Artefact) -> Iterator[Callable[[Mapping[st
             return dict(zip(names, values, strict=True))
 
         yield run
+
+
+class ArtefactRunner(Runner):
+    """An artefact of a bundle."""
+
+    def __init__(self, bundle: Bundle, artefact: Artefact) -> None:
+        self._bundle, self._artefact = bundle, artefact
+        self.name, self.runtime, self.file = artefact.form, artefact.runtime, artefact.file
+
+    def __enter__(self) -> Self:
+        self._stack = ExitStack()
+        self._run = self._stack.enter_context(_loaded(self._bundle, self._artefact))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def infer(self, inputs: Mapping[str, NDArray]) -> Arrays:
+        return self._run(inputs)

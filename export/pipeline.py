@@ -30,16 +30,16 @@ from export.manifest import describe
 from export.onnx_session import import_onnxruntime
 from export.parity.evidence import check_evidence
 from export.parity.ladder import (
-    Execution,
+    ENGINE_FACTOR,
     References,
+    attempt,
     execute,
     judge,
+    judge_attempt,
     operator_images,
     reference_rungs,
-    run_references,
-    run_simulations,
-    unexecuted_rung,
 )
+from export.parity.references import run_references, run_simulations
 from export.parity.report import ParityReport
 from export.passes import DEFAULT_LEVEL, QUANTISED_LEVEL
 from export.passes.split_addition import split_addition
@@ -56,7 +56,6 @@ from export.tensorrt_runner import TensorRTRunner
 PARITY_IMAGES = 16
 _COST_IMAGES = 4  # each layer is run on its own: more images add time, not order
 AUTO = "auto"
-ENGINE_FACTOR = 3.0  # k for TensorRT, which chooses its own fusions and accumulation orders
 
 
 @dataclass(frozen=True)
@@ -287,7 +286,10 @@ def _compare(
     for candidate in forms.candidates:
         progress(f"run the {candidate.runner.name} form")
         executions.append(execute(candidate.runner, images, program.batch))
-    engine_executions = [_execute_engine(engine, names, images, program.batch) for engine in engines]
+    outcomes = [
+        attempt(TensorRTRunner(engine, names), why_not_runnable(engine), precision, images, program.batch)
+        for engine in engines
+    ]
     progress("run the eager model")
     references = run_references(model, program, names, images, forms.arithmetic)
     outputs = [torch.from_numpy(values) for values in references.oracle.values()]
@@ -301,24 +303,9 @@ def _compare(
     for candidate, execution in zip(forms.candidates, executions, strict=True):
         held, operators = candidate.precision, candidate.check(execution.trace)
         rungs.append(judge(execution, by_precision[held], held, held.network_factor, operators))
-    for engine, outcome in zip(engines, engine_executions, strict=True):
-        if isinstance(outcome, str):
-            rungs.append(unexecuted_rung(engine, outcome))
-        else:
-            rungs.append(judge(outcome, by_precision[precision], precision, ENGINE_FACTOR))
+    rungs += [judge_attempt(outcome, by_precision[precision], precision, ENGINE_FACTOR) for outcome in outcomes]
     report = ParityReport(precision.name, len(images), evidence, tuple(rungs), quantisation=forms.quantisation)
     return report, by_precision[precision]
-
-
-def _execute_engine(engine: Engine, names: tuple[str, ...], images: NDArray, batch: Batch) -> Execution | str:
-    """What the engine computes, or why this machine cannot run it."""
-    obstacle = why_not_runnable(engine)
-    if obstacle:
-        return obstacle
-    try:
-        return execute(TensorRTRunner(engine, names), images, batch)
-    except ExportError as error:
-        return str(error)
 
 
 def _check_labelled(labelled: Labelled, example: Tensor) -> None:

@@ -21,7 +21,7 @@ from export.errors import ExportError, first_line
 from export.graph import converted
 from export.interpreter import GraphInterpreter
 from export.lowering.onnx_file import OnnxFile
-from export.onnx_session import import_onnxruntime, open_file, open_session, rounded_copy
+from export.onnx_session import import_onnxruntime, open_file, open_session, rounded_copy, runs_rounded
 from export.precision import Precision
 from export.program import FusedProgram
 from export.runner import Runner
@@ -122,14 +122,17 @@ class ProgramRunner(Runner):
 class OnnxRuntimeRunner(Runner):
     """The ONNX file in ONNX Runtime on the CPU."""
 
-    def __init__(self, file: OnnxFile, precision: Precision, artefact: str = ONNX_FILE) -> None:
-        """`artefact` is the name of the file in the bundle."""
+    def __init__(
+        self, file: OnnxFile, precision: Precision, artefact: str = ONNX_FILE, rounded: bool | None = None
+    ) -> None:
+        """`artefact` is the name of the file in the bundle; `rounded` as in `open_file`, by default by precision."""
         self._file, self._precision, self.file = file, precision, artefact
+        self._rounded = runs_rounded(precision.name, artefact) if rounded is None else rounded
         self.name = ONNX_FORMS[artefact]
 
     def __enter__(self) -> Self:
         self.runtime = f"onnxruntime {import_onnxruntime().__version__}"
-        self._session = open_file(self._file.model)
+        self._session = open_file(self._file.serialize(), self._rounded)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -151,7 +154,9 @@ class OnnxRuntimeRunner(Runner):
         if not names:
             return {}
         copy.graph.output.extend(onnx.helper.make_empty_tensor_value_info(v) for v in names if v not in outputs)
-        values = dict(zip(names, open_session(copy).run(names, dict(inputs)), strict=True)) | dict(inputs)
+        values = dict(zip(names, open_session(copy.SerializeToString()).run(names, dict(inputs)), strict=True)) | dict(
+            inputs
+        )
         dtype = self._precision.dtype
         return {node: torch.from_numpy(values[value]).to(dtype) for node, value in self._file.values.items()}
 

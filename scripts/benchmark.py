@@ -27,7 +27,8 @@ from export.batch import DEFAULT_BATCH
 from export.benchmark import CPU_CLOCK, CUDA_CLOCK, compare_providers, describe
 from export.candidates import Subject, cpu_candidates, cuda_candidates, int8_candidate, plain_onnx
 from export.ceilings import floor_seconds, measure_ceilings, workloads
-from export.console import Parser, Progress, print_table, run_script
+from export.command_line import Parser, run_script
+from export.console import Progress, print_table
 from export.forms import quantised_programs
 from export.images import crops, photographs
 from export.lowering.onnx_file import lower_onnx

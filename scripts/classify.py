@@ -12,7 +12,8 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where
 import numpy as np
 from numpy.typing import NDArray
 
-from export.console import Parser, print_predictions, run_script
+from export.command_line import Parser, run_script
+from export.console import print_predictions
 from export.inference import Artefact, Bundle, open_bundle, running_first
 from resnet.preprocessing import Preprocessing, open_picture
 

@@ -16,7 +16,8 @@ from rich import box
 from rich.table import Table
 
 from export import ExportError, fuse
-from export.console import Parser, Progress, print_table, run_script
+from export.command_line import Parser, run_script
+from export.console import Progress, print_table
 from export.precision import PRECISIONS
 from export.workload import fused_workload
 from kernels.problems import Problem

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
 
-from export.console import Parser, run_script
+from export.command_line import Parser, run_script
 from resnet.model_card import read_model_card
 from resnet.models import create_model
 from resnet.weights import load_weights, save_weights

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from export.accuracy import Accuracy, class_indices, measure
 from export.batch import Arrays
-from export.console import Parser, images_bar, print_evaluation, run_script
+from export.command_line import Parser, run_script
+from export.console import images_bar, print_evaluation
 from export.errors import ExportError, MissingDependency, first_line
 from export.inference import Artefact, Bundle, artefacts, open_bundle, running
 from resnet.data import open_test

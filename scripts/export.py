@@ -18,7 +18,8 @@ from torch import Tensor
 
 from export import Batch, ExportConfig, ExportError, ExportResult, export_bundle
 from export.batch import as_batch
-from export.console import Parser, Progress, print_accuracy, print_quantisation, print_rungs, run_script
+from export.command_line import Parser, run_script
+from export.console import Progress, print_accuracy, print_quantisation, print_rungs
 from export.images import crops, photographs
 from export.lowering.engine_config import TARGETS, EngineConfig
 from export.pipeline import AUTO, PARITY_IMAGES

@@ -24,7 +24,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from export.console import Parser, print_table, run_script
+from export.command_line import Parser, run_script
+from export.console import print_table
 from export.machine import describe_machine, machine_line
 from resnet import plots
 from resnet.data import open_splits, suggest_preprocessing, suggest_size

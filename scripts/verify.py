@@ -9,8 +9,9 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
 
-from export import verify_bundle
-from export.console import Parser, Progress, print_rungs, run_script
+from export.command_line import Parser, Steps, print_columns, run_script
+from export.parity.report import RUNG_HEADINGS
+from export.verify import verify_bundle
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -27,21 +28,22 @@ def main(argv: list[str] | None = None) -> int:
 
 def verify(args: argparse.Namespace) -> int:
     """Check the bundle and say what was found; the exit code, which is 1 for what is not equal."""
-    with Progress() as progress:
+    with Steps() as progress:
         rungs = verify_bundle(args.bundle, progress)
     passed = all(rungs)
     if args.json:
         print(json.dumps({"passed": passed, "rungs": [rung.to_json() for rung in rungs]}))
         return 0 if passed else 1
-    print_rungs(rungs, {path.name: path.stat().st_size for path in args.bundle.iterdir()})
+    sizes = {path.name: path.stat().st_size for path in args.bundle.iterdir()}
+    print_columns(RUNG_HEADINGS, [rung.cells(sizes.get(rung.file, 0)) for rung in rungs])
     waiting = [rung.file for rung in rungs if rung.not_run]
     if not passed:
-        print(f"{args.bundle}: NOT EQUAL to the eager model; do not deploy, export again")
+        print(f"{args.bundle}: WRONG; do not deploy, export again")
     elif waiting:
-        print(f"{args.bundle}: whole, and what ran here equals the eager model")
+        print(f"{args.bundle}: whole, and what ran here computes what was exported")
         print(f"next: the same command on the device, for {', '.join(waiting)}")
     else:
-        print(f"{args.bundle}: whole, and every artefact equals the eager model; ready to deploy")
+        print(f"{args.bundle}: whole, and every artefact computes what was exported; ready to deploy")
     return 0 if passed else 1
 
 

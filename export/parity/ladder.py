@@ -1,4 +1,4 @@
-"""The ladder: run each form of a network on the same images, then hold it against the float64 model."""
+"""The ladder: run each form of a network on the same images, then hold it against the float64 model. No PyTorch."""
 
 from __future__ import annotations
 
@@ -6,24 +6,22 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from export.batch import Arrays, Batch, run_in_batches
-from export.lowering.tensorrt_engine import Engine
+from export.errors import ExportError
 from export.parity.checks import OperatorChecks
 from export.parity.network import NetworkCheck, compare
 from export.parity.report import Rung
-from export.precision import PRECISIONS, Precision
-from export.program import FusedProgram
+from export.precision import Precision
 from export.runner import Runner
-from export.runners import EagerRunner, FoldedRunner, ProgramRunner
 
 # Two draws of rounding the weights, which were seen to differ by up to 2.5; a broken fold is off by far more.
 _FOLDED_FACTOR = 4.0
+ENGINE_FACTOR = 3.0  # k for TensorRT, which chooses its own fusions and accumulation orders
 _OPERATOR_IMAGES = 4  # the operator criterion looks at every element: more images add time, not evidence
 
 
@@ -36,12 +34,14 @@ class References:
         rounded: what rounding alone makes of the outputs: name of an unfused network in the precision under test ->
             its outputs by name. `eager` is the user's model, `folded` the same with BatchNorm folded.
         oracle: outputs of the user's model in float64, by name.
-        seconds: per image of the eager model in the precision under test.
+        runtime: what ran them.
+        seconds: per image of the first of them.
     """
 
     images: NDArray
     rounded: Mapping[str, Arrays]
     oracle: Arrays
+    runtime: str = "recorded"
     seconds: float = 0.0
 
 
@@ -63,7 +63,7 @@ class Execution:
     file: str
     straight: Arrays
     reversed: Arrays
-    trace: dict[str, Tensor]
+    trace: Mapping[str, Any]
     changed_input: bool
     seconds: float
 
@@ -88,37 +88,6 @@ def operator_images(images: NDArray, batch: Batch) -> NDArray:
     return np.resize(images, (size, *images.shape[1:]))
 
 
-def run_references(
-    model: nn.Module, program: FusedProgram, names: tuple[str, ...], images: NDArray, precision: Precision
-) -> References:
-    """Run the user's model in the precision under test, with BatchNorm folded, and in float64."""
-    batch, outputs = program.batch, []
-    seconds = 0.0
-    for runner in (
-        EagerRunner(model, torch.float64, names),
-        FoldedRunner(program, precision, names),
-        EagerRunner(model, precision.dtype, names),
-    ):
-        with runner:
-            started = time.perf_counter()
-            outputs.append(run_in_batches(runner.infer, images, batch, len(images)))
-            seconds = (time.perf_counter() - started) / len(images)
-    oracle, folded, eager = outputs
-    return References(images, {EagerRunner.name: eager, FoldedRunner.name: folded}, oracle, seconds)
-
-
-def run_simulations(references: References, simulations: Mapping[str, FusedProgram]) -> References:
-    """The same images and oracle, with quantised programs run in float32 as what rounding alone makes of them."""
-    rounded, single, names = {}, PRECISIONS["fp32"], tuple(references.oracle)
-    seconds = 0.0
-    for name, program in simulations.items():
-        with ProgramRunner(program, single, names) as runner:
-            started = time.perf_counter()
-            rounded[name] = run_in_batches(runner.infer, references.images, program.batch, len(references.images))
-            seconds = (time.perf_counter() - started) / len(references.images)
-    return References(references.images, rounded, references.oracle, seconds)
-
-
 def reference_rungs(references: References, precision: Precision) -> list[Rung]:
     """What rounding alone costs: the first unfused network, and the others, which may not differ much from it."""
     rungs: list[Rung] = []
@@ -127,14 +96,8 @@ def reference_rungs(references: References, precision: Precision) -> list[Rung]:
         factor = _FOLDED_FACTOR if rungs else precision.network_factor
         checks = compare(outputs, [first], references.oracle, factor, precision.network_floor)
         seconds = 0.0 if rungs else references.seconds
-        rungs.append(Rung(name, EagerRunner.runtime, precision.name, outputs=checks, seconds=seconds))
+        rungs.append(Rung(name, references.runtime, precision.name, outputs=checks, seconds=seconds))
     return rungs
-
-
-def unexecuted_rung(engine: Engine, reason: str) -> Rung:
-    """An engine that was built, and why it could not be run here."""
-    runtime = f"{engine.flavour.name} {engine.version}"
-    return Rung(engine.flavour.name, runtime, engine.precision.name, engine.flavour.file_name, not_run=reason)
 
 
 def judge(
@@ -157,6 +120,25 @@ def judge(
     return Rung(
         execution.name, execution.runtime, precision.name, execution.file, outputs, operators, seconds=execution.seconds
     )
+
+
+def attempt(runner: Runner, obstacle: str, precision: Precision, images: NDArray, batch: Batch) -> Execution | Rung:
+    """What an artefact computes; a rung where this machine cannot run it, or where it should and fails.
+
+    `obstacle` says why it cannot, empty where nothing is known to speak against it.
+    """
+    if obstacle:
+        return Rung(runner.name, runner.runtime, precision.name, runner.file, not_run=obstacle)
+    try:
+        return execute(runner, images, batch)
+    except ExportError as error:
+        refused = {"(run)": NetworkCheck.refused(precision.network_factor, str(error))}
+        return Rung(runner.name, runner.runtime, precision.name, runner.file, refused)
+
+
+def judge_attempt(outcome: Execution | Rung, references: References, precision: Precision, factor: float) -> Rung:
+    """`judge` of what `attempt` gave."""
+    return outcome if isinstance(outcome, Rung) else judge(outcome, references, precision, factor)
 
 
 def _severity(check: NetworkCheck) -> tuple[bool, float]:

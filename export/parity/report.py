@@ -1,16 +1,22 @@
-"""What a comparison found, as values that become a table and parity.json."""
+"""What a comparison found, as values that become a table and parity.json. No PyTorch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from export.accuracy import Accuracy, lost_accuracy
 from export.parity.checks import OperatorChecks
-from export.parity.evidence import Evidence
 from export.parity.network import NetworkCheck, finite
 from export.quantisation.facts import Quantisation
+
+if TYPE_CHECKING:
+    from export.parity.evidence import Evidence
+
+RUNG_HEADINGS = (
+    *("form", "runtime", "operators", "error", "eager error", "ratio", "top-1", "MB", "ms/image", "verdict"),
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,21 @@ class Rung:
                 f"{first.name} ({first.kind}): {first.reason}" if first is not None else "no operator could be checked",
             )
         return failed[0] if failed else "equal"
+
+    def cells(self, size: int) -> list[str]:
+        """Itself under RUNG_HEADINGS; `size` of its file in bytes, 0 where it has none."""
+        worst, operators = self.worst, self.operators
+        measured = ["", "", "", ""]
+        if worst is not None:
+            agreement = "" if worst.top1_agreement is None else f"{100 * worst.top1_agreement:.0f} %"
+            measured = [f"{worst.error:.2e}", f"{worst.eager_error:.2e}", f"{worst.ratio:.2f}", agreement]
+        passed = "" if operators is None else f"{sum(map(bool, operators.checks))}/{len(operators.checks)}"
+        megabytes = f"{size / 1e6:.1f}" if size else ""
+        milliseconds = f"{1000 * self.seconds:.0f}" if self.seconds else ""
+        verdict = self.verdict
+        if verdict == "equal" and worst is not None and worst.decision == "no verdict":
+            verdict = "equal, no verdict on top-1"
+        return [self.name, self.runtime, passed, *measured, megabytes, milliseconds, verdict]
 
     def to_json(self) -> dict[str, Any]:
         worst = self.worst

@@ -22,7 +22,7 @@ def read(key: str) -> dict[str, Range] | None:
     try:
         record = json.loads((folder / f"{key}.json").read_bytes())
         ranges = {str(name): (float(low), float(high)) for name, (low, high) in record.items()}
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, OverflowError, TypeError, AttributeError, RecursionError):
         return None
     sound = all(math.isfinite(low) and math.isfinite(high) and low <= high for low, high in ranges.values())
     return ranges if sound else None

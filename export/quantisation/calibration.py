@@ -138,7 +138,7 @@ def _ranges(graph_module: fx.GraphModule, pictures: Pictures, method: str, progr
             observer.observe(torch.from_numpy(images), _extremes)
         limits: dict[str, Range] = {}
         for name, found in observer.found.items():
-            low, high = min(low for low, _ in found), max(high for _, high in found)
+            low, high = (float(limit) for limit in (np.min(found), np.max(found)))  # where one is NaN, so are both
             if not (math.isfinite(low) and math.isfinite(high)):
                 raise ExportError(f"{module_path(values[name])}: NaN or Inf on the calibration images")
             limits[name] = low, high

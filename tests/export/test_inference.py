@@ -77,7 +77,7 @@ def test_the_manifest_is_read(bundles: dict[str, Path]) -> None:
 
 def test_bfloat16_runs_as_its_rounded_copy(bundles: dict[str, Path], inputs: NDArray[np.float32]) -> None:
     copy = rounded_copy(onnx.load(bundles["bf16"] / ONNX_FILE))
-    (expected,) = open_session(copy).run(["output"], {"input": inputs[:8]})
+    (expected,) = open_session(copy.SerializeToString()).run(["output"], {"input": inputs[:8]})
     found = run(bundles["bf16"], inputs)["output"]
     np.testing.assert_array_equal(found[:8], expected)
     assert np.abs(found - run(bundles["fp32"], inputs)["output"]).max() > 1e-3
@@ -239,7 +239,7 @@ def text_as_onnx(manifest: dict[str, Any], files: dict[str, bytes]) -> None:
 
 def test_a_file_that_is_no_network_is_refused(bundles: dict[str, Path], tmp_path: Path) -> None:
     bundle = digits.rewrite(bundles["fp32"], tmp_path / "b", text_as_onnx)
-    with pytest.raises(ExportError, match="not a bundle of this project"):
+    with pytest.raises(ExportError, match="onnxruntime cannot load the ONNX file"):
         run(bundle, np.zeros((1, 1, 16, 16), np.float32))
 
 

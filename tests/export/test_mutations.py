@@ -19,8 +19,9 @@ from export.graph import FUSED_OPERATORS
 from export.images import crops, photographs
 from export.lowering.onnx_file import OnnxFile, lower_onnx
 from export.parity.evidence import check_evidence
-from export.parity.ladder import References, execute, judge, run_references
+from export.parity.ladder import References, execute, judge
 from export.parity.operators import check_operators
+from export.parity.references import run_references
 from export.parity.report import Rung
 from export.passes import LEVELS
 from export.precision import PRECISIONS

@@ -22,7 +22,9 @@ from resnet.preprocessing import Preprocessing
 from tests.export import digits, networks
 
 BATCH = Batch(1, 4, 8)
-FILES = {"model.onnx", "model.rtx.engine", "parity.json", "golden.safetensors", "manifest.json"}
+FILES = {
+    "model.onnx", "model.rtx.engine", "model.rtx.layers.json", "parity.json", "golden.safetensors", "manifest.json"
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def bundle(resnet20: nn.Module, example: Tensor, tmp_path_factory: pytest.TempPa
     return output
 
 
-def test_the_bundle_holds_its_five_files(bundle: Path) -> None:
+def test_the_bundle_holds_its_files(bundle: Path) -> None:
     assert {path.name for path in bundle.iterdir()} == FILES
 
 
@@ -71,6 +73,8 @@ def test_the_manifest_describes_the_artefacts(bundle: Path) -> None:
     assert manifest["inputs"] == [{"name": "input", "shape": ["batch", 3, 32, 32], "dtype": "float32"}]
     assert manifest["outputs"] == [{"name": "output", "shape": ["batch", 10], "dtype": "float32"}]
     assert manifest["engines"]["model.rtx.engine"]["convolutions"] == 21
+    layers = json.loads((bundle / "model.rtx.layers.json").read_text())
+    assert sum(layer["type"] == "CONVOLUTION" and set(layer["outputs"]) == {"HALF"} for layer in layers) == 21
     assert set(manifest["files"]) == FILES - {"manifest.json"}
     assert manifest["versions"]["torch"] == torch.__version__
     assert str(Path.cwd()) not in (bundle / "manifest.json").read_text()
@@ -88,7 +92,7 @@ def test_the_golden_file_is_the_float64_model(bundle: Path, resnet20: nn.Module)
 
 def test_verify_accepts_the_bundle(bundle: Path) -> None:
     rungs = verify_bundle(bundle)
-    assert [rung.name for rung in rungs] == ["eager", "folded", "onnx", "tensorrt-rtx"] and all(rungs)
+    assert [rung.name for rung in rungs] == ["eager", "folded", "tensorrt-rtx", "onnx"] and all(rungs)
 
 
 def test_verify_refuses_a_file_that_computes_something_else(
@@ -121,7 +125,7 @@ def test_engine_of_another_version_is_refused_before_it_is_loaded(bundle: Path, 
     files = {p.name: p.read_bytes() for p in bundle.iterdir() if p.name != "manifest.json"}
     with staged(tmp_path / "b") as staging:
         publish(staging, tmp_path / "b", files, manifest)
-    engine = verify_bundle(tmp_path / "b")[-1]
+    engine = next(rung for rung in verify_bundle(tmp_path / "b") if rung.name == "tensorrt-rtx")
     assert "built by tensorrt-rtx 1.0.0.1" in engine.not_run
 
 
@@ -140,10 +144,10 @@ def test_weak_evidence_writes_nothing_and_keeps_the_old_bundle(
 def test_a_wrong_candidate_writes_nothing(
     resnet20: nn.Module, example: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import export.pipeline
+    import export.forms
     from tests.export.mutants import ConstantLogits
 
-    monkeypatch.setattr(export.pipeline, "ProgramRunner", ConstantLogits)
+    monkeypatch.setattr(export.forms, "ProgramRunner", ConstantLogits)
     result = export_bundle(resnet20, example, tmp_path / "bundle", ExportConfig("fp16", BATCH, "none"))
     assert not result and result.report.verdict.startswith("not equal to the eager model: fused")
     assert list(tmp_path.iterdir()) == []
@@ -162,7 +166,7 @@ def test_a_users_model_is_exported(network: type[nn.Module], tmp_path: Path, pic
 def test_the_failing_operator_is_named_in_the_verdict(
     resnet20: nn.Module, example: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import export.pipeline
+    import export.forms
     from export.runners import ProgramRunner
     from tests.export import mutants
 
@@ -171,7 +175,7 @@ def test_the_failing_operator_is_named_in_the_verdict(
             defect = mutants.MUTANTS[mutants.PROJECTION]["projection dropped"]
             super().__init__(program, *args, operators=defect.operators(program))  # type: ignore[arg-type]
 
-    monkeypatch.setattr(export.pipeline, "ProgramRunner", Defective)
+    monkeypatch.setattr(export.forms, "ProgramRunner", Defective)
     result = export_bundle(resnet20, example, tmp_path / "bundle", ExportConfig("fp16", BATCH, "none"))
     assert "layer3.0.conv2 (conv2d_projection_bias_act): " in result.report.verdict
 
@@ -221,7 +225,7 @@ def test_a_static_batch(resnet20: nn.Module, example: Tensor, tmp_path: Path) ->
 
 
 REFUSED = {
-    "precision": (lambda: ExportConfig("fp8"), "expected a precision of fp32, fp16, bf16, got 'fp8'"),
+    "precision": (lambda: ExportConfig("fp8"), "expected a precision of fp32, fp16, bf16, int8, got 'fp8'"),
     "engine": (lambda: ExportConfig(engine="openvino"), "expected an engine of auto, none"),
 }
 
@@ -289,10 +293,16 @@ def test_a_form_that_loses_accuracy_is_not_written(
 ) -> None:
     """The fused program whose accuracy is measured has two class rows exchanged; all that is compared is right."""
     import export.pipeline
+    from export.precision import PRECISIONS
+    from export.runners import ProgramRunner
 
     swapped = digits.fused(digits.with_swapped_classes(trained_digits[0]), BATCH)
-    forms = export.pipeline._exported_forms
-    monkeypatch.setattr(export.pipeline, "_exported_forms", lambda program, *others: forms(swapped, *others))
+    wrong, measure = ProgramRunner(swapped, PRECISIONS["fp32"], ("output",)), export.pipeline._measure
+    monkeypatch.setattr(
+        export.pipeline,
+        "_measure",
+        lambda runner, *others: measure(wrong if runner.name == "fused" else runner, *others),
+    )
     result = export_digits(trained_digits[0], digit_images, tmp_path / "b", digits.held_out())
     eager, fused, onnx = result.report.accuracy
     assert all(result.report.rungs) and not result and list(tmp_path.iterdir()) == []
@@ -304,14 +314,14 @@ def test_a_form_that_loses_accuracy_is_not_written(
 def test_a_wrong_form_shows_as_lower_accuracy_too(
     trained_digits: tuple[nn.Module, Tensor], digit_images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import export.pipeline
+    import export.forms
     from export.runners import ProgramRunner
 
     class Swapped(ProgramRunner):
         def infer(self, inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
             return {name: logits[:, ::-1] for name, logits in super().infer(inputs).items()}
 
-    monkeypatch.setattr(export.pipeline, "ProgramRunner", Swapped)
+    monkeypatch.setattr(export.forms, "ProgramRunner", Swapped)
     result = export_digits(trained_digits[0], digit_images, tmp_path / "b", digits.held_out())
     assert not result and result.report.verdict.startswith("not equal to the eager model: fused")
     assert "% top-1 where the eager model has" in result.report.verdict

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from export import Batch, fuse
 from export.graph import FUSED_OPERATORS
 from export.images import crops, photographs
-from export.parity.ladder import execute, judge, run_references
+from export.parity.ladder import execute, judge
 from export.parity.operators import check_operators
+from export.parity.references import run_references
 from export.precision import PRECISIONS
 from export.runners import ProgramRunner
 from kernels import launch

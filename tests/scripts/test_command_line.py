@@ -138,7 +138,7 @@ NONSENSE = {
     "more pixels than memory": (["--image-size", "2000000x2000000"], "error: "),
     "corrupt weights": (["--weights", "corrupt.pt"], "corrupt.pt"),
     "text as a picture": (["--images", "corrupt.pt"], "expected a picture"),
-    "int8": (["--int8"], "not available yet"),
+    "int8": (["--int8"], "needs pictures to calibrate on, got none; give --calibration DIR"),
     "pretrained": (["--weights", "pretrained"], "no published weights with a known sha256 for 'resnet20'"),
     "another model's weights": (["--weights", DIGITS, "--model", "resnet56"], "holds weights for resnet20"),
     "another count of classes": (["--weights", DIGITS, "--num-classes", "7"], "holds weights for 10"),
