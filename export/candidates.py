@@ -18,7 +18,7 @@ from export.lowering.tensorrt_engine import FLAVOURS, Flavour, build_engine, why
 from export.parity.ladder import ENGINE_FACTOR, References
 from export.parity.references import run_references, run_simulations
 from export.passes import DEFAULT_LEVEL
-from export.precision import INT8, Precision
+from export.precision import INT8, PRECISIONS, Precision
 from export.program import FusedProgram
 from export.providers import EngineProvider, FusedProvider, GraphProvider, ModuleProvider, OnnxProvider, Provider
 from export.quantisation.scheme import CPU
@@ -126,7 +126,7 @@ def int8_candidate(subject: Subject, quantised: FusedProgram, threads: int) -> C
     def make(batch: int) -> Provider:
         return OnnxProvider(file(), (batch, *subject.image_shape), threads, subject.names)
 
-    references = run_simulations(subject.references, {"simulated": quantised})
+    references = run_simulations(subject.references, {"simulated": (quantised, PRECISIONS["fp32"])})
     return Candidate("onnxruntime, our int8 file", make, INT8.network_factor, references=references)
 
 

@@ -103,7 +103,8 @@ class Child:
         """What ended the process, in one line."""
         code = self._end()
         if code < 0:
-            name = signal.Signals(-code).name
+            known = {member.value: member.name for member in signal.Signals}
+            name = known.get(-code, f"signal {-code}")
             cause = " (most likely out of memory)" if name == "SIGKILL" else ""
             return f"{self._task} was ended by {name}{cause}{self._what_to_try()}"
         last = f", its last words: {self._lines[-1]}" if self._lines else ""

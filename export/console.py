@@ -113,7 +113,7 @@ def print_quantisation(quantisation: Quantisation) -> None:
     q = quantisation
     kept = f"kept in floating point: {', '.join(q.kept)}" if q.kept else "none kept in floating point"
     print(f"{q.layers} layers quantised, {kept}; calibrated on {q.images} images ({q.method})")
-    if q.float_convolutions > len(q.kept):
+    if q.float_convolutions and not q.kept:
         print(f"ONNX Runtime runs {q.float_convolutions} convolutions of {CPU_ONNX_FILE} in floating point")
     table = Table(title="what a layer in 8 bits costs", title_justify="left", header_style="bold", box=box.SIMPLE_HEAD)
     table.add_column("layer")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
+import onnx
 import torch
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from export.parity.quantised import check_quantised, shown_values
 from export.passes.quantise import quantisable, quantise
 from export.passes.split_addition import split_addition
 from export.precision import INT8, PRECISIONS, Precision
-from export.program import FusedProgram
+from export.program import FusedProgram, QuantisedProgram
 from export.progress import Progress
 from export.quantisation.calibration import Calibration
 from export.quantisation.facts import LayerCost, Quantisation
@@ -26,11 +27,12 @@ from export.quantisation.scheme import CPU, TENSORRT, Scheme
 from export.runner import Runner
 from export.runners import OnnxRuntimeRunner, ProgramRunner
 
+_WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 Check = Callable[[Mapping[str, Tensor]], OperatorChecks]
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Form:
     """One form that runs on this machine.
 
     Attributes:
@@ -54,15 +56,15 @@ class Forms:
         files: name in the bundle -> ONNX file. Engines are built from ONNX_FILE.
         candidates: what is compared, but for the engines.
         arithmetic: of the unfused networks that candidates of floating-point precisions are compared with.
-        simulations: what those of 8 bits are compared with: name -> quantised program, to be run in float32.
-        kept: the layers of a quantised network that stay in floating point.
+        simulations: what those of 8 bits are compared with: name -> program, and the precision it is run in.
+        kept: the layers of a quantised network that stay in floating point, by the names of their ONNX nodes.
         quantisation: how it was quantised; None for floating-point precisions.
     """
 
     files: Mapping[str, OnnxFile]
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[Form, ...]
     arithmetic: Precision
-    simulations: Mapping[str, FusedProgram]
+    simulations: Mapping[str, tuple[FusedProgram, Precision]]
     kept: frozenset[str] = frozenset()
     quantisation: Quantisation | None = None
 
@@ -74,17 +76,17 @@ def floating_forms(program: FusedProgram, example: Tensor, precision: Precision,
     onnx_file = lower_onnx(program, example, precision, facts)
     names, fused = onnx_file.output_names, partial(check_operators, program, precision)
     on_gpu = torch.cuda.is_available()
-    candidates = [Candidate(ProgramRunner(program, precision, names), precision, fused, measured=not on_gpu)]
+    candidates = [Form(ProgramRunner(program, precision, names), precision, fused, measured=not on_gpu)]
     if on_gpu:
-        candidates.append(Candidate(ProgramRunner(program, precision, names, device="cuda"), precision, fused))
+        candidates.append(Form(ProgramRunner(program, precision, names, device="cuda"), precision, fused))
     separate = partial(check_operators, program, precision, separate_addition=True)  # standard ONNX adds in a node
-    candidates.append(Candidate(OnnxRuntimeRunner(onnx_file, precision), precision, separate))
+    candidates.append(Form(OnnxRuntimeRunner(onnx_file, precision), precision, separate))
     return Forms({ONNX_FILE: onnx_file}, tuple(candidates), precision, {})
 
 
 def quantised_programs(
     program: FusedProgram, calibration: Calibration, kept: Collection[str]
-) -> dict[Scheme, FusedProgram]:
+) -> dict[Scheme, QuantisedProgram]:
     """The program as each scheme quantises it.
 
     Raises:
@@ -92,9 +94,7 @@ def quantised_programs(
     """
     masters = {TENSORRT: program.master, CPU: split_addition(program.master)}
     return {
-        scheme: FusedProgram(
-            program.source, program.folded, quantise(master, calibration.ranges, scheme, kept), program.batch
-        )
+        scheme: QuantisedProgram(program, quantise(master, calibration.ranges, scheme, kept))
         for scheme, master in masters.items()
     }
 
@@ -124,16 +124,16 @@ def quantised_forms(
         progress(f"write {scheme.file}")
         facts = {"precision": INT8.name, "batch": str(program.batch), "purpose": scheme.purpose}
         onnx_file = lower_onnx(quantised, example, scheme.arithmetic, facts)
-        shown = shown_values(quantised)
-        onnx_file = replace(onnx_file, values={node: v for node, v in onnx_file.values.items() if node in shown})
+        onnx_file = replace(onnx_file, values=shown_values(quantised, onnx_file))
         files[scheme.file] = onnx_file
         runner = OnnxRuntimeRunner(onnx_file, scheme.arithmetic, scheme.file, runs_rounded(INT8.name, scheme.file))
-        check = partial(check_quantised, quantised, program.master, scheme.arithmetic)
-        candidates.append(Candidate(runner, INT8, check))
+        check = partial(check_quantised, quantised, calibration.ranges, scheme)
+        candidates.append(Form(runner, INT8, check))
     names = files[ONNX_FILE].output_names
-    fused = Candidate(
+    fused = Form(
         ProgramRunner(program, single, names), single, partial(check_operators, program, single), measured=False
     )
+    left = _floating_layers(files[TENSORRT.file].model)
     run = optimised_operators(files[CPU.file].model)
     convolutions = [n for n in quantisable(program.master) if is_call(n, resnet_deploy.conv2d_bias_act.default)]
     quantisation = Quantisation(
@@ -141,10 +141,25 @@ def quantised_forms(
         calibration.images,
         calibration.sha256,
         sum(module_path(layer) not in kept for layer in quantisable(program.master)),
-        tuple(sorted(kept)),
+        tuple(sorted(left)),
         costs,
         {scheme.file: scheme.purpose for scheme in programs},
         len(convolutions) - run["QLinearConv"],
     )
-    simulations = {f"sim. {scheme.name}": programs[scheme] for scheme in (CPU, TENSORRT)}
-    return Forms(files, (fused, *candidates), single, simulations, kept, quantisation)
+    simulations: dict[str, tuple[FusedProgram, Precision]] = {
+        f"sim. {scheme.name}": (programs[scheme], single) for scheme in (CPU, TENSORRT)
+    }
+    if left:  # what stays in float16 is rounded too
+        simulations["fp16"] = (program, PRECISIONS["fp16"])
+    return Forms(files, (fused, *candidates), single, simulations, left, quantisation)
+
+
+def _floating_layers(model: onnx.ModelProto) -> frozenset[str]:
+    """The nodes that compute with constant weights in floating point."""
+    constants, found = {tensor.name for tensor in model.graph.initializer}, set()
+    for node in model.graph.node:
+        if node.op_type in _WEIGHTED and node.input[1] in constants:
+            found.add(node.name)
+        if node.op_type != "DequantizeLinear" and all(name in constants for name in node.input if name):
+            constants |= set(node.output)  # such as a transposed weight
+    return frozenset(found)

@@ -22,6 +22,7 @@ from export.capture import check_model, describe_value
 from export.errors import ExportError
 from export.forms import Forms, floating_forms, quantised_forms, quantised_programs
 from export.golden import GOLDEN_FILE, save_golden
+from export.graph import module_path
 from export.images import crops, photographs
 from export.lowering.engine_config import DEFAULT_ENGINE, EngineConfig
 from export.lowering.onnx_file import output_names
@@ -42,19 +43,18 @@ from export.parity.ladder import (
 from export.parity.references import run_references, run_simulations
 from export.parity.report import ParityReport
 from export.passes import DEFAULT_LEVEL, QUANTISED_LEVEL
+from export.passes.quantise import quantisable
 from export.passes.split_addition import split_addition
 from export.precision import FORMATS, INT8, PRECISIONS, Precision
 from export.program import Coverage, FusedProgram, fuse
 from export.progress import Progress, silent, sparsely
 from export.quantisation.calibration import DEFAULT_METHOD, METHODS, Pictures, calibrate
-from export.quantisation.scheme import TENSORRT
 from export.quantisation.sensitivity import choose, fewest_kept, layer_costs
 from export.runner import Runner
 from export.runners import EagerRunner, ProgramRunner
 from export.tensorrt_runner import TensorRTRunner
 
 PARITY_IMAGES = 16
-_COST_IMAGES = 4  # each layer is run on its own: more images add time, not order
 AUTO = "auto"
 
 
@@ -221,15 +221,22 @@ def _quantised(
 
     `retains` says whether a quantised program keeps the accuracy.
     """
+    layers = [module_path(layer) for layer in quantisable(program.master)]
+    kept = frozenset() if config.keep_fp16 == AUTO else choose(layers, config.keep_fp16)
     progress(f"calibrate on {len(calibration)} images")
-    calibrated = calibrate(split_addition(program.master), calibration, config.calibration_method, progress)
+    calibrated = calibrate(
+        split_addition(program.master), calibration, config.calibration_method, program.batch, progress
+    )
     progress("quantise one layer at a time")
-    costs = layer_costs(program.master, calibrated.ranges, images[:_COST_IMAGES].detach().cpu().float(), progress)
+    shown = torch.from_numpy(operator_images(images.detach().cpu().float().numpy(), program.batch))
+    costs = layer_costs(program.master, calibrated.ranges, shown, progress)
     if config.keep_fp16 == AUTO:
         progress("look for the fewest layers to keep in fp16")
-        kept = fewest_kept(costs, lambda kept: retains(quantised_programs(program, calibrated, kept)[TENSORRT]))
-    else:
-        kept = choose([cost.name for cost in costs], config.keep_fp16)
+        kept = fewest_kept(
+            costs, lambda kept: all(map(retains, quantised_programs(program, calibrated, kept).values()))
+        )
+    if kept >= set(layers):
+        raise ExportError(f"all {len(layers)} layers would be kept in fp16, nothing is left to quantise: use --fp16")
     return quantised_forms(program, example, calibrated, kept, tuple(costs), progress)
 
 
@@ -294,7 +301,8 @@ def _compare(
     references = run_references(model, program, names, images, forms.arithmetic)
     outputs = [torch.from_numpy(values) for values in references.oracle.values()]
     progress("compare")
-    evidence = check_evidence(program.source, torch.from_numpy(operator_images(images, program.batch)), outputs)
+    shown = torch.from_numpy(operator_images(images, program.batch))
+    evidence = check_evidence(program.source, shown, torch.from_numpy(images), outputs)
     rungs = reference_rungs(references, forms.arithmetic)
     by_precision = {forms.arithmetic: references}
     if forms.simulations:
@@ -322,7 +330,7 @@ def _check_calibration(config: ExportConfig, calibration: Pictures | None, label
     """Refuse what cannot be calibrated or decided before any work is done."""
     if config.precision != INT8.name:
         if calibration is not None or config.keep_fp16:
-            raise ExportError(f"calibration and layers kept in fp16 are for int8, got {config.precision}")
+            raise ExportError(f"--calibration and --keep-fp16 are for --int8, got --{config.precision}")
         return
     if calibration is None or not len(calibration):
         raise ExportError("int8 needs pictures to calibrate on, got none; give --calibration DIR")

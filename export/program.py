@@ -94,6 +94,20 @@ class FusedProgram(nn.Module):
             return self.graph_module(x)
 
 
+class QuantisedProgram(FusedProgram):
+    """A fused program whose layers compute in 8 bits.
+
+    Attributes:
+        before: the fused graph it was made from, float64.
+    """
+
+    before: fx.GraphModule
+
+    def __init__(self, program: FusedProgram, master: fx.GraphModule) -> None:
+        super().__init__(program.source, program.folded, master, program.batch)
+        self.__dict__.update(before=program.master)
+
+
 def fuse(model: nn.Module, example: Tensor, batch: Batch = DEFAULT_BATCH, level: str = DEFAULT_LEVEL) -> FusedProgram:
     """Capture `model`, fold its BatchNorm and fuse its operators.
 

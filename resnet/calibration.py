@@ -63,7 +63,7 @@ def open_calibration(source: str, preprocessing: Preprocessing, measured: Collec
         assert isinstance(pictures, np.ndarray)
         return PictureInputs(pictures[_spread(len(pictures))], preprocessing)
     if not path.is_dir():
-        raise DataError(f"{source}: expected a folder of pictures to calibrate on, got none")
+        raise DataError(f"{source}: expected a folder of pictures to calibrate on (no such folder)")
     found = [file for file in sorted(path.rglob("*")) if not is_hidden(file.relative_to(path)) and _is_picture(file)]
     excluded = {file.resolve() for file in measured}
     files = [file for file in found if file.resolve() not in excluded]
@@ -92,8 +92,13 @@ def _spread(count: int) -> list[int]:
 
 def _readable(file: Path, preprocessing: Preprocessing) -> bool:
     try:
-        preprocessing.pixels(open_picture(file))
-    except ValueError as error:
+        picture = open_picture(file)
+    except ValueError as error:  # which names the file
         _LOG.warning("left out: %s", error)
+        return False
+    try:
+        preprocessing.pixels(picture)
+    except ValueError as error:
+        _LOG.warning("left out: %s: %s", file, error)
         return False
     return True

@@ -68,7 +68,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="int8: a folder of pictures like those the network will see, 100 or more; or digits, or an archive of "
         "CIFAR; default digits where the weights were trained on them",
     )
-    parser.add_argument("--calibration-method", choices=METHODS, default=DEFAULT_METHOD, help="default %(default)s")
+    parser.add_argument("--calibration-method", choices=METHODS, help=f"int8: default {DEFAULT_METHOD}")
     parser.add_argument(
         "--keep-fp16",
         nargs="+",
@@ -111,10 +111,10 @@ def export(args: argparse.Namespace) -> int:
 
 def run(args: argparse.Namespace, source: Source, progress: Progress) -> ExportResult:
     """Make the model and export it."""
+    check_int8_arguments(args)
     kept = AUTO if args.keep_fp16 == [AUTO] else tuple(args.keep_fp16)
-    config = ExportConfig(
-        args.precision, parse_batch(args.batch), args.engine, engine_config(args), args.calibration_method, kept
-    )
+    method = args.calibration_method or DEFAULT_METHOD
+    config = ExportConfig(args.precision, parse_batch(args.batch), args.engine, engine_config(args), method, kept)
     model = create_model(source.model, num_classes=source.num_classes, in_channels=source.in_channels)
     labelled = open_labelled(args, source)
     calibration = open_calibration_inputs(args, source, labelled)
@@ -157,6 +157,20 @@ def run(args: argparse.Namespace, source: Source, progress: Progress) -> ExportR
         metadata=metadata,
         progress=progress,
     )
+
+
+def check_int8_arguments(args: argparse.Namespace) -> None:
+    """Refuse flags of int8 in another precision, and auto beside names."""
+    flags = {
+        "--calibration": args.calibration,
+        "--calibration-method": args.calibration_method,
+        "--keep-fp16": args.keep_fp16,
+    }
+    given = [flag for flag, value in flags.items() if value]
+    if args.precision != "int8" and given:
+        raise ExportError(f"{', '.join(given)}: for --int8, got --{args.precision}")
+    if AUTO in args.keep_fp16 and len(args.keep_fp16) > 1:
+        raise ExportError(f"--keep-fp16: expected auto or names, got both: {' '.join(args.keep_fp16)}")
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:

@@ -245,9 +245,12 @@ def _quantisation_names(node: fx.Node, group: Sequence[onnx.NodeProto]) -> dict[
 
 def _name_layers(model: onnx.ModelProto) -> None:
     """Name convolutions and matrix products after the module that owns their weight."""
+    taken = {node.name for node in model.graph.node}
     for node in model.graph.node:
         if node.op_type in ("Conv", "Gemm", "MatMul") and node.input[1].endswith(".weight"):
-            node.name = node.input[1].removesuffix(".weight")
+            owner = node.input[1].removesuffix(".weight")
+            node.name = next(name for name in _variants(owner) if name not in taken)  # a module may be called twice
+            taken.add(node.name)
 
 
 def _variants(name: str) -> Iterator[str]:

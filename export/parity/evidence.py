@@ -39,19 +39,20 @@ class Evidence:
         return not self.weaknesses
 
 
-def check_evidence(source: fx.GraphModule, x: Tensor, outputs: Sequence[Tensor]) -> Evidence:
+def check_evidence(source: fx.GraphModule, x: Tensor, inputs: Tensor, outputs: Sequence[Tensor]) -> Evidence:
     """Look for reasons why a comparison on `x` would prove little.
 
     Args:
         source: the captured graph, float64.
-        x: [N, C, H, W].
+        x: [N, C, H, W], what the graph is run on: a batch that it accepts.
+        inputs: all parity inputs.
         outputs: the oracle's outputs for all parity inputs; the first of shape [N, classes] are the logits.
     """
     observer = _Observer(source)
     with plain_torch():
         observer.run(x.double())
     weaknesses = [*_default_statistics(source), *observer.weaknesses]
-    for what, values in (("inputs", x), *((f"output {i}", y) for i, y in enumerate(outputs))):
+    for what, values in (("inputs", inputs), *((f"output {i}", y) for i, y in enumerate(outputs))):
         if values.is_floating_point() and not _variation(values) >= SOME_VARIATION:
             weaknesses.append(f"{what} hardly differ between images")
     variation = classes = None

@@ -11,7 +11,7 @@ from torch import nn
 
 from export.batch import run_in_batches
 from export.parity.ladder import References
-from export.precision import PRECISIONS, Precision
+from export.precision import Precision
 from export.program import FusedProgram
 from export.runners import EagerRunner, FoldedRunner, ProgramRunner
 
@@ -36,12 +36,15 @@ def run_references(
     return References(images, rounded, oracle, EagerRunner.runtime, seconds)
 
 
-def run_simulations(references: References, simulations: Mapping[str, FusedProgram]) -> References:
-    """The same images and oracle, with quantised programs run in float32 as what rounding alone makes of them."""
-    rounded, single, names = {}, PRECISIONS["fp32"], tuple(references.oracle)
+def run_simulations(references: References, simulations: Mapping[str, tuple[FusedProgram, Precision]]) -> References:
+    """The same images and oracle, with other programs as what rounding alone makes of them.
+
+    `simulations`: name -> program, and the precision of what is not quantised in it.
+    """
+    rounded, names = {}, tuple(references.oracle)
     seconds = 0.0
-    for name, program in simulations.items():
-        with ProgramRunner(program, single, names) as runner:
+    for name, (program, precision) in simulations.items():
+        with ProgramRunner(program, precision, names) as runner:
             started = time.perf_counter()
             rounded[name] = run_in_batches(runner.infer, references.images, program.batch, len(references.images))
             seconds = (time.perf_counter() - started) / len(references.images)

@@ -141,7 +141,8 @@ class ParityReport:
         lost = lost_accuracy(self.accuracy)
         if self.quantisation is not None:
             equal, unequal = "every value of 8 bits is what its scales say", "wrong in 8 bits"
-            lost = lost and f"{lost}; --keep-fp16 auto finds the layers to leave in fp16"
+            if lost and not self.quantisation.kept:
+                lost += "; --keep-fp16 auto finds the layers to leave in fp16"
         else:
             equal, unequal = "equal to the eager model", "not equal to the eager model"
         if failed and self.quantisation is None:

@@ -31,7 +31,8 @@ def fuse_epilogue(graph_module: fx.GraphModule) -> fx.GraphModule:
 
     A following addition joins it where the convolution has no other reader and the other summand has
     the same shape (no broadcasting, no alpha); a ReLU joins where the value before it has no other
-    reader. Of two convolutions that are added, the left summand takes the other as its residual.
+    reader. Of two convolutions that are added, the one that has its input to itself, which a shortcut has not, takes
+    the other as its residual; else the left summand does.
     """
     graph_module = duplicate(graph_module)
     for conv in list(graph_module.graph.nodes):
@@ -119,7 +120,9 @@ def _other_summand(addition: fx.Node, conv: fx.Node) -> fx.Node | None:
     left, right = args_of(addition)
     if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
         return None
-    if right is conv and is_call(left, *_CONVOLUTIONS) and len(left.users) == 1:
-        return None
     other = right if left is conv else left
+    if is_call(other, *_CONVOLUTIONS) and len(other.users) == 1:
+        mine, its = (only_reader(args_of(summand)[0]) is not None for summand in (conv, other))
+        if not (mine if mine != its else left is conv):
+            return None
     return other if same_shape(conv, other) else None

@@ -26,7 +26,7 @@ from export.quantisation.scheme import Range, Scheme
 
 LAYERS = (resnet_deploy.conv2d_bias_act.default, aten.linear.default)
 _POOLS = (aten.max_pool2d.default, aten.mean.dim)
-_BIAS_LIMIT = 2.0**30  # an int32 bias leaves room for the sum of the products
+BIAS_LIMIT = 2.0**30  # an int32 bias leaves room for the sum of the products
 
 
 def quantise(
@@ -53,7 +53,7 @@ def quantise(
     values = _values(graph_module, layers, scheme)
     scales = {}
     for value in values:
-        scales[value] = _quantise_value(graph_module, value, _range(value, ranges), scheme, layers)
+        scales[value] = _quantise_value(graph_module, value, range_of(value, ranges), scheme, layers)
     for layer in layers:
         _quantise_weights(graph_module, layer, scheme, scales)
     graph_module.graph.eliminate_dead_code()
@@ -123,7 +123,13 @@ def _ranged(value: fx.Node) -> fx.Node:
     return value
 
 
-def _range(value: fx.Node, ranges: Mapping[str, Range]) -> Range:
+def summand_name(layer: fx.Node) -> str:
+    """The name of a layer's own value, before anything is added: the same before and after `split_addition`."""
+    return str(layer.meta.get("summand", source_name(layer)))
+
+
+def range_of(value: fx.Node, ranges: Mapping[str, Range]) -> Range:
+    """The calibrated range of a value that is quantised; raises ExportError where there is none."""
     name = source_name(_ranged(value))
     if name is None or name not in ranges:
         raise ExportError(f"{module_path(value)}: expected a calibrated range, got none")
@@ -165,7 +171,7 @@ def _quantise_weights(
     master = parameter(graph_module, weight)
     floor = None
     if scheme.quantised_sums and bias is not None:
-        floor = parameter(graph_module, bias).abs() / (scale_x * _BIAS_LIMIT)
+        floor = parameter(graph_module, bias).abs() / (scale_x * BIAS_LIMIT)
     quantised, scale_w = scheme.weight(master, floor)
     zero_point = torch.zeros(len(quantised), dtype=torch.int8)
     arguments = list(layer.args)

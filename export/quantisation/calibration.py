@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from scipy.special import rel_entr
 from torch import Tensor, fx
 
+from export.batch import DEFAULT_BATCH, Batch
 from export.capture import plain_torch
 from export.errors import ExportError
 from export.graph import converted, module_path, source_name
@@ -79,6 +80,7 @@ def calibrate(
     graph_module: fx.GraphModule,
     pictures: Pictures,
     method: str = DEFAULT_METHOD,
+    batch: Batch = DEFAULT_BATCH,
     progress: Progress = silent,
 ) -> Calibration:
     """Find the range of every value that quantisation needs, or take it from the cache.
@@ -91,6 +93,7 @@ def calibrate(
         graph_module: fused at level b, with `split_addition`; float64.
         pictures: at least one.
         method: one of METHODS.
+        batch: the sizes that the graph accepts; the last images are shown again where they are too few for one.
         progress: called with what is being done.
 
     Raises:
@@ -110,8 +113,9 @@ def calibrate(
         inputs.update(str(images.shape).encode() + np.ascontiguousarray(images).tobytes())
     key = _key(graph_module, inputs.hexdigest(), method)
     ranges = cache.read(key)
-    if ranges is None:
-        ranges = _ranges(graph_module, pictures, method, progress)
+    wanted = {str(source_name(node)) for node in quantised_values(graph_module, CPU)}
+    if ranges is None or ranges.keys() != wanted:
+        ranges = _ranges(graph_module, pictures, method, batch, progress)
         cache.write(key, ranges)
     return Calibration(ranges, method, len(pictures), inputs.hexdigest())
 
@@ -127,13 +131,15 @@ def _key(graph_module: fx.GraphModule, inputs: str, method: str) -> str:
     return digest.hexdigest()
 
 
-def _ranges(graph_module: fx.GraphModule, pictures: Pictures, method: str, progress: Progress) -> dict[str, Range]:
+def _ranges(
+    graph_module: fx.GraphModule, pictures: Pictures, method: str, batch: Batch, progress: Progress
+) -> dict[str, Range]:
     values = {str(source_name(node)): node for node in quantised_values(graph_module, CPU)}
     names = {node.name: name for name, node in values.items()}
     say = sparsely(progress)
     observer = _Observer(converted(graph_module, torch.float32), names)
     with plain_torch():
-        for done, images in _counted(pictures):
+        for done, images in _counted(pictures, batch):
             say(f"calibrate: ranges of {len(names)} values, {done} of {len(pictures)} images")
             observer.observe(torch.from_numpy(images), _extremes)
         limits: dict[str, Range] = {}
@@ -152,7 +158,7 @@ def _ranges(graph_module: fx.GraphModule, pictures: Pictures, method: str, progr
                 counts = torch.histc(value.abs(), _BINS, 0.0, largest[name])
                 histograms[name] += counts.to(torch.int64).numpy()
 
-        for done, images in _counted(pictures):
+        for done, images in _counted(pictures, batch):
             say(f"calibrate: histograms, {done} of {len(pictures)} images")
             observer.observe(torch.from_numpy(images), count)
     covered = _percentile if method == "percentile" else _entropy
@@ -166,11 +172,12 @@ def _ranges(graph_module: fx.GraphModule, pictures: Pictures, method: str, progr
     return ranges
 
 
-def _counted(pictures: Pictures) -> Iterator[tuple[int, NDArray[np.float32]]]:
+def _counted(pictures: Pictures, batch: Batch) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """How many pictures there were so far, and the next ones in a batch of a size that is accepted."""
     done = 0
-    for images in pictures.batches(_BATCH):
+    for images in pictures.batches(min(max(_BATCH, batch.minimum), batch.maximum)):
         done += len(images)
-        yield done, images
+        yield done, np.resize(images, (max(len(images), batch.minimum), *images.shape[1:]))
 
 
 def _extremes(name: str, value: Tensor) -> Range:

@@ -76,6 +76,6 @@ TENSORRT = Scheme(
     torch.int8, PRECISIONS["fp16"], symmetric=True, quantised_sums=False,
 )  # fmt: skip
 CPU = Scheme(
-    "cpu", CPU_ONNX_FILE, "ONNX Runtime on x86 CPUs: uint8 activations, float32 elsewhere",
+    "cpu", CPU_ONNX_FILE, "ONNX Runtime on x86 CPUs with VNNI: uint8 activations, float32 elsewhere",
     torch.uint8, PRECISIONS["fp32"], symmetric=False, quantised_sums=True,
 )  # fmt: skip

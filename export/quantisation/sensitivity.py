@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
@@ -41,7 +42,7 @@ def layer_costs(
     for index, name in enumerate(names):
         say(f"quantise one layer at a time: {index} of {len(names)} done")
         alone = quantise(graph_module, ranges, TENSORRT, kept=set(names) - {name})
-        error = (_first_output(alone, images) - reference).norm() / reference.norm()
+        error = (_first_output(alone, images) - reference).norm() / reference.norm().clamp(min=1e-30)
         costs.append(LayerCost(name, error.item()))
     return sorted(costs, key=lambda cost: cost.error, reverse=True)
 
@@ -49,7 +50,8 @@ def layer_costs(
 def _first_output(graph_module: fx.GraphModule, images: Tensor) -> Tensor:
     with plain_torch():
         outputs = GraphInterpreter(converted(graph_module, torch.float32), {}).run(images)
-    return next(y for y in pytree.tree_leaves(outputs) if y.is_floating_point())
+    leaves: list[Tensor] = pytree.tree_leaves(outputs)
+    return next((y for y in leaves if y.is_floating_point()), leaves[0].float())
 
 
 def fewest_kept(costs: Sequence[LayerCost], passes: Callable[[frozenset[str]], bool]) -> frozenset[str]:
@@ -85,6 +87,8 @@ def choose(layers: Collection[str], patterns: Collection[str]) -> frozenset[str]
     for pattern in patterns:
         found = {layer for layer in layers if layer == pattern or layer.startswith(f"{pattern}.")}
         if not found:
-            raise ExportError(f"no convolution or linear layer is called {pattern!r}: expected {', '.join(layers)}")
+            near = difflib.get_close_matches(pattern, layers, n=3) or list(layers)[:3]
+            hint = f"expected a layer, or a module with layers, such as {', '.join(near)}"
+            raise ExportError(f"--keep-fp16: no convolution or linear layer is called {pattern!r}; {hint}")
         chosen |= found
     return frozenset(chosen)

@@ -130,7 +130,8 @@ def test_correct_onnx_file_is_accepted(subject: Subject, precision: str) -> None
 
 def test_evidence_is_accepted(subject: Subject) -> None:
     outputs = [torch.from_numpy(subject.references["fp32"].oracle["output"])]
-    evidence = check_evidence(subject.program.source, torch.from_numpy(subject.images), outputs)
+    images = torch.from_numpy(subject.images)
+    evidence = check_evidence(subject.program.source, images, images, outputs)
     assert evidence, evidence.weaknesses
 
 

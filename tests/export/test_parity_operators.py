@@ -209,7 +209,7 @@ def test_evaluate_refuses_to_compare_a_value_with_itself(program: FusedProgram) 
 
 def evidence(model: nn.Module, images: Tensor):  # type: ignore[no-untyped-def]
     with torch.no_grad():
-        return check_evidence(fuse(model, images, BATCH).source, images, [model(images).double()])
+        return check_evidence(fuse(model, images, BATCH).source, images, images, [model(images).double()])
 
 
 def test_good_evidence(calibrated: dict[str, nn.Module], pictures: dict[str, Tensor]) -> None:

@@ -1,0 +1,130 @@
+"""Networks in 8 bits for the tests: inputs to calibrate on, both schemes, and questions about their graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from export import Batch, FusedProgram, fuse
+from export.forms import quantised_programs
+from export.graph import QUANTISATION, args_of, is_call, module_path, parameter
+from export.lowering.onnx_file import OnnxFile, lower_onnx
+from export.onnx_session import runs_rounded
+from export.parity.checks import OperatorChecks
+from export.parity.quantised import check_quantised, shown_values
+from export.passes import QUANTISED_LEVEL
+from export.passes.quantise import LAYERS
+from export.passes.split_addition import split_addition
+from export.precision import INT8
+from export.program import QuantisedProgram
+from export.quantisation.calibration import Calibration, calibrate
+from export.quantisation.scheme import CPU, TENSORRT, Scheme
+from export.runners import OnnxRuntimeRunner
+
+BATCH = Batch(1, 4, 8)
+SCHEMES = {scheme.name: scheme for scheme in (TENSORRT, CPU)}
+QUANTIZE, DEQUANTIZE = QUANTISATION
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Arrays as pictures to calibrate on."""
+
+    images: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batches(self, size: int) -> Iterator[NDArray[np.float32]]:
+        yield from (self.images[i : i + size] for i in range(0, len(self), size))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network, fused and quantised both ways for the inputs it was calibrated on."""
+
+    model: nn.Module
+    images: Tensor
+    program: FusedProgram
+    calibration: Calibration
+    quantised: dict[Scheme, QuantisedProgram]
+    files: dict[Scheme, OnnxFile] = field(default_factory=dict)
+
+    def keeping(self, *kept: str) -> Subject:
+        """The same with some layers left in floating point."""
+        return replace(self, quantised=quantised_programs(self.program, self.calibration, kept), files={})
+
+    def file(self, scheme: Scheme) -> OnnxFile:
+        """Written once: tests copy what they change."""
+        if scheme not in self.files:
+            self.files[scheme] = lower_onnx(self.quantised[scheme], self.images, scheme.arithmetic, {})
+        return self.files[scheme]
+
+    def shown(self, scheme: Scheme) -> OnnxFile:
+        """As the export writes it: it shows only the values that P4 looks at."""
+        file = self.file(scheme)
+        return replace(file, values=shown_values(self.quantised[scheme], file))
+
+    def runner(self, scheme: Scheme, file: OnnxFile) -> OnnxRuntimeRunner:
+        return OnnxRuntimeRunner(file, scheme.arithmetic, scheme.file, runs_rounded(INT8.name, scheme.file))
+
+    def outputs(self, scheme: Scheme, file: OnnxFile) -> list[Tensor]:
+        """What ONNX Runtime makes of all images."""
+        with self.runner(scheme, file) as runner:
+            return [torch.from_numpy(y) for y in runner.infer({"input": self.images.numpy()}).values()]
+
+    def trace(self, scheme: Scheme, file: OnnxFile) -> dict[str, Tensor]:
+        """What ONNX Runtime computes of that file, for four of the images."""
+        with self.runner(scheme, file) as runner:
+            return runner.trace({"input": self.images[:4].numpy()})
+
+    def check(
+        self, scheme: Scheme, trace: dict[str, Tensor], program: QuantisedProgram | None = None
+    ) -> OperatorChecks:
+        """P4, as the export asks for it."""
+        return check_quantised(program or self.quantised[scheme], self.calibration.ranges, scheme, trace)
+
+
+def quantised(model: nn.Module, images: Tensor) -> Subject:
+    """`model` in both schemes, with the ranges of its values on `images`."""
+    program = fuse(model, images, BATCH, QUANTISED_LEVEL)
+    calibration = calibrate(split_addition(program.master), Inputs(images.numpy()), "minmax")
+    return Subject(model, images, program, calibration, quantised_programs(program, calibration, ()))
+
+
+def relative_error(got: object, expected: object) -> float:
+    """The largest of the outputs' relative errors, L2."""
+    pairs = zip(pytree.tree_leaves(got), pytree.tree_leaves(expected), strict=True)
+    return max(((y - reference).norm() / reference.norm()).item() for y, reference in pairs)
+
+
+def nodes(program: FusedProgram, *targets: Any) -> list[fx.Node]:
+    return [node for node in program.master.graph.nodes if is_call(node, *targets)]
+
+
+def layers(program: FusedProgram) -> dict[str, fx.Node]:
+    return {module_path(node): node for node in nodes(program, *LAYERS)}
+
+
+def is_dequantised(node: object) -> bool:
+    return is_call(node, DEQUANTIZE)
+
+
+def quantised_by(node: fx.Node) -> fx.Node:
+    """What a dequantised activation was before both."""
+    assert is_call(node, DEQUANTIZE)
+    (quantize, *constants) = args_of(node)
+    assert is_call(quantize, QUANTIZE) and list(args_of(quantize)[1:]) == constants
+    value: fx.Node = args_of(quantize)[0]
+    return value
+
+
+def constant_of(program: FusedProgram, node: fx.Node) -> Tensor:
+    return parameter(program.master, node)
