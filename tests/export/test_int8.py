@@ -224,6 +224,23 @@ def test_what_cannot_be_quantised_is_refused_in_one_line(
     assert not (tmp_path / "bundle").exists()
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_static_batches(size: int, reader: nn.Module, held_out: LabelledInputs, tmp_path: Path) -> None:
+    """Of a size that divides neither the pictures to calibrate on nor those that are compared."""
+    few = InMemory(images(held_out).numpy()[:10])
+    result = export(reader, tmp_path / "bundle", held_out, few, labelled=False, batch=size)
+    assert result, result.report.verdict
+    assert all(verify_bundle(tmp_path / "bundle"))
+
+
+def test_nothing_left_to_quantise_is_refused(
+    reader: nn.Module, held_out: LabelledInputs, training: InMemory, tmp_path: Path
+) -> None:
+    everything = ("conv1", "layer1", "layer2", "layer3", "fc")
+    with pytest.raises(ExportError, match="nothing is left to quantise: use --fp16"):
+        export(reader, tmp_path / "bundle", held_out, training, keep_fp16=everything)
+
+
 def test_unknown_method_is_refused() -> None:
     with pytest.raises(ExportError, match="expected a calibration method of percentile, entropy, minmax, got 'mean'"):
         ExportConfig(precision="int8", calibration_method="mean")
