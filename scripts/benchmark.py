@@ -189,7 +189,8 @@ def compare(name: str, args: argparse.Namespace, progress: Progress) -> list[Res
 
 def calibrated(name: str, programs: Mapping[str, FusedProgram], progress: Progress) -> Calibration:
     pictures = InMemory(photographs_for(name, WANTED_IMAGES, CALIBRATION_SEED).numpy())
-    return calibrate(split_addition(programs[QUANTISED_LEVEL].master), pictures, progress=progress)
+    program = programs[QUANTISED_LEVEL]
+    return calibrate(split_addition(program.master), pictures, batch=program.batch, progress=progress)
 
 
 def fused(
