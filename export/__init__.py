@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from export.batch import Batch as Batch
+    from export.config import ExportConfig as ExportConfig
     from export.errors import ExportError as ExportError
     from export.errors import MissingDependency as MissingDependency
-    from export.pipeline import ExportConfig as ExportConfig
     from export.pipeline import ExportResult as ExportResult
     from export.pipeline import export_bundle as export_bundle
     from export.program import Coverage as Coverage
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Batch": "batch",
     "Coverage": "program",
-    "ExportConfig": "pipeline",
+    "ExportConfig": "config",
     "ExportError": "errors",
     "ExportResult": "pipeline",
     "FusedProgram": "program",

@@ -57,7 +57,7 @@ class Forms:
         candidates: what is compared, but for the engines.
         arithmetic: of the unfused networks that candidates of floating-point precisions are compared with.
         simulations: what those of 8 bits are compared with: name -> program, and the precision it is run in.
-        kept: the layers of a quantised network that stay in floating point, by the names of their ONNX nodes.
+        kept: the layers that compute in a wider type than the precision, by the names of their ONNX nodes.
         quantisation: how it was quantised; None for floating-point precisions.
     """
 
@@ -75,13 +75,14 @@ def floating_forms(program: FusedProgram, example: Tensor, precision: Precision,
     facts = {"precision": precision.name, "batch": str(program.batch)}
     onnx_file = lower_onnx(program, example, precision, facts)
     names, fused = onnx_file.output_names, partial(check_operators, program, precision)
+    kept = _layers_in(onnx_file.model, {onnx.TensorProto.FLOAT}) if precision.name != "fp32" else frozenset()
     on_gpu = torch.cuda.is_available()
     candidates = [Form(ProgramRunner(program, precision, names), precision, fused, measured=not on_gpu)]
     if on_gpu:
         candidates.append(Form(ProgramRunner(program, precision, names, device="cuda"), precision, fused))
     separate = partial(check_operators, program, precision, separate_addition=True)  # standard ONNX adds in a node
     candidates.append(Form(OnnxRuntimeRunner(onnx_file, precision), precision, separate))
-    return Forms({ONNX_FILE: onnx_file}, tuple(candidates), precision, {})
+    return Forms({ONNX_FILE: onnx_file}, tuple(candidates), precision, {}, kept)
 
 
 def quantised_programs(
@@ -133,7 +134,7 @@ def quantised_forms(
     fused = Form(
         ProgramRunner(program, single, names), single, partial(check_operators, program, single), measured=False
     )
-    left = _floating_layers(files[TENSORRT.file].model)
+    left = _layers_in(files[TENSORRT.file].model, {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16})
     run = optimised_operators(files[CPU.file].model)
     convolutions = [n for n in quantisable(program.master) if is_call(n, resnet_deploy.conv2d_bias_act.default)]
     quantisation = Quantisation(
@@ -154,12 +155,13 @@ def quantised_forms(
     return Forms(files, (fused, *candidates), single, simulations, left, quantisation)
 
 
-def _floating_layers(model: onnx.ModelProto) -> frozenset[str]:
-    """The nodes that compute with constant weights in floating point."""
-    constants, found = {tensor.name for tensor in model.graph.initializer}, set()
+def _layers_in(model: onnx.ModelProto, types: Collection[int]) -> frozenset[str]:
+    """The nodes that compute with constant weights of one of these types."""
+    constants, found = {tensor.name: tensor.data_type for tensor in model.graph.initializer}, set()
     for node in model.graph.node:
-        if node.op_type in _WEIGHTED and node.input[1] in constants:
+        if node.op_type in _WEIGHTED and constants.get(node.input[1]) in types:
             found.add(node.name)
         if node.op_type != "DequantizeLinear" and all(name in constants for name in node.input if name):
-            constants |= set(node.output)  # such as a transposed weight
+            kind = constants[node.input[0]] if node.input else onnx.TensorProto.UNDEFINED
+            constants |= dict.fromkeys(node.output, kind)  # such as a transposed weight
     return frozenset(found)

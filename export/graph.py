@@ -14,7 +14,6 @@ from torch import Tensor, fx
 
 import export.quantisation.operators  # noqa: F401  registers operators, as does the next
 import kernels  # noqa: F401
-from export.errors import ExportError
 
 aten = torch.ops.aten
 resnet_deploy = torch.ops.resnet_deploy
@@ -31,10 +30,11 @@ _T = TypeVar("_T")
 
 def duplicate(graph_module: fx.GraphModule) -> fx.GraphModule:
     """A copy of the graph that shares its parameters, so that a pass can stay a pure function."""
-    return fx.GraphModule(graph_module, _deep_copy(graph_module.graph))
+    return fx.GraphModule(graph_module, deep_copy(graph_module.graph))
 
 
-def _deep_copy(value: _T) -> _T:
+def deep_copy(value: _T) -> _T:
+    """A copy of a graph, or of a module with its graph and parameters."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, of copying the structure of the output
         return copy.deepcopy(value)
@@ -160,35 +160,6 @@ def same_shape(a: fx.Node, b: fx.Node) -> bool:
         and left.dim() == right.dim()
         and all(str(m) == str(n) for m, n in zip(left.shape, right.shape, strict=True))
     )
-
-
-def converted(graph_module: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
-    """A copy with every floating-point constant and type argument cast, once, to `dtype`.
-
-    Convolution weights become channels_last, all else contiguous: the layouts the operators require.
-
-    Raises:
-        ExportError: a finite constant has no finite value in `dtype`; names it.
-    """
-    result = _deep_copy(graph_module)
-    for name, tensor in [*result.named_parameters(), *result.named_buffers()]:
-        if not tensor.is_floating_point():
-            continue
-        layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
-        cast = tensor.detach().to(dtype, memory_format=layout)
-        if not bool(torch.isfinite(cast).all()):
-            peak, limit = tensor.abs().max().item(), torch.finfo(dtype).max
-            raise ExportError(f"{name} reaches {peak:.4g}: expected at most {limit:.4g}, the range of {dtype}")
-        tensor.data = cast
-    for node in result.graph.nodes:
-        node.args = fx.node.map_aggregate(node.args, lambda value: _with_type(value, dtype))
-        node.kwargs = fx.node.map_aggregate(node.kwargs, lambda value: _with_type(value, dtype))
-    result.recompile()
-    return result
-
-
-def _with_type(value: Any, dtype: torch.dtype) -> Any:
-    return dtype if isinstance(value, torch.dtype) and value.is_floating_point else value
 
 
 def first_output(node: fx.Node) -> fx.Node | None:

@@ -8,27 +8,26 @@ from typing import Any
 
 import onnx
 
-from export.accuracy import Accuracy
-from export.bundle import FORMAT
-from export.lowering.onnx_file import OnnxFile
+from export.bundle import FORMAT, ONNX_FILE
+from export.forms import Forms
 from export.lowering.tensorrt_engine import Engine
 from export.machine import installed_versions
+from export.parity.report import ParityReport
 from export.precision import Precision
 from export.program import FusedProgram
-from export.quantisation.facts import Quantisation
 
 
 def describe(
     program: FusedProgram,
-    onnx_file: OnnxFile,
+    forms: Forms,
     engines: Sequence[Engine],
     precision: Precision,
     metadata: Mapping[str, Any],
-    accuracy: Sequence[Accuracy] = (),
-    quantisation: Quantisation | None = None,
+    report: ParityReport,
 ) -> dict[str, Any]:
     """The manifest without its list of files. `metadata` goes under `model`: what only the caller knows."""
-    graph = onnx_file.model.graph
+    model = forms.files[ONNX_FILE].model
+    graph = model.graph
     return {
         "format": FORMAT,
         "model": dict(metadata),
@@ -36,7 +35,8 @@ def describe(
         "batch": {"min": program.batch.minimum, "opt": program.batch.optimum, "max": program.batch.maximum},
         "inputs": [value_facts(value) for value in graph.input],
         "outputs": [value_facts(value) for value in graph.output],
-        "opset": onnx_file.model.opset_import[0].version,
+        "opset": model.opset_import[0].version,
+        "kept": sorted(forms.kept),
         "engines": {
             engine.flavour.file_name: {
                 "flavour": engine.flavour.name,
@@ -49,8 +49,8 @@ def describe(
         },
         "fused": [{"name": o.name, "kind": o.kind, "parts": list(o.parts)} for o in program.coverage.fused],
         "left": [{"name": o.name, "kind": o.kind, "reason": o.reason} for o in program.coverage.left],
-        "accuracy": [measured.to_json() for measured in accuracy],
-        "quantisation": quantisation and quantisation.to_json(),
+        "accuracy": [measured.to_json() for measured in report.accuracy],
+        "quantisation": report.quantisation and report.quantisation.to_json(),
         "versions": {"python": platform.python_version(), **installed_versions()},
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,22 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from export.accuracy import Accuracy, Labelled, class_count, class_indices, lost_accuracy, measure
-from export.batch import DEFAULT_BATCH, Arrays, Batch, as_batch, run_in_batches
+from export.accuracy import Labelled
+from export.batch import Batch, as_batch
 from export.bundle import ONNX_FILE, publish, staged
 from export.capture import check_model, describe_value
+from export.config import ExportConfig
+from export.engines import build_engines, choose_flavours
 from export.errors import ExportError
-from export.forms import Forms, floating_forms, quantised_forms, quantised_programs
+from export.forms import Forms, floating_forms
 from export.golden import GOLDEN_FILE, save_golden
-from export.graph import module_path
 from export.images import crops, photographs
-from export.lowering.engine_config import DEFAULT_ENGINE, EngineConfig
+from export.keep import AUTO
 from export.lowering.onnx_file import output_names
-from export.lowering.tensorrt_engine import FLAVOURS, Engine, build_engine, why_not_buildable, why_not_runnable
+from export.lowering.tensorrt_engine import Engine, why_not_runnable
 from export.manifest import describe
+from export.meter import Meter
+from export.mixed_precision import keep_float32, quantise_network
 from export.onnx_session import import_onnxruntime
 from export.parity.evidence import check_evidence
 from export.parity.ladder import (
@@ -43,51 +46,14 @@ from export.parity.ladder import (
 from export.parity.references import run_references, run_simulations
 from export.parity.report import ParityReport
 from export.passes import DEFAULT_LEVEL, QUANTISED_LEVEL
-from export.passes.quantise import quantisable
-from export.passes.split_addition import split_addition
 from export.precision import FORMATS, INT8, PRECISIONS, Precision
 from export.program import Coverage, FusedProgram, fuse
-from export.progress import Progress, silent, sparsely
-from export.quantisation.calibration import DEFAULT_METHOD, METHODS, Pictures, calibrate
-from export.quantisation.sensitivity import choose, fewest_kept, layer_costs
-from export.runner import Runner
+from export.progress import Progress, silent
+from export.quantisation.calibration import Pictures
 from export.runners import EagerRunner, ProgramRunner
 from export.tensorrt_runner import TensorRTRunner
 
 PARITY_IMAGES = 16
-AUTO = "auto"
-
-
-@dataclass(frozen=True)
-class ExportConfig:
-    """What to export.
-
-    Attributes:
-        precision: `fp32`, `fp16`, `bf16` or `int8`.
-        batch: the batch sizes the artefacts accept; also (minimum, optimum, maximum) or one static size.
-        engine: `none`, `tensorrt`, `tensorrt-rtx`, or `auto` for each that can be built here.
-        engine_config: how engines are built.
-        calibration_method: int8 only; one of `export.quantisation.calibration.METHODS`.
-        keep_fp16: int8 only; layers, or modules that hold them, to keep in floating point: float16 for TensorRT,
-            float32 for CPUs. `auto` finds the fewest with which the accuracy is retained.
-    """
-
-    precision: str = "fp32"
-    batch: Batch | tuple[int, int, int] | int = DEFAULT_BATCH
-    engine: str = "auto"
-    engine_config: EngineConfig = DEFAULT_ENGINE
-    calibration_method: str = DEFAULT_METHOD
-    keep_fp16: tuple[str, ...] | str = ()
-
-    def __post_init__(self) -> None:
-        if self.precision not in FORMATS:
-            raise ExportError(f"expected a precision of {', '.join(FORMATS)}, got {self.precision!r}")
-        if self.calibration_method not in METHODS:
-            expected = ", ".join(METHODS)
-            raise ExportError(f"expected a calibration method of {expected}, got {self.calibration_method!r}")
-        object.__setattr__(self, "batch", as_batch(self.batch))
-        if self.engine not in ("auto", "none", *FLAVOURS):
-            raise ExportError(f"expected an engine of auto, none, {', '.join(FLAVOURS)}, got {self.engine!r}")
 
 
 @dataclass(frozen=True)
@@ -112,6 +78,28 @@ class ExportResult:
 
     def __bool__(self) -> bool:
         return bool(self.report)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The arguments of an export, checked; `images` as float32 on the CPU."""
+
+    model: nn.Module
+    example: Tensor
+    config: ExportConfig
+    images: NDArray
+    labelled: Labelled | None
+    calibration: Pictures | None
+    metadata: Mapping[str, Any]
+    progress: Progress
+
+    @property
+    def batch(self) -> Batch:
+        return as_batch(self.config.batch)
+
+    @property
+    def precision(self) -> Precision:
+        return FORMATS[self.config.precision]
 
 
 def export_bundle(
@@ -145,150 +133,126 @@ def export_bundle(
     Raises:
         ExportError: the model, an argument or the folder is refused, or a file cannot be built; one line.
     """
-    started, output, config = time.perf_counter(), Path(output), config or ExportConfig()
+    started, output = time.perf_counter(), Path(output)
+    job = _Job(
+        model,
+        example,
+        config or ExportConfig(),
+        _images(model, example, images),
+        labelled,
+        calibration,
+        metadata or {},
+        progress,
+    )
+    _check(job)
+    flavours, skipped = choose_flavours(job.config)
+    import_onnxruntime()  # a missing package is known before any work is done
+    with staged(output) as staging:
+        progress("capture and fuse")
+        program = fuse(model, example, job.batch, DEFAULT_LEVEL if calibration is None else QUANTISED_LEVEL)
+        meter = _meter(job, program)
+        program, forms = _lower(job, program, meter)
+        files = {name: onnx_file.serialize() for name, onnx_file in forms.files.items()}
+        engines = build_engines(flavours, files[ONNX_FILE], job.config, program.image_shape, forms.kept, progress)
+        for engine in engines:
+            files[engine.flavour.file_name] = engine.plan
+            files[engine.flavour.layers_name] = (json.dumps(engine.layers, indent=1) + "\n").encode()
+        report, references = _compare(job, program, forms, engines)
+        if meter is not None:
+            _measure(meter, forms, engines, report, job.precision)
+            report = replace(report, accuracy=tuple(meter.measured))
+        if report:
+            progress("write the bundle")
+            files["parity.json"] = (json.dumps(report.to_json(), indent=2) + "\n").encode()
+            files[GOLDEN_FILE] = save_golden(references)
+            publish(staging, output, files, describe(program, forms, engines, job.precision, job.metadata, report))
+    sizes = {name: len(content) for name, content in files.items()}
+    return ExportResult(output, report, program.coverage, skipped, sizes, time.perf_counter() - started)
+
+
+def _images(model: nn.Module, example: Tensor, images: Tensor | None) -> NDArray:
+    """What to compare on, and a check of what it is to fit."""
     check_model(model, example)
-    batch = as_batch(config.batch)
-    try:
-        json.dumps(dict(metadata or {}))
-    except (TypeError, ValueError) as error:
-        raise ExportError(f"expected metadata that JSON can hold: {error}") from error
     if images is None:
         _, channels, *size = example.shape
         images = crops(photographs(), PARITY_IMAGES, channels, (size[0], size[1]))
     if not isinstance(images, Tensor) or images.shape[1:] != example.shape[1:] or len(images) == 0:
         raise ExportError(f"expected images of shape [N, *{list(example.shape[1:])}], got {describe_value(images)}")
-    if labelled is not None:
-        _check_labelled(labelled, example)
-    _check_calibration(config, calibration, labelled)
-    precision = FORMATS[config.precision]
-    flavours, skipped = _flavours(config, batch)
-    import_onnxruntime()  # a missing package is known before any work is done
-    with staged(output) as staging:
-        progress("capture and fuse")
-        program = fuse(model, example, batch, DEFAULT_LEVEL if calibration is None else QUANTISED_LEVEL)
-        names, accuracy = output_names(program.graph_module), []
-        if labelled is not None:
-            indices = class_indices(labelled.classes, (metadata or {}).get("classes"), class_count(_logits(program)))
-            accuracy.append(
-                _measure(EagerRunner(model, torch.float32, names), "fp32", labelled, indices, batch, progress)
-            )
-        if calibration is not None:
-
-            def retains(quantised: FusedProgram) -> bool:
-                assert labelled is not None
-                runner = ProgramRunner(quantised, PRECISIONS["fp32"], names)
-                return not lost_accuracy(
-                    (accuracy[0], _measure(runner, INT8.name, labelled, indices, batch, sparsely(progress)))
-                )
-
-            forms = _quantised(program, example, config, calibration, images, retains, progress)
-        else:
-            forms = floating_forms(program, example, PRECISIONS[config.precision], progress)
-        files = {name: onnx_file.serialize() for name, onnx_file in forms.files.items()}
-        engines = _build_engines(flavours, files[ONNX_FILE], precision, program, config.engine_config, forms, progress)
-        for engine in engines:
-            files[engine.flavour.file_name] = engine.plan
-            files[engine.flavour.layers_name] = (json.dumps(engine.layers, indent=1) + "\n").encode()
-        inputs = images.detach().cpu().float().numpy()
-        report, references = _compare(model, program, forms, engines, precision, inputs, progress)
-        if labelled is not None:
-            executed = {rung.name for rung in report.rungs if not rung.not_run}
-            runners = [candidate.runner for candidate in forms.candidates if candidate.measured]
-            runners += [TensorRTRunner(engine, names) for engine in engines if engine.flavour.name in executed]
-            for runner in runners:
-                accuracy.append(_measure(runner, precision.name, labelled, indices, batch, progress))
-            report = replace(report, accuracy=tuple(accuracy))
-        if report:
-            progress("write the bundle")
-            files["parity.json"] = (json.dumps(report.to_json(), indent=2) + "\n").encode()
-            files[GOLDEN_FILE] = save_golden(references)
-            onnx_file, found = forms.files[ONNX_FILE], (report.accuracy, report.quantisation)
-            publish(staging, output, files, describe(program, onnx_file, engines, precision, metadata or {}, *found))
-    sizes = {name: len(content) for name, content in files.items()}
-    return ExportResult(output, report, program.coverage, skipped, sizes, time.perf_counter() - started)
+    array: NDArray = images.detach().cpu().float().numpy()
+    return array
 
 
-def _quantised(
-    program: FusedProgram,
-    example: Tensor,
-    config: ExportConfig,
-    calibration: Pictures,
-    images: Tensor,
-    retains: Callable[[FusedProgram], bool],
-    progress: Progress,
-) -> Forms:
-    """Calibrate, find what each layer costs and which are kept, and write the quantised files.
-
-    `retains` says whether a quantised program keeps the accuracy.
-    """
-    layers = [module_path(layer) for layer in quantisable(program.master)]
-    kept = frozenset() if config.keep_fp16 == AUTO else choose(layers, config.keep_fp16)
-    progress(f"calibrate on {len(calibration)} images")
-    calibrated = calibrate(
-        split_addition(program.master), calibration, config.calibration_method, program.batch, progress
-    )
-    progress("quantise one layer at a time")
-    shown = torch.from_numpy(operator_images(images.detach().cpu().float().numpy(), program.batch))
-    costs = layer_costs(program.master, calibrated.ranges, shown, progress)
-    if config.keep_fp16 == AUTO:
-        progress("look for the fewest layers to keep in fp16")
-        kept = fewest_kept(
-            costs, lambda kept: all(map(retains, quantised_programs(program, calibrated, kept).values()))
-        )
-    if kept >= set(layers):
-        raise ExportError(f"all {len(layers)} layers would be kept in fp16, nothing is left to quantise: use --fp16")
-    return quantised_forms(program, example, calibrated, kept, tuple(costs), progress)
+def _check(job: _Job) -> None:
+    """Refuse what cannot be recorded, measured, calibrated or decided before any work is done."""
+    try:
+        json.dumps(dict(job.metadata))
+    except (TypeError, ValueError) as error:
+        raise ExportError(f"expected metadata that JSON can hold: {error}") from error
+    if job.labelled is not None:
+        if len(job.labelled) == 0:
+            raise ExportError("expected labelled pictures to measure accuracy on, got none")
+        inputs, _ = next(iter(job.labelled.batches(1)))
+        if inputs.shape != (1, *job.example.shape[1:]) or inputs.dtype != np.float32:
+            expected = f"[N, *{list(job.example.shape[1:])}] float32"
+            raise ExportError(f"expected labelled inputs of shape {expected}, got {list(inputs.shape)} {inputs.dtype}")
+    if job.precision is not INT8:
+        if job.calibration is not None:
+            raise ExportError(f"--calibration is for --int8, got --{job.config.precision}")
+    elif job.calibration is None or not len(job.calibration):
+        raise ExportError("int8 needs pictures to calibrate on, got none; give --calibration DIR")
+    elif job.config.keep_fp16 == AUTO and job.labelled is None:
+        raise ExportError("--keep-fp16 auto needs labelled pictures to decide by, got none; give --data")
 
 
-def _flavours(config: ExportConfig, batch: Batch) -> tuple[list[str], dict[str, str]]:
-    """Which engines to build, and why the others are not."""
-    asked = config.engine_config
-    if config.engine == "none":
-        if asked.flags:
-            raise ExportError(f"{', '.join(asked.flags)}: expected an engine to build, got --engine none")
-        return [], {}
-    reasons = {}
-    for name, flavour in FLAVOURS.items():
-        if config.engine in ("auto", name):
-            why_not = asked.why_not(name, config.precision, batch)
-            reasons[name] = why_not or why_not_buildable(flavour, asked.dla_core)
-    skipped = {name: reason for name, reason in reasons.items() if reason}
-    if config.engine in skipped or (asked.flags and skipped.keys() == reasons.keys()):
-        raise ExportError("; ".join(f"--engine {name}: {reason}" for name, reason in skipped.items()))
-    return [name for name in reasons if name not in skipped], skipped
+def _meter(job: _Job, program: FusedProgram) -> Meter | None:
+    """What measures accuracy, and has measured the eager model's; None without labelled pictures."""
+    if job.labelled is None:
+        return None
+    (output,) = (node for node in program.source.graph.nodes if node.op == "output")
+    first = next(node for node in pytree.tree_leaves(output.args) if isinstance(node, fx.Node))
+    logits: list[int | str] = ["batch", *(int(size) for size in first.meta["val"].shape[1:])]
+    meter = Meter(job.labelled, job.metadata.get("classes"), logits, job.batch, job.progress)
+    names = output_names(program.graph_module)
+    meter.measure(EagerRunner(job.model, torch.float32, names), "fp32")
+    return meter
 
 
-def _build_engines(
-    flavours: list[str],
-    onnx_bytes: bytes,
-    precision: Precision,
-    program: FusedProgram,
-    config: EngineConfig,
-    forms: Forms,
-    progress: Progress,
-) -> list[Engine]:
-    engines = []
-    for name in flavours:
-        progress(f"build the {name} engine")
-        shape = program.image_shape
-        engines.append(build_engine(onnx_bytes, FLAVOURS[name], precision, program.batch, shape, config, forms.kept))
-    return engines
+def _lower(job: _Job, program: FusedProgram, meter: Meter | None) -> tuple[FusedProgram, Forms]:
+    """Decide what is kept in a wider type, and write the ONNX files; with the program that they were written from."""
+    config, progress = job.config, job.progress
+    if job.calibration is None:
+        precision = PRECISIONS[config.precision]
+        if config.keep_fp32:
+            program = keep_float32(job.model, program, precision, config.keep_fp32, job.images, progress)
+        return program, floating_forms(program, job.example, precision, progress)
+
+    def retains(quantised: FusedProgram) -> bool:
+        assert meter is not None  # `_check` has seen to it
+        names = output_names(quantised.graph_module)
+        return meter.retained(ProgramRunner(quantised, PRECISIONS["fp32"], names), INT8.name)
+
+    return program, quantise_network(program, job.example, config, job.calibration, job.images, retains, progress)
 
 
-def _compare(
-    model: nn.Module,
-    program: FusedProgram,
-    forms: Forms,
-    engines: list[Engine],
-    precision: Precision,
-    images: NDArray,
-    progress: Progress,
-) -> tuple[ParityReport, References]:
+def _measure(meter: Meter, forms: Forms, engines: list[Engine], report: ParityReport, precision: Precision) -> None:
+    """Measure each form that ran."""
+    executed = {rung.name for rung in report.rungs if not rung.not_run}
+    names = forms.files[ONNX_FILE].output_names
+    for candidate in forms.candidates:
+        if candidate.measured:
+            meter.measure(candidate.runner, precision.name)
+    for engine in engines:
+        if engine.flavour.name in executed:
+            meter.measure(TensorRTRunner(engine, names), precision.name)
+
+
+def _compare(job: _Job, program: FusedProgram, forms: Forms, engines: list[Engine]) -> tuple[ParityReport, References]:
     """Run every candidate first and the references after, so that none can see the other's results.
 
     Returns:
         The report, and the references of the precision that is exported.
     """
+    progress, precision, images = job.progress, job.precision, job.images
     names, executions = forms.files[ONNX_FILE].output_names, []
     for candidate in forms.candidates:
         progress(f"run the {candidate.runner.name} form")
@@ -298,7 +262,7 @@ def _compare(
         for engine in engines
     ]
     progress("run the eager model")
-    references = run_references(model, program, names, images, forms.arithmetic)
+    references = run_references(job.model, program, names, images, forms.arithmetic)
     outputs = [torch.from_numpy(values) for values in references.oracle.values()]
     progress("compare")
     shown = torch.from_numpy(operator_images(images, program.batch))
@@ -312,55 +276,12 @@ def _compare(
         held, operators = candidate.precision, candidate.check(execution.trace)
         rungs.append(judge(execution, by_precision[held], held, held.network_factor, operators))
     rungs += [judge_attempt(outcome, by_precision[precision], precision, ENGINE_FACTOR) for outcome in outcomes]
-    report = ParityReport(precision.name, len(images), evidence, tuple(rungs), quantisation=forms.quantisation)
+    report = ParityReport(
+        precision.name,
+        len(images),
+        evidence,
+        tuple(rungs),
+        quantisation=forms.quantisation,
+        kept=tuple(sorted(program.kept)),
+    )
     return report, by_precision[precision]
-
-
-def _check_labelled(labelled: Labelled, example: Tensor) -> None:
-    """Refuse what cannot be measured on before any work is done."""
-    if len(labelled) == 0:
-        raise ExportError("expected labelled pictures to measure accuracy on, got none")
-    inputs, _ = next(iter(labelled.batches(1)))
-    if inputs.shape != (1, *example.shape[1:]) or inputs.dtype != np.float32:
-        expected = f"[N, *{list(example.shape[1:])}] float32"
-        raise ExportError(f"expected labelled inputs of shape {expected}, got {list(inputs.shape)} {inputs.dtype}")
-
-
-def _check_calibration(config: ExportConfig, calibration: Pictures | None, labelled: Labelled | None) -> None:
-    """Refuse what cannot be calibrated or decided before any work is done."""
-    if config.precision != INT8.name:
-        if calibration is not None or config.keep_fp16:
-            raise ExportError(f"--calibration and --keep-fp16 are for --int8, got --{config.precision}")
-        return
-    if calibration is None or not len(calibration):
-        raise ExportError("int8 needs pictures to calibrate on, got none; give --calibration DIR")
-    if config.keep_fp16 == AUTO and labelled is None:
-        raise ExportError("--keep-fp16 auto needs labelled pictures to decide by, got none; give --data")
-
-
-def _logits(program: FusedProgram) -> list[int | str]:
-    """The shape of the first output."""
-    (output,) = (node for node in program.source.graph.nodes if node.op == "output")
-    first = next(node for node in pytree.tree_leaves(output.args) if isinstance(node, fx.Node))
-    return ["batch", *(int(size) for size in first.meta["val"].shape[1:])]
-
-
-def _measure(
-    runner: Runner,
-    precision: str,
-    labelled: Labelled,
-    indices: NDArray[np.int64],
-    batch: Batch,
-    progress: Progress,
-) -> Accuracy:
-    def infer(images: NDArray) -> Arrays:
-        return run_in_batches(runner.infer, images, batch, batch.maximum)
-
-    say = sparsely(progress)
-
-    def report(images: int) -> None:
-        say(f"measure accuracy: {runner.name}, {images} of {len(labelled)} images done")
-
-    progress(f"measure accuracy: {runner.name}")
-    with runner:
-        return measure(runner.name, runner.runtime, precision, infer, labelled, indices, batch.maximum, report)

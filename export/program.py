@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor, fx, nn
 
 from export.batch import DEFAULT_BATCH, Batch
 from export.capture import capture, plain_torch
+from export.conversion import converted
 from export.errors import ExportError
-from export.graph import FUSED_OPERATORS, QUANTISATION, converted, is_call, module_path, moves_data, schema_name
+from export.graph import FUSED_OPERATORS, QUANTISATION, is_call, module_path, moves_data, schema_name, source_name
 from export.passes import DEFAULT_LEVEL, FOLDING, LEVELS
 from export.precision import PRECISIONS, Precision
 
@@ -58,6 +60,7 @@ class FusedProgram(nn.Module):
         coverage: what was fused and what was left, by the names of the user's modules.
         batch: the batch sizes it accepts.
         image_shape: (C, H, W).
+        kept: names of the operators that compute in float32 whatever the precision.
     """
 
     source: fx.GraphModule
@@ -69,16 +72,48 @@ class FusedProgram(nn.Module):
         self.__dict__.update(source=source, folded=folded, master=master)  # kept out of parameters() and of .to()
         self.batch = batch
         self.image_shape = tuple(next(n for n in source.graph.nodes if n.op == "placeholder").meta["val"].shape[1:])
+        self.kept: frozenset[str] = frozenset()
         self.coverage = _coverage(master)
         self.graph_module = self.at(PRECISIONS["fp32"])
 
+    def keeping(self, names: Collection[str]) -> FusedProgram:
+        """The same program with the operators of these names in float32; names are those of `operator_nodes`."""
+        kept = copy.copy(self)
+        kept.kept = frozenset(names)
+        return kept
+
     def at(self, precision: Precision) -> fx.GraphModule:
-        """The fused graph in `precision`: input, parameters and output in its type.
+        """The fused graph in `precision`: its input, and all operators but those kept in float32, in its type.
 
         Raises:
             ExportError: a folded weight is outside the range of the type; names it.
         """
-        return converted(self.master, precision.dtype)
+        return converted(self.master, precision.dtype, lambda node: module_path(node) in self.kept)
+
+    def unfused_at(self, graph_module: fx.GraphModule, precision: Precision) -> fx.GraphModule:
+        """`source` or `folded` in `precision`, with what the kept operators replaced in float32.
+
+        A weight outside the range of the type is infinite, as it is in the user's model when that is cast.
+        """
+        values = self._kept_values
+        return converted(graph_module, precision.dtype, lambda node: source_name(node) in values, refuse=False)
+
+    @property
+    def _kept_values(self) -> set[str]:
+        """The nodes of the captured graph that the kept operators compute, and what lies between in their fusion."""
+        source = {node.name: node for node in self.source.graph.nodes}
+        found: set[str] = set()
+        for node in operator_nodes(self.master):
+            name = source_name(node)
+            if module_path(node) in self.kept and name is not None:
+                read = {source_name(n) for n in node.all_input_nodes if n.op != "get_attr"}
+                waiting = [source[name]]
+                while waiting:
+                    reached = waiting.pop()
+                    if reached.name not in found | read:
+                        found.add(reached.name)
+                        waiting += reached.all_input_nodes
+        return found
 
     def forward(self, x: Tensor) -> object:
         """Run the fused network on [N, C, H, W].
@@ -138,11 +173,17 @@ def _applied(
     return graph_module
 
 
+def operator_nodes(master: fx.GraphModule) -> list[fx.Node]:
+    """What a fused graph computes: every call that does more than move data or quantise it, in order."""
+    calls = [node for node in master.graph.nodes if node.op == "call_function" and not moves_data(node)]
+    return [node for node in calls if not is_call(node, *QUANTISATION)]
+
+
 def _coverage(master: fx.GraphModule) -> Coverage:
     fused, left = [], []
-    for node in master.graph.nodes:
+    for node in operator_nodes(master):
         if is_call(node, *FUSED_OPERATORS):
             fused.append(Operator(module_path(node), schema_name(node), tuple(node.meta["fused"])))
-        elif node.op == "call_function" and not moves_data(node) and not is_call(node, *QUANTISATION):
+        else:
             left.append(Operator(module_path(node), schema_name(node), reason=node.meta.get("refused", "")))
     return Coverage(tuple(fused), tuple(left))

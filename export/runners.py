@@ -9,7 +9,7 @@ from typing import Any
 import onnx
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from typing_extensions import Self
 
@@ -18,7 +18,6 @@ from export.bundle import ONNX_FILE, ONNX_FORMS
 from export.capture import eager_copy, plain_torch
 from export.cuda_graph import CudaGraphProgram
 from export.errors import ExportError, first_line
-from export.graph import converted
 from export.interpreter import GraphInterpreter
 from export.lowering.onnx_file import OnnxFile
 from export.onnx_session import import_onnxruntime, open_file, open_session, rounded_copy, runs_rounded
@@ -53,17 +52,25 @@ class EagerRunner(Runner):
         return _named(self._output_names, outputs)
 
 
-class FoldedRunner(Runner):
-    """The captured graph with BatchNorm folded and nothing fused, on the CPU: every operator rounds its result."""
+class UnfusedRunner(Runner):
+    """A graph of a program before anything was fused, on the CPU: every operator rounds its result."""
 
-    name = "folded"
     runtime = EagerRunner.runtime
 
-    def __init__(self, program: FusedProgram, precision: Precision, output_names: tuple[str, ...]) -> None:
-        self._program, self._precision, self._output_names = program, precision, output_names
+    def __init__(
+        self,
+        name: str,
+        program: FusedProgram,
+        graph_module: fx.GraphModule,
+        precision: Precision,
+        output_names: tuple[str, ...],
+    ) -> None:
+        """`graph_module` is the program's captured or its folded graph."""
+        self.name, self._program, self._unfused = name, program, graph_module
+        self._precision, self._output_names = precision, output_names
 
     def __enter__(self) -> Self:
-        self._graph_module = converted(self._program.folded, self._precision.dtype)
+        self._graph_module = self._program.unfused_at(self._unfused, self._precision)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -126,7 +133,7 @@ class OnnxRuntimeRunner(Runner):
         self, file: OnnxFile, precision: Precision, artefact: str = ONNX_FILE, rounded: bool | None = None
     ) -> None:
         """`artefact` is the name of the file in the bundle; `rounded` as in `open_file`, by default by precision."""
-        self._file, self._precision, self.file = file, precision, artefact
+        self._file, self.file = file, artefact
         self._rounded = runs_rounded(precision.name, artefact) if rounded is None else rounded
         self.name = ONNX_FORMS[artefact]
 
@@ -157,8 +164,7 @@ class OnnxRuntimeRunner(Runner):
         values = dict(zip(names, open_session(copy.SerializeToString()).run(names, dict(inputs)), strict=True)) | dict(
             inputs
         )
-        dtype = self._precision.dtype
-        return {node: torch.from_numpy(values[value]).to(dtype) for node, value in self._file.values.items()}
+        return {node: torch.from_numpy(values[value]) for node, value in self._file.values.items()}
 
 
 def _named(names: tuple[str, ...], outputs: list[Tensor]) -> Arrays:

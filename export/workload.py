@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from export.graph import FUSED_OPERATORS, aten, converted, module_path, moves_data, schema_name
+from export.conversion import converted
+from export.graph import FUSED_OPERATORS, aten, module_path, moves_data, schema_name
 from export.precision import Precision
 from export.program import FusedProgram
 from kernels.problems import PROBLEMS, ConvProblem, Problem

@@ -21,8 +21,9 @@ from export.batch import as_batch
 from export.command_line import Parser, run_script
 from export.console import Progress, print_accuracy, print_quantisation, print_rungs
 from export.images import crops, photographs
+from export.keep import AUTO
 from export.lowering.engine_config import TARGETS, EngineConfig
-from export.pipeline import AUTO, PARITY_IMAGES
+from export.pipeline import PARITY_IMAGES
 from export.quantisation.calibration import DEFAULT_METHOD, METHODS
 from resnet.calibration import PictureInputs, open_calibration
 from resnet.data import open_test
@@ -77,6 +78,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="int8: layers, or modules with all their layers, to leave in floating point; auto: the fewest with which "
         "the accuracy is retained",
     )
+    parser.add_argument(
+        "--keep-fp32",
+        nargs="+",
+        default=(),
+        metavar="NAME|auto",
+        help="fp16 and bf16: layers, or modules with all their layers, to leave in float32; auto: the fewest with "
+        "which the network is equal to the eager model",
+    )
     parser.add_argument("--output", type=Path, metavar="DIR", help="default build/<model>-<precision>")
     parser.add_argument("--json", action="store_true", help="the summary as one JSON object on stdout")
     return parser.parse_args(argv)
@@ -112,9 +121,15 @@ def export(args: argparse.Namespace) -> int:
 def run(args: argparse.Namespace, source: Source, progress: Progress) -> ExportResult:
     """Make the model and export it."""
     check_int8_arguments(args)
-    kept = AUTO if args.keep_fp16 == [AUTO] else tuple(args.keep_fp16)
-    method = args.calibration_method or DEFAULT_METHOD
-    config = ExportConfig(args.precision, parse_batch(args.batch), args.engine, engine_config(args), method, kept)
+    config = ExportConfig(
+        args.precision,
+        parse_batch(args.batch),
+        args.engine,
+        engine_config(args),
+        args.calibration_method or DEFAULT_METHOD,
+        AUTO if args.keep_fp16 == [AUTO] else tuple(args.keep_fp16),
+        AUTO if args.keep_fp32 == [AUTO] else tuple(args.keep_fp32),
+    )
     model = create_model(source.model, num_classes=source.num_classes, in_channels=source.in_channels)
     labelled = open_labelled(args, source)
     calibration = open_calibration_inputs(args, source, labelled)
@@ -160,17 +175,11 @@ def run(args: argparse.Namespace, source: Source, progress: Progress) -> ExportR
 
 
 def check_int8_arguments(args: argparse.Namespace) -> None:
-    """Refuse flags of int8 in another precision, and auto beside names."""
-    flags = {
-        "--calibration": args.calibration,
-        "--calibration-method": args.calibration_method,
-        "--keep-fp16": args.keep_fp16,
-    }
+    """Refuse flags of calibration in another precision."""
+    flags = {"--calibration": args.calibration, "--calibration-method": args.calibration_method}
     given = [flag for flag, value in flags.items() if value]
     if args.precision != "int8" and given:
         raise ExportError(f"{', '.join(given)}: for --int8, got --{args.precision}")
-    if AUTO in args.keep_fp16 and len(args.keep_fp16) > 1:
-        raise ExportError(f"--keep-fp16: expected auto or names, got both: {' '.join(args.keep_fp16)}")
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
@@ -299,6 +308,8 @@ def summarise(args: argparse.Namespace, source: Source, result: ExportResult) ->
         return
     print_rungs(report.rungs, result.files)
     print(f"{len(coverage.fused)} fused operators; left: {', '.join(op.name for op in coverage.left) or 'none'}")
+    if report.kept:
+        print(f"kept in float32: {', '.join(report.kept)}")
     for rung in report.rungs:
         if rung.operators is not None and rung.operators.unchecked:
             print(f"{rung.name}: no operator criterion for {', '.join(rung.operators.unchecked)}")

@@ -10,7 +10,8 @@ from typing import Any
 from export.errors import ExportError
 from export.precision import Precision
 
-_TYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
+_TYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16", "int8": "INT8"}
+_KEPT_TYPES = {"fp16": "FLOAT", "bf16": "FLOAT", "int8": "HALF"}
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def prove_precision(trt: ModuleType, network: Any, precision: Precision, kept: C
 
     Args:
         network: strongly typed, as parsed from an ONNX file.
-        kept: layers that compute in fp16 where the precision is int8.
+        kept: layers that compute in a wider type: in fp16 where the precision is int8, else in fp32.
 
     Raises:
         ExportError: the network is not strongly typed, or a layer computes in another type; names it.
@@ -48,14 +49,13 @@ def prove_precision(trt: ModuleType, network: Any, precision: Precision, kept: C
     weighted = [layer for layer in layers if _has_weights(trt, layer, producers)]
     unknown = sorted(set(kept) - {layer.name for layer in weighted})
     if unknown:
-        raise ExportError(f"{unknown[0]} is to stay in fp16, but the network has no such layer")
+        raise ExportError(f"{unknown[0]} is to be kept in a wider type, but the network has no such layer")
     types = {}
     for layer in weighted:
-        if precision.name == "int8" and layer.name not in kept:
-            types[layer.name] = "INT8"
+        types[layer.name] = (_KEPT_TYPES if layer.name in kept else _TYPES)[precision.name]
+        if types[layer.name] == "INT8":
             _check_int8(trt, layer, producers)
         else:
-            types[layer.name] = _TYPES.get(precision.name, "HALF")
             _check_float(trt, layer, types[layer.name], producers)
     convolutions = sum(layer.type == trt.LayerType.CONVOLUTION for layer in weighted)
     return Proof(types, convolutions, [_record(layer) for layer in layers])

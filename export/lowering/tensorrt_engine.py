@@ -139,7 +139,8 @@ def build_engine(
         batch: minimum, optimum and maximum of the profile.
         image_shape: (C, H, W).
         config: how to build it.
-        kept: layers, by the names of their ONNX nodes, that compute in fp16 where the precision is int8.
+        kept: layers, by the names of their ONNX nodes, that compute in a wider type: in fp16 where the precision is
+            int8, else in fp32.
 
     Raises:
         MissingDependency: the package is not installed.

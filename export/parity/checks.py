@@ -7,6 +7,32 @@ from typing import Any
 
 from export.parity.network import finite
 
+OVERFLOW, UNDERFLOW, SATURATION, WRONG, NAN = "overflow", "underflow", "saturation", "wrong value", "NaN"
+OUT_OF_RANGE = (OVERFLOW, UNDERFLOW, SATURATION)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with a value.
+
+    Attributes:
+        kind: OVERFLOW, UNDERFLOW, SATURATION, WRONG or NAN.
+        index: of the worst element.
+        got, expected: its value, and what float64 makes of the same input.
+    """
+
+    kind: str
+    index: tuple[int, ...]
+    got: float
+    expected: float
+
+    def __str__(self) -> str:
+        return f"{self.kind} at {list(self.index)}, {self.got:.5g} where float64 has {self.expected:.5g}"
+
+    def to_json(self) -> dict[str, Any]:
+        values = {"got": finite(self.got), "expected": finite(self.expected)}
+        return {"kind": self.kind, "index": list(self.index), **values}
+
 
 @dataclass(frozen=True)
 class OperatorCheck:
@@ -16,26 +42,39 @@ class OperatorCheck:
         name: the module of the user's model.
         kind: the operator.
         rms_z, max_z: error in units of what rounding explains; 0 or inf for an exact operator.
+        rms_limit, max_limit: what they may be.
         reason: why it failed, empty where it passed.
-        worst: index of the worst element.
-        got, expected: its value and the float64 value.
+        fault: of a value that was computed and is wrong.
     """
 
     name: str
     kind: str
     rms_z: float
     max_z: float
+    rms_limit: float
+    max_limit: float
     reason: str = ""
-    worst: tuple[int, ...] = ()
-    got: float = 0.0
-    expected: float = 0.0
+    fault: Fault | None = None
 
     def __bool__(self) -> bool:
         return not self.reason
 
+    @property
+    def severity(self) -> float:
+        """Its error in units of what it may be; infinite where it has no size."""
+        return max(self.rms_z / self.rms_limit, self.max_z / self.max_limit)
+
     def to_json(self) -> dict[str, Any]:
-        z = {"rms_z": finite(self.rms_z), "max_z": finite(self.max_z)}
-        return {"name": self.name, "kind": self.kind, **z, "reason": self.reason}
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "rms_z": finite(self.rms_z),
+            "max_z": finite(self.max_z),
+            "rms_limit": self.rms_limit,
+            "max_limit": self.max_limit,
+            "reason": self.reason,
+            "fault": self.fault and self.fault.to_json(),
+        }
 
 
 @dataclass(frozen=True)
@@ -48,6 +87,7 @@ class QuantisedCheck:
         lsb: the largest difference in units in the last place; in roundoffs of the largest value where none is.
         differing: the share of elements that differ at all.
         reason: why it failed, empty where it passed.
+        fault: of a value that was computed and is wrong.
     """
 
     name: str
@@ -55,13 +95,20 @@ class QuantisedCheck:
     lsb: float
     differing: float
     reason: str = ""
+    fault: Fault | None = None
 
     def __bool__(self) -> bool:
         return not self.reason
 
     def to_json(self) -> dict[str, Any]:
-        differing = round(self.differing, 6)
-        return {"name": self.name, "kind": self.kind, "lsb": self.lsb, "differing": differing, "reason": self.reason}
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "lsb": finite(self.lsb),
+            "differing": round(self.differing, 6),
+            "reason": self.reason,
+            "fault": self.fault and self.fault.to_json(),
+        }
 
 
 @dataclass(frozen=True)
@@ -77,3 +124,20 @@ class OperatorChecks:
     @property
     def first_failure(self) -> OperatorCheck | QuantisedCheck | None:
         return next((check for check in self.checks if not check), None)
+
+    @property
+    def summary(self) -> str:
+        """The first operator that failed and why; empty where all passed."""
+        first = self.first_failure
+        if first is None:
+            return "" if self.checks else "no operator could be checked"
+        return f"{first.name}: {first.fault.kind if first.fault else first.reason}"
+
+    @property
+    def diagnosis(self) -> str:
+        """The first operator that failed, what is wrong with it and where, in one line; empty where all passed."""
+        first = self.first_failure
+        if first is None:
+            return self.summary
+        fault = f"{first.fault}: " if first.fault else ""
+        return f"{first.name} ({first.kind}): {fault}{first.reason}"

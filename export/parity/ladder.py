@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from export.precision import Precision
 from export.runner import Runner
 
 # Two draws of rounding the weights, which were seen to differ by up to 2.5; a broken fold is off by far more.
-_FOLDED_FACTOR = 4.0
+FOLDED_FACTOR = 4.0
 ENGINE_FACTOR = 3.0  # k for TensorRT, which chooses its own fusions and accumulation orders
 _OPERATOR_IMAGES = 4  # the operator criterion looks at every element: more images add time, not evidence
 
@@ -36,6 +36,7 @@ class References:
         oracle: outputs of the user's model in float64, by name.
         runtime: what ran them.
         seconds: per image of the first of them.
+        unusable: unfused network that is no reference -> why.
     """
 
     images: NDArray
@@ -43,6 +44,7 @@ class References:
     oracle: Arrays
     runtime: str = "recorded"
     seconds: float = 0.0
+    unusable: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -90,12 +92,14 @@ def operator_images(images: NDArray, batch: Batch) -> NDArray:
 
 def reference_rungs(references: References, precision: Precision) -> list[Rung]:
     """What rounding alone costs: the first unfused network, and the others, which may not differ much from it."""
-    rungs: list[Rung] = []
+    rungs = [
+        Rung(name, references.runtime, precision.name, not_run=reason) for name, reason in references.unusable.items()
+    ]
     first = next(iter(references.rounded.values()))
     for name, outputs in references.rounded.items():
-        factor = _FOLDED_FACTOR if rungs else precision.network_factor
+        factor = precision.network_factor if outputs is first else FOLDED_FACTOR
         checks = compare(outputs, [first], references.oracle, factor, precision.network_floor)
-        seconds = 0.0 if rungs else references.seconds
+        seconds = references.seconds if outputs is first else 0.0
         rungs.append(Rung(name, references.runtime, precision.name, outputs=checks, seconds=seconds))
     return rungs
 

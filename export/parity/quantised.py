@@ -20,6 +20,7 @@ from export.capture import plain_torch
 from export.graph import is_call, module_path, resnet_deploy, schema_name
 from export.lowering.onnx_file import OnnxFile
 from export.parity.checks import OperatorChecks, QuantisedCheck
+from export.parity.fault import fault_of, quantised_fault_of
 from export.parity.operators import evaluate
 from export.parity.scales import check_layers, check_scales
 from export.precision import Precision
@@ -110,12 +111,13 @@ def _check_value(
         return QuantisedCheck(label, schema_name(node), float("inf"), 1.0, reason)
     difference = (got - expected).abs()
     worst, different = float(difference.max()), int((difference > 0).sum())
-    reason, allowed = "", _DIFFERING[precision.name]
+    reason, fault, allowed = "", None, _DIFFERING[precision.name]
     if not worst <= LIMIT:
-        reason = _worst(difference, got, expected, f"{worst:g} LSB off, the limit is {LIMIT}")
+        reason = f"{worst:g} LSB off, the limit is {LIMIT}"
+        fault = quantised_fault_of(got, expected, node.meta["val"].dtype)
     elif different > max(_FEW, allowed * got.numel()):
         reason = f"{different} of {got.numel()} elements 1 LSB off, the limit is {100 * allowed:g} %"
-    return QuantisedCheck(label, schema_name(node), worst, different / got.numel(), reason)
+    return QuantisedCheck(label, schema_name(node), worst, different / got.numel(), reason, fault)
 
 
 def _check_output(
@@ -132,16 +134,11 @@ def _check_output(
         reason = "" if differing <= _DIFFERING["fp32"] else f"{differing:.1%} of the values differ"
         return QuantisedCheck(module_path(node), schema_name(node), float(difference.max()), differing, reason)
     worst = float(difference.max() / largest / precision.roundoff)
-    allowed = _FLOAT_LIMIT[precision.name]
-    limit = f"{worst:.1f} roundoffs off, the limit is {allowed:g}"
-    reason = "" if worst <= allowed else _worst(difference, got, expected, limit)
-    return QuantisedCheck(module_path(node), schema_name(node), worst, differing, reason)
-
-
-def _worst(difference: Tensor, got: Tensor, expected: Tensor, what: str) -> str:
-    index = torch.unravel_index(difference.argmax(), difference.shape)
-    place = [int(i) for i in index]
-    return f"{what} at {place}: {got[index].item():g}, expected {expected[index].item():g}"
+    allowed, reason, fault = _FLOAT_LIMIT[precision.name], "", None
+    if not worst <= allowed:
+        reason = f"{worst:.1f} roundoffs off, the limit is {allowed:g}"
+        fault = fault_of(got, expected, difference, precision.dtype)
+    return QuantisedCheck(module_path(node), schema_name(node), worst, differing, reason, fault)
 
 
 def _returned(graph: fx.GraphModule) -> list[fx.Node]:

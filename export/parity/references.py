@@ -5,35 +5,64 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from export.batch import run_in_batches
-from export.parity.ladder import References
+from export.batch import Arrays, run_in_batches
+from export.parity.ladder import FOLDED_FACTOR, References
+from export.parity.network import relative_error
 from export.precision import Precision
 from export.program import FusedProgram
-from export.runners import EagerRunner, FoldedRunner, ProgramRunner
+from export.runner import Runner
+from export.runners import EagerRunner, ProgramRunner, UnfusedRunner
 
 
 def run_references(
     model: nn.Module, program: FusedProgram, names: tuple[str, ...], images: NDArray, precision: Precision
 ) -> References:
-    """Run the user's model in the precision under test, with BatchNorm folded, and in float64."""
-    batch, outputs = program.batch, []
-    seconds = 0.0
-    for runner in (
-        EagerRunner(model, torch.float64, names),
-        FoldedRunner(program, precision, names),
-        EagerRunner(model, precision.dtype, names),
-    ):
+    """Run the user's model in float64, and what rounding alone makes of it in the precision under test."""
+    return run_rounded(run_oracle(model, program, names, images), model, program, precision)
+
+
+def run_oracle(model: nn.Module, program: FusedProgram, names: tuple[str, ...], images: NDArray) -> References:
+    """Run the user's model in float64; nothing yet says what rounding makes of it."""
+    with EagerRunner(model, torch.float64, names) as runner:
+        return References(images, {}, run_in_batches(runner.infer, images, program.batch, len(images)))
+
+
+def run_rounded(references: References, model: nn.Module, program: FusedProgram, precision: Precision) -> References:
+    """The same images and oracle, with two unfused networks run in `precision`.
+
+    They are the user's model, or where operators of the program are kept in float32 its captured graph with those in
+    float32 too, and the captured graph with BatchNorm folded. The first may overflow where the second does not, between
+    a convolution and its BatchNorm: then it is no reference.
+    """
+    names, images = tuple(references.oracle), references.images
+    eager: Runner = EagerRunner(model, precision.dtype, names)
+    if program.kept:
+        eager = UnfusedRunner("unfused", program, program.source, precision, names)
+    rounded, seconds = {}, []
+    for runner in (eager, UnfusedRunner("folded", program, program.folded, precision, names)):
         with runner:
             started = time.perf_counter()
-            outputs.append(run_in_batches(runner.infer, images, batch, len(images)))
-            seconds = (time.perf_counter() - started) / len(images)
-    oracle, folded, eager = outputs
-    rounded = {EagerRunner.name: eager, FoldedRunner.name: folded}
-    return References(images, rounded, oracle, EagerRunner.runtime, seconds)
+            rounded[runner.name] = run_in_batches(runner.infer, images, program.batch, len(images))
+            seconds.append((time.perf_counter() - started) / len(images))
+    why_not = _no_reference(rounded[eager.name], rounded["folded"], references.oracle, precision)
+    unusable = {eager.name: why_not} if why_not else {}
+    rounded = {name: outputs for name, outputs in rounded.items() if name not in unusable}
+    return References(images, rounded, references.oracle, eager.runtime, seconds[0], unusable)
+
+
+def _no_reference(eager: Arrays, folded: Arrays, oracle: Arrays, precision: Precision) -> str:
+    """Why the unfused model does not say what rounding does to the network, empty where it does."""
+    for name, exact in oracle.items():
+        if np.issubdtype(exact.dtype, np.floating) and np.isfinite(folded[name]).all():
+            error, other = (relative_error(outputs[name], exact) for outputs in (eager, folded))
+            if error > FOLDED_FACTOR * max(other, precision.network_floor):
+                return f"the error of {name} in {precision.name} is {error:.2g}, with BatchNorm folded {other:.2g}"
+    return ""
 
 
 def run_simulations(references: References, simulations: Mapping[str, tuple[FusedProgram, Precision]]) -> References:

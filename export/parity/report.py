@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from export.accuracy import Accuracy, lost_accuracy
-from export.parity.checks import OperatorChecks
+from export.parity.checks import OUT_OF_RANGE, OperatorChecks
 from export.parity.network import NetworkCheck, finite
 from export.quantisation.facts import Quantisation
 
@@ -30,7 +30,7 @@ class Rung:
         file: the artefact in the bundle, empty where there is none.
         outputs: P2 and P3 per output; empty where the form was not run.
         operators: P1; None where the form does not show its intermediate results.
-        not_run: why it was built but not executed here; empty where it was executed.
+        not_run: why it was built but not executed here, or why an unfused network is no reference; else empty.
         seconds: per image of one run on this machine, 0 where not run.
     """
 
@@ -58,15 +58,22 @@ class Rung:
     def verdict(self) -> str:
         """`equal`, `not run` or why it is not equal, in one line."""
         if self.not_run:
-            return f"not run: {self.not_run}"
+            return f"not run: {self.not_run}" if self.file else f"no reference: {self.not_run}"
         failed = [f"{name}: {check.reason}" for name, check in self.outputs.items() if not check]
         if self.operators is not None and not self.operators:
-            first = self.operators.first_failure
-            failed.insert(
-                0,
-                f"{first.name} ({first.kind}): {first.reason}" if first is not None else "no operator could be checked",
-            )
+            failed.insert(0, self.operators.summary)
         return failed[0] if failed else "equal"
+
+    @property
+    def diagnosis(self) -> str:
+        """The verdict with all that is known of the first operator that failed, in one line."""
+        return (self.operators.diagnosis if self.operators is not None else "") or self.verdict
+
+    @property
+    def out_of_range(self) -> bool:
+        """Whether an operator failed for want of range: in a type of more bits it need not."""
+        checks = () if self.operators is None else self.operators.checks
+        return any(check.fault is not None and check.fault.kind in OUT_OF_RANGE for check in checks)
 
     def cells(self, size: int) -> list[str]:
         """Itself under RUNG_HEADINGS; `size` of its file in bytes, 0 where it has none."""
@@ -92,6 +99,7 @@ class Rung:
             "file": self.file or None,
             "passed": bool(self) if not self.not_run else None,
             "verdict": self.verdict,
+            "diagnosis": self.diagnosis,
             "seconds_per_image": self.seconds,
         }
         if worst is not None:
@@ -118,6 +126,7 @@ class ParityReport:
     Attributes:
         quantisation: how it was quantised; None for floating-point precisions.
         accuracy: of the eager model in float32, then of each form; empty where it was not measured.
+        kept: the operators of a network of 16 bits that compute in float32.
     """
 
     precision: str
@@ -126,6 +135,7 @@ class ParityReport:
     rungs: tuple[Rung, ...]
     accuracy: tuple[Accuracy, ...] = ()
     quantisation: Quantisation | None = None
+    kept: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         executed = [rung for rung in self.rungs if not rung.not_run]
@@ -137,7 +147,8 @@ class ParityReport:
 
         A network of 8 bits is not equal to the eager model; it is right where every value is what its scales say.
         """
-        failed = [f"{rung.name}: {rung.verdict}" for rung in self.rungs if not rung]
+        unequal_rungs = sorted((rung for rung in self.rungs if not rung), key=lambda rung: rung.operators is None)
+        failed = [f"{rung.name}: {rung.diagnosis}" for rung in unequal_rungs]  # first those that say where
         lost = lost_accuracy(self.accuracy)
         if self.quantisation is not None:
             equal, unequal = "every value of 8 bits is what its scales say", "wrong in 8 bits"
@@ -145,6 +156,8 @@ class ParityReport:
                 lost += "; --keep-fp16 auto finds the layers to leave in fp16"
         else:
             equal, unequal = "equal to the eager model", "not equal to the eager model"
+            if failed and not self.kept and any(rung.out_of_range for rung in unequal_rungs):
+                failed[0] += "; --keep-fp32 auto finds the layers to leave in fp32"
         if failed and self.quantisation is None:
             return f"{unequal}: {failed[0]}{lost and f'; {lost}'}"
         if lost:
@@ -161,6 +174,7 @@ class ParityReport:
             "passed": bool(self),
             "verdict": self.verdict,
             "images": self.images,
+            "kept": list(self.kept),
             "evidence": {
                 "weaknesses": list(self.evidence.weaknesses),
                 "active_share": self.evidence.active_share,

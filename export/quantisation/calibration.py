@@ -17,8 +17,9 @@ from torch import Tensor, fx
 
 from export.batch import DEFAULT_BATCH, Batch
 from export.capture import plain_torch
+from export.conversion import converted
 from export.errors import ExportError
-from export.graph import converted, module_path, source_name
+from export.graph import module_path, source_name
 from export.passes.quantise import is_input, quantised_values
 from export.progress import Progress, silent, sparsely
 from export.quantisation import cache

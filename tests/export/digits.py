@@ -15,9 +15,12 @@ from torch import nn
 
 from export import Batch, FusedProgram, fuse
 from export.bundle import ONNX_FILE, publish, read_verified, staged
-from export.lowering.onnx_file import lower_onnx
+from export.forms import floating_forms
 from export.manifest import describe
+from export.parity.evidence import Evidence
+from export.parity.report import ParityReport
 from export.precision import PRECISIONS
+from export.progress import silent
 from resnet.data import open_test
 from resnet.labelled import LabelledInputs
 from resnet.preprocessing import Preprocessing
@@ -56,10 +59,11 @@ def fused(model: nn.Module, batch: Batch = BATCH) -> FusedProgram:
 
 
 def write(program: FusedProgram, output: Path, precision: str = "fp32", metadata: Mapping[str, Any] = METADATA) -> Path:
-    file = lower_onnx(program, EXAMPLE, PRECISIONS[precision], {})
-    manifest = describe(program, file, [], PRECISIONS[precision], metadata)
+    forms = floating_forms(program, EXAMPLE, PRECISIONS[precision], silent)
+    report = ParityReport(precision, 0, Evidence((), None, None, None, None), ())
+    manifest = describe(program, forms, [], PRECISIONS[precision], metadata, report)
     with staged(output) as staging:
-        publish(staging, output, {ONNX_FILE: file.serialize()}, manifest)
+        publish(staging, output, {ONNX_FILE: forms.files[ONNX_FILE].serialize()}, manifest)
     return output
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from export import Batch, ExportConfig, ExportError
+from export.engines import choose_flavours
 from export.lowering import tensorrt_engine
 from export.lowering.engine_config import DEFAULT_ENGINE, TARGETS, EngineConfig
-from export.pipeline import _flavours
 
 STATIC, DYNAMIC = Batch(8, 8, 8), Batch(1, 8, 32)
 
@@ -118,14 +118,15 @@ def test_which_engines_are_built(case: str, monkeypatch: pytest.MonkeyPatch) -> 
     def why_not_buildable(flavour: tensorrt_engine.Flavour, dla_core: int | None) -> str:
         return "not here" if flavour.name in absent.split() else ""
 
-    monkeypatch.setattr("export.pipeline.why_not_buildable", why_not_buildable)
+    monkeypatch.setattr("export.engines.why_not_buildable", why_not_buildable)
     config = ExportConfig("fp16", DYNAMIC, engine, EngineConfig(**values))
     if isinstance(expected, str):
         with pytest.raises(ExportError) as error:
-            _flavours(config, DYNAMIC)
+            choose_flavours(config)
         assert str(error.value).startswith(expected)
     else:
-        names, skipped = _flavours(config, DYNAMIC)
+        flavours, skipped = choose_flavours(config)
+        names = [flavour.name for flavour in flavours]
         assert names == expected
         assert set(names) | set(skipped) == ({"tensorrt", "tensorrt-rtx"} if engine == "auto" else set())
         assert all(skipped.values())

@@ -202,8 +202,8 @@ def test_named_layers_stay_in_floating_point(
     ("settings", "calibrated", "labelled", "message"),
     [
         ({}, False, True, "int8 needs pictures to calibrate on, got none; give --calibration DIR"),
-        ({"precision": "fp16"}, True, True, "are for --int8, got --fp16"),
-        ({"precision": "fp32", "keep_fp16": ("fc",)}, False, True, "are for --int8, got --fp32"),
+        ({"precision": "fp16"}, True, True, "--calibration is for --int8, got --fp16"),
+        ({"precision": "fp32", "keep_fp16": ("fc",)}, False, True, "--keep-fp16 is for --int8, got --fp32"),
         ({"keep_fp16": "auto"}, True, False, "needs labelled pictures"),
         ({"keep_fp16": ("layer9",)}, True, False, "no convolution or linear layer is called 'layer9'"),
     ],

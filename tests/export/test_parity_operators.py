@@ -153,9 +153,10 @@ def test_a_failure_names_the_layer_and_the_element(program: FusedProgram, trace:
     broken = trace[name].clone()
     broken[3, 5, 2, 1] += 1
     failure = check_operators(program, FP16, {**trace, name: broken}).first_failure
-    assert failure is not None
-    assert failure.name == "layer2.0.conv1" and failure.worst == (3, 5, 2, 1)
-    assert failure.got == pytest.approx(failure.expected + 1, abs=1e-2)
+    assert failure is not None and failure.fault is not None
+    assert failure.name == "layer2.0.conv1" and failure.fault.index == (3, 5, 2, 1)
+    assert failure.fault.kind == "wrong value"
+    assert failure.fault.got == pytest.approx(failure.fault.expected + 1, abs=1e-2)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

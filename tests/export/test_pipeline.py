@@ -292,16 +292,14 @@ def test_a_form_that_loses_accuracy_is_not_written(
     trained_digits: tuple[nn.Module, Tensor], digit_images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The fused program whose accuracy is measured has two class rows exchanged; all that is compared is right."""
-    import export.pipeline
+    from export.meter import Meter
     from export.precision import PRECISIONS
     from export.runners import ProgramRunner
 
     swapped = digits.fused(digits.with_swapped_classes(trained_digits[0]), BATCH)
-    wrong, measure = ProgramRunner(swapped, PRECISIONS["fp32"], ("output",)), export.pipeline._measure
+    wrong, run = ProgramRunner(swapped, PRECISIONS["fp32"], ("output",)), Meter._run
     monkeypatch.setattr(
-        export.pipeline,
-        "_measure",
-        lambda runner, *others: measure(wrong if runner.name == "fused" else runner, *others),
+        Meter, "_run", lambda meter, runner, *others: run(meter, wrong if runner.name == "fused" else runner, *others)
     )
     result = export_digits(trained_digits[0], digit_images, tmp_path / "b", digits.held_out())
     eager, fused, onnx = result.report.accuracy

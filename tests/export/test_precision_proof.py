@@ -90,7 +90,7 @@ def test_wider_arithmetic_under_q_and_dq_is_refused(trt: Any) -> None:
 def test_a_kept_layer_that_is_quantised_is_refused(kept: str, trt: Any) -> None:
     with pytest.raises(ExportError, match=f"{kept} would compute in INT8, its weights are quantised: expected HALF"):
         prove(trt, qdq.network(), INT8, frozenset({kept}))
-    with pytest.raises(ExportError, match="conv9 is to stay in fp16, but the network has no such layer"):
+    with pytest.raises(ExportError, match="conv9 is to be kept in a wider type, but the network has no such layer"):
         prove(trt, qdq.network(), INT8, frozenset({"conv9"}))
 
 

@@ -1,97 +1,16 @@
-"""Which layers 8 bits cost most, and the search for the fewest to keep."""
+"""Which layers 8 bits cost most."""
 
 from __future__ import annotations
 
 import copy
-import itertools
-from collections.abc import Callable, Collection
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from export import ExportError
-from export.quantisation.facts import LayerCost
 from export.quantisation.scheme import TENSORRT
-from export.quantisation.sensitivity import choose, fewest_kept, layer_costs
+from export.quantisation.sensitivity import layer_costs
 from tests.export import quantised as q8
-
-NAMES = ("a", "b", "c", "d", "e", "f", "g")
-COSTS = [LayerCost(name, 1.0 - i / 10) for i, name in enumerate(NAMES)]
-
-
-def needing(*sets: str) -> Callable[[frozenset[str]], bool]:
-    """Passes where all layers of one of the sets are kept."""
-    return lambda kept: any(set(names) <= kept for names in sets)
-
-
-# what the network needs -> what is kept
-NEEDS = {
-    "nothing": (("",), ""),
-    "the costliest": (("a",), "a"),
-    "the cheapest": (("g",), "g"),
-    "second and fifth": (("be",), "be"),
-    "the first three": (("abc",), "abc"),
-    "all": (("abcdefg",), "abcdefg"),
-    "either of two": (("a", "g"), "a"),
-    "one or a pair": (("f", "bd"), "bd"),
-}
-
-
-@pytest.mark.parametrize("case", NEEDS)
-def test_only_what_is_needed_is_kept(case: str) -> None:
-    sets, expected = NEEDS[case]
-    assert fewest_kept(COSTS, needing(*sets)) == frozenset(expected)
-
-
-@pytest.mark.parametrize("size", range(1, 6))
-def test_it_passes_and_each_member_is_needed(size: int) -> None:
-    """For every single demand, and for every pair of demands of which one is enough."""
-    costs = COSTS[:size]
-    demands = ["".join(d) for k in range(1, size + 1) for d in itertools.combinations(NAMES[:size], k)]
-    for sets in [*((d,) for d in demands), *itertools.combinations(demands, 2)]:
-        passes = needing(*sets)
-        kept = fewest_kept(costs, passes)
-        assert passes(kept)
-        assert not any(passes(kept - {name}) for name in kept)
-
-
-def test_a_network_is_tried_few_times() -> None:
-    """Each is a run over all labelled pictures: bisection, not every number of layers."""
-    costs = [LayerCost(str(i), 1.0 / (i + 1)) for i in range(64)]
-    tried: list[frozenset[str]] = []
-
-    def passes(kept: frozenset[str]) -> bool:
-        tried.append(kept)
-        return {"0", "1"} <= kept
-
-    assert fewest_kept(costs, passes) == {"0", "1"}
-    assert len(tried) <= 1 + 6 + 1 and tried[0] == frozenset()
-
-
-LAYERS = ("conv1", "layer1.0.conv1", "layer1.0.conv2", "layer1.1.conv1", "layer10.0.conv1", "fc")
-CHOICES: dict[str, tuple[Collection[str], Collection[str]]] = {
-    "none": ((), ()),
-    "one": (("fc",), ("fc",)),
-    "a block": (("layer1.0",), ("layer1.0.conv1", "layer1.0.conv2")),
-    "a stage": (("layer1",), ("layer1.0.conv1", "layer1.0.conv2", "layer1.1.conv1")),
-    "several": (("conv1", "layer1.1", "conv1"), ("conv1", "layer1.1.conv1")),
-}
-
-
-@pytest.mark.parametrize("case", CHOICES)
-def test_layers_are_chosen_by_name_or_by_what_they_are_part_of(case: str) -> None:
-    patterns, expected = CHOICES[case]
-    assert choose(LAYERS, patterns) == frozenset(expected)
-
-
-@pytest.mark.parametrize("name", ["layer", "layer1.", "layer1.0.conv", "conv", "", "layer2", "0", "FC"])
-def test_a_name_of_no_layer_is_answered_with_those_there_are(name: str) -> None:
-    with pytest.raises(ExportError) as caught:
-        choose(LAYERS, ["fc", name])
-    message = str(caught.value)
-    assert message.startswith(f"--keep-fp16: no convolution or linear layer is called {name!r}; expected a layer")
-    assert any(layer in message for layer in LAYERS) and "\n" not in message
 
 
 class Three(nn.Module):

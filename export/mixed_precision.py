@@ -1,0 +1,156 @@
+"""Decide which layers of a network compute in a wider type than the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from export.config import ExportConfig
+from export.errors import ExportError
+from export.forms import Forms, quantised_forms, quantised_programs
+from export.graph import FUSED_OPERATORS, constant, is_call, module_path
+from export.keep import AUTO, chosen, fewest
+from export.lowering.onnx_file import output_names
+from export.parity.ladder import References, execute, judge, operator_images
+from export.parity.operators import check_alone, check_operators
+from export.parity.references import run_oracle, run_rounded
+from export.passes.quantise import quantisable
+from export.passes.split_addition import split_addition
+from export.precision import Precision
+from export.program import FusedProgram, operator_nodes
+from export.progress import Progress
+from export.quantisation.calibration import Pictures, calibrate
+from export.quantisation.sensitivity import layer_costs
+from export.runners import ProgramRunner
+
+
+def keep_float32(
+    model: nn.Module,
+    program: FusedProgram,
+    precision: Precision,
+    names: Sequence[str] | str,
+    images: NDArray,
+    progress: Progress,
+) -> FusedProgram:
+    """The program with some of its operators in float32.
+
+    Args:
+        model: that the program was fused from.
+        program: of which none is kept.
+        precision: of the others, 16 bits.
+        names: of operators, or of modules that they compute or that hold them; or AUTO for the fewest with which the
+            program is equal to the eager model.
+        images: [N, C, H, W] float32, to judge that by.
+        progress: called with what is being done.
+
+    Raises:
+        ExportError: a name that stands for nothing; nothing would be left in `precision`.
+    """
+    operators = _operators(program)
+    kept = (
+        _fewest(model, program, precision, images, progress)
+        if names == AUTO
+        else chosen("--keep-fp32", operators, names)
+    )
+    if kept >= operators.keys():
+        raise ExportError(f"all {len(operators)} operators would be kept in float32, none is left: use --fp32")
+    return program.keeping(kept) if kept else program
+
+
+def quantise_network(
+    program: FusedProgram,
+    example: Tensor,
+    config: ExportConfig,
+    calibration: Pictures,
+    images: NDArray,
+    retains: Callable[[FusedProgram], bool],
+    progress: Progress,
+) -> Forms:
+    """Calibrate, find what each layer costs in 8 bits and which stay in floating point, and write the files.
+
+    Args:
+        program: fused at level b.
+        example: [N, C, H, W]; only channels and image size matter.
+        config: the method of calibration, and what to keep.
+        calibration: inputs whose activations set the scales.
+        images: [N, C, H, W] float32, by which the costs are measured.
+        retains: says whether a quantised program keeps the accuracy.
+        progress: called with what is being done.
+
+    Raises:
+        ExportError: a name that stands for no layer; nothing would be left to quantise; a range no scale can hold.
+    """
+    layers = {module_path(layer): () for layer in quantisable(program.master)}
+    kept = frozenset() if config.keep_fp16 == AUTO else chosen("--keep-fp16", layers, config.keep_fp16)
+    progress(f"calibrate on {len(calibration)} images")
+    calibrated = calibrate(
+        split_addition(program.master), calibration, config.calibration_method, program.batch, progress
+    )
+    progress("quantise one layer at a time")
+    shown = torch.from_numpy(operator_images(images, program.batch))
+    costs = layer_costs(program.master, calibrated.ranges, shown, progress)
+    if config.keep_fp16 == AUTO:
+        progress("look for the fewest layers to keep in fp16")
+        kept = fewest(
+            [cost.name for cost in costs],
+            lambda kept: all(map(retains, quantised_programs(program, calibrated, kept).values())),
+        )
+    if kept >= layers.keys():
+        raise ExportError(f"all {len(layers)} layers would be kept in fp16, nothing is left to quantise: use --fp16")
+    return quantised_forms(program, example, calibrated, kept, tuple(costs), progress)
+
+
+def _operators(program: FusedProgram) -> dict[str, tuple[str, ...]]:
+    """Name of an operator -> the modules that it computes."""
+    found: dict[str, tuple[str, ...]] = {}
+    for node in operator_nodes(program.master):
+        parts = tuple(node.meta["fused"]) if is_call(node, *FUSED_OPERATORS) else ()
+        found[module_path(node)] = (*found.get(module_path(node), ()), *parts)
+    return found
+
+
+def _fewest(
+    model: nn.Module, program: FusedProgram, precision: Precision, images: NDArray, progress: Progress
+) -> frozenset[str]:
+    progress("look for operators that this precision does not suit")
+    outside = _outside(program, precision)
+    severity = dict.fromkeys(_operators(program), 0.0)
+    for check in check_alone(program, precision, torch.from_numpy(operator_images(images, program.batch))):
+        severity[check.name] = max(severity[check.name], check.severity)
+    ordered = sorted((name for name in severity if name not in outside), key=severity.__getitem__, reverse=True)
+    oracle = run_oracle(model, program, output_names(program.graph_module), images)
+    tried = 0
+
+    def passes(kept: frozenset[str]) -> bool:
+        nonlocal tried
+        tried += 1
+        progress(f"keep {len(outside | kept)} of {len(severity)} operators in float32 (attempt {tried})")
+        return _equal(model, program.keeping(outside | kept), precision, oracle)
+
+    return outside | fewest(ordered, passes)
+
+
+def _outside(program: FusedProgram, precision: Precision) -> frozenset[str]:
+    """The operators whose weights the type cannot hold."""
+    found = set()
+    for node in operator_nodes(program.master):
+        weights = (constant(program.master, n) for n in node.all_input_nodes)
+        if any(w is not None and not bool(torch.isfinite(w.to(precision.dtype)).all()) for w in weights):
+            found.add(module_path(node))
+    return frozenset(found)
+
+
+def _equal(model: nn.Module, program: FusedProgram, precision: Precision, oracle: References) -> bool:
+    """Whether a program passes the operator criterion and, only then tried, the network criterion."""
+    runner = ProgramRunner(program, precision, tuple(oracle.oracle))
+    with runner:
+        trace = runner.trace({"input": operator_images(oracle.images, program.batch)})
+    operators = check_operators(program, precision, trace)
+    if not operators:
+        return False
+    references = run_rounded(oracle, model, program, precision)
+    execution = execute(runner, oracle.images, program.batch)
+    return bool(judge(execution, references, precision, precision.network_factor, operators))

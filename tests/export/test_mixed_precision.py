@@ -1,0 +1,164 @@
+"""Networks that 16 bits do not suit: what fails is named, and the fewest layers are kept in float32."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+from export import Batch, ExportConfig, ExportError, ExportResult, export_bundle, verify_bundle
+from tests.export import digits
+
+BLOCK = "layer2.1"
+
+
+def scaled(model: nn.Module, block: str, factor: float) -> nn.Module:
+    """The same function, with what lies between a block's two convolutions `factor` times as large."""
+    changed: Any = copy.deepcopy(model)
+    block_module = changed.get_submodule(block)
+    with torch.no_grad():
+        block_module.bn1.weight.mul_(factor)
+        block_module.bn1.bias.mul_(factor)
+        block_module.conv2.weight.div_(factor)
+    return changed
+
+
+def export(
+    model: nn.Module,
+    images: Tensor,
+    output: Path,
+    precision: str,
+    kept: tuple[str, ...] | str = (),
+    engine: str = "none",
+) -> ExportResult:
+    config = ExportConfig(precision, Batch(1, 4, 8), engine, keep_fp32=kept)
+    return export_bundle(model, digits.EXAMPLE, output, config, images=images, metadata=digits.METADATA)
+
+
+@pytest.fixture(scope="module")
+def overflowing(trained_digits: tuple[nn.Module, Tensor]) -> nn.Module:
+    return scaled(trained_digits[0], BLOCK, 1.5e4)
+
+
+def test_an_overflow_is_named_with_its_layer_and_both_values(
+    overflowing: nn.Module, trained_digits: tuple[nn.Module, Tensor], tmp_path: Path
+) -> None:
+    result = export(overflowing, trained_digits[1], tmp_path / "b", "fp16")
+    assert not result and list(tmp_path.iterdir()) == []
+    rungs = {rung.name: rung for rung in result.report.rungs}
+    for name in ("fused", "onnx"):
+        operators = rungs[name].operators
+        assert operators is not None and operators.first_failure is not None
+        fault = operators.first_failure.fault
+        assert operators.first_failure.name == f"{BLOCK}.conv1" and fault is not None
+        assert fault.kind == "overflow" and fault.got == float("inf") and fault.expected > 65504
+    assert rungs["fused"].verdict == f"{BLOCK}.conv1: overflow"
+    start = f"not equal to the eager model: fused: {BLOCK}.conv1 (conv2d_bias_act): overflow at ["
+    assert result.report.verdict.startswith(start)
+    assert result.report.verdict.endswith("; --keep-fp32 auto finds the layers to leave in fp32")
+    recorded = next(rung for rung in result.report.to_json()["rungs"] if rung["name"] == "fused")
+    broken = next(check for check in recorded["operators"]["checked"] if check["reason"])
+    assert broken["name"] == f"{BLOCK}.conv1" and broken["fault"]["kind"] == "overflow"
+
+
+# how much larger -> what float16 cannot do there
+FACTORS = {"overflow": 1.5e4, "underflow": 1e-6}
+
+
+@pytest.mark.parametrize("case", FACTORS)
+def test_the_fewest_layers_are_kept(case: str, trained_digits: tuple[nn.Module, Tensor], tmp_path: Path) -> None:
+    """The one that overflows (or flushes to zero), and the one that reads it: what lies between is float32."""
+    model = scaled(trained_digits[0], BLOCK, FACTORS[case])
+    result = export(model, trained_digits[1], tmp_path / "b", "fp16", "auto")
+    assert result, result.report.verdict
+    assert result.report.kept == (f"{BLOCK}.conv1", f"{BLOCK}.conv2")
+    assert [rung.name for rung in result.report.rungs] == ["unfused", "folded", "fused", "onnx"]
+    weights = {t.name: t.data_type for t in onnx.load(tmp_path / "b" / "model.onnx").graph.initializer}
+    single = {name for name, kind in weights.items() if kind == onnx.TensorProto.FLOAT}
+    assert single == {f"{BLOCK}.{part}" for part in ("conv1.weight", "conv1.bias", "conv2.weight", "conv2.bias")}
+    assert json.loads((tmp_path / "b" / "manifest.json").read_text())["kept"] == [f"{BLOCK}.conv1", f"{BLOCK}.conv2"]
+    assert all(verify_bundle(tmp_path / "b"))
+
+
+def test_what_needs_nothing_keeps_nothing(trained_digits: tuple[nn.Module, Tensor], tmp_path: Path) -> None:
+    result = export(*trained_digits, tmp_path / "b", "fp16", "auto")
+    assert result and result.report.kept == () and result.report.rungs[0].name == "eager"
+
+
+def test_a_block_is_kept_by_its_name_and_the_engine_is_proved_to_keep_it(
+    overflowing: nn.Module, trained_digits: tuple[nn.Module, Tensor], tmp_path: Path
+) -> None:
+    result = export(overflowing, trained_digits[1], tmp_path / "b", "fp16", (BLOCK,), "tensorrt-rtx")
+    assert result and result.report.kept == (f"{BLOCK}.conv1", f"{BLOCK}.conv2")
+    layers = json.loads((tmp_path / "b" / "model.rtx.layers.json").read_text())
+    types = {layer["name"]: layer["outputs"][0] for layer in layers if layer["type"] == "CONVOLUTION"}
+    assert {name for name, kind in types.items() if kind == "FLOAT"} == set(result.report.kept)
+    assert set(types.values()) == {"FLOAT", "HALF"}
+
+
+def test_one_of_the_two_is_not_enough(
+    overflowing: nn.Module, trained_digits: tuple[nn.Module, Tensor], tmp_path: Path
+) -> None:
+    """What the first computes in float32 is rounded for the second, and overflows there."""
+    result = export(overflowing, trained_digits[1], tmp_path / "b", "fp16", (f"{BLOCK}.conv1",))
+    fused = next(rung for rung in result.report.rungs if rung.name == "fused")
+    assert not result and fused.operators is not None and fused.operators.first_failure is not None
+    assert fused.operators.first_failure.name == f"{BLOCK}.conv2"
+    assert "in what it reads" in fused.operators.first_failure.reason
+
+
+def test_bf16_has_the_range_and_keeps_by_name(
+    overflowing: nn.Module, trained_digits: tuple[nn.Module, Tensor], tmp_path: Path
+) -> None:
+    assert export(overflowing, trained_digits[1], tmp_path / "a", "bf16")
+    result = export(overflowing, trained_digits[1], tmp_path / "b", "bf16", ("fc", "layer1"))
+    assert result, result.report.verdict
+    assert "fc" in result.report.kept and len(result.report.kept) == 7
+
+
+@pytest.mark.parametrize("factor", [2e4, 1e6])
+def test_an_eager_model_that_overflows_where_the_folded_one_does_not_is_no_reference(
+    factor: float, trained_digits: tuple[nn.Module, Tensor], tmp_path: Path
+) -> None:
+    """A variance, or also what a convolution hands to its BatchNorm, is beyond float16; folded it is within."""
+    model: Any = copy.deepcopy(trained_digits[0])
+    block = model.get_submodule(BLOCK)
+    with torch.no_grad():
+        block.conv1.weight.mul_(factor)
+        block.bn1.running_mean.mul_(factor)
+        block.bn1.running_var.mul_(factor**2)
+    result = export(model, trained_digits[1], tmp_path / "b", "fp16")
+    assert result, result.report.verdict
+    eager, folded, fused, onnx_rung = result.report.rungs
+    assert eager.name == "eager" and eager.verdict.startswith("no reference: the error of output in fp16 is ")
+    assert folded.name == "folded" and folded.seconds > 0 and folded.worst is not None and folded.worst.ratio == 1
+    assert fused and onnx_rung
+
+
+REFUSED: dict[str, tuple[str, tuple[str, ...] | str, str]] = {
+    "no such layer": (
+        "fp16",
+        ("layer2.1.conv9",),
+        "no layer is called 'layer2.1.conv9'; expected a layer",
+    ),
+    "all of them": ("fp16", ("conv1", "layer1", "layer2", "layer3", "fc"), "none is left: use --fp32"),
+    "in float32": ("fp32", ("fc",), "--keep-fp32 is for --fp16 and --bf16, got --fp32"),
+    "in int8": ("int8", "auto", "--keep-fp32 is for --fp16 and --bf16, got --int8"),
+    "auto beside names": ("fp16", ("auto", "fc"), "--keep-fp32: expected auto or names, got both: auto fc"),
+    "a string": ("fp16", "fc", "--keep-fp32: expected auto or a tuple of names, got 'fc'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_kept_is_refused(case: str, trained_digits: tuple[nn.Module, Tensor], tmp_path: Path) -> None:
+    precision, kept, message = REFUSED[case]
+    with pytest.raises(ExportError) as caught:
+        export(*trained_digits, tmp_path / "b", precision, kept)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
