@@ -16,7 +16,7 @@ lint: .venv/.installed
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --constraint constraints.txt --editable '.[onnxruntime,tensorrt-rtx,train,dev]'
+	$(BIN)/pip install --constraint constraints.txt --editable '.[onnxruntime,sign,tensorrt-rtx,train,dev]'
 	touch $@
 
 clean:

@@ -69,7 +69,7 @@ def _locked(output: Path) -> Iterator[None]:
         except OSError:
             mine = False
         if not mine:
-            raise ExportError(f"another export is writing to {output}: wait for it or choose another --output")
+            raise ExportError(f"another process is writing to {output}: wait for it or choose another folder")
         try:
             yield
         finally:

@@ -136,7 +136,7 @@ def print_evaluation(measured: Sequence[tuple[str, str, Accuracy]]) -> None:
         difference = _difference(found, measured[0][2]) if index else ""
         rate = f"{found.images / found.seconds:.0f}"
         counts = (str(found.images), str(found.correct), f"{100 * found.top1:.2f} %", difference, rate)
-        table.add_row(Text(bundle), file, found.runtime, found.precision, *counts)
+        table.add_row(Text(bundle), Text(file), found.runtime, found.precision, *counts)
     print_table(table)
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from export.accuracy import class_count, class_names
 from export.batch import Arrays, Batch, run_in_batches
 from export.bundle import FORMAT, ONNX_FILE, ONNX_FORMS, read_verified
+from export.engine_place import BuiltEngine, engine_place, read_place, why_outdated
 from export.errors import ExportError, first_line
 from export.lowering.engine_config import EngineConfig
 from export.lowering.tensorrt_engine import FLAVOURS, Engine, why_not_runnable
@@ -39,6 +40,7 @@ class Bundle:
         image_shape: (C, H, W) of an input.
         outputs: name -> shape, in order.
         engines: those it lists.
+        kept: the layers that compute in a wider type than the precision, by the names of their ONNX nodes.
     """
 
     path: Path
@@ -50,6 +52,12 @@ class Bundle:
     image_shape: tuple[int, int, int]
     outputs: Mapping[str, tuple[int | str, ...]]
     engines: tuple[Engine, ...] = field(repr=False)
+    kept: frozenset[str] = field(repr=False)
+
+    @property
+    def onnx_sha256(self) -> str:
+        """Of the file that engines are built from."""
+        return str(self.manifest["files"][ONNX_FILE]["sha256"])
 
     @property
     def class_count(self) -> int:
@@ -102,9 +110,11 @@ def open_bundle(path: str | Path) -> Bundle:
         if not outputs or not isinstance(manifest["model"], dict) or ONNX_FILE not in contents:
             raise ValueError(f"expected outputs, a model and {ONNX_FILE}")
         image_shape = (int(channels), int(height), int(width))
+        kept = frozenset(map(str, manifest["kept"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _foreign(path, error) from error
-    return Bundle(path, manifest, contents, precision, batch, entry["name"], image_shape, outputs, engines)
+    known = (precision, batch, entry["name"], image_shape, outputs, engines, kept)
+    return Bundle(path, manifest, contents, *known)
 
 
 def _foreign(path: Path, error: Exception) -> ExportError:
@@ -123,11 +133,11 @@ def _engine(name: str, facts: Mapping[str, Any], contents: Mapping[str, bytes], 
 
 @dataclass(frozen=True)
 class Artefact:
-    """One file of a bundle that computes the network.
+    """One file that computes the network of a bundle.
 
     Attributes:
         form: an engine's flavour, or one of ONNX_FORMS.
-        file: its name in the bundle.
+        file: its name in the bundle; the whole path of an engine that was built on this machine.
         runtime: what executes it, with its version.
         obstacle: why this machine cannot run it, empty where nothing is known to speak against it.
         engine: None for an ONNX file.
@@ -141,8 +151,12 @@ class Artefact:
 
 
 def artefacts(bundle: Bundle) -> list[Artefact]:
-    """What the bundle holds, engines first: where one runs it is the fastest."""
-    found = []
+    """What this machine built from the bundle and what it holds, engines first: where one runs it is the fastest.
+
+    Raises:
+        ExportError: what was built here is not what was written; names the file.
+    """
+    found = _built_here(bundle)
     for engine in bundle.engines:
         name = engine.flavour.name
         runtime = f"{name} {engine.version}"
@@ -152,6 +166,26 @@ def artefacts(bundle: Bundle) -> list[Artefact]:
             runtime, obstacle = _onnx_obstacle(runs_rounded(bundle.precision.name, file))
             found.append(Artefact(form, file, runtime, obstacle))
     return found
+
+
+def built_artefact(bundle: Bundle, built: BuiltEngine) -> Artefact:
+    """An engine that this machine built, or is about to keep, as an artefact of its bundle."""
+    engine, flavour = built.engine, built.engine.flavour
+    obstacle = why_outdated(built)
+    if obstacle:
+        obstacle += f"; build it again: python scripts/verify.py {bundle.path} --build"
+    file = str(engine_place(bundle.path, flavour) / flavour.file_name)
+    return Artefact(f"{flavour.name}, built here", file, f"{flavour.name} {engine.version}", obstacle, engine)
+
+
+def _built_here(bundle: Bundle) -> list[Artefact]:
+    """Of the engines this machine keeps for the bundle's folder, those built from its very ONNX file."""
+    try:
+        places = [engine_place(bundle.path, flavour) for flavour in FLAVOURS.values()]
+    except RuntimeError:  # a user without a home has built nothing
+        return []
+    current = [built for place in places for built in read_place(place)[:1]]
+    return [built_artefact(bundle, built) for built in current if built.key["onnx_sha256"] == bundle.onnx_sha256]
 
 
 def _onnx_obstacle(rounded: bool) -> tuple[str, str]:

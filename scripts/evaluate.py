@@ -89,7 +89,7 @@ def evaluate(args: argparse.Namespace) -> int:
         return 0
     print_evaluation(measured)
     for bundle, file, reason in waiting:
-        print(f"{bundle}/{file} not run: {reason}")
+        print(f"{Path(bundle) / file} not run: {reason}")
     return 0
 
 
@@ -117,7 +117,7 @@ def run(subjects: Sequence[Subject], measure_one: Measure) -> tuple[Measured, Wa
             except ExportError as error:
                 waiting.append((bundle, artefact.file, str(error)))
     if not measured:
-        raise ExportError("; ".join(f"{bundle}/{file} does not run: {reason}" for bundle, file, reason in waiting))
+        raise ExportError("; ".join(f"{Path(bundle) / file} does not run: {reason}" for bundle, file, reason in waiting))
     return measured, waiting
 
 
@@ -220,7 +220,9 @@ class Counter:
         for what, is_same in same.items():
             if not is_same:
                 raise ExportError(f"{what} is not what it is on the driver: expected a shared folder")
-        artefact = next(artefact for artefact in artefacts(subject.bundle) if artefact.file == self._file)
+        artefact = next((artefact for artefact in artefacts(subject.bundle) if artefact.file == self._file), None)
+        if artefact is None:  # another machine of the cluster, which built no engine of its own
+            raise ExportError(f"{self._file} is not on this machine: python scripts/verify.py {self._path} --build")
         return subject, stack.enter_context(running(subject.bundle, artefact)), stack
 
 

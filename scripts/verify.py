@@ -10,13 +10,31 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
 
 from export.command_line import Parser, Steps, print_columns, run_script
-from export.parity.report import RUNG_HEADINGS
+from export.device_engine import DeviceBuild, build_on_device
+from export.errors import ExportError
+from export.lowering.engine_config import EngineConfig
+from export.parity.report import RUNG_HEADINGS, Rung
+from export.signature import check_signature
 from export.verify import verify_bundle
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="verify.py", description=__doc__)
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder written by export.py")
+    parser.add_argument(
+        "--build",
+        action="store_true",
+        help="build this machine's own TensorRT engine from the bundle, verify it, and keep it in the user's cache",
+    )
+    parser.add_argument(
+        "--workspace", type=int, metavar="MIB", help="with --build: the most memory a kernel may use for itself"
+    )
+    parser.add_argument(
+        "--public-key",
+        type=Path,
+        metavar="KEY.pem",
+        help="first check the signature BUNDLE.sig by this key, in the OpenSSF Model Signing format",
+    )
     parser.add_argument("--json", action="store_true", help="the result as one JSON object on stdout")
     return parser.parse_args(argv)
 
@@ -27,24 +45,66 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def verify(args: argparse.Namespace) -> int:
-    """Check the bundle and say what was found; the exit code, which is 1 for what is not equal."""
+    """Check the bundle, build its engines if asked, and say what was found; the exit code, 1 for what is not equal."""
+    if args.workspace is not None and not args.build:
+        raise ExportError("--workspace: expected --build, which is what takes it")
+    config = EngineConfig(workspace_mib=args.workspace)
+    builds: list[DeviceBuild] = []
     with Steps() as progress:
-        rungs = verify_bundle(args.bundle, progress)
+        if args.public_key is not None:
+            progress("check the signature")
+            check_signature(args.bundle, args.public_key)
+        if args.build:
+            rungs, builds = build_on_device(args.bundle, config, progress)
+            rungs += [build.rung for build in builds]
+        else:
+            rungs = verify_bundle(args.bundle, progress)
     passed = all(rungs)
     if args.json:
         print(json.dumps({"passed": passed, "rungs": [rung.to_json() for rung in rungs]}))
         return 0 if passed else 1
-    sizes = {path.name: path.stat().st_size for path in args.bundle.iterdir()}
-    print_columns(RUNG_HEADINGS, [rung.cells(sizes.get(rung.file, 0)) for rung in rungs])
+    sizes = {str(build.file): build.size for build in builds}
+    print_columns(RUNG_HEADINGS, [rung.cells(sizes.get(rung.file) or size(args.bundle, rung)) for rung in rungs])
+    if args.build:
+        say_built(args.bundle, builds)
+    else:
+        say_verified(args.bundle, rungs)
+    return 0 if passed else 1
+
+
+def size(bundle: Path, rung: Rung) -> int:
+    """Of a rung's file, in the bundle or by its whole path, in bytes; 0 where it has none."""
+    return (bundle / rung.file).stat().st_size if rung.file else 0
+
+
+def say_verified(bundle: Path, rungs: list[Rung]) -> None:
+    """What was found of a bundle, and what to do next."""
     waiting = [rung.file for rung in rungs if rung.not_run]
-    if not passed:
-        print(f"{args.bundle}: WRONG; do not deploy, export again")
+    outdated = [file for file in waiting if Path(file).is_absolute()]
+    if not all(rungs):
+        print(f"{bundle}: WRONG; do not deploy, export again")
+    elif outdated:
+        print(f"{bundle}: whole, and what ran here computes what was exported")
+        print(f"next: the same command with --build, for {', '.join(outdated)}")
     elif waiting:
-        print(f"{args.bundle}: whole, and what ran here computes what was exported")
+        print(f"{bundle}: whole, and what ran here computes what was exported")
         print(f"next: the same command on the device, for {', '.join(waiting)}")
     else:
-        print(f"{args.bundle}: whole, and every artefact computes what was exported; ready to deploy")
-    return 0 if passed else 1
+        print(f"{bundle}: whole, and every artefact computes what was exported; ready to deploy")
+
+
+def say_built(bundle: Path, builds: list[DeviceBuild]) -> None:
+    """Where the engines are, and what to do next."""
+    done = {"built": "built here", "kept": "built here before", "restored": "back again, built here before"}
+    for build in builds:
+        if build:
+            print(f"{build.file}: {done[build.origin]}, computes what was exported")
+        elif build.origin == "built":
+            print(f"{bundle}: {build.file.name} as built here is WRONG and was not put in place; do not deploy")
+        else:
+            print(f"{build.file}: WRONG; do not deploy, remove {build.file.parent} and build again")
+    if all(builds):
+        print(f"next: python scripts/evaluate.py {bundle} DATA, for its accuracy on labelled pictures")
 
 
 if __name__ == "__main__":

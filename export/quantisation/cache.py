@@ -9,6 +9,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from export.errors import ExportError
+from export.private_cache import private_folder
 from export.quantisation.scheme import Range
 
 _LOG = logging.getLogger(__name__)
@@ -42,16 +44,11 @@ def write(key: str, ranges: dict[str, Range]) -> None:
 
 
 def _folder() -> Path | None:
-    """resnet-deploy/calibration in $XDG_CACHE_HOME or ~/.cache, where it is this user's own and closed to others."""
-    base = os.environ.get("XDG_CACHE_HOME")
+    """The private folder of calibrations, None where there cannot be one."""
     try:
-        folder = (Path(base) if base else Path.home() / ".cache") / "resnet-deploy" / "calibration"
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        facts = folder.lstat()
+        return private_folder("calibration")
+    except ExportError as error:
+        _LOG.warning("%s: calibration not cached", error)
     except (OSError, RuntimeError) as error:
         _LOG.debug("calibration not cached: %s", error)
-        return None
-    if folder.is_symlink() or facts.st_uid != os.getuid() or facts.st_mode & 0o077:
-        _LOG.warning("%s is not private to this user (expected mode 0700): calibration not cached", folder)
-        return None
-    return folder
+    return None

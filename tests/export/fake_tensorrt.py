@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -123,6 +124,8 @@ class FakeCuda:
 
     def __init__(self, memory: int = 2**20) -> None:
         self.free = memory
+        self.driver = 12060
+        self.properties = SimpleNamespace(name=b"Orin", major=8, minor=7)
         self.memory: dict[int, NDArray[np.uint8]] = {}
         self.live: set[int] = set()
         self.recording: list[Callable[[], None]] | None = None
@@ -141,6 +144,16 @@ class FakeCuda:
     def view(self, address: int, dtype: np.dtype, shape: tuple[int, ...]) -> NDArray:
         size = int(np.prod(shape)) * dtype.itemsize
         return self.memory[address][:size].view(dtype).reshape(shape)
+
+    def cudaDriverGetVersion(self) -> tuple[Any, ...]:
+        return self._done(self.driver)
+
+    def cudaGetDeviceCount(self) -> tuple[Any, ...]:
+        return self._done(1)
+
+    def cudaGetDeviceProperties(self, device: int) -> tuple[Any, ...]:
+        assert device == 0
+        return self._done(self.properties)
 
     def cudaSetDevice(self, device: int) -> tuple[Any, ...]:
         return self._done() if device == 0 else (real_cuda.cudaError_t.cudaErrorInvalidDevice,)

@@ -160,7 +160,7 @@ def test_a_path_below_a_file_is_refused(tmp_path: Path) -> None:
 
 def test_two_exports_into_one_folder(bundle: Path) -> None:
     with staged(bundle) as staging:
-        with pytest.raises(ExportError, match="another export is writing"):
+        with pytest.raises(ExportError, match="another process is writing"):
             write(bundle, OLD)
         publish(staging, bundle, NEW, {})
     assert set(read_verified(bundle)[1]) == set(NEW)

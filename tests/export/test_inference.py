@@ -14,11 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from export import Batch, ExportError, MissingDependency, inference
-from export.bundle import ONNX_FILE
+from export import Batch, ExportError, MissingDependency, engine_place, inference
+from export.bundle import FORMAT, ONNX_FILE, staged
 from export.inference import artefacts, open_bundle, running, running_first
 from export.lowering import tensorrt_engine
+from export.lowering.engine_config import DEFAULT_ENGINE
 from export.onnx_session import open_session, rounded_copy
+from export.private_cache import private_folder
 from tests.export import digits
 
 RTX_FILE = "model.rtx.engine"
@@ -201,6 +203,35 @@ def test_an_engine_runs_in_batches_it_accepts(
     assert artefact.file == RTX_FILE and seen == [b"the plan", ("output",), 8, 8, 4, "closed"]
 
 
+def test_an_engine_built_here_comes_before_that_of_the_bundle(
+    bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = {"version": "1.2.3", "gpu": "RTX"}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tensorrt_engine, "import_flavour", lambda flavour: FakePackage)
+    monkeypatch.setattr(tensorrt_engine, "why_no_gpu", lambda extra: "")
+    monkeypatch.setattr(engine_place, "why_not_usable", lambda flavour: "")
+    monkeypatch.setattr(engine_place, "_machine", lambda flavour: machine)
+    bundle = open_bundle(with_engine(bundles["fp32"], tmp_path / "b", "1.2.3"))
+    flavour = tensorrt_engine.FLAVOURS["tensorrt-rtx"]
+    key = engine_place.engine_key(bundle.onnx_sha256, bundle.precision, bundle.batch, flavour, DEFAULT_ENGINE)
+    place = engine_place.engine_place(bundle.path, flavour)
+    private_folder(engine_place.ENGINES_FOLDER)
+    engine = tensorrt_engine.Engine(flavour, b"built here", "1.2.3", bundle.precision, 21, 1.0)
+    with staged(place) as staging:
+        engine_place.write_place(staging, place, [engine_place.BuiltEngine(engine, key)])
+    here, listed, file = artefacts(bundle)
+    assert (here.form, here.file, here.obstacle) == ("tensorrt-rtx, built here", str(place / RTX_FILE), "")
+    assert here.engine is not None and here.engine.plan == b"built here"
+    assert (listed.file, file.file) == (RTX_FILE, ONNX_FILE)
+    machine = {"version": "1.2.3", "gpu": "another"}
+    here, *_ = artefacts(bundle)
+    expected = "built by tensorrt-rtx 1.2.3 for RTX; here is tensorrt-rtx 1.2.3 for another; build it again: python "
+    assert here.obstacle == f"{expected}scripts/verify.py {bundle.path} --build"
+    with pytest.raises(ExportError, match=f"^{place / RTX_FILE} cannot run here: built by"), running(bundle, here):
+        pass
+
+
 def test_an_engine_that_does_not_load_leaves_its_place_to_onnx(
     bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,11 +275,12 @@ def test_a_file_that_is_no_network_is_refused(bundles: dict[str, Path], tmp_path
 
 
 MANIFESTS: Mapping[str, tuple[dict[str, Any], str]] = {
-    "format": ({"format": 1}, "has format 1: this version reads format 2"),
+    "format": ({"format": 1}, f"has format 1: this version reads format {FORMAT}"),
     "precision": ({"precision": "fp4"}, "not a bundle of this project .*fp4"),
     "batch": ({"batch": {"min": 4, "opt": 2, "max": 1}}, "not a bundle of this project .*MIN <= OPT <= MAX"),
     "two inputs": ({"inputs": [{}, {}]}, "not a bundle of this project"),
     "input of two dimensions": ({"inputs": [{"name": "input", "shape": ["batch", 3]}]}, "not a bundle of this project"),
+    "kept layers of another form": ({"kept": 1}, "not a bundle of this project"),
     "no outputs": ({"outputs": []}, "not a bundle of this project"),
     "engine by another name": ({"engines": {ONNX_FILE: {"flavour": "tensorrt-rtx"}}}, "is not the name of an engine"),
     "engine of another kind": ({"engines": {ONNX_FILE: {"flavour": "openvino"}}}, "not a bundle of this project"),
