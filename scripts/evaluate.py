@@ -117,7 +117,8 @@ def run(subjects: Sequence[Subject], measure_one: Measure) -> tuple[Measured, Wa
             except ExportError as error:
                 waiting.append((bundle, artefact.file, str(error)))
     if not measured:
-        raise ExportError("; ".join(f"{Path(bundle) / file} does not run: {reason}" for bundle, file, reason in waiting))
+        reasons = [f"{Path(bundle) / file} does not run: {reason}" for bundle, file, reason in waiting]
+        raise ExportError("; ".join(reasons))
     return measured, waiting
 
 

@@ -1,14 +1,11 @@
-"""Networks in 8 bits for the tests: inputs to calibrate on, both schemes, and questions about their graphs."""
+"""Networks in 8 bits for the tests: both schemes, and questions about their graphs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
@@ -24,26 +21,13 @@ from export.passes.quantise import LAYERS
 from export.passes.split_addition import split_addition
 from export.precision import INT8
 from export.program import QuantisedProgram
-from export.quantisation.calibration import Calibration, calibrate
+from export.quantisation.calibration import Calibration, InMemory, calibrate
 from export.quantisation.scheme import CPU, TENSORRT, Scheme
 from export.runners import OnnxRuntimeRunner
 
 BATCH = Batch(1, 4, 8)
 SCHEMES = {scheme.name: scheme for scheme in (TENSORRT, CPU)}
 QUANTIZE, DEQUANTIZE = QUANTISATION
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Arrays as pictures to calibrate on."""
-
-    images: NDArray[np.float32]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def batches(self, size: int) -> Iterator[NDArray[np.float32]]:
-        yield from (self.images[i : i + size] for i in range(0, len(self), size))
 
 
 @dataclass(frozen=True)
@@ -95,7 +79,7 @@ class Subject:
 def quantised(model: nn.Module, images: Tensor) -> Subject:
     """`model` in both schemes, with the ranges of its values on `images`."""
     program = fuse(model, images, BATCH, QUANTISED_LEVEL)
-    calibration = calibrate(split_addition(program.master), Inputs(images.numpy()), "minmax")
+    calibration = calibrate(split_addition(program.master), InMemory(images.numpy()), "minmax")
     return Subject(model, images, program, calibration, quantised_programs(program, calibration, ()))
 
 

@@ -23,9 +23,9 @@ from export.interpreter import GraphInterpreter
 from export.passes.quantise import is_input, quantised_values
 from export.passes.split_addition import split_addition
 from export.quantisation import cache, calibration
-from export.quantisation.calibration import METHODS, calibrate
+from export.quantisation.calibration import METHODS, InMemory, calibrate
 from export.quantisation.scheme import CPU, Range
-from tests.export.quantised import BATCH, Inputs
+from tests.export.quantised import BATCH
 
 
 @pytest.fixture(autouse=True)
@@ -42,8 +42,8 @@ def graph(calibrated: dict[str, nn.Module], pictures: dict[str, Tensor]) -> fx.G
 
 
 @pytest.fixture(scope="module")
-def inputs(pictures: dict[str, Tensor]) -> Inputs:
-    return Inputs(torch.cat([pictures["resnet20"], pictures["resnet20"].flip(3)]).numpy())
+def inputs(pictures: dict[str, Tensor]) -> InMemory:
+    return InMemory(torch.cat([pictures["resnet20"], pictures["resnet20"].flip(3)]).numpy())
 
 
 class Chain(nn.Module):
@@ -91,7 +91,7 @@ def seen(graph_module: fx.GraphModule, images: NDArray[np.float32]) -> dict[str,
 # the methods
 
 
-def test_minmax_is_what_was_seen(graph: fx.GraphModule, inputs: Inputs) -> None:
+def test_minmax_is_what_was_seen(graph: fx.GraphModule, inputs: InMemory) -> None:
     found = calibrate(graph, inputs, "minmax")
     expected = seen(graph, inputs.images)
     assert found.ranges.keys() == expected.keys() and len(expected) > 30
@@ -101,7 +101,7 @@ def test_minmax_is_what_was_seen(graph: fx.GraphModule, inputs: Inputs) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_no_range_covers_more_than_was_seen(graph: fx.GraphModule, inputs: Inputs, method: str) -> None:
+def test_no_range_covers_more_than_was_seen(graph: fx.GraphModule, inputs: InMemory, method: str) -> None:
     whole, found = calibrate(graph, inputs, "minmax").ranges, calibrate(graph, inputs, method).ranges
     narrower = 0
     for name, (low, high) in whole.items():
@@ -110,10 +110,10 @@ def test_no_range_covers_more_than_was_seen(graph: fx.GraphModule, inputs: Input
     assert bool(narrower) is (method != "minmax")
 
 
-def with_outlier(value: float) -> Inputs:
+def with_outlier(value: float) -> InMemory:
     images = noise()
     images[40, 1, 7, 9] = value
-    return Inputs(images)
+    return InMemory(images)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -132,17 +132,17 @@ def test_percentile_leaves_out_one_in_ten_thousand() -> None:
     graph_module, images = chain(), noise()
     images[:] = np.random.default_rng(1).uniform(-1, 1, images.shape)
     images.reshape(-1)[:: images.size // 20] = 9.0  # 20 of 319488: fewer than that
-    low, high = range_of(calibrate(graph_module, Inputs(images)).ranges, graph_module, "hidden")
+    low, high = range_of(calibrate(graph_module, InMemory(images)).ranges, graph_module, "hidden")
     assert high == pytest.approx(1.0, abs=0.01) and low == pytest.approx(-1.0, abs=0.01)
     images.reshape(-1)[:: images.size // 100] = 9.0  # and 100 are more
-    assert range_of(calibrate(graph_module, Inputs(images)).ranges, graph_module, "hidden")[1] == pytest.approx(9.0)
+    assert range_of(calibrate(graph_module, InMemory(images)).ranges, graph_module, "hidden")[1] == pytest.approx(9.0)
 
 
 def test_the_share_counts_every_picture() -> None:
     """Not one histogram per batch, and not the last one's."""
     graph_module, images = chain(), noise() * 0.01
     images[:8] *= 300
-    _, high = range_of(calibrate(graph_module, Inputs(images)).ranges, graph_module, "hidden")
+    _, high = range_of(calibrate(graph_module, InMemory(images)).ranges, graph_module, "hidden")
     assert high > 6
 
 
@@ -155,14 +155,16 @@ def test_entropy_cuts_more_of_a_long_tail_than_of_a_short_one() -> None:
         ("long", generator.standard_t(2.5, size=(104, 3, 32, 32))),
     ):
         found = [
-            range_of(calibrate(graph_module, Inputs(images.astype(np.float32)), method).ranges, graph_module, "hidden")
+            range_of(
+                calibrate(graph_module, InMemory(images.astype(np.float32)), method).ranges, graph_module, "hidden"
+            )
             for method in ("entropy", "minmax")
         ]
         shares[name] = max(map(abs, found[0])) / max(map(abs, found[1]))
     assert shares["long"] < 0.5 < 0.8 < shares["bell"] and shares["flat"] > 0.98
 
 
-def test_one_sided_values_have_one_sided_ranges(graph: fx.GraphModule, inputs: Inputs) -> None:
+def test_one_sided_values_have_one_sided_ranges(graph: fx.GraphModule, inputs: InMemory) -> None:
     whole = calibrate(graph, inputs, "minmax").ranges
     positive = [name for name, (low, _) in whole.items() if low == 0.0]
     assert len(positive) > 15
@@ -184,14 +186,14 @@ class Dead(nn.Module):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_value_that_is_always_zero_has_no_width(method: str) -> None:
     graph_module = fuse(Dead().eval(), torch.zeros(1, 3, 32, 32), BATCH, "b").master
-    ranges = calibrate(graph_module, Inputs(noise(8)), method).ranges
+    ranges = calibrate(graph_module, InMemory(noise(8)), method).ranges
     assert range_of(ranges, graph_module, "hidden") == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("size", [1, 5])
 def test_the_size_of_batches_changes_nothing(
-    graph: fx.GraphModule, inputs: Inputs, method: str, size: int, monkeypatch: pytest.MonkeyPatch
+    graph: fx.GraphModule, inputs: InMemory, method: str, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """But for rounding, and for a value that this takes from one bin of a histogram to the next."""
     expected = calibrate(graph, inputs, method).ranges
@@ -220,7 +222,7 @@ def test_no_pictures_are_refused(graph: fx.GraphModule) -> None:
         calibrate(graph, Nothing())
 
 
-def test_unknown_methods_are_refused(graph: fx.GraphModule, inputs: Inputs) -> None:
+def test_unknown_methods_are_refused(graph: fx.GraphModule, inputs: InMemory) -> None:
     with pytest.raises(ExportError, match="expected a calibration method of percentile, entropy, minmax, got 'max'"):
         calibrate(graph, inputs, "max")
 
@@ -250,13 +252,13 @@ def test_values_that_are_not_finite_are_refused(method: str, place: int, differe
     images[place, :, 3, 4] = 1.0
     for _ in range(2):  # nothing of it is kept
         with pytest.raises(ExportError, match=r"^second: NaN or Inf on the calibration images$"):
-            calibrate(graph_module, Inputs(images), method)
+            calibrate(graph_module, InMemory(images), method)
 
 
 def test_few_pictures_are_enough_but_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     graph_module = chain()
-    calibrate(graph_module, Inputs(noise(99)), "minmax")
-    calibrate(graph_module, Inputs(noise(100)), "minmax")
+    calibrate(graph_module, InMemory(noise(99)), "minmax")
+    calibrate(graph_module, InMemory(noise(100)), "minmax")
     said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert said == ["calibrating on 99 images: at least 100 are wanted"]
 
@@ -264,7 +266,7 @@ def test_few_pictures_are_enough_but_warned_of(caplog: pytest.LogCaptureFixture)
 def test_progress_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("export.progress._SECONDS", 0.0)
     said: list[str] = []
-    calibrate(chain(), Inputs(noise(16)), progress=said.append)
+    calibrate(chain(), InMemory(noise(16)), progress=said.append)
     assert said == [
         f"calibrate: {what}, {done} of 16 images" for what in ("ranges of 2 values", "histograms") for done in (8, 16)
     ]
@@ -289,7 +291,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_second_time_the_network_is_not_run(
-    graph: fx.GraphModule, inputs: Inputs, method: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+    graph: fx.GraphModule, inputs: InMemory, method: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = calibrate(graph, inputs, method)
     (file,) = folder.iterdir()
@@ -307,7 +309,7 @@ def test_another_network_of_the_same_weights_asks_the_same_file(
     calibrated: dict[str, nn.Module],
     pictures: dict[str, Tensor],
     graph: fx.GraphModule,
-    inputs: Inputs,
+    inputs: InMemory,
     runs: list[str],
 ) -> None:
     calibrate(graph, inputs, "minmax")
@@ -350,11 +352,11 @@ DIFFERENT: dict[str, Callable[[], tuple[fx.GraphModule, NDArray[np.float32], str
 
 @pytest.mark.parametrize("case", DIFFERENT)
 def test_what_changes_the_result_changes_the_file(case: str, runs: list[str], folder: Path) -> None:
-    calibrate(chain(), Inputs(IMAGES), "minmax")
-    calibrate(chain(), Inputs(IMAGES.copy()), "minmax")
+    calibrate(chain(), InMemory(IMAGES), "minmax")
+    calibrate(chain(), InMemory(IMAGES.copy()), "minmax")
     assert runs == ["run"]
     graph_module, images, method = DIFFERENT[case]()
-    calibrate(graph_module, Inputs(images.astype(np.float32)), method)
+    calibrate(graph_module, InMemory(images.astype(np.float32)), method)
     assert runs == ["run", "run"] and len(list(folder.iterdir())) == 2
 
 
@@ -380,20 +382,20 @@ HOSTILE: dict[str, Callable[[bytes], bytes]] = {
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_a_damaged_file_is_ignored_and_replaced(case: str, runs: list[str], folder: Path) -> None:
-    expected = calibrate(chain(), Inputs(IMAGES), "minmax")
+    expected = calibrate(chain(), InMemory(IMAGES), "minmax")
     (file,) = folder.iterdir()
     whole = file.read_bytes()
     file.write_bytes(HOSTILE[case](whole))
-    assert calibrate(chain(), Inputs(IMAGES), "minmax") == expected
+    assert calibrate(chain(), InMemory(IMAGES), "minmax") == expected
     assert runs == ["run", "run"] and file.read_bytes() == whole and len(list(folder.iterdir())) == 1
 
 
 @pytest.mark.parametrize("content", [b"{}", b'{"x": [0, 1]}'])
 def test_a_file_of_other_values_is_ignored(content: bytes, folder: Path) -> None:
-    expected = calibrate(chain(), Inputs(IMAGES), "minmax")
+    expected = calibrate(chain(), InMemory(IMAGES), "minmax")
     (file,) = folder.iterdir()
     file.write_bytes(content)
-    assert calibrate(chain(), Inputs(IMAGES), "minmax") == expected
+    assert calibrate(chain(), InMemory(IMAGES), "minmax") == expected
 
 
 def open_to_a_group(folder: Path) -> None:
@@ -419,8 +421,8 @@ def test_a_folder_that_is_not_private_is_not_used(
 ) -> None:
     make(folder)
     with caplog.at_level(logging.WARNING, logger="export.quantisation.cache"):
-        first = calibrate(chain(), Inputs(IMAGES), "minmax")
-        assert calibrate(chain(), Inputs(IMAGES), "minmax") == first
+        first = calibrate(chain(), InMemory(IMAGES), "minmax")
+        assert calibrate(chain(), InMemory(IMAGES), "minmax") == first
     assert runs == ["run", "run"] and not list(folder.iterdir())
     said = [record.getMessage() for record in caplog.records if record.name == "export.quantisation.cache"]
     assert said and all(message.startswith(f"{folder} is not private to this user") for message in said)
@@ -429,13 +431,13 @@ def test_a_folder_that_is_not_private_is_not_used(
 
 
 def test_what_others_put_into_an_open_folder_is_not_believed(folder: Path, runs: list[str]) -> None:
-    expected = calibrate(chain(), Inputs(IMAGES), "minmax")
+    expected = calibrate(chain(), InMemory(IMAGES), "minmax")
     (file,) = folder.iterdir()
     record = {name: [low / 2, high / 2] for name, (low, high) in json.loads(file.read_bytes()).items()}
     file.write_text(json.dumps(record))
-    assert calibrate(chain(), Inputs(IMAGES), "minmax") != expected and runs == ["run"]  # the user's own is
+    assert calibrate(chain(), InMemory(IMAGES), "minmax") != expected and runs == ["run"]  # the user's own is
     folder.chmod(0o777)
-    assert calibrate(chain(), Inputs(IMAGES), "minmax") == expected
+    assert calibrate(chain(), InMemory(IMAGES), "minmax") == expected
 
 
 @pytest.mark.parametrize("blocked", ["file", "disk"])
@@ -451,8 +453,8 @@ def test_without_a_cache_the_result_is_the_same(
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr("export.quantisation.cache.tempfile.NamedTemporaryFile", full)
-    first = calibrate(chain(), Inputs(IMAGES), "minmax")
-    assert calibrate(chain(), Inputs(IMAGES), "minmax") == first and len(runs) == 2
+    first = calibrate(chain(), InMemory(IMAGES), "minmax")
+    assert calibrate(chain(), InMemory(IMAGES), "minmax") == first and len(runs) == 2
 
 
 def test_without_a_place_named_it_is_in_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
