@@ -145,9 +145,13 @@ def _read_manifest(bundle: Path) -> dict[str, Any]:
     return manifest
 
 
+def file_entries(files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
+    """What the manifest says of each file: its size in bytes and its sha256."""
+    return {name: {"bytes": len(content), "sha256": _digest(content)} for name, content in files.items()}
+
+
 def _manifest_bytes(files: Mapping[str, bytes], manifest: Mapping[str, Any]) -> bytes:
-    entries = {name: {"bytes": len(content), "sha256": _digest(content)} for name, content in files.items()}
-    complete = {**manifest, "files": entries}
+    complete = {**manifest, "files": file_entries(files)}
     return _dump({**complete, _SELF: _digest(_dump(complete))})
 
 

@@ -17,13 +17,14 @@ from torch.utils import _pytree as pytree
 
 from export.accuracy import Labelled
 from export.batch import Batch, as_batch
-from export.bundle import ONNX_FILE, publish, staged
+from export.bundle import ONNX_FILE, file_entries, publish, staged
 from export.capture import check_model, describe_value
 from export.config import ExportConfig
 from export.engines import build_engines, choose_flavours
 from export.errors import ExportError
 from export.forms import Forms, floating_forms
 from export.golden import GOLDEN_FILE, save_golden
+from export.graph_facts import describe_graph
 from export.images import crops, photographs
 from export.keep import AUTO
 from export.lowering.onnx_file import output_names
@@ -50,6 +51,7 @@ from export.precision import FORMATS, INT8, PRECISIONS, Precision
 from export.program import Coverage, FusedProgram, fuse
 from export.progress import Progress, silent
 from export.quantisation.calibration import Pictures
+from export.report.page import REPORT_FILE, render
 from export.runners import EagerRunner, ProgramRunner
 from export.tensorrt_runner import TensorRTRunner
 
@@ -91,6 +93,7 @@ class _Job:
     labelled: Labelled | None
     calibration: Pictures | None
     metadata: Mapping[str, Any]
+    command: str
     progress: Progress
 
     @property
@@ -112,6 +115,7 @@ def export_bundle(
     labelled: Labelled | None = None,
     calibration: Pictures | None = None,
     metadata: Mapping[str, Any] | None = None,
+    command: str = "",
     progress: Progress = silent,
 ) -> ExportResult:
     """Export `model` into a bundle at `output`, provided every form of it equals the eager model.
@@ -128,6 +132,7 @@ def export_bundle(
         calibration: int8 only; inputs whose activations set the scales, none of which accuracy is measured on.
         metadata: JSON-serialisable facts for the manifest, such as the model's name and its weights. `classes`, if
             given, are the names of the logits, by which the classes of `labelled` are found.
+        command: that made the bundle, for its report.
         progress: called with the name of each step as it begins.
 
     Raises:
@@ -142,6 +147,7 @@ def export_bundle(
         labelled,
         calibration,
         metadata or {},
+        command,
         progress,
     )
     _check(job)
@@ -163,9 +169,12 @@ def export_bundle(
             report = replace(report, accuracy=tuple(meter.measured))
         if report:
             progress("write the bundle")
+            manifest = describe(program, forms, engines, job.precision, job.metadata, report)
             files["parity.json"] = (json.dumps(report.to_json(), indent=2) + "\n").encode()
             files[GOLDEN_FILE] = save_golden(references)
-            publish(staging, output, files, describe(program, forms, engines, job.precision, job.metadata, report))
+            graph = describe_graph(program.master)
+            files[REPORT_FILE] = render(manifest, report.to_json(), file_entries(files), graph, command, skipped)
+            publish(staging, output, files, manifest)
     sizes = {name: len(content) for name, content in files.items()}
     return ExportResult(output, report, program.coverage, skipped, sizes, time.perf_counter() - started)
 

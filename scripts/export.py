@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +105,7 @@ def add_engine_arguments(parser: Parser) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    args.command = shlex.join(["python", "scripts/export.py", *(sys.argv[1:] if argv is None else argv)])
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("resnet").setLevel(logging.INFO)
     return run_script("export.py", lambda: export(args))
@@ -170,6 +172,7 @@ def run(args: argparse.Namespace, source: Source, progress: Progress) -> ExportR
         labelled=labelled,
         calibration=calibration,
         metadata=metadata,
+        command=args.command,
         progress=progress,
     )
 

@@ -88,6 +88,7 @@ class QuantisedCheck:
         differing: the share of elements that differ at all.
         reason: why it failed, empty where it passed.
         fault: of a value that was computed and is wrong.
+        lsb_limit, differing_limit: what they may be; None where they are not what decides.
     """
 
     name: str
@@ -96,6 +97,8 @@ class QuantisedCheck:
     differing: float
     reason: str = ""
     fault: Fault | None = None
+    lsb_limit: float | None = None
+    differing_limit: float | None = None
 
     def __bool__(self) -> bool:
         return not self.reason
@@ -105,7 +108,9 @@ class QuantisedCheck:
             "name": self.name,
             "kind": self.kind,
             "lsb": finite(self.lsb),
+            "lsb_limit": self.lsb_limit,
             "differing": round(self.differing, 6),
+            "differing_limit": self.differing_limit,
             "reason": self.reason,
             "fault": self.fault and self.fault.to_json(),
         }

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from export.capture import plain_torch
-from export.graph import is_call, module_path, resnet_deploy, schema_name
+from export.graph import args_of, is_call, module_path, parameter, resnet_deploy, schema_name
 from export.lowering.onnx_file import OnnxFile
 from export.parity.checks import OperatorChecks, QuantisedCheck
 from export.parity.fault import fault_of, quantised_fault_of
@@ -112,12 +112,13 @@ def _check_value(
     difference = (got - expected).abs()
     worst, different = float(difference.max()), int((difference > 0).sum())
     reason, fault, allowed = "", None, _DIFFERING[precision.name]
+    most = max(_FEW / got.numel(), allowed)
     if not worst <= LIMIT:
         reason = f"{worst:g} LSB off, the limit is {LIMIT}"
-        fault = quantised_fault_of(got, expected, node.meta["val"].dtype)
-    elif different > max(_FEW, allowed * got.numel()):
+        fault = quantised_fault_of(got, expected, parameter(graph, args_of(node)[2]).dtype)
+    elif different > most * got.numel():
         reason = f"{different} of {got.numel()} elements 1 LSB off, the limit is {100 * allowed:g} %"
-    return QuantisedCheck(label, schema_name(node), worst, different / got.numel(), reason, fault)
+    return QuantisedCheck(label, schema_name(node), worst, different / got.numel(), reason, fault, LIMIT, most)
 
 
 def _check_output(
@@ -138,7 +139,7 @@ def _check_output(
     if not worst <= allowed:
         reason = f"{worst:.1f} roundoffs off, the limit is {allowed:g}"
         fault = fault_of(got, expected, difference, precision.dtype)
-    return QuantisedCheck(module_path(node), schema_name(node), worst, differing, reason, fault)
+    return QuantisedCheck(module_path(node), schema_name(node), worst, differing, reason, fault, allowed)
 
 
 def _returned(graph: fx.GraphModule) -> list[fx.Node]:

@@ -58,7 +58,8 @@ def _check_range(graph: fx.GraphModule, node: fx.Node, values: Range, scheme: Sc
         )
     elif needed and step > _slightly_above(torch.tensor(needed, dtype=torch.float64), scheme):
         reason = f"has steps of {step:.4g}, its range needs {needed:.4g}"
-    return QuantisedCheck(str(node.meta["label"]), "scale", max(below, above, 0.0) / step, 0.0, reason)
+    beyond = max(below, above, 0.0) / step
+    return QuantisedCheck(str(node.meta["label"]), "scale", beyond, 0.0, reason, lsb_limit=_HALF)
 
 
 def _slightly_above(scale: Tensor, scheme: Scheme) -> Tensor:
@@ -101,7 +102,8 @@ def _check_rounding(graph: fx.GraphModule, label: str, node: fx.Node, exact: Ten
     difference = (whole.double() * step - exact).abs() / step
     worst = float(difference.max())
     reason = "" if worst <= _HALF else f"{worst:.3g} steps from the float64 value, the limit is 0.5"
-    return QuantisedCheck(label, "weight", worst, float((difference > 0).double().mean()), reason)
+    differing = float((difference > 0).double().mean())
+    return QuantisedCheck(label, "weight", worst, differing, reason, lsb_limit=_HALF)
 
 
 def check_layers(program: QuantisedProgram, leaves: Mapping[str, Tensor]) -> list[QuantisedCheck]:
@@ -156,14 +158,14 @@ def _check_layer(
     reason = ""
     if not (rms <= RMS_LIMIT and worst <= MAX_LIMIT):
         reason = f"rms {rms:.2f}, max {worst:.1f} times what rounding its weights explains"
-    return QuantisedCheck(module_path(layer), "layer", worst, 0.0, reason)
+    return QuantisedCheck(module_path(layer), "layer", worst, 0.0, reason, lsb_limit=MAX_LIMIT)
 
 
 def _check_between(node: fx.Node, got: Tensor, expected: Tensor) -> QuantisedCheck:
     limit = _MIXED if _follows_layers(args_of(node)[0]) else _EXACT
     error = float((got - expected).norm() / expected.norm().clamp(min=torch.finfo(torch.float64).tiny))
     reason = "" if error <= limit else f"relative error {error:.2g} before it is quantised, the limit is {limit:g}"
-    return QuantisedCheck(str(node.meta["label"]), "between", error, 0.0, reason)
+    return QuantisedCheck(str(node.meta["label"]), "between", error, 0.0, reason, lsb_limit=limit)
 
 
 def _follows_layers(value: fx.Node) -> bool:

@@ -23,7 +23,8 @@ from tests.export import digits, networks
 
 BATCH = Batch(1, 4, 8)
 FILES = {
-    "model.onnx", "model.rtx.engine", "model.rtx.layers.json", "parity.json", "golden.safetensors", "manifest.json"
+    "model.onnx", "model.rtx.engine", "model.rtx.layers.json", "parity.json", "report.html", "golden.safetensors",
+    "manifest.json",
 }  # fmt: skip
 
 
