@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ CPU_ONNX_FILE = "model.cpu.onnx"  # beside it in int8, where one file cannot sui
 ONNX_FORMS = {CPU_ONNX_FILE: "onnx cpu", ONNX_FILE: "onnx"}  # what ONNX Runtime runs, the first that there is
 FORMAT = 3
 _SELF = "manifest_sha256"
+_SHA256 = re.compile("[0-9a-f]{64}")
+_NAME_BYTES = 255  # the longest name that file systems take
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -111,7 +114,8 @@ def read_verified(bundle: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
         if path.name != MANIFEST and path.name not in listed:
             raise ExportError(f"{path}: not listed in {MANIFEST}")
     for name, expected in listed.items():
-        if Path(name).name != name or name in ("", ".", "..", MANIFEST):
+        plain = Path(name).name == name and name.isprintable() and len(os.fsencode(name)) <= _NAME_BYTES
+        if not plain or name in ("", ".", "..", MANIFEST):
             raise ExportError(f"{bundle / MANIFEST}: {name!r} is not the name of a file in the bundle")
         path = bundle / name
         if not path.is_file():
@@ -138,7 +142,7 @@ def _read_manifest(bundle: Path) -> dict[str, Any]:
         files = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ExportError(f"{path}: changed since it was written (not a manifest)") from error
-    if not all(isinstance(size, int) and isinstance(digest, str) for size, digest in files.values()):
+    if not all(isinstance(size, int) and _SHA256.fullmatch(str(digest)) for size, digest in files.values()):
         raise ExportError(f"{path}: changed since it was written (not a manifest)")
     if claimed != _digest(_dump(manifest)) or content != _dump({**manifest, _SELF: claimed}):
         raise ExportError(f"{path}: changed since it was written")

@@ -38,6 +38,18 @@ def why_no_gpu(extra: str) -> str:
     return "" if count else "no NVIDIA GPU here"
 
 
+def gpu_name(extra: str) -> str:
+    """The first GPU and its compute capability: `Orin, compute capability 8.7`.
+
+    Raises:
+        MissingDependency: the bindings are not installed; `extra` installs them.
+        ExportError: there is no GPU that serves.
+    """
+    properties = checked(import_cuda(extra).cudaGetDeviceProperties(0))
+    name = properties.name.decode(errors="replace")
+    return f"{name}, compute capability {properties.major}.{properties.minor}"
+
+
 def checked(outcome: tuple[Any, ...]) -> Any:
     """What a call of the CUDA runtime returned beside its status: nothing, one value or several.
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from export.batch import Batch
 from export.bundle import publish, read_verified
-from export.cuda_runtime import checked, import_cuda, why_no_gpu
+from export.cuda_runtime import checked, gpu_name, import_cuda, why_no_gpu
 from export.errors import ExportError, MissingDependency
 from export.lowering.engine_config import EngineConfig
 from export.lowering.tensorrt_engine import FLAVOURS, Engine, Flavour, import_flavour
@@ -88,11 +88,8 @@ def why_outdated(built: BuiltEngine) -> str:
 
 def _machine(flavour: Flavour) -> dict[str, str]:
     """What of this machine an engine is bound to."""
-    cuda = import_cuda(flavour.name)
-    properties, version = checked(cuda.cudaGetDeviceProperties(0)), checked(cuda.cudaDriverGetVersion())
-    name, capability = properties.name.decode(errors="replace"), f"{properties.major}.{properties.minor}"
-    driver = f"CUDA {version // 1000}.{version % 1000 // 10}"
-    gpu = f"{name}, compute capability {capability}, driver for {driver}"
+    version = checked(import_cuda(flavour.name).cudaDriverGetVersion())
+    gpu = f"{gpu_name(flavour.name)}, driver for CUDA {version // 1000}.{version % 1000 // 10}"
     return {"version": str(import_flavour(flavour).__version__), "gpu": gpu}
 
 

@@ -7,7 +7,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from export.batch import Arrays
-from export.errors import ExportError
+from export.errors import ExportError, first_line
 from export.parity.ladder import References
 
 GOLDEN_FILE = "golden.safetensors"
@@ -39,4 +39,4 @@ def load_golden(content: bytes) -> References:
             raise KeyError("outputs of unfused networks")
         return References(images, networks, oracle)
     except (SafetensorError, KeyError) as error:
-        raise ExportError(f"{GOLDEN_FILE}: expected inputs and reference outputs ({error})") from error
+        raise ExportError(f"{GOLDEN_FILE}: expected inputs and reference outputs ({first_line(error)})") from error

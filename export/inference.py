@@ -99,22 +99,29 @@ def open_bundle(path: str | Path) -> Bundle:
     path = Path(path)
     manifest, contents = read_verified(path)
     if manifest.get("format") != FORMAT:
-        raise ExportError(f"{path} has format {manifest.get('format')}: this version reads format {FORMAT}")
+        raise ExportError(f"{path} has format {manifest.get('format')!r:.20}: this version reads format {FORMAT}")
     try:
         precision = FORMATS[manifest["precision"]]
-        batch = Batch(*(manifest["batch"][key] for key in ("min", "opt", "max")))
+        batch = Batch(*(_whole(manifest["batch"][key]) for key in ("min", "opt", "max")))
         (entry,) = manifest["inputs"]
         _, channels, height, width = entry["shape"]
+        input_name = str(entry["name"])
         outputs = {str(output["name"]): tuple(output["shape"]) for output in manifest["outputs"]}
         engines = tuple(_engine(name, facts, contents, precision) for name, facts in manifest["engines"].items())
         if not outputs or not isinstance(manifest["model"], dict) or ONNX_FILE not in contents:
             raise ValueError(f"expected outputs, a model and {ONNX_FILE}")
-        image_shape = (int(channels), int(height), int(width))
+        image_shape = (_whole(channels), _whole(height), _whole(width))
         kept = frozenset(map(str, manifest["kept"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _foreign(path, error) from error
-    known = (precision, batch, entry["name"], image_shape, outputs, engines, kept)
+    known = (precision, batch, input_name, image_shape, outputs, engines, kept)
     return Bundle(path, manifest, contents, *known)
+
+
+def _whole(value: object) -> int:
+    if not isinstance(value, int):
+        raise TypeError(f"expected a whole number, got {value!r:.80}")
+    return value
 
 
 def _foreign(path: Path, error: Exception) -> ExportError:
@@ -127,8 +134,10 @@ def _engine(name: str, facts: Mapping[str, Any], contents: Mapping[str, bytes], 
     if flavour.file_name != name:
         raise ValueError(f"{name!r} is not the name of an engine of {flavour.name}")
     config = EngineConfig.from_json(facts.get("options", {}))
+    if not isinstance(facts["version"], str):
+        raise TypeError(f"expected the version of an engine, got {facts['version']!r:.80}")
     known = (facts["version"], precision, facts["convolutions"], facts["build_seconds"])
-    return Engine(flavour, contents[name], *known, config)
+    return Engine(flavour, contents[name], *known, config, gpu=str(facts["gpu"] or ""))
 
 
 @dataclass(frozen=True)
@@ -218,7 +227,12 @@ def running(bundle: Bundle, artefact: Artefact) -> Iterator[Callable[[NDArray], 
             if images.shape[1:] != bundle.image_shape or not len(images):
                 expected = f"[N, *{list(bundle.image_shape)}]"
                 raise ExportError(f"{bundle.path}: expected inputs of shape {expected}, got {list(images.shape)}")
-            return run_in_batches(run, images, bundle.batch, bundle.batch.maximum)
+            outputs = run_in_batches(run, images, bundle.batch, bundle.batch.maximum)
+            for name, values in outputs.items():
+                if values.shape[1:] != bundle.outputs[name][1:]:
+                    shapes = f"has shape {list(values.shape)}: the manifest says {list(bundle.outputs[name])}"
+                    raise ExportError(f"{bundle.path / artefact.file}: {name} {shapes}")
+            return outputs
 
         yield infer
 

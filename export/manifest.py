@@ -44,11 +44,13 @@ def describe(
                 "convolutions": engine.convolutions,
                 "build_seconds": round(engine.seconds, 2),
                 "options": engine.config.to_json(),
+                "gpu": engine.gpu or None,
             }
             for engine in engines
         },
         "fused": [{"name": o.name, "kind": o.kind, "parts": list(o.parts)} for o in program.coverage.fused],
         "left": [{"name": o.name, "kind": o.kind, "reason": o.reason} for o in program.coverage.left],
+        "notes": list(program.coverage.notes),
         "accuracy": [measured.to_json() for measured in report.accuracy],
         "quantisation": report.quantisation and report.quantisation.to_json(),
         "versions": {"python": platform.python_version(), **installed_versions()},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -22,6 +23,8 @@ def import_onnxruntime() -> Any:
     Raises:
         MissingDependency: it is not installed.
     """
+    # Some versions store what they were used for in the user's cache and send it to their makers, from the import on.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ImportError as error:
@@ -76,6 +79,8 @@ def open_session(content: bytes) -> Any:
 
 def _session(content: bytes, options: Any) -> Any:
     runtime = import_onnxruntime()
+    # Weights are inside: what a file says lies beside it is looked for where nothing is, not in the current folder.
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     try:
         session = runtime.InferenceSession(content, options, ["CPUExecutionProvider"])
     except Exception as error:  # its exceptions share no base class

@@ -15,6 +15,7 @@ from export.conversion import converted
 from export.errors import ExportError
 from export.graph import FUSED_OPERATORS, QUANTISATION, is_call, module_path, moves_data, schema_name, source_name
 from export.passes import DEFAULT_LEVEL, FOLDING, LEVELS
+from export.passes.fold_batchnorm import constant_channels
 from export.precision import PRECISIONS, Precision
 
 
@@ -38,16 +39,21 @@ class Operator:
 
 @dataclass(frozen=True)
 class Coverage:
-    """Which operators of a model were fused, and which run as they were."""
+    """Which operators of a model were fused, and which run as they were.
+
+    Attributes:
+        notes: what is unusual about the model's parameters, a line each.
+    """
 
     fused: tuple[Operator, ...]
     left: tuple[Operator, ...]
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{len(self.fused)} fused operators, {len(self.left)} left as they were"]
         lines += [f"  fused  {op.name}: {' + '.join(op.parts)}" for op in self.fused]
         lines += [f"  left   {op.name}: {op.kind}{f' ({op.reason})' if op.reason else ''}" for op in self.left]
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  note   {note}" for note in self.notes)])
 
 
 class FusedProgram(nn.Module):
@@ -73,7 +79,7 @@ class FusedProgram(nn.Module):
         self.batch = batch
         self.image_shape = tuple(next(n for n in source.graph.nodes if n.op == "placeholder").meta["val"].shape[1:])
         self.kept: frozenset[str] = frozenset()
-        self.coverage = _coverage(master)
+        self.coverage = _coverage(source, master)
         self.graph_module = self.at(PRECISIONS["fp32"])
 
     def keeping(self, names: Collection[str]) -> FusedProgram:
@@ -179,11 +185,11 @@ def operator_nodes(master: fx.GraphModule) -> list[fx.Node]:
     return [node for node in calls if not is_call(node, *QUANTISATION)]
 
 
-def _coverage(master: fx.GraphModule) -> Coverage:
+def _coverage(source: fx.GraphModule, master: fx.GraphModule) -> Coverage:
     fused, left = [], []
     for node in operator_nodes(master):
         if is_call(node, *FUSED_OPERATORS):
             fused.append(Operator(module_path(node), schema_name(node), tuple(node.meta["fused"])))
         else:
             left.append(Operator(module_path(node), schema_name(node), reason=node.meta.get("refused", "")))
-    return Coverage(tuple(fused), tuple(left))
+    return Coverage(tuple(fused), tuple(left), tuple(constant_channels(source)))

@@ -20,6 +20,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 _COLOURS = {1: "grey", 3: "RGB"}
 _MODES = {1: "L", 3: "RGB"}  # Pillow's names of the same
 _LARGEST = 1e6  # deviations are above its inverse; NaN and Inf fail the comparison too
+_MOST_PIXELS = 2**15  # of a side
 _LONGEST = 200  # what lies outside the middle is scaled too, in memory
 _FIXED = {"interpolation": "bilinear", "scale": "x / 255", "layout": "NCHW"}
 
@@ -46,6 +47,8 @@ class Preprocessing:
     def __post_init__(self) -> None:
         if min(self.size) < 1 or any(r < s for r, s in zip(self.resize, self.size, strict=True)):
             raise ValueError(f"expected a size of at least 1x1 and a resize that covers it, got {self}")
+        if max(self.resize) > _MOST_PIXELS:
+            raise ValueError(f"expected sizes of at most {_MOST_PIXELS} pixels, got {self}")
         if len(self.mean) not in _COLOURS or len(self.std) != len(self.mean):
             raise ValueError(f"expected mean and std of 1 or 3 channels, got {self.mean} and {self.std}")
         sound = all(abs(m) < _LARGEST for m in self.mean) and all(1 / _LARGEST < s < _LARGEST for s in self.std)

@@ -190,13 +190,13 @@ def _unreadable(file: Path, size: int, expected: str, error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError) or "weights_only" in reason:
         reason = "no such pickle"  # PyTorch's own text is about how to load the file unsafely
     try:
-        look = _looks_like(file, size)
+        look = _looks_like(file, size, reason)
     except OSError as failure:
         return f"{size} bytes, cannot be read ({failure.strerror}); expected {expected}"
     return f"{size} bytes, looks like {look}; expected {expected} ({_short(reason)})"
 
 
-def _looks_like(file: Path, size: int) -> str:
+def _looks_like(file: Path, size: int, reason: str) -> str:
     """What a file that is not what it should be seems to be, in a few words."""
     with file.open("rb") as stream:
         head = stream.read(1024)
@@ -210,12 +210,16 @@ def _looks_like(file: Path, size: int) -> str:
     if head.startswith(b"PK\x03\x04"):
         if not zipfile.is_zipfile(file):
             return "a truncated zip archive"
-        with zipfile.ZipFile(file) as archive:
-            checkpoint = any(name.endswith("data.pkl") for name in archive.namelist())
+        try:
+            with zipfile.ZipFile(file) as archive:
+                checkpoint = any(name.endswith("data.pkl") for name in archive.namelist())
+        except (zipfile.BadZipFile, ValueError, NotImplementedError):
+            return "a damaged zip archive"
         return "a torch.save archive" if checkpoint else "a zip archive"
     if head[8:9] == b"{":
         header = int.from_bytes(head[:8], "little")
-        return "a safetensors file" if 8 + header <= size else "a truncated safetensors file"
+        truncated = 8 + header > size or "not fully covered" in reason
+        return "a truncated safetensors file" if truncated else "a safetensors file"
     if head[257:262] == b"ustar":
         return "a tar archive"
     if head[0] == 0x80 and head[1:2] <= b"\x05":

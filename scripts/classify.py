@@ -36,8 +36,9 @@ def main(argv: list[str] | None = None) -> int:
 def classify(args: argparse.Namespace) -> int:
     """Show the classes of every picture; the exit code."""
     bundle = open_bundle(args.bundle)
-    labels = bundle.classes or [f"class {i}" for i in range(bundle.class_count)]
-    artefact, logits = run(bundle, args.images)
+    names, count = bundle.classes, bundle.class_count
+    artefact, logits = run(bundle, args.images)  # which refuses another number of logits
+    labels = names or [f"class {i}" for i in range(count)]
     for path, row in zip(args.images, logits, strict=True):
         if not np.isfinite(row).all():
             sys.stderr.write(f"classify.py: {path}: {artefact.file} returns NaN or Inf for this picture\n")

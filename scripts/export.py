@@ -302,6 +302,7 @@ def summarise(args: argparse.Namespace, source: Source, result: ExportResult) ->
             "output": str(result.output) if result else None,
             "fused": len(coverage.fused),
             "left": [operator.name for operator in coverage.left],
+            "notes": list(coverage.notes),
             "files": dict(result.files),
             "skipped": dict(result.skipped),
             "seconds": round(result.seconds, 1),
@@ -311,6 +312,8 @@ def summarise(args: argparse.Namespace, source: Source, result: ExportResult) ->
         return
     print_rungs(report.rungs, result.files)
     print(f"{len(coverage.fused)} fused operators; left: {', '.join(op.name for op in coverage.left) or 'none'}")
+    for note in coverage.notes:
+        print(note)
     if report.kept:
         print(f"kept in float32: {', '.join(report.kept)}")
     for rung in report.rungs:

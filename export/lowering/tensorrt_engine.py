@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
 from export.batch import Batch
 from export.child import run_in_child
-from export.cuda_runtime import why_no_gpu
+from export.cuda_runtime import gpu_name, why_no_gpu
 from export.errors import MissingDependency
 from export.lowering.engine_config import DEFAULT_ENGINE, EngineConfig
 from export.precision import Precision
 
 _BUILDER = "export.lowering.engine_builder"
-_ADVICE = "lower --workspace, --batch or --optimization-level"
+_ADVICE = "lower --workspace, --batch or --optimization-level, or export with --engine none"
+_REMEDY = "build one here: python scripts/verify.py BUNDLE --build"
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Engine:
         config: how it was built.
         layers: name and types of each layer: of the kernels where the flavour shows them, else of the network as
             parsed. Empty for an engine read from a bundle.
+        gpu: that it was built on and for; empty where it was built without one.
     """
 
     flavour: Flavour
@@ -75,6 +77,7 @@ class Engine:
     seconds: float
     config: EngineConfig = DEFAULT_ENGINE
     layers: tuple[Mapping[str, Any], ...] = ()
+    gpu: str = ""
 
 
 def import_flavour(flavour: Flavour) -> ModuleType:
@@ -111,13 +114,17 @@ def why_not_runnable(engine: Engine) -> str:
     except MissingDependency as error:
         return str(error)
     if installed != engine.version and not (engine.config.version_compatible and _follows(installed, engine.version)):
-        return f"built by {engine.flavour.name} {engine.version}, {installed} is installed: export again with it"
-    return why_no_gpu(engine.flavour.name)
+        return f"built by {engine.flavour.name} {engine.version}, {installed} is installed; {_REMEDY}"
+    no_gpu = why_no_gpu(engine.flavour.name)
+    if engine.gpu and not no_gpu and not engine.config.hardware_compatible:
+        here = gpu_name(engine.flavour.name)
+        return "" if here == engine.gpu else f"built on {engine.gpu}, here is {here}; {_REMEDY}"
+    return no_gpu
 
 
 def _follows(installed: str, built: str) -> bool:
     """Whether a version is a later one of the same major version."""
-    later, earlier = ([int(part) for part in version.split(".") if part.isdigit()] for version in (installed, built))
+    later, earlier = ([int(part) for part in version.split(".") if part.isdecimal()] for version in (installed, built))
     return later[:1] == earlier[:1] and later >= earlier
 
 
@@ -150,4 +157,4 @@ def build_engine(
     task, target = f"building the {flavour.name} engine", f"{_BUILDER}:build"
     arguments = (onnx_bytes, flavour, precision, batch, image_shape, config, frozenset(kept))
     engine: Engine = run_in_child(task, _ADVICE, target, *arguments)
-    return engine
+    return replace(engine, gpu=gpu_name(flavour.name)) if flavour.needs_gpu else engine

@@ -57,6 +57,20 @@ def fold_batchnorm(graph_module: fx.GraphModule) -> fx.GraphModule:
     return graph_module
 
 
+def constant_channels(graph_module: fx.GraphModule) -> list[str]:
+    """One line for each BatchNorm with a running variance of 0: only eps then limits what it multiplies with."""
+    found = []
+    for node in graph_module.graph.nodes:
+        scale_shift = _scale_and_shift(graph_module, node) if is_call(node, _BATCH_NORM) else None
+        if scale_shift is not None:
+            constant_ones = parameter(graph_module, args_of(node)[4]) == 0
+            if bool(constant_ones.any()):
+                gain = scale_shift[0][constant_ones].abs().max().item()
+                count = f"running_var is 0 in {int(constant_ones.sum())} of {len(constant_ones)} channels"
+                found.append(f"{module_path(node)}: {count}, which are multiplied by up to {gain:.4g}")
+    return found
+
+
 def _scale_and_shift(graph_module: fx.GraphModule, node: fx.Node) -> tuple[Tensor, Tensor] | None:
     """s = gamma / sqrt(var + eps) and t = beta - mean * s; gamma 1 and beta 0 where affine=False."""
     _, gamma_node, beta_node, mean_node, var_node, _, eps = args_of(node)

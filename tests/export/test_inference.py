@@ -115,7 +115,7 @@ def test_other_inputs_are_refused(images: NDArray, bundles: dict[str, Path]) -> 
 
 
 def with_engine(bundle: Path, output: Path, version: str, plan: bytes = b"no plan") -> Path:
-    facts = {"flavour": "tensorrt-rtx", "version": version, "convolutions": 21, "build_seconds": 1.0}
+    facts = {"flavour": "tensorrt-rtx", "version": version, "convolutions": 21, "build_seconds": 1.0, "gpu": None}
 
     def add(manifest: dict[str, Any], files: dict[str, bytes]) -> None:
         manifest["engines"][RTX_FILE], files[RTX_FILE] = facts, plan
@@ -192,14 +192,14 @@ def test_an_engine_runs_in_batches_it_accepts(
 
         def infer(self, arrays: Mapping[str, NDArray]) -> dict[str, NDArray]:
             seen.append(len(arrays["input"]))
-            return {"output": arrays["input"].sum(axis=(2, 3))}
+            return {"output": arrays["input"].mean(axis=(1, 2)) @ np.eye(16, 10, dtype=np.float32)}
 
     monkeypatch.setattr(tensorrt_engine, "import_flavour", lambda flavour: FakePackage)
     monkeypatch.setattr(tensorrt_engine, "why_no_gpu", lambda extra: "")
     monkeypatch.setattr(inference, "TensorRTRunner", Counting)
     bundle = open_bundle(with_engine(bundles["fp32"], tmp_path / "b", "1.2.3", b"the plan"))
     with running_first(bundle) as (artefact, infer):
-        np.testing.assert_array_equal(infer(inputs)["output"], inputs.sum(axis=(2, 3)))
+        np.testing.assert_array_equal(infer(inputs)["output"], inputs.mean(axis=(1, 2))[:, :10])
     assert artefact.file == RTX_FILE and seen == [b"the plan", ("output",), 8, 8, 4, "closed"]
 
 

@@ -160,10 +160,11 @@ def test_dequantised_values_are_quantised_to_themselves(call: Call, data: st.Dat
 
 
 @settings(PROFILE, max_examples=100)
-@given(quantise_calls(), st.integers(-3, 3))
+@given(quantise_calls(), st.integers(1, 3))
 def test_a_power_of_two_in_both_x_and_its_scale_changes_nothing(call: Call, exponent: int) -> None:
+    """Upwards and short of the largest float16 it is exact."""
     x, scale, zero = call.arguments.values()
-    x = x.detach().clamp(-1e4, 1e4)
+    x = x.detach().clamp(-8000, 8000)
     factor = 2.0**exponent
     assert torch.equal(quantize_linear(x * factor, scale * factor, zero), quantize_linear(x, scale, zero))
 

@@ -128,7 +128,7 @@ def test_a_builder_that_dies_is_one_line_that_says_what_to_lower(
         build_engine(b"", deadly, FP16, BATCH, SHAPE)
     assert str(error.value) == (
         "building the tensorrt engine was ended by SIGKILL (most likely out of memory): "
-        "lower --workspace, --batch or --optimization-level"
+        "lower --workspace, --batch or --optimization-level, or export with --engine none"
     )
 
 

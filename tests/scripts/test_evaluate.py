@@ -95,7 +95,7 @@ def test_a_table_with_differences_and_plain_progress(folder: Path) -> None:
 
 def test_what_does_not_run_here_is_listed_with_its_reason(folder: Path) -> None:
     def add_engine(manifest: dict[str, Any], files: dict[str, bytes]) -> None:
-        facts = {"flavour": "tensorrt", "version": "10.9", "convolutions": 21, "build_seconds": 1.0}
+        facts = {"flavour": "tensorrt", "version": "10.9", "convolutions": 21, "build_seconds": 1.0, "gpu": None}
         manifest["engines"]["model.trt.engine"], files["model.trt.engine"] = facts, b"no plan"
 
     digits.rewrite(folder / "fp32", folder / "engine", add_engine)

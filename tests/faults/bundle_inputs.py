@@ -1,0 +1,189 @@
+"""Bundles with one file damaged and every hash made to fit again, as somebody who means harm would."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import json
+import random
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from export.accuracy import class_indices
+from export.bundle import MANIFEST, ONNX_FILE
+from export.golden import GOLDEN_FILE
+from export.inference import artefacts, open_bundle
+from export.onnx_session import open_file
+from export.verify import verify_bundle
+from resnet.preprocessing import Preprocessing
+from tests.faults.mutations import damaged_bytes, damaged_json, damaged_onnx, damaged_safetensors, deep_recursion
+
+ROOT = Path(__file__).resolve().parents[2]
+TryOne = Callable[[int], str]
+
+
+ENGINE = "model.rtx.engine"
+READ = ("format", "model", "precision", "batch", "inputs", "outputs", "engines", "files")  # parts of a manifest
+
+
+def manifests(source: Path, folder: Path) -> TryOne:
+    """Those that are read go through a script, too. The bundle says that it holds an engine."""
+    bundle = copied(source, folder)
+    replace(bundle, ENGINE, b"a plan that no version of TensorRT wrote")
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    del manifest["manifest_sha256"]
+    facts = {"flavour": "tensorrt-rtx", "version": "0.0.0.1", "convolutions": 9, "build_seconds": 1.0, "gpu": None}
+    manifest["engines"] = {ENGINE: {**facts, "options": {"version_compatible": True, "targets": ["sm_86"]}}}
+    commands = {
+        script("verify"): [str(bundle)],
+        script("classify"): [str(bundle), str(a_picture(folder / "picture.png"))],
+        script("evaluate"): [str(bundle), str(class_folders(folder / "data"))],
+    }
+
+    def try_one(index: int) -> str:
+        generator = random.Random(f"manifest {index}")
+        if generator.random() < 0.2:
+            damaged = damaged_json(generator, manifest)
+        else:
+            part = generator.choice(READ)
+            damaged = {**manifest, part: damaged_json(generator, manifest[part])}
+        text = canonical(with_own_hash(damaged))
+        kind = generator.random()
+        if kind < 0.1:
+            text = damaged_bytes(generator, text)
+        elif kind < 0.15:
+            text = text.replace(b"{\n", b'{\n  "format": 2,\n', 1)
+        (bundle / MANIFEST).write_bytes(text)
+        word = refused_or(lambda: read(bundle))
+        if word != "refused" or index % 20 == 0:
+            module, arguments = generator.choice(list(commands.items()))
+            run(module, arguments)
+        return word
+
+    return try_one
+
+
+def golden_files(source: Path, folder: Path) -> TryOne:
+    bundle = copied(source, folder)
+    content = (source / GOLDEN_FILE).read_bytes()
+
+    def try_one(index: int) -> str:
+        replace(bundle, GOLDEN_FILE, damaged_safetensors(random.Random(f"golden {index}"), content))
+        return refused_or(lambda: all(verify_bundle(bundle)))
+
+    return try_one
+
+
+def onnx_files(source: Path, folder: Path) -> TryOne:
+    """Two of three as verify runs them, the others as a file of 16 bits is run."""
+    bundle = copied(source, folder)
+    content = (source / ONNX_FILE).read_bytes()
+
+    def try_one(index: int) -> str:
+        damaged = damaged_onnx(random.Random(f"onnx {index}"), content)
+        if index % 3 == 0:
+            return refused_or(lambda: open_file(damaged, rounded=True) is not None)
+        replace(bundle, ONNX_FILE, damaged)
+        return refused_or(lambda: all(verify_bundle(bundle)))
+
+    return try_one
+
+
+def copied(source: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(source, folder / "bundle"))
+
+
+def with_own_hash(manifest: Any) -> Any:
+    if not isinstance(manifest, dict):
+        return manifest
+    return {**manifest, "manifest_sha256": hashlib.sha256(canonical(manifest)).hexdigest()}
+
+
+def canonical(value: Any) -> bytes:
+    """As `export.bundle` writes a manifest."""
+    with deep_recursion():
+        return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+
+
+def replace(bundle: Path, name: str, content: bytes) -> None:
+    """Another content for a file of a bundle, which stays whole."""
+    (bundle / name).write_bytes(content)
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    del manifest["manifest_sha256"]
+    manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (bundle / MANIFEST).write_bytes(canonical(with_own_hash(manifest)))
+
+
+def refused_or(function: Callable[[], object]) -> str:
+    """`refused` for an ExportError or another ValueError of one line, else what the result is worth."""
+    try:
+        return "passed" if function() else "failed"
+    except ValueError as error:
+        lines = str(error).splitlines()
+        if len(lines) != 1:
+            raise AssertionError(f"expected one line, got {len(lines)}: {str(error)[:100]}") from error
+        return "refused"
+
+
+def read(path: Path) -> bool:
+    """What the scripts read from a manifest before anything runs."""
+    bundle = open_bundle(path)
+    artefacts(bundle)
+    preprocessing = Preprocessing.from_json(bundle.preprocessing)
+    bundle.check_input((preprocessing.channels, *preprocessing.size))
+    class_indices(("class 0", "class 1"), bundle.classes, bundle.class_count)
+    return True
+
+
+def script(name: str) -> ModuleType:
+    """A script as a module, with the path as it was."""
+    path = list(sys.path)
+    spec = importlib.util.spec_from_file_location(f"{name}_fuzzed", ROOT / "scripts" / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look themselves up
+    spec.loader.exec_module(module)
+    sys.path[:] = path
+    return module
+
+
+def run(module: ModuleType, arguments: list[str]) -> str:
+    """The exit code of a script as a word; AssertionError for an unknown one, and for 2 without one line that says why.
+
+    The streams refuse and escape what those of a terminal do.
+    """
+    out, err = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace")
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code: object = module.main(arguments)
+        except SystemExit as end:
+            code = end.code
+    err.seek(0)
+    said = [line for line in err.read().splitlines() if " s  " not in line]  # progress lines apart
+    assert code in (0, 1, 2), f"exit code {code!r}"
+    assert not any("Traceback" in line for line in said), f"{said}"
+    refusals = [line for line in said if ".py: error: " in line]
+    assert refusals == (said[-1:] if code == 2 else []), f"exit code {code} and {said}"
+    return f"exit code {code}"
+
+
+def a_picture(path: Path, seed: int = 0) -> Path:
+    pixels = np.random.default_rng(seed).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def class_folders(root: Path) -> Path:
+    for index in range(2):
+        (root / f"class {index}").mkdir(parents=True)
+        a_picture(root / f"class {index}" / "picture.png", index)
+    return root

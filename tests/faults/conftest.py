@@ -1,0 +1,78 @@
+"""One small network, exported once: what the tests of this folder damage, replace and kill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from export import ExportConfig, export_bundle, pipeline
+from export.images import crops, photographs
+from resnet.initialise import initialise
+from resnet.models import create_model
+from resnet.preprocessing import Preprocessing
+
+SIZE = 16
+CONFIG = ExportConfig("fp32", (1, 2, 4), "none")
+METADATA = {
+    "name": "resnet8",
+    "preprocessing": Preprocessing((SIZE, SIZE), (SIZE, SIZE), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)).to_json(),
+    "classes": [f"class {index}" for index in range(10)],
+    "data": "nothing",
+}
+
+
+@pytest.fixture(scope="session")
+def images() -> Tensor:
+    return crops(photographs(), 16, 3, (SIZE, SIZE))
+
+
+@pytest.fixture(scope="session")
+def resnet8(images: Tensor) -> nn.Module:
+    """Seeded, with calibrated BatchNorm; tests copy what they change."""
+    model = create_model("resnet8")
+    return initialise(model, crops(photographs(), 16, 3, (SIZE, SIZE), seed=1)).eval()
+
+
+@pytest.fixture(scope="session")
+def export_again(
+    resnet8: nn.Module, images: Tensor, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Path], None]:
+    """`export_bundle` of `resnet8` into a folder, with everything but the computing, which is done once, here.
+
+    A forked child may call it: threads, which computing needs, are not forked.
+    """
+    results: dict[str, object] = {}
+
+    def once(name: str, function: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object) -> object:
+            if name not in results:
+                results[name] = function(*arguments)
+            return results[name]
+
+        return call
+
+    slow = ("check_model", "fuse", "floating_forms", "_compare")
+    replacements = {name: once(name, getattr(pipeline, name)) for name in slow}
+    example = torch.zeros(1, 3, SIZE, SIZE)
+
+    def export(output: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, function in replacements.items():
+                patch.setattr(pipeline, name, function)
+            result = export_bundle(resnet8, example, output, CONFIG, images=images, metadata=METADATA)
+        assert result, result.report.verdict
+
+    export(tmp_path_factory.mktemp("first") / "bundle")
+    return export
+
+
+@pytest.fixture(scope="session")
+def bundle(export_again: Callable[[Path], None], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real bundle; tests copy what they change."""
+    output = tmp_path_factory.mktemp("exported") / "bundle"
+    export_again(output)
+    return output

@@ -1,0 +1,321 @@
+"""What nobody may do through a file, a name or a server."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import pickle
+import re
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from torch import nn
+from torch.torch_version import TorchVersion
+
+from export import ExportError, inference, verify_bundle
+from export.bundle import MANIFEST, ONNX_FILE
+from export.golden import GOLDEN_FILE
+from export.inference import artefacts, open_bundle, running
+from export.onnx_session import open_file
+from export.private_cache import private_folder
+from resnet import pretrained
+from resnet.models import create_model
+from resnet.pretrained import PUBLISHED, DownloadError, PublishedFile, download
+from resnet.weights import WeightsError, load_weights
+from tests.faults.bundle_inputs import a_picture, canonical, class_folders, copied, replace, run, script, with_own_hash
+from tests.faults.mutations import nested
+from tests.faults.weights_inputs import CANARY, CODE, Payload
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = sorted(path for room in ("export", "kernels", "resnet", "scripts") for path in (ROOT / room).rglob("*.py"))
+
+
+def pinned(package: str) -> str:
+    """The least version of a package that the project takes."""
+    found = re.search(rf'"{package}>=([0-9.]+)"', (ROOT / "pyproject.toml").read_text())
+    assert found, package
+    return found[1]
+
+
+@pytest.mark.parametrize("call", CODE, ids=lambda call: call[0].__name__)
+def test_security_1_a_pickle_with_code_is_refused_without_running_it(
+    call: tuple[Callable[..., object], tuple[object, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    state: dict[str, Any] = dict(create_model("resnet8").state_dict())
+    for content in (Payload(*call), {**state, "fc.bias": Payload(*call)}, {"state_dict": state, "x": Payload(*call)}):
+        for zipped in (True, False):
+            torch.save(content, "weights.pt", _use_new_zipfile_serialization=zipped)
+            with pytest.raises(WeightsError, match=r"a pickle that needs code .*, not run; save its tensors instead"):
+                load_weights(create_model("resnet8"), "weights.pt")
+    Path("bare.pt").write_bytes(pickle.dumps(Payload(*call)))
+    with pytest.raises(WeightsError):
+        load_weights(create_model("resnet8"), "bare.pt")
+    assert not Path(CANARY).exists()
+
+
+def test_security_1_pytorch_is_new_enough_and_an_older_one_opens_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert TorchVersion(pinned("torch")) >= "2.10" and TorchVersion(torch.__version__) >= pinned("torch")
+    path = tmp_path / "weights.pt"
+    torch.save(create_model("resnet8").state_dict(), path)
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.9.1"))
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("opened"))
+    with pytest.raises(WeightsError, match=r"expected >= 2\.10"):
+        load_weights(create_model("resnet8"), path)
+
+
+def test_security_2_onnx_is_new_enough_and_the_weights_are_inside(bundle: Path) -> None:
+    least, here = (tuple(map(int, v.split(".")[:2])) for v in (pinned("onnx"), version("onnx")))
+    assert here >= least >= (1, 21)
+    model = onnx.load(bundle / ONNX_FILE, load_external_data=False)
+    assert len(model.graph.initializer) > 10
+    assert all(tensor.data_location == onnx.TensorProto.DEFAULT for tensor in model.graph.initializer)
+    assert not any(tensor.external_data for tensor in model.graph.initializer)
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("place", ["beside", "current folder", "above", "absolute"])
+def test_security_2_external_data_is_refused(
+    place: str, rounded: bool, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a file that is there and fits, so that nothing but the rule can refuse it."""
+    changed = copied(bundle, tmp_path)
+    model = onnx.load(changed / ONNX_FILE)
+    tensor = next(tensor for tensor in model.graph.initializer if len(tensor.raw_data) > 1000)
+    (tmp_path / "secret").write_bytes(tensor.raw_data)
+    monkeypatch.chdir(tmp_path)
+    location = {"beside": GOLDEN_FILE, "current folder": "secret", "above": "../secret"}
+    external = {"location": location.get(place, str(tmp_path / "secret")), "length": str(len(tensor.raw_data))}
+    if place == "above":
+        (tmp_path / "inside").mkdir()
+        monkeypatch.chdir(tmp_path / "inside")
+    if place == "beside":
+        monkeypatch.chdir(changed)
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in external.items():
+        tensor.external_data.add(key=key, value=value)
+    content = model.SerializeToString()
+    with pytest.raises(ExportError) as error:
+        open_file(content, rounded)
+    assert "\n" not in str(error.value)
+    replace(changed, ONNX_FILE, content)
+    with pytest.raises(ExportError):
+        opened = open_bundle(changed)
+        with running(opened, artefacts(opened)[-1]):
+            pass
+
+
+def imports_and_calls(path: Path) -> set[str]:
+    """Every dotted name that a file imports or calls."""
+    tree = ast.parse(path.read_text())
+    names = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_security_2_no_hub_is_used() -> None:
+    names = {name for path in SOURCES for name in imports_and_calls(path)}
+    assert "onnx" in names and not [name for name in names if ".hub" in name or name.startswith("hub")]
+
+
+def test_security_3_a_plan_is_loaded_only_from_a_manifest_that_verifies(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference, "TensorRTRunner", lambda *_: pytest.fail("a plan was loaded"))
+    foreign = copied(bundle, tmp_path / "foreign")
+    (foreign / "model.rtx.engine").write_bytes(b"plan")
+    with pytest.raises(ExportError, match=r"model\.rtx\.engine: not listed in manifest\.json"):
+        verify_bundle(foreign)
+    forged = copied(bundle, tmp_path / "forged")
+    replace(forged, "model.rtx.engine", b"plan")
+    text = (forged / MANIFEST).read_text().replace('"engines": {}', '"engines": {"model.rtx.engine": {}}')
+    (forged / MANIFEST).write_text(text)
+    with pytest.raises(ExportError, match=r"manifest\.json: changed since it was written"):
+        verify_bundle(forged)
+    elsewhere = copied(bundle, tmp_path / "elsewhere")
+    manifest = json.loads((elsewhere / MANIFEST).read_text())
+    del manifest["manifest_sha256"]
+    manifest["engines"] = {"/tmp/model.rtx.engine": {"flavour": "tensorrt-rtx", "version": "1"}}
+    (elsewhere / MANIFEST).write_bytes(canonical(with_own_hash(manifest)))
+    with pytest.raises(ExportError, match="not a bundle of this project"):
+        verify_bundle(elsewhere)
+
+
+SMUGGLED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "unlisted": (lambda b: (b / "evil.so").write_bytes(b""), r"evil\.so: not listed in manifest\.json"),
+    "hidden": (lambda b: (b / ".evil").write_bytes(b""), r"\.evil: not listed in manifest\.json"),
+    "folder": (lambda b: (b / "evil").mkdir(), "evil: expected a plain file"),
+    "pipe": (lambda b: os.mkfifo(b / "evil"), "evil: expected a plain file"),
+    "symlink": (
+        lambda b: ((b / ONNX_FILE).rename(b.parent / "m"), (b / ONNX_FILE).symlink_to(b.parent / "m")),
+        r"model\.onnx: expected a plain file",
+    ),
+    "manifest a symlink": (
+        lambda b: ((b / MANIFEST).rename(b.parent / "m"), (b / MANIFEST).symlink_to(b.parent / "m")),
+        "expected a bundle",
+    ),
+    "missing": (lambda b: (b / GOLDEN_FILE).unlink(), r"golden\.safetensors: missing"),
+    "size": (lambda b: (b / GOLDEN_FILE).write_bytes(b"x"), r"golden\.safetensors: 1 bytes, expected \d+"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SMUGGLED)
+def test_security_4_what_the_manifest_does_not_say_is_refused(case: str, bundle: Path, tmp_path: Path) -> None:
+    smuggle, expected = SMUGGLED[case]
+    changed = copied(bundle, tmp_path)
+    smuggle(changed)
+    with pytest.raises(ExportError, match=expected):
+        verify_bundle(changed)
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret", "/etc/hostname", "a/b", "..", ".", "", MANIFEST, "a\x00b", "x" * 300, "a\nb"]
+)
+def test_security_4_names_are_names_in_the_folder(name: str, bundle: Path, tmp_path: Path) -> None:
+    changed = copied(bundle, tmp_path)
+    manifest = json.loads((changed / MANIFEST).read_text())
+    del manifest["manifest_sha256"]
+    manifest["files"][name] = {"bytes": 0, "sha256": "0" * 64}
+    (changed / MANIFEST).write_bytes(canonical(with_own_hash(manifest)))
+    with pytest.raises(ExportError) as error:
+        open_bundle(changed)
+    assert len(str(error.value).splitlines()) == 1 and repr(name)[1:-1] in str(error.value)
+
+
+FORGED: dict[str, Callable[[dict[str, Any]], object]] = {
+    "batch of 1.5": lambda m: m["batch"].update(min=1.5),
+    "batch of 4.5": lambda m: m["batch"].update(max=4.5),
+    "endless batch": lambda m: m["batch"].update(max=float("inf")),
+    "endless image": lambda m: m["inputs"][0].update(shape=["batch", float("inf"), 16, 16]),
+    "fewer classes": lambda m: (m["outputs"][0].update(shape=["batch", 3]), m["model"].update(classes=None)),
+    "other classes": lambda m: (
+        m["outputs"][0].update(shape=["batch", 3]), m["model"].update(classes=["class 0", "class 1", "c"]),
+    ),
+    "more classes": lambda m: (m["outputs"][0].update(shape=["batch", 20]), m["model"].update(classes=None)),
+    "no name": lambda m: m["inputs"][0].pop("name"),
+    "format": lambda m: m.update(format="2\n3"),
+    "size of pictures": lambda m: m["model"]["preprocessing"].update(resize=[10**30, 10**30]),
+    "nested": lambda m: m.update(more=nested(980)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FORGED)
+def test_security_4_a_forged_manifest_is_refused_by_every_script(case: str, bundle: Path, tmp_path: Path) -> None:
+    """Those that fuzzing found, or that it comes by too rarely. What it can be made to say is in one line."""
+    changed = copied(bundle, tmp_path)
+    manifest = json.loads((changed / MANIFEST).read_text())
+    del manifest["manifest_sha256"]
+    FORGED[case](manifest)
+    (changed / MANIFEST).write_bytes(canonical(with_own_hash(manifest)))
+    classify, evaluate = script("classify"), script("evaluate")
+    commands = {classify: a_picture(tmp_path / "picture.png"), evaluate: class_folders(tmp_path / "data")}
+    worked = {run(module, [str(changed), str(argument)]) for module, argument in commands.items()}
+    assert case == "nested" or worked == {"exit code 2"}
+    run(script("verify"), [str(changed)])
+
+
+ADDRESSES = ("http://download.pytorch.org/x", "https://evil.example/x", "https://download.pytorch.org.evil.example/x",
+    "https://download.pytorch.org@evil.example/x", "https://download.pytorch.org:8443/x", "file:///etc/passwd",
+    "ftp://download.pytorch.org/x")  # fmt: skip
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_security_5_nothing_is_asked_of_other_addresses(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Redirects, lengths and hashes are in tests/resnet/test_pretrained.py, with a server that lies."""
+    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: pytest.fail("connected"))
+    monkeypatch.setattr(pretrained, "PUBLISHED", {"resnet18": PublishedFile(address, "0" * 64, 10)})
+    with pytest.raises(DownloadError, match=r"expected https://download\.pytorch\.org"):
+        download("resnet18", tmp_path / "cache")
+    assert [path.name for path in (tmp_path / "cache").iterdir() if path.name.endswith(".pth")] == []
+
+
+def test_security_5_every_published_file_has_a_whole_hash_and_a_size() -> None:
+    for file in PUBLISHED.values():
+        assert file.url.startswith("https://download.pytorch.org/")
+        assert re.fullmatch("[0-9a-f]{64}", file.sha256) and 10**7 < file.max_bytes < 10**9
+
+
+def test_security_6_caches_are_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = private_folder("engines")
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700 and folder.parent.parent == tmp_path
+    for mode in (0o777, 0o770, 0o705, 0o1777):
+        folder.chmod(mode)
+        with pytest.raises(ExportError, match=r"is not private to this user \(expected mode 0700\)"):
+            private_folder("engines")
+    folder.chmod(0o700)
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    with pytest.raises(ExportError, match="is not private to this user"):
+        private_folder("engines")
+    monkeypatch.undo()
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(ExportError, match="is not private to this user"):
+        private_folder("engines")
+
+
+def test_security_6_the_runtime_keeps_no_records_and_sends_none(bundle: Path, tmp_path: Path) -> None:
+    """Some versions of ONNX Runtime store what they were used for in the user's cache and send it to their makers."""
+    program = (
+        "import sys, time; sys.path[:0] = [sys.argv[1]]\n"
+        "from export.verify import verify_bundle\n"
+        "assert all(verify_bundle(sys.argv[2])); time.sleep(1)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", program, str(ROOT), str(bundle)], check=True, env=environment)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+FORBIDDEN = {"os.system", "os.popen", "eval", "exec", "pickle.loads", "subprocess.getoutput", "os.execv", "__import__"}
+
+
+def test_security_7_no_shell_and_arguments_as_lists() -> None:
+    started = 0
+    for path in SOURCES:
+        assert not imports_and_calls(path) & FORBIDDEN, path
+        for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+            assert "shell" not in {keyword.arg for keyword in call.keywords}, f"{path}: {ast.unparse(call)}"
+            if ast.unparse(call.func).startswith("subprocess."):
+                started += 1
+                assert isinstance(call.args[0], ast.List | ast.Name), f"{path}: {ast.unparse(call)}"
+    assert started >= 2
+
+
+@pytest.mark.parametrize("name", ["../../evil", "/tmp/evil", "$(touch evil)", "; touch evil", "a\x00b", "\n"])
+def test_security_7_names_become_neither_paths_nor_code(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resnet8: nn.Module
+) -> None:
+    """Of models, classes and data sets; and of pictures, which are only opened."""
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    monkeypatch.chdir(inside)
+    for module, arguments in (
+        ("export", ["--model", name]),
+        ("train", ["--model", name]),
+        ("train", ["--data", name]),
+        ("convert", ["a.pt", "b.safetensors", "--model", name]),
+        ("classify", ["bundle", name]),
+    ):
+        assert run(script(module), arguments) == "exit code 2"
+    assert list(tmp_path.rglob("*")) == [inside]
