@@ -170,17 +170,17 @@ def _digest(content: bytes) -> str:
 def _check_replaceable(output: Path) -> None:
     """Refuse a folder that holds anything but a bundle: what is replaced is deleted."""
     if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise ExportError(f"{output} exists and is not a folder: choose another --output")
+        raise ExportError(f"{output} exists and is not a folder: choose another folder")
     names = {path.name for path in output.iterdir()} if output.is_dir() else set()
     if not names:
         return
     try:
         listed = _read_manifest(output)["files"].keys()
     except ExportError as error:
-        raise ExportError(f"{output} exists and is not a bundle: choose another --output ({error})") from error
+        raise ExportError(f"{output} exists and is not a bundle: choose another folder ({error})") from error
     foreign = sorted(names - listed - {MANIFEST})
     if foreign:
-        raise ExportError(f"{output} holds {foreign[0]}, which is not part of the bundle: choose another --output")
+        raise ExportError(f"{output} holds {foreign[0]}, which is not part of the bundle: choose another folder")
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from export.bundle import ONNX_FILE, staged
 from export.engine_place import (
@@ -64,7 +65,7 @@ def build_on_device(
 
     Raises:
         ExportError: the bundle or what was built before is not what was written; there is no GPU or no TensorRT; an
-            engine cannot be built, or another process is building it. What was in place still is.
+            engine cannot be built, or another process is building it. What was in its place still is.
     """
     progress("check the files")
     opened = open_bundle(bundle)
@@ -91,14 +92,23 @@ def _build(
         found = next((built for built in held if built.key == key), None)
         origin = "built" if found is None else "kept" if found is held[0] else "restored"
         if found is None:
-            progress(f"build the {flavour.name} engine")
-            facts = (flavour, bundle.precision, bundle.batch, bundle.image_shape, config, bundle.kept)
-            found = BuiltEngine(build_engine(bundle.contents[ONNX_FILE], *facts), key)
+            found = _built(bundle, flavour, config, key, progress)
         build = _verified(bundle, found, origin, references, progress)
+        if not build and origin == "restored":
+            found, origin = _built(bundle, flavour, config, key, progress), "built"
+            build = _verified(bundle, found, origin, references, progress)
         if build and origin != "kept":
             progress(f"put it in {place}")
             write_place(staging, place, [found, *held[:1]])
         return build
+
+
+def _built(
+    bundle: Bundle, flavour: Flavour, config: EngineConfig, key: dict[str, Any], progress: Progress
+) -> BuiltEngine:
+    progress(f"build the {flavour.name} engine")
+    facts = (flavour, bundle.precision, bundle.batch, bundle.image_shape, config, bundle.kept)
+    return BuiltEngine(build_engine(bundle.contents[ONNX_FILE], *facts), key)
 
 
 def _verified(

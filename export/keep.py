@@ -1,4 +1,4 @@
-"""What to leave in a wider type: what names stand for, and the fewest with which a network passes."""
+"""What to leave in a wider type: what names stand for, and few enough with which a network passes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def chosen(flag: str, layers: Mapping[str, Collection[str]], patterns: Collectio
 
 
 def fewest(names: Sequence[str], passes: Callable[[frozenset[str]], bool]) -> frozenset[str]:
-    """The smallest set that passes, of names taken in their order.
+    """A set that passes and from which none can be left out, of names taken in their order.
 
     Bisection finds how many of the first it takes; then each of them that is not needed is given back.
 

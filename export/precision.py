@@ -47,6 +47,7 @@ PRECISIONS = {
     "fp16": Precision("fp16", "float16", 2.0**-11, 1.5, 0.41 * 2.0**-11),
     "bf16": Precision("bf16", "bfloat16", 2.0**-8, 1.5, 0.41 * 2.0**-8),
 }
+DOUBLE = Precision("fp64", "float64", 2.0**-53, 2.0, 8 * 2.0**-53)  # of the oracle
 # 8 bits within layers, float16 between them. What rounds like it is the same network quantised and run in float32.
 INT8 = Precision("int8", "float16", 2.0**-11, 1.5, 0.41 * 2.0**-11)
 FORMATS = {**PRECISIONS, INT8.name: INT8}

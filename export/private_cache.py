@@ -10,8 +10,8 @@ from export.errors import ExportError
 
 def cache_path(name: str) -> Path:
     """resnet-deploy/<name> in $XDG_CACHE_HOME or ~/.cache; raises RuntimeError where the user has no home."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "resnet-deploy" / name
+    base = os.environ.get("XDG_CACHE_HOME", "")  # which does not count where it is relative
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "resnet-deploy" / name
 
 
 def check_private(folder: Path) -> None:

@@ -61,7 +61,8 @@ def verify(args: argparse.Namespace) -> int:
             rungs = verify_bundle(args.bundle, progress)
     passed = all(rungs)
     if args.json:
-        print(json.dumps({"passed": passed, "rungs": [rung.to_json() for rung in rungs]}))
+        built = [{"file": str(build.file), "origin": build.origin, "passed": bool(build)} for build in builds]
+        print(json.dumps({"passed": passed, "rungs": [rung.to_json() for rung in rungs], "builds": built}))
         return 0 if passed else 1
     sizes = {str(build.file): build.size for build in builds}
     print_columns(RUNG_HEADINGS, [rung.cells(sizes.get(rung.file) or size(args.bundle, rung)) for rung in rungs])

@@ -62,7 +62,7 @@ def prove_precision(trt: ModuleType, network: Any, precision: Precision, kept: C
 
 
 def _has_weights(trt: ModuleType, layer: Any, producers: Mapping[str, Any]) -> bool:
-    if layer.type == trt.LayerType.CONVOLUTION:
+    if layer.type in (trt.LayerType.CONVOLUTION, trt.LayerType.DECONVOLUTION):
         return True
     if layer.type != trt.LayerType.MATRIX_MULTIPLY:
         return False

@@ -11,7 +11,7 @@ from export.parity.checks import NAN, OVERFLOW, SATURATION, UNDERFLOW, WRONG, Fa
 
 
 def fault_of(
-    y: Tensor, expected: Tensor, z: Tensor | None, dtype: torch.dtype, weights: Iterable[Tensor] = ()
+    y: Tensor, expected: Tensor, z: Tensor | None, dtype: torch.dtype, weights: Iterable[Tensor] = (), kind: str = ""
 ) -> Fault:
     """Classify the worst element of a result that was refused.
 
@@ -21,26 +21,27 @@ def fault_of(
         z: the error in units of what is allowed; None where `y` is not finite.
         dtype: the storage type.
         weights: what the operator multiplies with, before it was rounded to that type.
+        kind: of the error, where it is known already.
     """
     limits = torch.finfo(dtype)
     if z is None:
-        kind, broken = (OVERFLOW, y.isinf()) if bool(y.isinf().any()) else (NAN, y.isnan())
+        found, broken = (OVERFLOW, y.isinf()) if bool(y.isinf().any()) else (NAN, y.isnan())
         index = _place(torch.where(broken, expected.abs().nan_to_num(), -1.0))
-        return Fault(kind, index, y[index].item(), expected[index].item())
+        return Fault(kind or found, index, y[index].item(), expected[index].item())
     index = _place(z.nan_to_num(nan=torch.inf))
     got, wanted = y[index].item(), expected[index].item()
-    kind = WRONG
+    found = WRONG
     if abs(got) >= limits.max:
-        kind = SATURATION
-    elif abs(wanted) < limits.tiny or any(flushed(weight, dtype) for weight in weights):
-        kind = UNDERFLOW
-    return Fault(kind, index, got, wanted)
+        found = SATURATION
+    elif (0 < abs(wanted) < limits.tiny and abs(got) <= limits.tiny) or any(flushed(w, dtype) for w in weights):
+        found = UNDERFLOW
+    return Fault(kind or found, index, got, wanted)
 
 
-def quantised_fault_of(q: Tensor, expected: Tensor, dtype: torch.dtype) -> Fault:
-    """Classify the worst element of refused whole numbers of the type `dtype`."""
-    limits, index = torch.iinfo(dtype), _place((q - expected).abs())
-    saturated = q[index].item() in (limits.min, limits.max)
+def quantised_fault_of(q: Tensor, expected: Tensor, zero_point: Tensor) -> Fault:
+    """Classify the worst element of refused whole numbers of the type of their zero point."""
+    limits, index = torch.iinfo(zero_point.dtype), _place((q - expected).abs())
+    saturated = q[index].item() in {limits.min, limits.max} - {zero_point.item()}  # zeros are no sign of it
     return Fault(SATURATION if saturated else WRONG, index, q[index].item(), expected[index].item())
 
 

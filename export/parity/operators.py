@@ -2,6 +2,8 @@
 
 An operator passes when z = |y - y64| / sigma, with sigma from `bounds`, has rms <= 1.6 over the values that are not
 exactly 0 and max <= 9 (16 for float32), all is finite, and y is exactly 0 wherever a ReLU's input is below -8 sigma.
+Values below the smallest normal number of the type, as in channels that training has switched off, are judged by who
+reads them: where no reader would change by more than a sigma had they been exact, z is that of the other values.
 
 y64 comes from the captured graph, not from the fused one: a wrongly folded weight or a residual taken
 from the wrong place is an error here, not part of the reference.
@@ -22,20 +24,22 @@ from export.graph import (
     constant,
     is_call,
     module_path,
+    moves_data,
     named_args,
     schema_name,
     source_name,
 )
 from export.interpreter import GraphInterpreter
 from export.parity.bounds import BOUNDS, Bound, Call
-from export.parity.checks import Fault, OperatorCheck, OperatorChecks
-from export.parity.fault import fault_of, flushed
+from export.parity.checks import UNDERFLOW, Fault, OperatorCheck, OperatorChecks
+from export.parity.fault import fault_of
 from export.precision import PRECISIONS, Precision
 from export.program import FusedProgram, operator_nodes
 
 RMS_LIMIT = 1.6
 MAX_LIMIT = 9.0
 MAX_LIMIT_FP32 = 16.0
+_SEVERAL = 3.0  # sigmas: more than rounding does to most values
 
 
 def check_operators(
@@ -84,10 +88,12 @@ def check_alone(program: FusedProgram, precision: Precision, x: Tensor) -> list[
         interpreter.run(x)
         exact = {name: _rounded(value, precision.dtype) for name, value in interpreter.values.items()}
         for node in operator_nodes(program.master):
+            if _bound(program, node) is None:
+                continue
 
             def value_of(n: fx.Node) -> Any:
                 parameter = constant(program.master, n)
-                return exact.get(n.name) if parameter is None else _rounded(parameter, precision.dtype)
+                return exact[n.name] if parameter is None else _rounded(parameter, precision.dtype)
 
             target: Any = node.target
             y = target(*fx.node.map_arg(node.args, value_of), **fx.node.map_arg(node.kwargs, value_of))
@@ -105,15 +111,75 @@ def _check_node(
     program: FusedProgram, precision: Precision, node: fx.Node, trace: Mapping[str, Tensor], separate_addition: bool
 ) -> OperatorCheck | None:
     """The check of one operator; None where it has no criterion or the candidate does not show its tensors."""
-    bound = _bound(program, node)
+    values = _shown(program, node, trace)
+    if values is None:
+        return None
+    own = _precision_of(program, node, precision)
+    check = _check(program, own, node, values, separate_addition)
+    if check or check.fault is None or own.name == "fp32":
+        return check
+    y, y64 = values[node.name].double(), _expected_of(program, node, values, own.dtype)
+    sigma = _allowed(program, own, node, values, separate_addition).sigma
+    faint = _faint(y, own.dtype) & _faint(y64, own.dtype) & ((y - y64).abs() > _SEVERAL * sigma)
+    if not bool(faint.any()) or bool(faint[y64 != 0].all()) or not bool(torch.isfinite(y).all()):
+        return check
+    mended = torch.where(faint, y64, y)
+    for reader in _readers(node):
+        if _notices(program, precision, reader, trace, {**trace, node.name: mended}, separate_addition):
+            return check
+    return _check(program, own, node, {**values, node.name: mended}, separate_addition)
+
+
+def _shown(program: FusedProgram, node: fx.Node, trace: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """What an operator read and computed; None where it has no criterion or not all of that is known."""
     shown = {n.name: _value(n, trace) for n in [node, *_activations(node)]}
     values = {name: value for name, value in shown.items() if value is not None}
     known = len(values) == len(shown) and all(source_name(n) for n in [node, *_activations(node)])
-    if bound is None or not known:
-        return None
-    if module_path(node) in program.kept:
-        precision = PRECISIONS["fp32"]
-    return _check(program, precision, node, bound, values, separate_addition)
+    return values if known and _bound(program, node) is not None else None
+
+
+def _precision_of(program: FusedProgram, node: fx.Node, precision: Precision) -> Precision:
+    return PRECISIONS["fp32"] if module_path(node) in program.kept else precision
+
+
+def _faint(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where values are below the smallest normal number of a type."""
+    return values.abs() < torch.finfo(dtype).tiny
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """What reads a value, through what only moves data."""
+    return [
+        end for user in node.users for end in (_readers(user) if moves_data(user) and user.op != "output" else [user])
+    ]
+
+
+def _expected_of(
+    program: FusedProgram, node: fx.Node, values: Mapping[str, Tensor], dtype: torch.dtype | None
+) -> Tensor:
+    """y64 of an operator on what it reads, rounded to a type or as it is."""
+    read = {n: values[n.name] if dtype is None else _rounded(values[n.name], dtype) for n in _activations(node)}
+    leaves = {str(source_name(n)): x.double() for n, x in read.items()}
+    return _expected(program.source, str(source_name(node)), leaves)[0]
+
+
+def _notices(
+    program: FusedProgram,
+    precision: Precision,
+    node: fx.Node,
+    trace: Mapping[str, Tensor],
+    exact: Mapping[str, Tensor],
+    separate_addition: bool,
+) -> bool:
+    """Whether an operator computes something else, beyond its sigma, from other values than it was given."""
+    given, instead = _shown(program, node, trace), _shown(program, node, exact)
+    if given is None or instead is None:
+        return True
+    own = _precision_of(program, node, precision)
+    y, other = _expected_of(program, node, given, own.dtype), _expected_of(program, node, instead, None)
+    sigma = _allowed(program, own, node, given, separate_addition).sigma
+    changed = (y - other).abs() > sigma
+    return bool((changed & ~(_faint(y, own.dtype) & _faint(other, own.dtype))).any())
 
 
 def evaluate(source: fx.GraphModule, name: str, leaves: Mapping[str, Tensor]) -> Tensor:
@@ -173,7 +239,6 @@ def _check(
     program: FusedProgram,
     precision: Precision,
     node: fx.Node,
-    bound: Callable[[Call], Bound],
     values: Mapping[str, Tensor],
     separate_addition: bool,
 ) -> OperatorCheck:
@@ -189,12 +254,9 @@ def _check(
             return refused(f"{n.name} has shape {list(values[n.name].shape)}, expected [N, *{list(expected)}]")
     y, read = values[node.name].double(), {n: _rounded(values[n.name], dtype) for n in _activations(node)}
     for n, x in read.items():
-        exact = values[n.name].double()
         if not bool(torch.isfinite(x).all()):
-            return refused(f"{_count_broken(x)} in what it reads", fault_of(x, exact, None, dtype))
-        if flushed(exact, dtype):
-            reason = f"what it reads lies below the smallest normal {dtype}, {torch.finfo(dtype).tiny:.3g}"
-            return refused(reason, fault_of(x.double(), exact, (x.double() - exact).abs(), dtype, [exact]))
+            broken = f"{_count_broken(x)} in what it reads"
+            return refused(broken, fault_of(x, values[n.name].double(), None, dtype))
     leaves = {str(source_name(n)): x.double() for n, x in read.items()}
     try:
         y64, pre = _expected(program.source, str(source_name(node)), leaves)
@@ -204,16 +266,15 @@ def _check(
     if not bool(torch.isfinite(y).all()):
         largest = f"the largest {dtype} is {torch.finfo(dtype).max:.5g}"
         return refused(f"{_count_broken(y)}, {largest}", fault_of(y, y64, None, dtype))
-
-    def value_of(argument: Any) -> Any:
-        if not isinstance(argument, fx.Node):
-            return argument
-        value = constant(program.master, argument)
-        return (read[argument] if value is None else value).float()
-
-    arguments = {key: value_of(argument) for key, argument in named_args(node).items()}
-    rounds_weights = precision.name != "fp32"
-    allowed = bound(Call(arguments, pre, precision.roundoff, rounds_weights, separate_addition))
+    allowed = _allowed(program, precision, node, values, separate_addition, pre)
+    for n, x in read.items():
+        held = values[n.name].double()
+        faint = _faint(held, dtype) & (x != held)
+        instead = {**values, n.name: torch.where(faint, held, x.double())}
+        if bool(faint.any()) and _notices(program, precision, node, values, instead, separate_addition):
+            lost = torch.where(faint, (x - held).abs(), 0.0)
+            reason = f"what it reads lies below the smallest normal {dtype}, {torch.finfo(dtype).tiny:.3g}"
+            return refused(reason, fault_of(x.double(), held, lost, dtype, kind=UNDERFLOW))
     difference = (y - y64).abs().float()
     z = torch.where(difference == 0, 0.0, difference / allowed.sigma)
     dead = None if pre is y64 else allowed.upper < 0
@@ -222,6 +283,32 @@ def _check(
     reason = _why_not(rms, peak, *limits, 0 if dead is None else int((y[dead] != 0).sum()))
     fault = fault_of(y, y64, z, dtype, weights) if reason else None
     return OperatorCheck(name, kind, rms, peak, *limits, reason, fault)
+
+
+def _allowed(
+    program: FusedProgram,
+    precision: Precision,
+    node: fx.Node,
+    values: Mapping[str, Tensor],
+    separate_addition: bool,
+    pre: Tensor | None = None,
+) -> Bound:
+    """What rounding explains of an operator's error; `pre` is the value before its ReLU, if it is known already."""
+    read = {n: _rounded(values[n.name], precision.dtype) for n in _activations(node)}
+    if pre is None:
+        leaves = {str(source_name(n)): x.double() for n, x in read.items()}
+        pre = _expected(program.source, str(source_name(node)), leaves)[1]
+
+    def value_of(argument: Any) -> Any:
+        if not isinstance(argument, fx.Node):
+            return argument
+        value = constant(program.master, argument)
+        return (read[argument] if value is None else value).float()
+
+    arguments = {key: value_of(argument) for key, argument in named_args(node).items()}
+    rounds_weights, bound = precision.name != "fp32", _bound(program, node)
+    assert bound is not None  # who asks has seen to it
+    return bound(Call(arguments, pre, precision.roundoff, rounds_weights, separate_addition))
 
 
 def _count_broken(values: Tensor) -> str:

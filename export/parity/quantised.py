@@ -115,7 +115,7 @@ def _check_value(
     most = max(_FEW / got.numel(), allowed)
     if not worst <= LIMIT:
         reason = f"{worst:g} LSB off, the limit is {LIMIT}"
-        fault = quantised_fault_of(got, expected, parameter(graph, args_of(node)[2]).dtype)
+        fault = quantised_fault_of(got, expected, parameter(graph, args_of(node)[2]))
     elif different > most * got.numel():
         reason = f"{different} of {got.numel()} elements 1 LSB off, the limit is {100 * allowed:g} %"
     return QuantisedCheck(label, schema_name(node), worst, different / got.numel(), reason, fault, LIMIT, most)

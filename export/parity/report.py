@@ -156,7 +156,8 @@ class ParityReport:
                 lost += "; --keep-fp16 auto finds the layers to leave in fp16"
         else:
             equal, unequal = "equal to the eager model", "not equal to the eager model"
-            if failed and not self.kept and any(rung.out_of_range for rung in unequal_rungs):
+            narrow = self.precision in ("fp16", "bf16") and not self.kept
+            if narrow and any(rung.out_of_range for rung in unequal_rungs):
                 failed[0] += "; --keep-fp32 auto finds the layers to leave in fp32"
         if failed and self.quantisation is None:
             return f"{unequal}: {failed[0]}{lost and f'; {lost}'}"

@@ -30,6 +30,7 @@ KINDS: dict[str, tuple[Tensor, Tensor, str, tuple[int, int]]] = {
     "clamped": (changed(1.0, (1, 2), LARGEST), EXACT, "saturation", (1, 2)),
     "clamped below": (changed(-1.0, (1, 2), -LARGEST), -EXACT, "saturation", (1, 2)),
     "flushed to zero": (changed(1.0, (2, 3), 0.0), changed(1.0, (2, 3), 3e-6), "underflow", (2, 3)),
+    "not 0 behind a dead ReLU": (changed(0.0, (0, 1), 5.0), torch.zeros(3, 4).double(), "wrong value", (0, 1)),
     "one wrong": (changed(1.0, (2, 1), 3.0), torch.ones(3, 4, dtype=torch.float64), "wrong value", (2, 1)),
     "zero where it is not": (changed(1.0, (2, 1), 0.0), torch.ones(3, 4, dtype=torch.float64), "wrong value", (2, 1)),
 }
@@ -38,7 +39,7 @@ KINDS: dict[str, tuple[Tensor, Tensor, str, tuple[int, int]]] = {
 @pytest.mark.parametrize("case", KINDS)
 def test_a_wrong_value_has_a_kind_a_place_and_both_values(case: str) -> None:
     y, expected, kind, index = KINDS[case]
-    z = (y - expected).abs() / (1e-3 * expected.abs()) if bool(torch.isfinite(y).all()) else None
+    z = (y - expected).abs() / (1e-3 * expected.abs()).clamp(min=1e-9) if bool(torch.isfinite(y).all()) else None
     fault = fault_of(y, expected, z, torch.float16)
     assert (fault.kind, fault.index) == (kind, index)
     assert fault.expected == expected[index] and (fault.got == y[index] or math.isnan(fault.got))
@@ -58,11 +59,16 @@ def test_weights_below_the_smallest_normal_number_are_an_underflow() -> None:
     assert fault_of(y, expected, expected - y, torch.bfloat16, [usual, small]).kind == "wrong value"
 
 
-@pytest.mark.parametrize(("got", "kind"), [(127, "saturation"), (-128, "saturation"), (90, "wrong value")])
-def test_whole_numbers(got: int, kind: str) -> None:
-    q, expected = torch.zeros(2, 3).double(), torch.zeros(2, 3).double()
+@pytest.mark.parametrize(
+    ("got", "zero_point", "kind"),
+    [(127, 0, "saturation"), (-128, 0, "saturation"), (90, 0, "wrong value"), (-128, -128, "wrong value")],
+)
+def test_whole_numbers(got: int, zero_point: int, kind: str) -> None:
+    """What is at the end of the range was cut off, unless that end is the zero."""
+    q, expected = torch.full((2, 3), 10.0).double(), torch.full((2, 3), 10.0).double()
     q[1, 1] = got
-    assert quantised_fault_of(q, expected, torch.int8) == Fault(kind, (1, 1), float(got), 0.0)
+    fault = quantised_fault_of(q, expected, torch.tensor(zero_point, dtype=torch.int8))
+    assert fault == Fault(kind, (1, 1), float(got), 10.0)
 
 
 def test_a_diagnosis_says_where_what_and_how() -> None:

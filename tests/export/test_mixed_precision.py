@@ -7,12 +7,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
 from torch import Tensor, nn
 
-from export import Batch, ExportConfig, ExportError, ExportResult, export_bundle, verify_bundle
+from export import Batch, ExportConfig, ExportError, ExportResult, export_bundle, fuse, verify_bundle
+from export.parity.ladder import reference_rungs
+from export.parity.references import run_references
+from export.precision import PRECISIONS
 from tests.export import digits
 
 BLOCK = "layer2.1"
@@ -120,6 +124,80 @@ def test_bf16_has_the_range_and_keeps_by_name(
     result = export(overflowing, trained_digits[1], tmp_path / "b", "bf16", ("fc", "layer1"))
     assert result, result.report.verdict
     assert "fc" in result.report.kept and len(result.report.kept) == 7
+
+
+def test_channels_that_training_switched_off_are_no_underflow(
+    trained_digits: tuple[nn.Module, Tensor], tmp_path: Path
+) -> None:
+    """Published ResNets have BatchNorms with a gamma of 1e-8 and a bias of 1e-7: float16 holds neither, nor need it."""
+    model: Any = copy.deepcopy(trained_digits[0])
+    with torch.no_grad():
+        for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
+            norm.weight[[1, 5, 9]] *= 1e-7
+            norm.bias[[1, 5, 9]] = torch.tensor([3e-7, -4e-8, 2e-6])
+    result = export(model, trained_digits[1], tmp_path / "b", "fp16")
+    rungs = {rung.name: rung for rung in result.report.rungs}
+    assert rungs["fused"] and rungs["onnx"], result.report.verdict
+
+
+class HiddenUnderflow(nn.Module):
+    """The second convolution lives on what half of the channels of the first hold: values that float16 flushes to 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.fc = nn.Conv2d(1, 16, 3), nn.Conv2d(16, 16, 3), nn.Linear(16, 10)
+        with torch.no_grad():
+            self.a.weight[8:] *= 1e-8
+            self.a.bias[8:] *= 1e-8
+            self.b.weight[:, 8:] *= 5e5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(torch.relu(self.b(torch.relu(self.a(x)))).mean((2, 3)))
+
+
+def test_an_underflow_beside_values_of_usual_size_is_found_and_both_layers_are_kept(tmp_path: Path) -> None:
+    images = torch.randn(16, 1, 16, 16, generator=torch.Generator().manual_seed(1))
+    failed = export(HiddenUnderflow().eval(), images, tmp_path / "b", "fp16")
+    rungs = {rung.name: rung for rung in failed.report.rungs}
+    assert not failed and rungs["fused"].verdict == "a: underflow" and rungs["onnx"].verdict == "a: underflow"
+    one = export(HiddenUnderflow().eval(), images, tmp_path / "b", "fp16", ("a",))
+    rungs = {rung.name: rung for rung in one.report.rungs}
+    assert not one and rungs["fused"].verdict == "b: underflow"
+    both = export(HiddenUnderflow().eval(), images, tmp_path / "b", "fp16", ("a", "b"))
+    assert all(rung for rung in both.report.rungs), both.report.verdict
+
+
+class TwoHeads(nn.Module):
+    """One head overflows before its BatchNorm; of the other, the folded weights can be changed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm = nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8)
+        self.other = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8))
+        with torch.no_grad():
+            self.conv.weight.mul_(1e6)
+            self.norm.running_var.fill_(1e12)
+            self.other[1].running_mean.normal_()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"a": self.norm(self.conv(x)).mean((2, 3)), "b": self.other(x).mean((2, 3))}
+
+
+@pytest.mark.parametrize("wrong", [None, "norm", "other"])
+def test_a_wrong_fold_is_not_hidden_by_an_overflow(wrong: str | None) -> None:
+    """Neither in the output that overflows, where only float64 can tell, nor in another."""
+    model, images = TwoHeads().eval(), np.random.default_rng(0).normal(size=(4, 1, 16, 16)).astype(np.float32)
+    program = fuse(model, digits.EXAMPLE, Batch(1, 4, 8))
+    start = {"norm": "conv_weight", "other": "other_0_weight"}.get(wrong or "", "none")
+    for name, weight in program.folded.named_buffers():
+        if name.startswith(start):
+            weight.mul_(1.2)
+    references = run_references(model, program, ("a", "b"), images, PRECISIONS["fp16"])
+    rungs = {rung.name: rung for rung in reference_rungs(references, PRECISIONS["fp16"])}
+    assert bool(rungs["eager"].not_run) is (wrong is None)
+    assert all(rungs.values()) is (wrong is None)
 
 
 @pytest.mark.parametrize("factor", [2e4, 1e6])

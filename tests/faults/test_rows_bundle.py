@@ -125,7 +125,7 @@ def test_row_25_what_is_no_bundle_is_never_overwritten(
     output = tmp_path / "parent" / "output"
     make(output)
     before = snapshot(tmp_path)
-    with pytest.raises(ExportError, match=rf"^{output} {expected}: choose another --output") as error:
+    with pytest.raises(ExportError, match=rf"^{output} {expected}: choose another folder") as error:
         export_bundle(resnet8, EXAMPLE, output, CONFIG, images=images)
     assert "\n" not in str(error.value) and snapshot(tmp_path) == before
     assert [path.name for path in (tmp_path / "parent").iterdir()] == ["output"]
