@@ -176,6 +176,35 @@ def test_the_way_back_is_without_a_build(builder: Builder, tmp_path: Path) -> No
     assert (number(place), number(place, f"previous.{ENGINE}")) == (3, 1) and len(tree(place)) == 5
 
 
+def test_an_engine_that_is_wrong_by_now_is_built_anew_on_the_way_back(
+    builder: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = summing.write(tmp_path / "b")
+    place = build(path).file.parent
+    summing.write(path, "second")
+    build(path)
+    summing.write(path)
+
+    class FirstWrong(Runner):
+        def __init__(self, engine: Engine, names: tuple[str, ...]) -> None:
+            super().__init__(engine, names)
+            self._off = 0.5 if json.loads(engine.plan)["number"] == 1 else 0.0
+
+    monkeypatch.setattr(inference, "TensorRTRunner", FirstWrong)
+    found = build(path)
+    assert found and found.origin == "built" and len(builder.asked) == 3
+    assert (number(place), number(place, f"previous.{ENGINE}")) == (3, 2)
+
+
+@pytest.mark.parametrize("base", ["", "relative"])
+def test_a_cache_that_is_relative_does_not_count(
+    base: str, builder: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", base)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert build(summing.write(tmp_path / "b")).file.is_relative_to(tmp_path / "home" / ".cache" / "resnet-deploy")
+
+
 OTHERS: dict[str, Callable[[fake_tensorrt.FakeCuda, pytest.MonkeyPatch], object]] = {
     "TensorRT": lambda cuda, patch: patch.setattr(fake_tensorrt, "__version__", "10.16.1"),
     "GPU": lambda cuda, patch: setattr(cuda.properties, "name", b"Thor"),

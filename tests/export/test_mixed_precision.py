@@ -219,6 +219,18 @@ def test_an_eager_model_that_overflows_where_the_folded_one_does_not_is_no_refer
     assert fused and onnx_rung
 
 
+def test_a_transposed_convolution_is_kept_and_proved_like_any_other(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 4, 2, 2), nn.Flatten(), nn.Linear(3136, 10)
+    )
+    images = torch.randn(16, 1, 16, 16, generator=torch.Generator().manual_seed(1))
+    for kept in ((), ("2",)):
+        result = export(model.eval(), images, tmp_path / "b", "fp16", kept, "tensorrt-rtx")
+        assert all(result.report.rungs), result.report.verdict
+        assert result.report.rungs[-1].name == "tensorrt-rtx" and result.report.kept == kept
+
+
 REFUSED: dict[str, tuple[str, tuple[str, ...] | str, str]] = {
     "no such layer": (
         "fp16",
