@@ -176,7 +176,7 @@ def test_shortcut_taken_from_the_branch_is_refused(subjects: Callable[[str], Sub
     subject = subjects("calibrated bottlenecks")
     program = mutants.with_shortcut_from_the_branch(subject.program)
     rung = subject.judge(ProgramRunner(program, PRECISIONS[precision], NAMES), precision, program)
-    assert rung.verdict.startswith("layer1.0.conv3 (conv2d_conv1x1_bias_act): ")
+    assert rung.verdict.startswith("layer1.0.conv3: wrong wiring: ")
 
 
 def test_bfloat16_network_called_fp16_is_refused(subject: Subject) -> None:

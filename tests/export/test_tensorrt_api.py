@@ -70,7 +70,7 @@ USED = {
     "ITensor": ["dtype", "name"],
     "ITimingCache": ["serialize"],
     "LayerInformationFormat": ["JSON"],
-    "LayerType": ["CONSTANT", "CONVOLUTION", "DEQUANTIZE", "MATRIX_MULTIPLY", "QUANTIZE", "name"],
+    "LayerType": ["CONSTANT", "CONVOLUTION", "DECONVOLUTION", "DEQUANTIZE", "MATRIX_MULTIPLY", "QUANTIZE", "name"],
     "MemoryPoolType": ["WORKSPACE"],
     "NetworkDefinitionCreationFlag": ["STRONGLY_TYPED"],
     "OnnxParser": ["get_error", "num_errors", "parse"],

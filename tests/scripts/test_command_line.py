@@ -63,7 +63,7 @@ def test_json_is_one_object_on_stdout(tmp_path: Path) -> None:
     summary = json.loads(process.stdout)
     assert process.returncode == 0 and summary["passed"] is True and summary["precision"] == "bf16"
     assert summary["trained"] is False and summary["fused"] == 20 and not summary["skipped"]
-    assert set(summary["files"]) == {"model.onnx", "parity.json", "golden.safetensors"}
+    assert set(summary["files"]) == {"model.onnx", "parity.json", "golden.safetensors", "report.html"}
 
 
 def test_weights_from_a_file(tmp_path: Path) -> None:
