@@ -8,9 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_WHOLE = (torch.int8, torch.uint8)
-
 
 @torch.library.custom_op("resnet_deploy::quantize_linear", mutates_args=())
 def quantize_linear(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -20,11 +17,7 @@ def quantize_linear(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         x: any shape, floating point.
         scale: scalar, positive.
         zero_point: scalar, int8 or uint8.
-
-    Raises:
-        ValueError: an argument is not as above; names it.
     """
-    _check_quantize(x, scale, zero_point)
     limits = torch.iinfo(zero_point.dtype)
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     rounded = (wide / scale.to(wide.dtype)).round_().add_(zero_point.item())
@@ -33,7 +26,6 @@ def quantize_linear(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 
 @quantize_linear.register_fake
 def _(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    _check_quantize(x, scale, zero_point)
     return torch.empty_like(x, dtype=zero_point.dtype)
 
 
@@ -45,11 +37,7 @@ def dequantize_linear(q: Tensor, scale: Tensor, zero_point: Tensor | None) -> Te
         q: int8, uint8 or, without a zero point, int32.
         scale: scalar, or [C] for the first axis of `q`.
         zero_point: like `scale`, in the type of `q`; None is 0.
-
-    Raises:
-        ValueError: an argument is not as above; names it.
     """
-    _check_dequantize(q, scale, zero_point)
     shape = (-1, *[1] * (q.dim() - 1)) if scale.dim() else ()
     wide = scale if scale.dtype == torch.float64 else scale.float()
     whole = q.to(wide.dtype)
@@ -60,25 +48,4 @@ def dequantize_linear(q: Tensor, scale: Tensor, zero_point: Tensor | None) -> Te
 
 @dequantize_linear.register_fake
 def _(q: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-    _check_dequantize(q, scale, zero_point)
     return torch.empty_like(q, dtype=scale.dtype)
-
-
-def _check_quantize(x: Tensor, scale: Tensor, zero_point: Tensor) -> None:
-    _expect("x", x, x.dtype in _FLOATS, "floating point")
-    _expect("scale", scale, scale.dtype in _FLOATS and scale.dim() == 0, "a scalar in floating point")
-    _expect("zero_point", zero_point, zero_point.dtype in _WHOLE and zero_point.dim() == 0, "a scalar, int8 or uint8")
-
-
-def _check_dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | None) -> None:
-    _expect("q", q, q.dtype in (*_WHOLE, *([torch.int32] if zero_point is None else [])), "int8 or uint8")
-    shaped = scale.dim() == 0 or (q.dim() > 0 and scale.shape == q.shape[:1])
-    _expect("scale", scale, scale.dtype in _FLOATS and shaped, "a scalar or one value per channel, in floating point")
-    if zero_point is not None:
-        fits = zero_point.dtype == q.dtype and zero_point.shape == scale.shape
-        _expect("zero_point", zero_point, fits, f"{q.dtype} of shape {list(scale.shape)}")
-
-
-def _expect(name: str, value: Tensor, met: bool, expected: str) -> None:
-    if not met:
-        raise ValueError(f"{name}: expected {expected}, got {value.dtype} of shape {list(value.shape)}")

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.kernels.strategies import PROFILE, any_layouts
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from export.quantisation.operators import dequantize_linear, quantize_linear
-from tests.kernels.strategies import PROFILE, any_layouts
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WHOLE = (torch.int8, torch.uint8)
@@ -197,52 +195,3 @@ def test_the_fake_is_shaped_and_laid_out_like_the_real_output(call: Call) -> Non
     # Along an axis of one element any stride will do.
     wide = [axis for axis, size in enumerate(y.shape) if size > 1]
     assert [fake.stride(axis) for axis in wide] == [y.stride(axis) for axis in wide]
-
-
-def outcome(run: Callable[[], Tensor]) -> Tensor | str:
-    """What it returns, or the one line with which it refuses."""
-    try:
-        return run()
-    except ValueError as error:
-        assert "\n" not in str(error) and "expected" in str(error), f"{error}"
-        return str(error)
-
-
-@st.composite
-def other_calls(draw: st.DrawFn, calls: st.SearchStrategy[Call]) -> tuple[Call, str]:
-    """A right call of which one tensor got any dtype, or an axis that is longer or too many; and its name."""
-    call = draw(calls)
-    name = draw(st.sampled_from([name for name, value in call.arguments.items() if value is not None]))
-    value = call.arguments[name].detach()
-    other = draw(
-        st.sampled_from(WHOLE_DTYPES).map(value.to)
-        | st.sampled_from(OTHER_DTYPES).map(value.to)
-        | st.integers(0, value.ndim).map(lambda axis: torch.stack([value, value], axis))
-        | st.integers(0, value.ndim).map(value.unsqueeze)
-        | st.just(torch.cat([value, value]) if value.ndim else value.expand(3)),
-    )
-    return replace(call, arguments={**call.arguments, name: other}), name
-
-
-def is_accepted(call: Call) -> bool:
-    """What the docstrings say of dtypes and shapes."""
-    first, scale, zero = call.arguments.values()
-    if call.operator is quantize_linear:
-        return first.dtype in FLOATS and scale.dtype in FLOATS and zero.dtype in WHOLE and scale.ndim == zero.ndim == 0
-    types = (*WHOLE, torch.int32) if zero is None else WHOLE
-    shapes = [(), first.shape[:1]] if first.ndim else [()]
-    same_as_scale = zero is None or (zero.dtype, zero.shape) == (first.dtype, scale.shape)
-    return first.dtype in types and scale.dtype in FLOATS and scale.shape in shapes and same_as_scale
-
-
-@pytest.mark.parametrize("calls", [quantise_calls, dequantise_calls], ids=["quantize_linear", "dequantize_linear"])
-@settings(PROFILE, max_examples=200)
-@given(st.data())
-def test_another_argument_is_refused_by_name(calls: Callable[[], st.SearchStrategy[Call]], data: st.DataObject) -> None:
-    """By the operator and its fake alike, unless it is as the operator says."""
-    call, name = data.draw(other_calls(calls()))
-    y, fake = outcome(call.run), outcome(call.fake)
-    if is_accepted(call):
-        assert isinstance(y, Tensor) and isinstance(fake, Tensor) and y.shape == fake.shape
-    else:
-        assert isinstance(y, str) and y == fake, f"{name} was accepted"
