@@ -123,7 +123,10 @@ def _conv2d_conv1x1_kernel(
             INPUT_PRECISION,
             BLOCK_K,
         )
-    hidden = _relu(_biased(acc, bias_ptr, offs_mid, mask_mid)).to(y_ptr.dtype.element_ty)
+    hidden = _relu(_biased(acc, bias_ptr, offs_mid, mask_mid))
+    if BLOCK_MID > C_MID:  # beyond the channels an infinity of x met weights of 0: NaN
+        hidden = tl.where(mask_mid[None, :], hidden, 0.0)
+    hidden = hidden.to(y_ptr.dtype.element_ty)
     _let_next_kernel_start(USE_PDL)
 
     offs_y = _pixel_offset(n, p, q, P, Q, C_OUT)

@@ -70,6 +70,10 @@ def conv2d_bias_act_reference(
     once at the end. Any layout is accepted, channels_last is fast.
     """
     compute = accumulation_dtype(x)
+    if groups > 1:
+        # torch 2.13 on a CPU computes a grouped 1xS or Rx1 kernel wrongly if its axis of one element has a stride
+        # other than the usual one, which is_contiguous does not tell: a clone has usual strides.
+        weight = weight.clone(memory_format=torch.channels_last)
     with torch.autocast(x.device.type, enabled=False):
         y = F.conv2d(
             x.to(compute), weight.to(compute), bias.to(compute), tuple(stride), tuple(padding), tuple(dilation), groups
