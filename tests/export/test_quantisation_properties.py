@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.kernels.strategies import PROFILE, any_layouts
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from export.quantisation.operators import dequantize_linear, quantize_linear
+from tests.kernels.strategies import PROFILE, any_layouts
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WHOLE = (torch.int8, torch.uint8)
