@@ -142,8 +142,9 @@ def test_ctrl_c_ends_parent_and_child(tmp_path: Path) -> None:
     pid = tmp_path / "pid"
     waiting = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import signal, sys; sys.path.insert(0, sys.argv[1])\n"
         "from export.child import run_in_child\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell starts its background jobs without
         f"run_in_child('waiting', '', 'builtins:exec', {waiting!r})"
     )
     process = subprocess.Popen(
