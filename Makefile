@@ -1,13 +1,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: export test lint clean
+.PHONY: export test test-faults lint clean
 
 export: .venv/.installed
 	$(BIN)/python scripts/export.py --fp16
 
 test: .venv/.installed lint
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+# The tests that try whatever inputs come, with 10 times as many of each.
+test-faults: .venv/.installed
+	TEST_TIMES=10 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal \
+		tests/faults tests/kernels/test_properties.py tests/export/test_quantisation_properties.py
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from export.quantisation.operators import dequantize_linear, quantize_linear
-from tests.kernels.strategies import PROFILE, any_layouts
+from tests.kernels.strategies import any_layouts, examples
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WHOLE = (torch.int8, torch.uint8)
@@ -116,7 +116,7 @@ def copies(call: Call) -> dict[str, Tensor | None]:
     return {name: None if value is None else value.detach().clone() for name, value in call.arguments.items()}
 
 
-@settings(PROFILE, max_examples=300)
+@examples(300)
 @given(quantise_calls())
 def test_quantised_values_are_those_of_float64(call: Call) -> None:
     """But where the quotient, once rounded, may be on the other side of a tie; by a power of two it is exact."""
@@ -132,7 +132,7 @@ def test_quantised_values_are_those_of_float64(call: Call) -> None:
     assert bool(((got >= low) & (got <= high)).all())
 
 
-@settings(PROFILE, max_examples=300)
+@examples(300)
 @given(dequantise_calls())
 def test_dequantised_values_are_those_of_float64_rounded(call: Call) -> None:
     before = copies(call)
@@ -148,7 +148,7 @@ def test_dequantised_values_are_those_of_float64_rounded(call: Call) -> None:
     assert bool(((got.double() - expected).abs() <= 1.001 * error * expected.abs()).all())
 
 
-@settings(PROFILE, max_examples=100)
+@examples(100)
 @given(dequantise_calls(dtypes=(torch.float16, torch.float32, torch.float64)), st.data())
 def test_dequantised_values_are_quantised_to_themselves(call: Call, data: st.DataObject) -> None:
     """bfloat16 has too few bits for it."""
@@ -157,7 +157,7 @@ def test_dequantised_values_are_quantised_to_themselves(call: Call, data: st.Dat
     assert torch.equal(quantize_linear(dequantize_linear(q, scale, zero), scale, zero), q)
 
 
-@settings(PROFILE, max_examples=100)
+@examples(100)
 @given(quantise_calls(), st.integers(1, 3))
 def test_a_power_of_two_in_both_x_and_its_scale_changes_nothing(call: Call, exponent: int) -> None:
     """Upwards and short of the largest float16 it is exact."""
@@ -167,7 +167,7 @@ def test_a_power_of_two_in_both_x_and_its_scale_changes_nothing(call: Call, expo
     assert torch.equal(quantize_linear(x * factor, scale * factor, zero), quantize_linear(x, scale, zero))
 
 
-@settings(PROFILE, max_examples=100)
+@examples(100)
 @given(quantise_calls() | dequantise_calls(), st.data())
 def test_permuted_rows_give_permuted_outputs(call: Call, data: st.DataObject) -> None:
     """Rows with scales of their own take them along."""
@@ -178,7 +178,7 @@ def test_permuted_rows_give_permuted_outputs(call: Call, data: st.DataObject) ->
     assert torch.equal(replace(call, arguments=permuted).run(), call.run()[order])
 
 
-@settings(PROFILE, max_examples=100)
+@examples(100)
 @given(quantise_calls())
 def test_zero_is_the_zero_point_and_back(call: Call) -> None:
     x, scale, zero = call.arguments.values()
@@ -187,7 +187,7 @@ def test_zero_is_the_zero_point_and_back(call: Call) -> None:
     assert bool((dequantize_linear(q, scale, zero) == 0).all())
 
 
-@settings(PROFILE, max_examples=300)
+@examples(300)
 @given(quantise_calls() | dequantise_calls())
 def test_the_fake_is_shaped_and_laid_out_like_the_real_output(call: Call) -> None:
     y, fake = call.run(), call.fake()

@@ -5,10 +5,11 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+from tests.effort import TIMES
 from tests.faults.bundle_inputs import golden_files, manifests
 from tests.faults.fuzzing import fuzz
 
-MANIFESTS, GOLDEN_FILES = 4000, 1500
+MANIFESTS, GOLDEN_FILES = 4000 * TIMES, 1500 * TIMES
 
 
 def test_manifests(bundle: Path) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+from tests.effort import TIMES
 from tests.faults.command_inputs import command_lines
 from tests.faults.fuzzing import fuzz
 
-LINES = 2700
+LINES = 2700 * TIMES
 
 
 def test_command_lines(bundle: Path) -> None:

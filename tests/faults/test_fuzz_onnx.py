@@ -5,10 +5,11 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+from tests.effort import TIMES
 from tests.faults.bundle_inputs import onnx_files
 from tests.faults.fuzzing import fuzz
 
-FILES = 1500
+FILES = 1500 * TIMES
 
 
 def test_onnx_files(bundle: Path) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from tests.effort import TIMES
 from tests.faults.fuzzing import fuzz
 from tests.faults.weights_inputs import weights_files
 
-FILES = 2500
+FILES = 2500 * TIMES
 
 
 def test_weights_files() -> None:

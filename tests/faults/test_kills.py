@@ -21,6 +21,7 @@ from export.engine_place import BuiltEngine, read_place, write_place
 from export.lowering.tensorrt_engine import FLAVOURS, Engine
 from export.precision import PRECISIONS
 from resnet.weights import save_weights
+from tests.effort import TIMES
 from tests.faults.killing import kill_once, kills, random_kills
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -136,7 +137,7 @@ def keep(place: Path, engines: list[BuiltEngine]) -> None:
 def test_killed_at_any_time_a_bundle_is_whole(tmp_path: Path) -> None:
     output = tmp_path / "parent" / "bundle"
     folder = Folder(output, lambda: write(output, OLD), lambda: write(output, NEW))
-    assert random_kills(lambda: write(output, NEW), folder.check, 40) == 40
+    assert random_kills(lambda: write(output, NEW), folder.check, 40 * TIMES) == 40 * TIMES
     assert all(files in (OLD, NEW) for files in folder.found)
 
 

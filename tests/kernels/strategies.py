@@ -22,16 +22,22 @@ from kernels.heuristic import heuristic_config
 from kernels.oracle import Inputs, make_inputs
 from kernels.problems import BottleneckProblem, ConvProblem, HeadProblem, Problem, Projection, StemProblem
 from kernels.targets import TARGETS
+from tests.effort import TIMES
 from tests.kernels.cases import DTYPES, projected
 
-# The same examples on every machine and every day, and with a failure the line that reproduces it. The fixtures that
-# the tests use are constants.
-PROFILE = settings(
-    derandomize=True,
-    deadline=None,
-    print_blob=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+
+def examples(count: int) -> settings:
+    """The same `count` examples on every machine and every day, and with a failure the line that reproduces it.
+
+    The fixtures that the tests use are constants.
+    """
+    return settings(
+        max_examples=count * TIMES,
+        derandomize=True,
+        deadline=None,
+        print_blob=True,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -32,13 +32,13 @@ from tests.kernels.strategies import (
     BOXABLE,
     LARGE,
     OPERATORS,
-    PROFILE,
     SMALL,
     Limits,
     any_problem,
     bottleneck_configs,
     configs,
     conv_configs,
+    examples,
     is_dense,
     laid_out,
     with_shortcut,
@@ -95,7 +95,7 @@ def outcome(run: Callable[[], Tensor]) -> Tensor | str:
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-@settings(PROFILE, max_examples=40)
+@examples(40)
 @given(st.data())
 def test_dense_tensors_give_what_the_oracle_gives_and_others_are_refused(
     name: str, way: Way, data: st.DataObject
@@ -130,7 +130,7 @@ def check_configuration(problem: Problem, config: Config, poison: float, device:
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-@settings(PROFILE, max_examples=30)
+@examples(30)
 @given(st.data())
 def test_the_kernels_equal_the_oracle_under_every_configuration(
     name: str, device: torch.device, data: st.DataObject
@@ -147,7 +147,7 @@ BOXED: dict[str, Callable[..., st.SearchStrategy[Config]]] = {
 
 
 @pytest.mark.parametrize("name", BOXED)
-@settings(PROFILE, max_examples=60)
+@examples(60)
 @given(st.data())
 def test_the_kernels_equal_the_oracle_over_boxes(name: str, device: torch.device, data: st.DataObject) -> None:
     problem = data.draw(OPERATORS[name](BOXABLE))
@@ -239,7 +239,7 @@ def other_calls(draw: st.DrawFn, problems: st.SearchStrategy[Problem], device: t
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-@settings(PROFILE, max_examples=100)
+@examples(100)
 @given(st.data())
 def test_a_call_with_another_argument_is_right_or_refused(name: str, device: torch.device, data: st.DataObject) -> None:
     """By the operator, its fake and the launcher alike."""
@@ -260,7 +260,7 @@ def test_a_call_with_another_argument_is_right_or_refused(name: str, device: tor
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-@settings(PROFILE, max_examples=40)
+@examples(40)
 @given(st.data())
 def test_the_fake_is_shaped_and_laid_out_like_the_real_output(name: str, data: st.DataObject) -> None:
     case = data.draw(laid_out(OPERATORS[name](LARGE)))
@@ -284,7 +284,7 @@ def dense(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last if tensor.ndim == 4 else torch.contiguous_format)
 
 
-@settings(PROFILE, max_examples=30)
+@examples(30)
 @given(st.data())
 def test_permuted_images_give_permuted_outputs(way: Way, data: st.DataObject) -> None:
     """To P1: where an image lies among others can decide the order of its sums."""
@@ -303,7 +303,7 @@ def without_shortcut(problem: Problem) -> Problem:
     return replace(problem, has_residual=False, projection=None)
 
 
-@settings(PROFILE, max_examples=30)
+@examples(30)
 @given(st.data())
 def test_a_shortcut_of_zeros_is_none(way: Way, data: st.DataObject) -> None:
     problem = data.draw(with_shortcut(way.limits))
@@ -314,7 +314,7 @@ def test_a_shortcut_of_zeros_is_none(way: Way, data: st.DataObject) -> None:
     assert torch.equal(y, way.run(without_shortcut(problem), replace(inputs, **none)))
 
 
-@settings(PROFILE, max_examples=30)
+@examples(30)
 @given(st.data())
 def test_without_bias_a_power_of_two_goes_through(way: Way, data: st.DataObject) -> None:
     """In float32, where no exponent ends in between; ReLU and maximum keep it as they are."""
@@ -340,7 +340,7 @@ def with_zero_channel(problem: Problem, inputs: Inputs) -> tuple[Problem, Inputs
     return replace(problem, c_in=c + 1), wider
 
 
-@settings(PROFILE, max_examples=30)
+@examples(30)
 @given(st.data())
 def test_a_channel_of_zeros_changes_nothing(way: Way, data: st.DataObject) -> None:
     """To P1: a longer reduction may be summed in another order."""
@@ -352,7 +352,7 @@ def test_a_channel_of_zeros_changes_nothing(way: Way, data: st.DataObject) -> No
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("name", OPERATORS)
-@settings(PROFILE, max_examples=20)
+@examples(20)
 @given(st.data())
 def test_nan_and_inf_stay_in_their_image(name: str, way: Way, data: st.DataObject) -> None:
     """There they are where the oracle has them; every other image is what it was."""
