@@ -6,17 +6,21 @@ import argparse
 import difflib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import NoReturn
 
-from export.errors import first_line
+from export.errors import first_line, printable
 
 
 class Parser(argparse.ArgumentParser):
     """argparse that refuses in one line and suggests the nearest flag."""
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: None = None) -> argparse.Namespace:  # type: ignore[override]
+        for argument in sys.argv[1:] if args is None else args:
+            if argument.startswith("--") and argument.endswith("=--"):  # which argparse would take for no value at all
+                self.error(f"argument {argument.removesuffix('=--')}: expected a value, got '--'")
         parsed, unknown = self.parse_known_args(args)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
@@ -40,6 +44,20 @@ def run_script(prog: str, run: Callable[[], int], interrupted: str = "interrupte
     except KeyboardInterrupt:
         sys.stderr.write(f"{prog}: {interrupted}\n")
         return 130
+
+
+@contextmanager
+def importing(prog: str) -> Iterator[None]:
+    """What a script imports: a package that is missing ends it with 2 and one line on stderr."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("export", "kernels", "resnet"):
+            raise
+        remedy = "`make export` installs it in .venv, docs/deploy.md says what a device needs"
+        sys.stderr.write(f"{prog}: error: {package} is not installed here: {remedy}\n")
+        sys.exit(2)
 
 
 class Steps:
@@ -70,6 +88,7 @@ class Steps:
 
 def print_columns(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print rows of text under their headings on stdout; the last column is as wide as it is."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)][:-1]
     for row in (headings, *rows):
         padded = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]

@@ -17,30 +17,33 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
 
-import torch
-from rich import box
-from rich.table import Table
-from torch import Tensor, nn
+from export.command_line import Parser, importing, run_script
 
-from export import Batch, ExportError, FusedProgram, fuse
-from export.batch import DEFAULT_BATCH
-from export.benchmark import CPU_CLOCK, CUDA_CLOCK, compare_providers, describe
-from export.candidates import Subject, cpu_candidates, cuda_candidates, int8_candidate, plain_onnx
-from export.ceilings import floor_seconds, measure_ceilings, workloads
-from export.command_line import Parser, run_script
-from export.console import Progress, print_table
-from export.forms import quantised_programs
-from export.images import crops, photographs
-from export.lowering.onnx_file import lower_onnx
-from export.machine import describe_machine, machine_line
-from export.passes import DEFAULT_LEVEL, LEVELS, QUANTISED_LEVEL
-from export.passes.split_addition import split_addition
-from export.pipeline import PARITY_IMAGES
-from export.precision import PRECISIONS
-from export.quantisation.calibration import WANTED_IMAGES, Calibration, InMemory, calibrate
-from export.quantisation.scheme import CPU
-from resnet.initialise import initialise
-from resnet.models import MODELS, create_model
+with importing("benchmark.py"):
+    import torch
+    from rich import box
+    from rich.table import Table
+    from torch import Tensor, nn
+
+    from export import Batch, ExportError, FusedProgram, fuse
+    from export.batch import DEFAULT_BATCH
+    from export.benchmark import CPU_CLOCK, CUDA_CLOCK, compare_providers, describe
+    from export.candidates import Subject, cpu_candidates, cuda_candidates, int8_candidate, plain_onnx
+    from export.ceilings import floor_seconds, measure_ceilings, workloads
+    from export.console import Progress, print_table
+    from export.forms import quantised_programs
+    from export.images import crops, photographs
+    from export.lowering.onnx_file import lower_onnx
+    from export.machine import describe_machine, machine_line
+    from export.passes import DEFAULT_LEVEL, LEVELS, QUANTISED_LEVEL
+    from export.passes.split_addition import split_addition
+    from export.pipeline import PARITY_IMAGES
+    from export.precision import PRECISIONS
+    from export.quantisation.calibration import WANTED_IMAGES, Calibration, InMemory, calibrate
+    from export.quantisation.scheme import CPU
+    from resnet.initialise import initialise
+    from resnet.models import MODELS, create_model
+
 
 DEFAULTS = {"cpu": ("fp32", [1, 8]), "cuda": ("fp16", [1, 8, 32, 128])}
 CALIBRATION_IMAGES = 16

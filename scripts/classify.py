@@ -9,13 +9,16 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
 
-import numpy as np
-from numpy.typing import NDArray
+from export.command_line import Parser, importing, run_script
 
-from export.command_line import Parser, run_script
-from export.console import print_predictions
-from export.inference import Artefact, Bundle, open_bundle, running_first
-from resnet.preprocessing import Preprocessing, open_picture
+with importing("classify.py"):
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from export.console import print_predictions
+    from export.inference import Artefact, Bundle, open_bundle, running_first
+    from resnet.preprocessing import Preprocessing, open_picture
+
 
 TOP = 5
 

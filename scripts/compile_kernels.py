@@ -11,18 +11,21 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
 
-import torch
-from rich import box
-from rich.table import Table
+from export.command_line import Parser, importing, run_script
 
-from export import ExportError, fuse
-from export.command_line import Parser, run_script
-from export.console import Progress, print_table
-from export.precision import PRECISIONS
-from export.workload import fused_workload
-from kernels.problems import Problem
-from kernels.targets import TARGETS
-from resnet.models import MODELS, create_model
+with importing("compile_kernels.py"):
+    import torch
+    from rich import box
+    from rich.table import Table
+
+    from export import ExportError, fuse
+    from export.console import Progress, print_table
+    from export.precision import PRECISIONS
+    from export.workload import fused_workload
+    from kernels.problems import Problem
+    from kernels.targets import TARGETS
+    from resnet.models import MODELS, create_model
+
 
 WIDTH = 160  # of the tables where there is no terminal
 

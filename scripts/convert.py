@@ -10,10 +10,12 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
 
-from export.command_line import Parser, run_script
-from resnet.model_card import read_model_card
-from resnet.models import create_model
-from resnet.weights import load_weights, save_weights
+from export.command_line import Parser, importing, run_script
+
+with importing("convert.py"):
+    from resnet.model_card import read_model_card
+    from resnet.models import create_model
+    from resnet.weights import load_weights, save_weights
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

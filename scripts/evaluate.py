@@ -17,18 +17,20 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not scripts/, where `export` would be a script
 
-import numpy as np
-from numpy.typing import NDArray
+from export.command_line import Parser, importing, run_script
 
-from export.accuracy import Accuracy, class_indices, measure
-from export.batch import Arrays
-from export.command_line import Parser, run_script
-from export.console import images_bar, print_evaluation
-from export.errors import ExportError, MissingDependency, first_line
-from export.inference import Artefact, Bundle, artefacts, open_bundle, running
-from resnet.data import open_test
-from resnet.labelled import LabelledImages, LabelledInputs
-from resnet.preprocessing import Preprocessing
+with importing("evaluate.py"):
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from export.accuracy import Accuracy, class_indices, measure
+    from export.batch import Arrays
+    from export.console import images_bar, print_evaluation
+    from export.errors import ExportError, MissingDependency, first_line
+    from export.inference import Artefact, Bundle, artefacts, open_bundle, running
+    from resnet.data import open_test
+    from resnet.labelled import LabelledImages, LabelledInputs
+    from resnet.preprocessing import Preprocessing
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -135,7 +137,7 @@ def import_ray() -> Any:
         import ray
         import ray.data
     except ImportError as error:
-        raise MissingDependency("ray", "ray") from error
+        raise MissingDependency("ray", "ray", error) from error
     return ray
 
 

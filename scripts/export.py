@@ -13,28 +13,31 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be this file
 
-import numpy as np
-import torch
-from torch import Tensor
+from export.command_line import Parser, importing, run_script
 
-from export import Batch, ExportConfig, ExportError, ExportResult, export_bundle
-from export.batch import as_batch
-from export.command_line import Parser, run_script
-from export.console import Progress, print_accuracy, print_quantisation, print_rungs
-from export.images import crops, photographs
-from export.keep import AUTO
-from export.lowering.engine_config import TARGETS, EngineConfig
-from export.pipeline import PARITY_IMAGES
-from export.quantisation.calibration import DEFAULT_METHOD, METHODS
-from resnet.calibration import PictureInputs, open_calibration
-from resnet.data import open_test
-from resnet.initialise import initialise
-from resnet.labelled import LabelledInputs
-from resnet.model_card import read_model_card
-from resnet.models import MODELS, create_model
-from resnet.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, imagenet_preprocessing, open_picture
-from resnet.pretrained import download
-from resnet.weights import load_weights
+with importing("export.py"):
+    import numpy as np
+    import torch
+    from torch import Tensor
+
+    from export import Batch, ExportConfig, ExportError, ExportResult, export_bundle
+    from export.batch import as_batch
+    from export.console import Progress, print_accuracy, print_quantisation, print_rungs
+    from export.images import crops, photographs
+    from export.keep import AUTO
+    from export.lowering.engine_config import TARGETS, EngineConfig
+    from export.pipeline import PARITY_IMAGES
+    from export.quantisation.calibration import DEFAULT_METHOD, METHODS
+    from resnet.calibration import PictureInputs, open_calibration
+    from resnet.data import open_test
+    from resnet.initialise import initialise
+    from resnet.labelled import LabelledInputs
+    from resnet.model_card import read_model_card
+    from resnet.models import MODELS, create_model
+    from resnet.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, imagenet_preprocessing, open_picture
+    from resnet.pretrained import download
+    from resnet.weights import load_weights
+
 
 DEFAULT_MODEL = "resnet50"
 PRETRAINED = "pretrained"  # as a value of --weights: the published file of that model

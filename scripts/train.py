@@ -18,25 +18,28 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
 
-import torch
-from rich import box
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from export.command_line import Parser, importing, run_script
 
-from export.command_line import Parser, run_script
-from export.console import print_table
-from export.machine import describe_machine, machine_line
-from resnet import plots
-from resnet.data import open_splits, suggest_preprocessing, suggest_size
-from resnet.experiments import run_trial
-from resnet.files import write_atomically
-from resnet.labelled import Splits
-from resnet.models import MODELS, create_model
-from resnet.preprocessing import Preprocessing
-from resnet.recipe import AUGMENTATIONS, OPTIMIZERS, TrainingConfig
-from resnet.reports import EXPERIMENTS
-from resnet.training import LOG_FILE, MODEL_FILE, Epoch, train
+with importing("train.py"):
+    import torch
+    from rich import box
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.table import Table
+
+    from export.console import print_table
+    from export.machine import describe_machine, machine_line
+    from resnet import plots
+    from resnet.data import open_splits, suggest_preprocessing, suggest_size
+    from resnet.experiments import run_trial
+    from resnet.files import write_atomically
+    from resnet.labelled import Splits
+    from resnet.models import MODELS, create_model
+    from resnet.preprocessing import Preprocessing
+    from resnet.recipe import AUGMENTATIONS, OPTIMIZERS, TrainingConfig
+    from resnet.reports import EXPERIMENTS
+    from resnet.training import LOG_FILE, MODEL_FILE, Epoch, train
+
 
 WORK = Path("build/train")
 CURVES_FILE = "curves.png"

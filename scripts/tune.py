@@ -11,23 +11,25 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
 
-import torch
-from rich import box
-from rich.table import Table
+from export.command_line import Parser, importing, run_script
 
-from export import Batch, ExportError, fuse
-from export.command_line import Parser, run_script
-from export.console import Progress, print_table
-from export.machine import describe_machine
-from export.precision import PRECISIONS
-from export.workload import fused_workload
-from kernels.config import Config
-from kernels.heuristic import heuristic_config
-from kernels.oracle import Inputs, make_inputs, operator_call, oracle, p1_failures
-from kernels.problems import Problem, with_batch
-from kernels.selection import problem_key, tuned_table, write_table
-from kernels.tuning import tune
-from resnet.models import MODELS, create_model
+with importing("tune.py"):
+    import torch
+    from rich import box
+    from rich.table import Table
+
+    from export import Batch, ExportError, fuse
+    from export.console import Progress, print_table
+    from export.machine import describe_machine
+    from export.precision import PRECISIONS
+    from export.workload import fused_workload
+    from kernels.config import Config
+    from kernels.heuristic import heuristic_config
+    from kernels.oracle import Inputs, make_inputs, operator_call, oracle, p1_failures
+    from kernels.problems import Problem, with_batch
+    from kernels.selection import problem_key, tuned_table, write_table
+    from kernels.tuning import tune
+    from resnet.models import MODELS, create_model
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -9,13 +9,15 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
 
-from export.command_line import Parser, Steps, print_columns, run_script
-from export.device_engine import DeviceBuild, build_on_device
-from export.errors import ExportError
-from export.lowering.engine_config import EngineConfig
-from export.parity.report import RUNG_HEADINGS, Rung
-from export.signature import check_signature
-from export.verify import verify_bundle
+from export.command_line import Parser, Steps, importing, print_columns, run_script
+
+with importing("verify.py"):
+    from export.device_engine import DeviceBuild, build_on_device
+    from export.errors import ExportError
+    from export.lowering.engine_config import EngineConfig
+    from export.parity.report import RUNG_HEADINGS, Rung
+    from export.signature import check_signature
+    from export.verify import verify_bundle
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -28,6 +30,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--workspace", type=int, metavar="MIB", help="with --build: the most memory a kernel may use for itself"
+    )
+    parser.add_argument(
+        "--optimization-level",
+        type=int,
+        metavar="N",
+        help="with --build: 0 to 5, how long to look for faster kernels",
     )
     parser.add_argument(
         "--public-key",
@@ -46,9 +54,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def verify(args: argparse.Namespace) -> int:
     """Check the bundle, build its engines if asked, and say what was found; the exit code, 1 for what is not equal."""
-    if args.workspace is not None and not args.build:
-        raise ExportError("--workspace: expected --build, which is what takes it")
-    config = EngineConfig(workspace_mib=args.workspace)
+    config = EngineConfig(args.workspace, args.optimization_level)
+    if config.flags and not args.build:
+        raise ExportError(f"{', '.join(config.flags)}: expected --build, which is what takes it")
     builds: list[DeviceBuild] = []
     with Steps() as progress:
         if args.public_key is not None:

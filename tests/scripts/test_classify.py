@@ -52,10 +52,10 @@ def classify() -> ModuleType:
     return module
 
 
-def run(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, *arguments: object, hidden: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     """In a process that cannot import PyTorch, Triton or ONNX Script."""
     command = [sys.executable, ROOT / "scripts" / "classify.py", *map(str, arguments)]
-    environment = {**os.environ, **digits.without_torch(folder / "hidden")}
+    environment = {**os.environ, **digits.without_torch(folder / "hidden", *hidden)}
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=environment)
 
 
@@ -200,3 +200,10 @@ def test_nan_is_said_and_nothing_is_classified(
     assert classify.main([str(poisoned), str(pictures[0])]) == 1
     out, error = capsys.readouterr()
     assert out == "" and f"{pictures[0]}: model.onnx returns NaN or Inf" in error.splitlines()[-1]
+
+
+@pytest.mark.parametrize("package", ["numpy", "rich", "PIL"])
+def test_a_missing_package_is_one_line(package: str, tmp_path: Path) -> None:
+    process = run(tmp_path, "bundle", "picture.png", hidden=(package,))
+    assert process.returncode == 2 and process.stdout == "" and process.stderr.count("\n") == 1
+    assert process.stderr.startswith(f"classify.py: error: {package} is not installed here: ")
