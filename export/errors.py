@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
+import platform
+
 
 class ExportError(ValueError):
-    """The model, an input or a file is not what was expected; says what was given and what was expected."""
+    """The model, an input or a file is not what was expected; says what was given and what was expected.
+
+    Args:
+        message: one line. What it quotes, as a name out of a file, may not be: what cannot be printed is escaped.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class MissingDependency(ExportError):
-    """An optional package is not installed.
+    """An optional package is not installed, or does not load.
 
     Args:
         package: the module that could not be imported.
         extra: the extra of this project that installs it.
+        error: what the import raised.
     """
 
-    def __init__(self, package: str, extra: str) -> None:
-        super().__init__(f"{package} is not installed; install it with: pip install -e '.[{extra}]'")
+    def __init__(self, package: str, extra: str, error: ImportError) -> None:
+        absent = isinstance(error, ModuleNotFoundError) and f"{package}.".startswith(f"{error.name}.")
+        if not absent:
+            reason = f"is installed but does not load: {first_line(error)}"
+        elif platform.machine() == "aarch64":  # where PyPI has other packages than a Jetson needs
+            reason = "is not installed; docs/deploy.md has the command for a Jetson"
+        else:
+            reason = f"is not installed; install it with: pip install -e '.[{extra}]'"
+        super().__init__(f"{package} {reason}")
+
+
+def printable(text: str) -> str:
+    """A text with what would end a line or steer a terminal escaped, as in a Python literal."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, in one line."""
+    """What an error of another library says, in one line that can be printed."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return printable(lines[0]) if lines else type(error).__name__

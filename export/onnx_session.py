@@ -28,7 +28,7 @@ def import_onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise MissingDependency("onnxruntime", "onnxruntime") from error
+        raise MissingDependency("onnxruntime", "onnxruntime", error) from error
     return onnxruntime
 
 

@@ -45,5 +45,5 @@ def _import_library() -> ModuleType:
     try:
         import model_signing
     except ImportError as error:
-        raise MissingDependency("model_signing", "sign") from error
+        raise MissingDependency("model_signing", "sign", error) from error
     return model_signing

@@ -28,6 +28,7 @@ from resnet.preprocessing import Preprocessing
 from tests.faults.mutations import damaged_bytes, damaged_json, damaged_onnx, damaged_safetensors, deep_recursion
 
 ROOT = Path(__file__).resolve().parents[2]
+LARGEST = 32 << 20  # bytes of a manifest: the file that holds it is limited too
 TryOne = Callable[[int], str]
 
 
@@ -62,7 +63,7 @@ def manifests(source: Path, folder: Path) -> TryOne:
             text = damaged_bytes(generator, text)
         elif kind < 0.15:
             text = text.replace(b"{\n", b'{\n  "format": 2,\n', 1)
-        (bundle / MANIFEST).write_bytes(text)
+        (bundle / MANIFEST).write_bytes(text[:LARGEST])
         word = refused_or(lambda: read(bundle))
         if word != "refused" or index % 20 == 0:
             module, arguments = generator.choice(list(commands.items()))

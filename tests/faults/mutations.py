@@ -148,6 +148,12 @@ def _tensor(generator: random.Random, model: onnx.ModelProto) -> onnx.TensorProt
     return generator.choice(model.graph.initializer)
 
 
+def _value(generator: random.Random, model: onnx.ModelProto) -> onnx.ValueInfoProto:
+    if not model.graph.input:
+        model.graph.input.append(onnx.helper.make_tensor_value_info("input", 1, [1]))
+    return generator.choice([*model.graph.input, *model.graph.output])
+
+
 def _external(generator: random.Random, model: onnx.ModelProto) -> None:
     tensor = _tensor(generator, model)
     tensor.ClearField("raw_data")
@@ -185,8 +191,7 @@ def _attribute(generator: random.Random, model: onnx.ModelProto) -> None:
 
 
 def _input_shape(generator: random.Random, model: onnx.ModelProto) -> None:
-    value = generator.choice([*model.graph.input, *model.graph.output])
-    dims = value.type.tensor_type.shape.dim
+    dims = _value(generator, model).type.tensor_type.shape.dim
     if dims:
         generator.choice(dims).dim_value = generator.choice(_SIZES)
 
@@ -221,5 +226,5 @@ _DAMAGES: tuple[Callable[[random.Random, onnx.ModelProto], object], ...] = (
     lambda g, m: setattr(m, "ir_version", g.choice(_SIZES)),
     lambda g, m: m.opset_import.add(domain=g.choice(("", "ai.onnx.ml", "evil")), version=g.choice(_SIZES)),
     lambda g, m: m.graph.input.append(onnx.helper.make_tensor_value_info("x", g.randrange(1, 17), [g.choice(_SIZES)])),
-    lambda g, m: setattr(g.choice([*m.graph.input, *m.graph.output]), "name", g.choice(("", "x", "a\nb"))),
+    lambda g, m: setattr(_value(g, m), "name", g.choice(("", "x", "a\nb"))),
 )  # fmt: skip
