@@ -103,9 +103,30 @@ def publish(staging: Path, output: Path, files: Mapping[str, bytes], manifest: M
 def read_verified(bundle: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     """The manifest of a bundle whose every file is the one that was written, and the files that were checked.
 
+    Should another bundle take its place meanwhile, that one is read from its beginning.
+
     Raises:
         ExportError: not a bundle, or a file is missing, changed, unlisted or a link; names the file.
     """
+    while True:
+        folder = _identity(bundle)
+        try:
+            return _read_verified(bundle)
+        except (ExportError, OSError):
+            if _identity(bundle) == folder:
+                raise
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """What tells a folder from another that takes its place; None where there is none."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _read_verified(bundle: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     manifest = _read_manifest(bundle)
     listed, contents = manifest["files"], {}
     for path in sorted(bundle.iterdir()):

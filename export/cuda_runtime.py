@@ -17,7 +17,7 @@ def import_cuda(extra: str) -> ModuleType:
     try:
         from cuda.bindings import runtime
     except ImportError as error:
-        raise MissingDependency("cuda.bindings", extra) from error
+        raise MissingDependency("cuda.bindings", extra, error) from error
     module: ModuleType = runtime
     return module
 
@@ -39,7 +39,7 @@ def why_no_gpu(extra: str) -> str:
 
 
 def gpu_name(extra: str) -> str:
-    """The first GPU and its compute capability: `Orin, compute capability 8.7`.
+    """The first GPU: `Orin, compute capability 8.7, 16 multiprocessors`, as one name is that of several products.
 
     Raises:
         MissingDependency: the bindings are not installed; `extra` installs them.
@@ -47,7 +47,14 @@ def gpu_name(extra: str) -> str:
     """
     properties = checked(import_cuda(extra).cudaGetDeviceProperties(0))
     name = properties.name.decode(errors="replace")
-    return f"{name}, compute capability {properties.major}.{properties.minor}"
+    capability = f"{properties.major}.{properties.minor}"
+    return f"{name}, compute capability {capability}, {properties.multiProcessorCount} multiprocessors"
+
+
+def compute_capability(extra: str) -> tuple[int, int]:
+    """Of the first GPU, such as (8, 7); raises as `gpu_name` does."""
+    properties = checked(import_cuda(extra).cudaGetDeviceProperties(0))
+    return properties.major, properties.minor
 
 
 def checked(outcome: tuple[Any, ...]) -> Any:

@@ -19,7 +19,7 @@ from export.bundle import publish, read_verified
 from export.cuda_runtime import checked, gpu_name, import_cuda, why_no_gpu
 from export.errors import ExportError, MissingDependency
 from export.lowering.engine_config import EngineConfig
-from export.lowering.tensorrt_engine import FLAVOURS, Engine, Flavour, import_flavour
+from export.lowering.tensorrt_engine import FLAVOURS, Engine, Flavour, import_flavour, why_not_served
 from export.precision import FORMATS, Precision
 from export.private_cache import cache_path, check_private
 
@@ -54,7 +54,8 @@ def why_not_usable(flavour: Flavour) -> str:
         import_flavour(flavour)
     except MissingDependency as error:
         return str(error)
-    return why_no_gpu(flavour.name)
+    no_gpu = why_no_gpu(flavour.name)
+    return no_gpu if no_gpu or flavour.needs_gpu else why_not_served(flavour)
 
 
 def engine_key(
@@ -75,9 +76,11 @@ def engine_key(
     }
 
 
-def why_outdated(built: BuiltEngine) -> str:
-    """Why an engine that was built here does not run here now, empty where it does."""
+def why_outdated(built: BuiltEngine, onnx_sha256: str) -> str:
+    """Why an engine that was built here is not what building from an ONNX file would give now; empty where it is."""
     flavour = built.engine.flavour
+    if built.key.get("onnx_sha256") != onnx_sha256:
+        return "built from another model.onnx"
     reason = why_not_usable(flavour)
     if reason:
         return reason

@@ -11,6 +11,8 @@ from export.lowering.tensorrt_engine import FLAVOURS, Engine, Flavour, build_eng
 from export.precision import FORMATS
 from export.progress import Progress
 
+_ADVICE = "lower --workspace, --batch or --optimization-level, or export with --engine none"
+
 
 def choose_flavours(config: ExportConfig) -> tuple[list[Flavour], dict[str, str]]:
     """The flavours to build, and why the others are not: name -> reason.
@@ -47,5 +49,6 @@ def build_engines(
     for flavour in flavours:
         progress(f"build the {flavour.name} engine")
         precision, batch = FORMATS[config.precision], as_batch(config.batch)
-        engines.append(build_engine(onnx_bytes, flavour, precision, batch, image_shape, config.engine_config, kept))
+        arguments = (flavour, precision, batch, image_shape, config.engine_config, kept, _ADVICE)
+        engines.append(build_engine(onnx_bytes, *arguments))
     return engines

@@ -99,7 +99,9 @@ def open_bundle(path: str | Path) -> Bundle:
     path = Path(path)
     manifest, contents = read_verified(path)
     if manifest.get("format") != FORMAT:
-        raise ExportError(f"{path} has format {manifest.get('format')!r:.20}: this version reads format {FORMAT}")
+        raise ExportError(
+            f"{path} has format {manifest.get('format')!r:.20}: this version reads format {FORMAT}; export it again"
+        )
     try:
         precision = FORMATS[manifest["precision"]]
         batch = Batch(*(_whole(manifest["batch"][key]) for key in ("min", "opt", "max")))
@@ -180,7 +182,7 @@ def artefacts(bundle: Bundle) -> list[Artefact]:
 def built_artefact(bundle: Bundle, built: BuiltEngine) -> Artefact:
     """An engine that this machine built, or is about to keep, as an artefact of its bundle."""
     engine, flavour = built.engine, built.engine.flavour
-    obstacle = why_outdated(built)
+    obstacle = why_outdated(built, bundle.onnx_sha256)
     if obstacle:
         obstacle += f"; build it again: python scripts/verify.py {bundle.path} --build"
     file = str(engine_place(bundle.path, flavour) / flavour.file_name)
@@ -188,13 +190,12 @@ def built_artefact(bundle: Bundle, built: BuiltEngine) -> Artefact:
 
 
 def _built_here(bundle: Bundle) -> list[Artefact]:
-    """Of the engines this machine keeps for the bundle's folder, those built from its very ONNX file."""
+    """The engines this machine keeps for the bundle's folder, also those built from what lay there before."""
     try:
         places = [engine_place(bundle.path, flavour) for flavour in FLAVOURS.values()]
     except RuntimeError:  # a user without a home has built nothing
         return []
-    current = [built for place in places for built in read_place(place)[:1]]
-    return [built_artefact(bundle, built) for built in current if built.key["onnx_sha256"] == bundle.onnx_sha256]
+    return [built_artefact(bundle, built) for place in places for built in read_place(place)[:1]]
 
 
 def _onnx_obstacle(rounded: bool) -> tuple[str, str]:

@@ -245,13 +245,13 @@ def _lower(job: _Job, program: FusedProgram, meter: Meter | None) -> tuple[Fused
 
 def _measure(meter: Meter, forms: Forms, engines: list[Engine], report: ParityReport, precision: Precision) -> None:
     """Measure each form that ran."""
-    executed = {rung.name for rung in report.rungs if not rung.not_run}
+    ran = {rung.name for rung in report.rungs if rung.seconds}
     names = forms.files[ONNX_FILE].output_names
     for candidate in forms.candidates:
         if candidate.measured:
             meter.measure(candidate.runner, precision.name)
     for engine in engines:
-        if engine.flavour.name in executed:
+        if engine.flavour.name in ran:
             meter.measure(TensorRTRunner(engine, names), precision.name)
 
 

@@ -12,6 +12,7 @@ from export.batch import Batch
 from export.errors import ExportError
 
 TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
+DEFAULT_TARGETS = TARGETS[1:]  # of TensorRT-RTX, where none are asked for
 _LEVELS = range(6)
 _FLAGS = {
     "workspace_mib": "--workspace",
@@ -38,7 +39,7 @@ class EngineConfig:
         timing_cache: a file of measured kernels, read and written: the next build on this device is faster.
         version_compatible: later versions of the same major version run the engine too, at some cost in speed.
         hardware_compatible: every GPU from Ampere on runs the engine, at some cost in speed.
-        targets: the GPUs to build for, of TARGETS; TensorRT-RTX's own choice is all but sm_75.
+        targets: the GPUs to build for, of TARGETS; TensorRT-RTX's own choice is DEFAULT_TARGETS.
         dla_core: the deep-learning accelerator that is to run every convolution and matrix product.
     """
 

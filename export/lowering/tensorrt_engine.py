@@ -6,20 +6,20 @@ What an engine is and whether it runs here is asked without PyTorch, and neither
 from __future__ import annotations
 
 import importlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
 from export.batch import Batch
 from export.child import run_in_child
-from export.cuda_runtime import gpu_name, why_no_gpu
+from export.cuda_runtime import compute_capability, gpu_name, why_no_gpu
 from export.errors import MissingDependency
-from export.lowering.engine_config import DEFAULT_ENGINE, EngineConfig
+from export.lowering.engine_config import DEFAULT_ENGINE, DEFAULT_TARGETS, TARGETS, EngineConfig
 from export.precision import Precision
 
 _BUILDER = "export.lowering.engine_builder"
-_ADVICE = "lower --workspace, --batch or --optimization-level, or export with --engine none"
+_ADVICE = "lower --workspace or --optimization-level"
 _REMEDY = "build one here: python scripts/verify.py BUNDLE --build"
 
 
@@ -89,7 +89,7 @@ def import_flavour(flavour: Flavour) -> ModuleType:
     try:
         return importlib.import_module(flavour.module)
     except ImportError as error:
-        raise MissingDependency(flavour.module, flavour.name) from error
+        raise MissingDependency(flavour.module, flavour.name, error) from error
 
 
 def why_not_buildable(flavour: Flavour, dla_core: int | None = None) -> str:
@@ -115,11 +115,36 @@ def why_not_runnable(engine: Engine) -> str:
         return str(error)
     if installed != engine.version and not (engine.config.version_compatible and _follows(installed, engine.version)):
         return f"built by {engine.flavour.name} {engine.version}, {installed} is installed; {_REMEDY}"
-    no_gpu = why_no_gpu(engine.flavour.name)
-    if engine.gpu and not no_gpu and not engine.config.hardware_compatible:
-        here = gpu_name(engine.flavour.name)
-        return "" if here == engine.gpu else f"built on {engine.gpu}, here is {here}; {_REMEDY}"
-    return no_gpu
+    return why_no_gpu(engine.flavour.name) or _why_other_gpu(engine)
+
+
+def _why_other_gpu(engine: Engine) -> str:
+    """Why an engine is not for the GPU here, empty where it is."""
+    flavour, here = engine.flavour, gpu_name(engine.flavour.name)
+    if engine.config.hardware_compatible:
+        served, built = compute_capability(flavour.name) >= (8, 0), "for GPUs from Ampere on"
+    else:
+        served, built = engine.gpu in ("", here), f"on {engine.gpu}"
+    if not served:
+        return f"built {built}, here is {here}; {_REMEDY}"
+    return "" if flavour.needs_gpu else why_not_served(flavour, engine.config.targets)
+
+
+def why_not_served(flavour: Flavour, targets: Sequence[str] = ()) -> str:
+    """Why engines that need no GPU to be built, if for `targets`, do not run on the GPU here; empty where they do.
+
+    By default they also run on what is newer than all of TARGETS.
+    """
+    major, minor = compute_capability(flavour.name)
+    target, here = f"sm_{major}{minor}", gpu_name(flavour.name)
+    newer = 10 * major + minor > max(int(known.removeprefix("sm_")) for known in TARGETS)
+    served = targets or DEFAULT_TARGETS
+    if target in served or (newer and not targets):
+        return ""
+    if target not in TARGETS and not newer:
+        return f"{flavour.name} does not serve the GPU here: {here}"
+    remedy = "without --targets" if newer else f"with --targets {target}"
+    return f"built for {', '.join(served)}, here is {here}; export again {remedy}"
 
 
 def _follows(installed: str, built: str) -> bool:
@@ -136,6 +161,7 @@ def build_engine(
     image_shape: tuple[int, int, int],
     config: EngineConfig = DEFAULT_ENGINE,
     kept: Collection[str] = (),
+    advice: str = _ADVICE,
 ) -> Engine:
     """Build an engine whose precision is the ONNX file's, with one optimisation profile, in a process of its own.
 
@@ -148,6 +174,7 @@ def build_engine(
         config: how to build it.
         kept: layers, by the names of their ONNX nodes, that compute in a wider type: in fp16 where the precision is
             int8, else in fp32.
+        advice: what to try where the process dies or runs out of memory.
 
     Raises:
         MissingDependency: the package is not installed.
@@ -156,5 +183,5 @@ def build_engine(
     import_flavour(flavour)
     task, target = f"building the {flavour.name} engine", f"{_BUILDER}:build"
     arguments = (onnx_bytes, flavour, precision, batch, image_shape, config, frozenset(kept))
-    engine: Engine = run_in_child(task, _ADVICE, target, *arguments)
+    engine: Engine = run_in_child(task, advice, target, *arguments)
     return replace(engine, gpu=gpu_name(flavour.name)) if flavour.needs_gpu else engine

@@ -96,7 +96,7 @@ def without_torch(folder: Path, *others: str) -> dict[str, str]:
         "class Absent:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         f"        if name.partition('.')[0] in {hidden}:\n"
-        "            raise ImportError(f'{name} is hidden')\n"
+        "            raise ModuleNotFoundError(f'{name} is hidden', name=name)\n"
         "sys.meta_path.insert(0, Absent())\n"
     )
     return {"PYTHONPATH": str(folder)}

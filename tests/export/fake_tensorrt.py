@@ -125,7 +125,7 @@ class FakeCuda:
     def __init__(self, memory: int = 2**20) -> None:
         self.free = memory
         self.driver = 12060
-        self.properties = SimpleNamespace(name=b"Orin", major=8, minor=7)
+        self.properties = SimpleNamespace(name=b"Orin", major=8, minor=7, multiProcessorCount=16)
         self.memory: dict[int, NDArray[np.uint8]] = {}
         self.live: set[int] = set()
         self.recording: list[Callable[[], None]] | None = None

@@ -41,6 +41,20 @@ def test_what_was_written_is_read(bundle: Path) -> None:
     assert files(bundle).keys() == {*OLD, MANIFEST}
 
 
+def test_a_bundle_exchanged_while_it_is_read_is_read_again(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Path.read_bytes
+
+    def read(path: Path) -> bytes:
+        if path.name == "b.bin":
+            monkeypatch.setattr(Path, "read_bytes", real)
+            write(bundle, NEW, name="y")
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    manifest, contents = read_verified(bundle)
+    assert contents == NEW and manifest["name"] == "y"
+
+
 def test_a_new_bundle_replaces_the_old_one_and_nothing_else_is_left(bundle: Path) -> None:
     write(bundle, NEW)
     assert set(read_verified(bundle)[1]) == set(NEW)

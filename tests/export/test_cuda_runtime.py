@@ -73,7 +73,7 @@ def test_missing_bindings_name_the_extra(extra: str, monkeypatch: pytest.MonkeyP
 
     def hidden(name: str, *arguments: Any) -> Any:
         if name.startswith("cuda"):
-            raise ImportError(name)
+            raise ModuleNotFoundError(name="cuda")
         return real(name, *arguments)
 
     monkeypatch.setattr(builtins, "__import__", hidden)

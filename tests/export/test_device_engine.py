@@ -130,7 +130,7 @@ def test_an_engine_is_built_verified_and_put_in_place(builder: Builder, cache: P
         "batch": "1:4:8",
         "flavour": "tensorrt",
         "version": "10.3.0",
-        "gpu": "Orin, compute capability 8.7, driver for CUDA 12.6",
+        "gpu": "Orin, compute capability 8.7, 16 multiprocessors, driver for CUDA 12.6",
         "options": {},
     }
 
@@ -156,7 +156,12 @@ def test_the_bundle_lists_it_first_and_verifies_it(builder: Builder, tmp_path: P
     rung = next(rung for rung in verify_bundle(path) if rung.file == str(file))
     assert rung and rung.outputs
     summing.write(path, "second")
-    assert [artefact.file for artefact in artefacts(open_bundle(path))] == [ONNX_FILE]
+    first, onnx = artefacts(open_bundle(path))
+    assert (first.file, onnx.file) == (str(file), ONNX_FILE)
+    assert first.obstacle == (
+        f"built from another model.onnx; build it again: python scripts/verify.py {path} --build"
+    )  # fmt: skip
+    assert next(rung for rung in verify_bundle(path) if rung.file == str(file)).not_run == first.obstacle
 
 
 def test_the_way_back_is_without_a_build(builder: Builder, tmp_path: Path) -> None:
@@ -166,7 +171,7 @@ def test_the_way_back_is_without_a_build(builder: Builder, tmp_path: Path) -> No
     assert build(path).origin == "built"
     assert (number(place), number(place, f"previous.{ENGINE}")) == (2, 1)
     summing.write(path)
-    assert [artefact.file for artefact in artefacts(open_bundle(path))] == [ONNX_FILE]
+    assert artefacts(open_bundle(path))[0].obstacle.startswith("built from another model.onnx")
     found = build(path)
     assert found and found.origin == "restored" and found.rung.outputs and len(builder.asked) == 2
     assert (number(place), number(place, f"previous.{ENGINE}")) == (1, 2)
@@ -209,6 +214,7 @@ OTHERS: dict[str, Callable[[fake_tensorrt.FakeCuda, pytest.MonkeyPatch], object]
     "TensorRT": lambda cuda, patch: patch.setattr(fake_tensorrt, "__version__", "10.16.1"),
     "GPU": lambda cuda, patch: setattr(cuda.properties, "name", b"Thor"),
     "compute capability": lambda cuda, patch: setattr(cuda.properties, "major", 11),
+    "multiprocessors": lambda cuda, patch: setattr(cuda.properties, "multiProcessorCount", 8),
     "driver": lambda cuda, patch: setattr(cuda, "driver", 13020),
 }
 
@@ -222,7 +228,8 @@ def test_another_machine_is_another_engine(
     OTHERS[case](gpu, monkeypatch)
     obstacle = artefacts(open_bundle(path))[0].obstacle
     assert obstacle.startswith(
-        "built by tensorrt 10.3.0 for Orin, compute capability 8.7, driver for CUDA 12.6; here is tensorrt "
+        "built by tensorrt 10.3.0 for Orin, compute capability 8.7, 16 multiprocessors, driver for CUDA 12.6; "
+        "here is tensorrt "
     )
     assert obstacle.endswith(f"; build it again: python scripts/verify.py {path} --build")
     assert build(path).origin == "built" and number(file.parent) == 2
@@ -351,11 +358,25 @@ def test_a_build_that_another_one_overtook_is_not_repeated(
     assert (number(place), number(place, f"previous.{ENGINE}")) == (2, 1)
 
 
-def test_both_flavours_are_built_each_in_its_place(
-    builder: Builder, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+RTX = Flavour("tensorrt-rtx", fake_tensorrt.__name__, "model.rtx.engine", "model.rtx.layers.json", False, False)
+
+
+def test_a_flavour_that_does_not_serve_the_gpu_is_not_built(
+    builder: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rtx = Flavour("tensorrt-rtx", fake_tensorrt.__name__, "model.rtx.engine", "model.rtx.layers.json", False, False)
-    monkeypatch.setitem(FLAVOURS, "tensorrt-rtx", rtx)
+    monkeypatch.setitem(FLAVOURS, "tensorrt-rtx", RTX)
+    _, builds = build_on_device(summing.write(tmp_path / "b"))
+    assert [asked[1] for asked in builder.asked] == ["tensorrt"] and len(builds) == 1
+    monkeypatch.delitem(FLAVOURS, "tensorrt")
+    with pytest.raises(ExportError, match="no tensorrt-rtx engine: tensorrt-rtx does not serve the GPU here: Orin, "):
+        build_on_device(tmp_path / "b")
+
+
+def test_both_flavours_are_built_each_in_its_place(
+    builder: Builder, gpu: fake_tensorrt.FakeCuda, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FLAVOURS, "tensorrt-rtx", RTX)
+    gpu.properties.minor = 6
     path = summing.write(tmp_path / "b")
     _, builds = build_on_device(path)
     assert all(builds) and [asked[1] for asked in builder.asked] == ["tensorrt", "tensorrt-rtx"]

@@ -144,7 +144,7 @@ class FakePackage:
 
 
 def absent(flavour: tensorrt_engine.Flavour) -> FakePackage:
-    raise MissingDependency(flavour.module, flavour.name)
+    raise MissingDependency(flavour.module, flavour.name, ModuleNotFoundError(name=flavour.module))
 
 
 ENGINES: Mapping[str, tuple[str, Callable[[Any], Any], bool, str]] = {
@@ -162,6 +162,7 @@ def test_engines_come_first_and_say_why_they_do_not_run(
     version, package, gpu, reason = ENGINES[case]
     monkeypatch.setattr(tensorrt_engine, "import_flavour", package)
     monkeypatch.setattr(tensorrt_engine, "why_no_gpu", lambda extra: "" if gpu else "no NVIDIA GPU here")
+    monkeypatch.setattr(tensorrt_engine, "_why_other_gpu", lambda engine: "")
     bundle = open_bundle(with_engine(bundles["fp32"], tmp_path / "b", version))
     engine, file = artefacts(bundle)
     assert (engine.form, engine.file, engine.runtime) == ("tensorrt-rtx", RTX_FILE, f"tensorrt-rtx {version}")
@@ -196,6 +197,7 @@ def test_an_engine_runs_in_batches_it_accepts(
 
     monkeypatch.setattr(tensorrt_engine, "import_flavour", lambda flavour: FakePackage)
     monkeypatch.setattr(tensorrt_engine, "why_no_gpu", lambda extra: "")
+    monkeypatch.setattr(tensorrt_engine, "_why_other_gpu", lambda engine: "")
     monkeypatch.setattr(inference, "TensorRTRunner", Counting)
     bundle = open_bundle(with_engine(bundles["fp32"], tmp_path / "b", "1.2.3", b"the plan"))
     with running_first(bundle) as (artefact, infer):
@@ -210,6 +212,7 @@ def test_an_engine_built_here_comes_before_that_of_the_bundle(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(tensorrt_engine, "import_flavour", lambda flavour: FakePackage)
     monkeypatch.setattr(tensorrt_engine, "why_no_gpu", lambda extra: "")
+    monkeypatch.setattr(tensorrt_engine, "_why_other_gpu", lambda engine: "")
     monkeypatch.setattr(engine_place, "why_not_usable", lambda flavour: "")
     monkeypatch.setattr(engine_place, "_machine", lambda flavour: machine)
     bundle = open_bundle(with_engine(bundles["fp32"], tmp_path / "b", "1.2.3"))
@@ -240,6 +243,7 @@ def test_an_engine_that_does_not_load_leaves_its_place_to_onnx(
 
     monkeypatch.setattr(tensorrt_engine, "import_flavour", lambda flavour: FakePackage)
     monkeypatch.setattr(tensorrt_engine, "why_no_gpu", lambda extra: "")
+    monkeypatch.setattr(tensorrt_engine, "_why_other_gpu", lambda engine: "")
     monkeypatch.setattr(inference.TensorRTRunner, "__enter__", refuse)
     bundle = open_bundle(with_engine(bundles["fp32"], tmp_path / "b", "1.2.3"))
     said: list[str] = []
@@ -253,7 +257,7 @@ def test_without_a_runtime_the_extra_is_named(bundles: dict[str, Path], monkeypa
 
     def hidden(name: str, *arguments: Any) -> Any:
         if name == "onnxruntime":
-            raise ImportError(name)
+            raise ModuleNotFoundError(name=name)
         return real(name, *arguments)
 
     monkeypatch.setattr(builtins, "__import__", hidden)

@@ -250,7 +250,8 @@ def digit_images() -> Tensor:
 
 
 def export_digits(model: nn.Module, images: Tensor, output: Path, labelled: Labelled, **settings: Any) -> ExportResult:
-    config = ExportConfig(settings.pop("precision", "fp32"), settings.pop("batch", BATCH), "none")
+    precision, batch = settings.pop("precision", "fp32"), settings.pop("batch", BATCH)
+    config = ExportConfig(precision, batch, settings.pop("engine", "none"))
     arguments = {"metadata": digits.METADATA, **settings}
     return export_bundle(model, digits.EXAMPLE, output, config, images=images, labelled=labelled, **arguments)
 
@@ -282,6 +283,21 @@ def test_accuracy_is_measured_before_and_after(
     records = [form.to_json() for form in measured]
     assert json.loads((output / "parity.json").read_text())["accuracy"] == records
     assert json.loads((output / "manifest.json").read_text())["accuracy"] == records
+
+
+def test_an_engine_that_does_not_run_fails_the_export_with_its_report(
+    trained_digits: tuple[nn.Module, Tensor], digit_images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(runner: object) -> None:
+        raise ExportError("the engine does not load on this device")
+
+    monkeypatch.setattr("export.tensorrt_runner.TensorRTRunner.__enter__", refuse)
+    monkeypatch.setattr("export.pipeline.why_not_runnable", lambda engine: "")
+    settings = {"precision": "fp32", "engine": "tensorrt-rtx"}
+    result = export_digits(trained_digits[0], digit_images, tmp_path / "b", digits.held_out(), **settings)
+    assert not result and not (tmp_path / "b").exists()
+    assert "tensorrt-rtx: (run): the engine does not load on this device" in result.report.verdict
+    assert [accuracy.form for accuracy in result.report.accuracy] == ["eager", "fused", "onnx"]
 
 
 def test_without_labelled_pictures_no_accuracy_is_claimed(bundle: Path) -> None:

@@ -128,7 +128,7 @@ def test_a_builder_that_dies_is_one_line_that_says_what_to_lower(
         build_engine(b"", deadly, FP16, BATCH, SHAPE)
     assert str(error.value) == (
         "building the tensorrt engine was ended by SIGKILL (most likely out of memory): "
-        "lower --workspace, --batch or --optimization-level, or export with --engine none"
+        "lower --workspace or --optimization-level"
     )
 
 
@@ -146,8 +146,36 @@ def test_which_versions_run_an_engine(case: str, monkeypatch: pytest.MonkeyPatch
     installed, compatible, expected = RUNNABLE[case]
     monkeypatch.setattr(tensorrt_engine, "import_flavour", lambda flavour: SimpleNamespace(__version__=installed))
     monkeypatch.setattr(tensorrt_engine, "why_no_gpu", lambda extra: "")
+    monkeypatch.setattr(tensorrt_engine, "gpu_name", lambda extra: "Orin")
     engine = Engine(FULL, b"", "10.3.0", FP16, 3, 1.0, EngineConfig(version_compatible=compatible))
     reason = why_not_runnable(engine)
+    assert expected in reason and bool(reason) == bool(expected)
+
+
+GPUS: dict[str, tuple[Flavour, EngineConfig, tuple[int, int], str]] = {
+    "RTX on Ada": (RTX, EngineConfig(), (8, 9), ""),
+    "RTX on Blackwell": (RTX, EngineConfig(), (12, 0), ""),
+    "RTX on what is newer": (RTX, EngineConfig(), (13, 0), ""),
+    "RTX on Turing": (RTX, EngineConfig(), (7, 5), "export again with --targets sm_75"),
+    "RTX for Turing": (RTX, EngineConfig(targets=("sm_75",)), (7, 5), ""),
+    "RTX for Turing on Ada": (RTX, EngineConfig(targets=("sm_75",)), (8, 9), "built for sm_75, here is GPU; export "),
+    "RTX for Ada on what is newer": (RTX, EngineConfig(targets=("sm_89",)), (13, 0), "export again without --targets"),
+    "RTX on Orin": (RTX, EngineConfig(), (8, 7), "tensorrt-rtx does not serve the GPU here: GPU"),
+    "RTX on H100": (RTX, EngineConfig(), (9, 0), "tensorrt-rtx does not serve the GPU here: GPU"),
+    "RTX on Thor": (RTX, EngineConfig(), (11, 0), "tensorrt-rtx does not serve the GPU here: GPU"),
+    "for Ampere and newer": (FULL, EngineConfig(hardware_compatible=True), (8, 0), ""),
+    "for Ampere on Turing": (FULL, EngineConfig(hardware_compatible=True), (7, 5), "built for GPUs from Ampere on"),
+}
+
+
+@pytest.mark.parametrize("case", GPUS)
+def test_which_gpus_run_an_engine(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    flavour, config, capability, expected = GPUS[case]
+    monkeypatch.setattr(tensorrt_engine, "import_flavour", lambda flavour: SimpleNamespace(__version__="10.3.0"))
+    monkeypatch.setattr(tensorrt_engine, "why_no_gpu", lambda extra: "")
+    monkeypatch.setattr(tensorrt_engine, "gpu_name", lambda extra: "GPU")
+    monkeypatch.setattr(tensorrt_engine, "compute_capability", lambda extra: capability)
+    reason = why_not_runnable(Engine(flavour, b"", "10.3.0", FP16, 3, 1.0, config))
     assert expected in reason and bool(reason) == bool(expected)
 
 

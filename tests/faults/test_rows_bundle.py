@@ -190,6 +190,8 @@ def with_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with a GPU and TensorRT-RTX 1.2.3, where an engine must not be loaded."""
     monkeypatch.setattr(tensorrt_engine, "import_flavour", lambda flavour: Package)
     monkeypatch.setattr(tensorrt_engine, "why_no_gpu", lambda extra: "")
+    monkeypatch.setattr(tensorrt_engine, "compute_capability", lambda extra: (8, 6))
+    monkeypatch.setattr(tensorrt_engine, "gpu_name", lambda extra: "A, compute capability 8.6, 16 multiprocessors")
     monkeypatch.setattr(inference, "TensorRTRunner", lambda *_: pytest.fail("an engine was loaded"))
 
 
@@ -213,7 +215,7 @@ def test_row_27_an_engine_of_another_version_is_refused_with_the_command_that_fi
 def test_row_27_an_engine_of_another_gpu_is_refused_with_the_command_that_fixes_it(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    built_on, here = "Orin, compute capability 8.7", "Thor, compute capability 11.0"
+    built_on, here = "A, compute capability 8.6, 16 multiprocessors", "B, compute capability 8.6, 8 multiprocessors"
     opened = open_bundle(with_engine(bundle, tmp_path, "1.2.3", built_on))
     monkeypatch.setattr(tensorrt_engine, "gpu_name", lambda extra: built_on)
     assert next(artefact for artefact in artefacts(opened) if artefact.engine).obstacle == ""
@@ -274,7 +276,7 @@ def test_row_29_a_missing_runtime_is_an_error_that_names_what_installs_it(
 
     def hidden(name: str, *arguments: Any, **named: Any) -> Any:
         if name == "onnxruntime":
-            raise ImportError(name)
+            raise ModuleNotFoundError(name=name)
         return real(name, *arguments, **named)
 
     monkeypatch.setattr(builtins, "__import__", hidden)

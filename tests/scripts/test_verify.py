@@ -150,6 +150,9 @@ def test_an_engine_of_this_machine_as_it_was_is_to_be_built_again(
 
 NONSENSE = {
     "workspace without a build": (["--workspace", "64"], "--workspace: expected --build"),
+    "level without a build": (["--optimization-level", "1"], "--optimization-level: expected --build"),
+    "level": (["--build", "--optimization-level", "9"], "--optimization-level: expected 0 to 5, got 9"),
+    "two dashes for a value": (["--build", "--workspace=--"], "argument --workspace: expected a value, got '--'"),
     "no workspace": (["--build", "--workspace", "0"], "--workspace: expected at least 1 MiB, got 0"),
     "workspace in words": (["--build", "--workspace", "much"], "--workspace"),
     "unknown flag": (["--biuld"], "did you mean --build"),
