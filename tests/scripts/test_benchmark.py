@@ -132,7 +132,7 @@ def test_the_second_check_sees_the_images_backwards(subject: Subject, inputs: li
 
 def test_who_cannot_run_and_who_breaks_down(subject: Subject, inputs: list[Tensor]) -> None:
     def missing(batch: int) -> Provider:
-        raise ExportError("not installed\nlong explanation")
+        raise ExportError("not installed")
 
     def broken(batch: int) -> Provider:
         raise RuntimeError("no kernel\nlong explanation")
