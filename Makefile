@@ -12,7 +12,7 @@ test: .venv/.installed lint
 # The tests that try whatever inputs come, with 10 times as many of each.
 test-faults: .venv/.installed
 	TEST_TIMES=10 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal \
-		tests/faults tests/kernels/test_properties.py tests/export/test_quantisation_properties.py
+		tests/faults tests/kernels/operators/test_properties.py tests/kernels/operators/test_quantize_linear_properties.py
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

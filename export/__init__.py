@@ -6,29 +6,29 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from export.batch import Batch as Batch
+    from export.base.batch import Batch as Batch
+    from export.base.errors import ExportError as ExportError
+    from export.base.errors import MissingDependency as MissingDependency
     from export.config import ExportConfig as ExportConfig
-    from export.errors import ExportError as ExportError
-    from export.errors import MissingDependency as MissingDependency
+    from export.fusion.program import Coverage as Coverage
+    from export.fusion.program import FusedProgram as FusedProgram
+    from export.fusion.program import fuse as fuse
     from export.pipeline import ExportResult as ExportResult
     from export.pipeline import export_bundle as export_bundle
-    from export.program import Coverage as Coverage
-    from export.program import FusedProgram as FusedProgram
-    from export.program import fuse as fuse
-    from export.verify import verify_bundle as verify_bundle
+    from export.runtime.verify import verify_bundle as verify_bundle
 
 # Imported when first asked for: what reads and runs a bundle serves devices that have no PyTorch.
 _HOMES = {
-    "Batch": "batch",
-    "Coverage": "program",
+    "Batch": "base.batch",
+    "Coverage": "fusion.program",
     "ExportConfig": "config",
-    "ExportError": "errors",
+    "ExportError": "base.errors",
     "ExportResult": "pipeline",
-    "FusedProgram": "program",
-    "MissingDependency": "errors",
+    "FusedProgram": "fusion.program",
+    "MissingDependency": "base.errors",
     "export_bundle": "pipeline",
-    "fuse": "program",
-    "verify_bundle": "verify",
+    "fuse": "fusion.program",
+    "verify_bundle": "runtime.verify",
 }
 
 __all__ = list(_HOMES)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from export.batch import DEFAULT_BATCH, Batch, as_batch
-from export.errors import ExportError
+from export.base.batch import DEFAULT_BATCH, Batch, as_batch
+from export.base.errors import ExportError
+from export.base.precision import FORMATS, INT8
 from export.keep import AUTO
-from export.lowering.engine_config import DEFAULT_ENGINE, EngineConfig
-from export.lowering.tensorrt_engine import FLAVOURS
-from export.precision import FORMATS, INT8
 from export.quantisation.calibration import DEFAULT_METHOD, METHODS
+from export.runtime.engines.engine import FLAVOURS
+from export.runtime.engines.options import DEFAULT_ENGINE, EngineConfig
 
 
 @dataclass(frozen=True)

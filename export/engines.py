@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from export.batch import as_batch
+from export.base.batch import as_batch
+from export.base.errors import ExportError
+from export.base.precision import FORMATS
+from export.base.progress import Progress
 from export.config import ExportConfig
-from export.errors import ExportError
-from export.lowering.tensorrt_engine import FLAVOURS, Engine, Flavour, build_engine, why_not_buildable
-from export.precision import FORMATS
-from export.progress import Progress
+from export.runtime.engines.engine import FLAVOURS, Engine, Flavour, build_engine, why_not_buildable
 
 _ADVICE = "lower --workspace, --batch or --optimization-level, or export with --engine none"
 

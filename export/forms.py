@@ -10,22 +10,22 @@ import onnx
 import torch
 from torch import Tensor
 
-from export.bundle import ONNX_FILE
-from export.graph import is_call, module_path, resnet_deploy
+from export.base.precision import INT8, PRECISIONS, Precision
+from export.base.progress import Progress
+from export.criteria.operators import OperatorChecks, check_operators
+from export.criteria.quantised import check_quantised, shown_values
+from export.fusion.nodes import is_call, module_path, resnet_deploy
+from export.fusion.program import FusedProgram, QuantisedProgram
 from export.lowering.onnx_file import OnnxFile, lower_onnx
-from export.onnx_session import optimised_operators, runs_rounded
-from export.parity.operators import OperatorChecks, check_operators
-from export.parity.quantised import check_quantised, shown_values
-from export.passes.quantise import quantisable, quantise
-from export.passes.split_addition import split_addition
-from export.precision import INT8, PRECISIONS, Precision
-from export.program import FusedProgram, QuantisedProgram
-from export.progress import Progress
+from export.lowering.runners import OnnxRuntimeRunner, ProgramRunner
 from export.quantisation.calibration import Calibration
 from export.quantisation.facts import LayerCost, Quantisation
+from export.quantisation.quantise import quantisable, quantise
 from export.quantisation.scheme import CPU, TENSORRT, Scheme
-from export.runner import Runner
-from export.runners import OnnxRuntimeRunner, ProgramRunner
+from export.quantisation.split_addition import split_addition
+from export.runtime.bundle.folder import ONNX_FILE
+from export.runtime.onnx_session import optimised_operators, runs_rounded
+from export.runtime.runner import Runner
 
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 Check = Callable[[Mapping[str, Tensor]], OperatorChecks]

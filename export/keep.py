@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from export.errors import ExportError
+from export.base.errors import ExportError
 
 AUTO = "auto"
 

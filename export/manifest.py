@@ -8,13 +8,13 @@ from typing import Any
 
 import onnx
 
-from export.bundle import FORMAT, ONNX_FILE
+from export.base.machine import installed_versions
+from export.base.precision import Precision
 from export.forms import Forms
-from export.lowering.tensorrt_engine import Engine
-from export.machine import installed_versions
-from export.parity.report import ParityReport
-from export.precision import Precision
-from export.program import FusedProgram
+from export.fusion.program import FusedProgram
+from export.runtime.bundle.folder import FORMAT, ONNX_FILE
+from export.runtime.engines.engine import Engine
+from export.runtime.parity.rungs import ParityReport
 
 
 def describe(

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from export.accuracy import Accuracy, Labelled, class_count, class_indices, lost_accuracy, measure
-from export.batch import Arrays, Batch, run_in_batches
-from export.progress import Progress, sparsely
-from export.runner import Runner
+from export.base.batch import Arrays, Batch, run_in_batches
+from export.base.progress import Progress, sparsely
+from export.runtime.parity.accuracy import Accuracy, Labelled, class_count, class_indices, lost_accuracy, measure
+from export.runtime.runner import Runner
 
 
 class Meter:

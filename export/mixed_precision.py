@@ -8,23 +8,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from export.base.errors import ExportError
+from export.base.precision import Precision
+from export.base.progress import Progress
 from export.config import ExportConfig
-from export.errors import ExportError
+from export.criteria.operators import check_alone, check_operators
+from export.criteria.references import run_oracle, run_rounded
 from export.forms import Forms, quantised_forms, quantised_programs
-from export.graph import FUSED_OPERATORS, constant, is_call, module_path
+from export.fusion.nodes import FUSED_OPERATORS, constant, is_call, module_path
+from export.fusion.program import FusedProgram, operator_nodes
 from export.keep import AUTO, chosen, fewest
 from export.lowering.onnx_file import output_names
-from export.parity.ladder import References, execute, judge, operator_images
-from export.parity.operators import check_alone, check_operators
-from export.parity.references import run_oracle, run_rounded
-from export.passes.quantise import quantisable
-from export.passes.split_addition import split_addition
-from export.precision import Precision
-from export.program import FusedProgram, operator_nodes
-from export.progress import Progress
+from export.lowering.runners import ProgramRunner
 from export.quantisation.calibration import Pictures, calibrate
+from export.quantisation.quantise import quantisable
 from export.quantisation.sensitivity import layer_costs
-from export.runners import ProgramRunner
+from export.quantisation.split_addition import split_addition
+from export.runtime.parity.ladder import References, execute, judge, operator_images
 
 
 def keep_float32(

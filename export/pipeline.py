@@ -15,26 +15,34 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from export.accuracy import Labelled
-from export.batch import Batch, as_batch
-from export.bundle import ONNX_FILE, file_entries, publish, staged
-from export.capture import check_model, describe_value
+from export.base.batch import Batch, as_batch
+from export.base.errors import ExportError
+from export.base.precision import FORMATS, INT8, PRECISIONS, Precision
+from export.base.progress import Progress, silent
 from export.config import ExportConfig
+from export.criteria.evidence import check_evidence
+from export.criteria.references import run_references, run_simulations
 from export.engines import build_engines, choose_flavours
-from export.errors import ExportError
 from export.forms import Forms, floating_forms
-from export.golden import GOLDEN_FILE, save_golden
-from export.graph_facts import describe_graph
-from export.images import crops, photographs
+from export.fusion.capture import check_model, describe_value
+from export.fusion.description import describe_graph
+from export.fusion.passes import DEFAULT_LEVEL, QUANTISED_LEVEL
+from export.fusion.program import Coverage, FusedProgram, fuse
 from export.keep import AUTO
 from export.lowering.onnx_file import output_names
-from export.lowering.tensorrt_engine import Engine, why_not_runnable
+from export.lowering.runners import EagerRunner, ProgramRunner
 from export.manifest import describe
 from export.meter import Meter
 from export.mixed_precision import keep_float32, quantise_network
-from export.onnx_session import import_onnxruntime
-from export.parity.evidence import check_evidence
-from export.parity.ladder import (
+from export.quantisation.calibration import Pictures
+from export.report.page import REPORT_FILE, render
+from export.runtime.bundle.folder import ONNX_FILE, file_entries, publish, staged
+from export.runtime.bundle.golden import GOLDEN_FILE, save_golden
+from export.runtime.engines.engine import Engine, why_not_runnable
+from export.runtime.engines.runner import TensorRTRunner
+from export.runtime.onnx_session import import_onnxruntime
+from export.runtime.parity.accuracy import Labelled
+from export.runtime.parity.ladder import (
     ENGINE_FACTOR,
     References,
     attempt,
@@ -44,16 +52,8 @@ from export.parity.ladder import (
     operator_images,
     reference_rungs,
 )
-from export.parity.references import run_references, run_simulations
-from export.parity.report import ParityReport
-from export.passes import DEFAULT_LEVEL, QUANTISED_LEVEL
-from export.precision import FORMATS, INT8, PRECISIONS, Precision
-from export.program import Coverage, FusedProgram, fuse
-from export.progress import Progress, silent
-from export.quantisation.calibration import Pictures
-from export.report.page import REPORT_FILE, render
-from export.runners import EagerRunner, ProgramRunner
-from export.tensorrt_runner import TensorRTRunner
+from export.runtime.parity.rungs import ParityReport
+from export.sample_inputs import crops, photographs
 
 PARITY_IMAGES = 16
 

@@ -4,7 +4,9 @@ Importing this package registers the operators. It imports neither Triton nor to
 (launching by hand) and `kernels.compile` (ahead-of-time compilation) need Triton and are imported by name.
 """
 
-from kernels.config import unsupported_reason
+from kernels.configs.config import unsupported_reason
+from kernels.configs.selection import select_config
+from kernels.configs.targets import TARGETS, Target
 from kernels.operators.conv2d_bias_act import conv2d_bias_act, conv2d_bias_act_reference
 from kernels.operators.conv2d_bias_relu_maxpool import conv2d_bias_relu_maxpool, conv2d_bias_relu_maxpool_reference
 from kernels.operators.conv2d_conv1x1_bias_act import conv2d_conv1x1_bias_act, conv2d_conv1x1_bias_act_reference
@@ -13,8 +15,6 @@ from kernels.operators.conv2d_projection_bias_act import (
     conv2d_projection_bias_act_reference,
 )
 from kernels.operators.mean_linear import mean_linear, mean_linear_reference
-from kernels.selection import select_config
-from kernels.targets import TARGETS, Target
 
 __all__ = [
     "TARGETS",

@@ -21,11 +21,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from kernels.config import shared_memory_bound
+from kernels.configs.config import shared_memory_bound
+from kernels.configs.selection import config_to_json, problem_key, select_config
+from kernels.configs.targets import Target
 from kernels.plan import KernelLaunch, plan
 from kernels.problems import Problem
-from kernels.selection import config_to_json, problem_key, select_config
-from kernels.targets import Target
 
 _TRITON_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32"}
 # Below 64 rows sm_90 computes with the HMMA of its predecessors.

@@ -11,13 +11,13 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.config import BottleneckConfig, Config, ConvConfig, PairConfig, unsupported_reason
+from kernels.configs.config import BottleneckConfig, Config, ConvConfig, PairConfig, unsupported_reason
+from kernels.configs.selection import select_config
+from kernels.configs.targets import TARGETS, Target
 from kernels.jit.implicit_gemm import _conv2d_gathered_kernel
 from kernels.operators.checks import CHECKS, is_channels_last
 from kernels.plan import KernelLaunch, plan
 from kernels.problems import KERNEL_DTYPES, PROBLEMS, BottleneckProblem, ConvProblem, Problem, with_dtype
-from kernels.selection import select_config
-from kernels.targets import TARGETS, Target
 
 # Triton's interpreter runs one program at a time and pays for each operation: a GPU of one multiprocessor gets few
 # programs of large tiles.

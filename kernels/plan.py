@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kernels.config import (
+from kernels.configs.config import (
     BottleneckConfig,
     Config,
     ConvConfig,
@@ -20,13 +20,13 @@ from kernels.config import (
     conv_k_blocks,
     k_blocks,
 )
+from kernels.configs.targets import Target
 from kernels.jit.bottleneck import _conv2d_conv1x1_kernel
 from kernels.jit.box_gemm import _conv2d_boxes_kernel
 from kernels.jit.head import _mean_linear_kernel
 from kernels.jit.implicit_gemm import _conv2d_gathered_kernel
 from kernels.jit.stem import _conv2d_bias_relu_maxpool_kernel
 from kernels.problems import BottleneckProblem, ConvProblem, HeadProblem, Problem, Projection, StemProblem
-from kernels.targets import Target
 
 # Pixels whose channels one step of the head's mean adds up: more in flight, more registers.
 _PIXELS_PER_STEP = 4

@@ -10,8 +10,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from resnet.data.preprocessing import Preprocessing
 from resnet.models import MODELS
-from resnet.preprocessing import Preprocessing
 
 _KEY = "model_card"
 

@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from resnet.files import write_atomically
+from resnet.data.files import write_atomically
 
 _LOG = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
 
-from export.command_line import Parser, importing, run_script
+from export.terminal.command_line import Parser, importing, run_script
 
 with importing("benchmark.py"):
     import torch
@@ -26,21 +26,21 @@ with importing("benchmark.py"):
     from torch import Tensor, nn
 
     from export import Batch, ExportError, FusedProgram, fuse
-    from export.batch import DEFAULT_BATCH
-    from export.benchmark import CPU_CLOCK, CUDA_CLOCK, compare_providers, describe
-    from export.candidates import Subject, cpu_candidates, cuda_candidates, int8_candidate, plain_onnx
-    from export.ceilings import floor_seconds, measure_ceilings, workloads
-    from export.console import Progress, print_table
+    from export.base.batch import DEFAULT_BATCH
+    from export.base.machine import describe_machine, machine_line
+    from export.base.precision import PRECISIONS
+    from export.benchmark.candidates import Subject, cpu_candidates, cuda_candidates, int8_candidate, plain_onnx
+    from export.benchmark.compare import CPU_CLOCK, CUDA_CLOCK, compare_providers, describe
+    from export.benchmark.roofline import floor_seconds, measure_ceilings, workloads
     from export.forms import quantised_programs
-    from export.images import crops, photographs
+    from export.fusion.passes import DEFAULT_LEVEL, LEVELS, QUANTISED_LEVEL
     from export.lowering.onnx_file import lower_onnx
-    from export.machine import describe_machine, machine_line
-    from export.passes import DEFAULT_LEVEL, LEVELS, QUANTISED_LEVEL
-    from export.passes.split_addition import split_addition
     from export.pipeline import PARITY_IMAGES
-    from export.precision import PRECISIONS
     from export.quantisation.calibration import WANTED_IMAGES, Calibration, InMemory, calibrate
     from export.quantisation.scheme import CPU
+    from export.quantisation.split_addition import split_addition
+    from export.sample_inputs import crops, photographs
+    from export.terminal.console import Progress, print_table
     from resnet.initialise import initialise
     from resnet.models import MODELS, create_model
 

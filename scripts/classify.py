@@ -9,15 +9,15 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
 
-from export.command_line import Parser, importing, run_script
+from export.terminal.command_line import Parser, importing, run_script
 
 with importing("classify.py"):
     import numpy as np
     from numpy.typing import NDArray
 
-    from export.console import print_predictions
-    from export.inference import Artefact, Bundle, open_bundle, running_first
-    from resnet.preprocessing import Preprocessing, open_picture
+    from export.runtime.artefacts import Artefact, Bundle, open_bundle, running_first
+    from export.terminal.console import print_predictions
+    from resnet.data.preprocessing import Preprocessing, open_picture
 
 
 TOP = 5

@@ -11,7 +11,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
 
-from export.command_line import Parser, importing, run_script
+from export.terminal.command_line import Parser, importing, run_script
 
 with importing("compile_kernels.py"):
     import torch
@@ -19,11 +19,11 @@ with importing("compile_kernels.py"):
     from rich.table import Table
 
     from export import ExportError, fuse
-    from export.console import Progress, print_table
-    from export.precision import PRECISIONS
-    from export.workload import fused_workload
+    from export.base.precision import PRECISIONS
+    from export.benchmark.workload import fused_workload
+    from export.terminal.console import Progress, print_table
+    from kernels.configs.targets import TARGETS
     from kernels.problems import Problem
-    from kernels.targets import TARGETS
     from resnet.models import MODELS, create_model
 
 
@@ -86,8 +86,8 @@ def compile_for(
     """What was found in each kernel, and the launches of one forward pass per target, model and batch."""
     try:
         from kernels.compile import compile_problems
+        from kernels.configs.selection import select_config
         from kernels.plan import plan
-        from kernels.selection import select_config
     except ModuleNotFoundError as error:
         raise ExportError(f"no package {error.name}, expected triton: Linux only") from error
 

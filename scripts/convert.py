@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
 
-from export.command_line import Parser, importing, run_script
+from export.terminal.command_line import Parser, importing, run_script
 
 with importing("convert.py"):
     from resnet.model_card import read_model_card

@@ -17,20 +17,20 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not scripts/, where `export` would be a script
 
-from export.command_line import Parser, importing, run_script
+from export.terminal.command_line import Parser, importing, run_script
 
 with importing("evaluate.py"):
     import numpy as np
     from numpy.typing import NDArray
 
-    from export.accuracy import Accuracy, class_indices, measure
-    from export.batch import Arrays
-    from export.console import images_bar, print_evaluation
-    from export.errors import ExportError, MissingDependency, first_line
-    from export.inference import Artefact, Bundle, artefacts, open_bundle, running
-    from resnet.data import open_test
-    from resnet.labelled import LabelledImages, LabelledInputs
-    from resnet.preprocessing import Preprocessing
+    from export.base.batch import Arrays
+    from export.base.errors import ExportError, MissingDependency, first_line
+    from export.runtime.artefacts import Artefact, Bundle, artefacts, open_bundle, running
+    from export.runtime.parity.accuracy import Accuracy, class_indices, measure
+    from export.terminal.console import images_bar, print_evaluation
+    from resnet.data.labelled import LabelledImages, LabelledInputs
+    from resnet.data.preprocessing import Preprocessing
+    from resnet.data.sources import open_test
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

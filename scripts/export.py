@@ -13,7 +13,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be this file
 
-from export.command_line import Parser, importing, run_script
+from export.terminal.command_line import Parser, importing, run_script
 
 with importing("export.py"):
     import numpy as np
@@ -21,20 +21,26 @@ with importing("export.py"):
     from torch import Tensor
 
     from export import Batch, ExportConfig, ExportError, ExportResult, export_bundle
-    from export.batch import as_batch
-    from export.console import Progress, print_accuracy, print_quantisation, print_rungs
-    from export.images import crops, photographs
+    from export.base.batch import as_batch
     from export.keep import AUTO
-    from export.lowering.engine_config import TARGETS, EngineConfig
     from export.pipeline import PARITY_IMAGES
     from export.quantisation.calibration import DEFAULT_METHOD, METHODS
-    from resnet.calibration import PictureInputs, open_calibration
-    from resnet.data import open_test
+    from export.runtime.engines.options import TARGETS, EngineConfig
+    from export.sample_inputs import crops, photographs
+    from export.terminal.console import Progress, print_accuracy, print_quantisation, print_rungs
+    from resnet.data.calibration_pictures import PictureInputs, open_calibration
+    from resnet.data.labelled import LabelledInputs
+    from resnet.data.preprocessing import (
+        IMAGENET_MEAN,
+        IMAGENET_STD,
+        Preprocessing,
+        imagenet_preprocessing,
+        open_picture,
+    )
+    from resnet.data.sources import open_test
     from resnet.initialise import initialise
-    from resnet.labelled import LabelledInputs
     from resnet.model_card import read_model_card
     from resnet.models import MODELS, create_model
-    from resnet.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, imagenet_preprocessing, open_picture
     from resnet.pretrained import download
     from resnet.weights import load_weights
 

@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
 
-from export.command_line import Parser, importing, run_script
+from export.terminal.command_line import Parser, importing, run_script
 
 with importing("train.py"):
     import torch
@@ -27,18 +27,18 @@ with importing("train.py"):
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.table import Table
 
-    from export.console import print_table
-    from export.machine import describe_machine, machine_line
-    from resnet import plots
-    from resnet.data import open_splits, suggest_preprocessing, suggest_size
-    from resnet.experiments import run_trial
-    from resnet.files import write_atomically
-    from resnet.labelled import Splits
+    from export.base.machine import describe_machine, machine_line
+    from export.terminal.console import print_table
+    from resnet.data.files import write_atomically
+    from resnet.data.labelled import Splits
+    from resnet.data.preprocessing import Preprocessing
+    from resnet.data.sources import open_splits, suggest_preprocessing, suggest_size
     from resnet.models import MODELS, create_model
-    from resnet.preprocessing import Preprocessing
-    from resnet.recipe import AUGMENTATIONS, OPTIMIZERS, TrainingConfig
-    from resnet.reports import EXPERIMENTS
-    from resnet.training import LOG_FILE, MODEL_FILE, Epoch, train
+    from resnet.training import plots
+    from resnet.training.experiments import run_trial
+    from resnet.training.loop import LOG_FILE, MODEL_FILE, Epoch, train
+    from resnet.training.recipe import AUGMENTATIONS, OPTIMIZERS, TrainingConfig
+    from resnet.training.reports import EXPERIMENTS
 
 
 WORK = Path("build/train")

@@ -11,7 +11,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
 
-from export.command_line import Parser, importing, run_script
+from export.terminal.command_line import Parser, importing, run_script
 
 with importing("tune.py"):
     import torch
@@ -19,16 +19,16 @@ with importing("tune.py"):
     from rich.table import Table
 
     from export import Batch, ExportError, fuse
-    from export.console import Progress, print_table
-    from export.machine import describe_machine
-    from export.precision import PRECISIONS
-    from export.workload import fused_workload
-    from kernels.config import Config
-    from kernels.heuristic import heuristic_config
+    from export.base.machine import describe_machine
+    from export.base.precision import PRECISIONS
+    from export.benchmark.workload import fused_workload
+    from export.terminal.console import Progress, print_table
+    from kernels.configs.config import Config
+    from kernels.configs.heuristic import heuristic_config
+    from kernels.configs.selection import problem_key, tuned_table, write_table
+    from kernels.configs.tuning import tune
     from kernels.oracle import Inputs, make_inputs, operator_call, oracle, p1_failures
     from kernels.problems import Problem, with_batch
-    from kernels.selection import problem_key, tuned_table, write_table
-    from kernels.tuning import tune
     from resnet.models import MODELS, create_model
 
 

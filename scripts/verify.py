@@ -9,15 +9,15 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
 
-from export.command_line import Parser, Steps, importing, print_columns, run_script
+from export.terminal.command_line import Parser, Steps, importing, print_columns, run_script
 
 with importing("verify.py"):
-    from export.device_engine import DeviceBuild, build_on_device
-    from export.errors import ExportError
-    from export.lowering.engine_config import EngineConfig
-    from export.parity.report import RUNG_HEADINGS, Rung
-    from export.signature import check_signature
-    from export.verify import verify_bundle
+    from export.base.errors import ExportError
+    from export.runtime.build import DeviceBuild, build_on_device
+    from export.runtime.bundle.signature import check_signature
+    from export.runtime.engines.options import EngineConfig
+    from export.runtime.parity.rungs import RUNG_HEADINGS, Rung
+    from export.runtime.verify import verify_bundle
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from export.images import crops, photographs
+from export.sample_inputs import crops, photographs
 from resnet.initialise import initialise
 from resnet.models import create_model
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from export.batch import Batch
-from export.capture import plain_torch
-from export.errors import ExportError, first_line
-from export.graph import FUSED_OPERATORS, QUANTISATION, is_call, module_path, named_args, schema_name
-from export.lowering.operators import TRANSLATIONS
-from export.precision import Precision
-from export.program import FusedProgram
+from export.base.batch import Batch
+from export.base.errors import ExportError, first_line
+from export.base.precision import Precision
+from export.fusion.capture import plain_torch
+from export.fusion.nodes import FUSED_OPERATORS, QUANTISATION, is_call, module_path, named_args, schema_name
+from export.fusion.program import FusedProgram
+from export.lowering.onnx_operators import TRANSLATIONS
 
 # Conv admits bfloat16 from opset 22 on; TensorRT 10.3, the oldest supported, reads up to opset 20.
 _OPSETS = {torch.float32: 18, torch.float16: 18, torch.bfloat16: 22}

@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 from scipy.special import rel_entr
 from torch import Tensor, fx
 
-from export.batch import DEFAULT_BATCH, Batch
-from export.capture import plain_torch
-from export.conversion import converted
-from export.errors import ExportError
-from export.graph import module_path, source_name
-from export.passes.quantise import is_input, quantised_values
-from export.progress import Progress, silent, sparsely
-from export.quantisation import cache
+from export.base.batch import DEFAULT_BATCH, Batch
+from export.base.errors import ExportError
+from export.base.progress import Progress, silent, sparsely
+from export.fusion.capture import plain_torch
+from export.fusion.casting import converted
+from export.fusion.nodes import module_path, source_name
+from export.quantisation import calibration_cache
+from export.quantisation.quantise import is_input, quantised_values
 from export.quantisation.scheme import CPU, Range
 
 _LOG = logging.getLogger(__name__)
@@ -113,11 +113,11 @@ def calibrate(
     for images in pictures.batches(_BATCH):
         inputs.update(str(images.shape).encode() + np.ascontiguousarray(images).tobytes())
     key = _key(graph_module, inputs.hexdigest(), method)
-    ranges = cache.read(key)
+    ranges = calibration_cache.read(key)
     wanted = {str(source_name(node)) for node in quantised_values(graph_module, CPU)}
     if ranges is None or ranges.keys() != wanted:
         ranges = _ranges(graph_module, pictures, method, batch, progress)
-        cache.write(key, ranges)
+        calibration_cache.write(key, ranges)
     return Calibration(ranges, method, len(pictures), inputs.hexdigest())
 
 

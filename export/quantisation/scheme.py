@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from export.bundle import CPU_ONNX_FILE, ONNX_FILE
-from export.precision import PRECISIONS, Precision
+from export.base.precision import PRECISIONS, Precision
+from export.runtime.bundle.folder import CPU_ONNX_FILE, ONNX_FILE
 
 Range = tuple[float, float]
 _WEIGHT_LIMIT = 127

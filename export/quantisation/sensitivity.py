@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from export.capture import plain_torch
-from export.conversion import converted
-from export.graph import module_path
-from export.interpreter import GraphInterpreter
-from export.passes.quantise import quantisable, quantise
-from export.progress import Progress, silent, sparsely
+from export.base.progress import Progress, silent, sparsely
+from export.fusion.capture import plain_torch
+from export.fusion.casting import converted
+from export.fusion.interpreter import GraphInterpreter
+from export.fusion.nodes import module_path
 from export.quantisation.facts import LayerCost
+from export.quantisation.quantise import quantisable, quantise
 from export.quantisation.scheme import TENSORRT, Range
 
 

@@ -41,7 +41,7 @@ class Box:
 
 
 def boxes(graph: Mapping[str, Any]) -> list[Box]:
-    """The nodes of `export.graph_facts.describe_graph`, from top to bottom."""
+    """The nodes of `export.fusion.description.describe_graph`, from top to bottom."""
     nodes, edges = graph["nodes"], graph["edges"]
     lanes, found = _lanes(len(nodes), edges), []
     adjacent = {edge["to"] for edge in edges if edge["to"] == edge["from"] + 1}

@@ -9,10 +9,10 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from export.accuracy import RETAINED_PERCENT
 from export.report import numbers
 from export.report.lanes import LANES, boxes
 from export.report.plot import COSTS, LAYERS, VALUES, Plot, Z, plots
+from export.runtime.parity.accuracy import RETAINED_PERCENT
 
 REPORT_FILE = "report.html"
 _TEMPLATE = "page.html.j2"
@@ -41,7 +41,7 @@ def render(
         manifest: from `export.manifest.describe`.
         parity: what parity.json holds.
         files: name -> `bytes` and `sha256` of each other file of the bundle.
-        graph: from `export.graph_facts.describe_graph`.
+        graph: from `export.fusion.description.describe_graph`.
         command: that made the bundle; empty where it was made from Python.
         skipped: flavour of an engine -> why it was not built.
     """

@@ -14,16 +14,16 @@ from numpy.typing import NDArray
 from torch import nn
 
 from export import Batch, FusedProgram, fuse
-from export.bundle import ONNX_FILE, publish, read_verified, staged
+from export.base.precision import PRECISIONS
+from export.base.progress import silent
+from export.criteria.evidence import Evidence
 from export.forms import floating_forms
 from export.manifest import describe
-from export.parity.evidence import Evidence
-from export.parity.report import ParityReport
-from export.precision import PRECISIONS
-from export.progress import silent
-from resnet.data import open_test
-from resnet.labelled import LabelledInputs
-from resnet.preprocessing import Preprocessing
+from export.runtime.bundle.folder import ONNX_FILE, publish, read_verified, staged
+from export.runtime.parity.rungs import ParityReport
+from resnet.data.labelled import LabelledInputs
+from resnet.data.preprocessing import Preprocessing
+from resnet.data.sources import open_test
 
 PREPROCESSING = Preprocessing((16, 16), (16, 16), (0.5,), (0.5,))
 CLASSES = [str(digit) for digit in range(10)]

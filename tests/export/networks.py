@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from export import Batch, fuse
-from export.graph import moves_data, schema_name
+from export.fusion.nodes import moves_data, schema_name
 
 BATCH = Batch(1, 4, 8)
 

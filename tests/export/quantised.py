@@ -10,20 +10,20 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from export import Batch, FusedProgram, fuse
+from export.base.precision import INT8
+from export.criteria.quantised import check_quantised, shown_values
 from export.forms import quantised_programs
-from export.graph import QUANTISATION, args_of, is_call, module_path, parameter
+from export.fusion.nodes import QUANTISATION, args_of, is_call, module_path, parameter
+from export.fusion.passes import QUANTISED_LEVEL
+from export.fusion.program import QuantisedProgram
 from export.lowering.onnx_file import OnnxFile, lower_onnx
-from export.onnx_session import runs_rounded
-from export.parity.checks import OperatorChecks
-from export.parity.quantised import check_quantised, shown_values
-from export.passes import QUANTISED_LEVEL
-from export.passes.quantise import LAYERS
-from export.passes.split_addition import split_addition
-from export.precision import INT8
-from export.program import QuantisedProgram
+from export.lowering.runners import OnnxRuntimeRunner
 from export.quantisation.calibration import Calibration, InMemory, calibrate
+from export.quantisation.quantise import LAYERS
 from export.quantisation.scheme import CPU, TENSORRT, Scheme
-from export.runners import OnnxRuntimeRunner
+from export.quantisation.split_addition import split_addition
+from export.runtime.onnx_session import runs_rounded
+from export.runtime.parity.checks import OperatorChecks
 
 BATCH = Batch(1, 4, 8)
 SCHEMES = {scheme.name: scheme for scheme in (TENSORRT, CPU)}

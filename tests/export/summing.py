@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from export.bundle import FORMAT, ONNX_FILE, publish, staged
-from export.golden import GOLDEN_FILE, save_golden
-from export.parity.ladder import References
+from export.runtime.bundle.folder import FORMAT, ONNX_FILE, publish, staged
+from export.runtime.bundle.golden import GOLDEN_FILE, save_golden
+from export.runtime.parity.ladder import References
 
 
 def network(name: str) -> bytes:

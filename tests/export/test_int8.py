@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from export import Batch, ExportConfig, ExportError, ExportResult, export_bundle
-from export.accuracy import count_correct
-from export.bundle import CPU_ONNX_FILE, ONNX_FILE
-from export.inference import artefacts, open_bundle, running_first
 from export.quantisation.calibration import InMemory
-from export.verify import verify_bundle
-from resnet.data import open_splits, open_test
-from resnet.labelled import LabelledInputs
+from export.runtime.artefacts import artefacts, open_bundle, running_first
+from export.runtime.bundle.folder import CPU_ONNX_FILE, ONNX_FILE
+from export.runtime.parity.accuracy import count_correct
+from export.runtime.verify import verify_bundle
+from resnet.data.labelled import LabelledInputs
+from resnet.data.sources import open_splits, open_test
 from resnet.model_card import read_model_card
 from resnet.models import create_model
 from resnet.weights import load_weights

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from export import Batch, ExportConfig, ExportError, ExportResult, export_bundle, fuse, verify_bundle
-from export.parity.ladder import reference_rungs
-from export.parity.references import run_references
-from export.precision import PRECISIONS
+from export.base.precision import PRECISIONS
+from export.criteria.references import run_references
+from export.runtime.parity.ladder import reference_rungs
 from tests.export import digits
 
 BLOCK = "layer2.1"

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from export import Batch, ExportConfig, ExportError, ExportResult, export_bundle, verify_bundle
-from export.accuracy import Labelled
-from export.program import FusedProgram
-from resnet.data import open_test
-from resnet.labelled import LabelledInputs
-from resnet.preprocessing import Preprocessing
+from export.fusion.program import FusedProgram
+from export.runtime.parity.accuracy import Labelled
+from resnet.data.labelled import LabelledInputs
+from resnet.data.preprocessing import Preprocessing
+from resnet.data.sources import open_test
 from tests.export import digits, networks
 
 BATCH = Batch(1, 4, 8)
@@ -102,7 +102,7 @@ def test_verify_refuses_a_file_that_computes_something_else(
     """A bundle that is whole, but whose ONNX file was made from other weights."""
     import onnx
 
-    from export.bundle import publish, read_verified, staged
+    from export.runtime.bundle.folder import publish, read_verified, staged
 
     model = onnx.load(bundle / "model.onnx")
     tensor = next(t for t in model.graph.initializer if t.name == "layer2.0.conv1.weight")
@@ -119,7 +119,7 @@ def test_verify_refuses_a_file_that_computes_something_else(
 
 
 def test_engine_of_another_version_is_refused_before_it_is_loaded(bundle: Path, tmp_path: Path) -> None:
-    from export.bundle import publish, read_verified, staged
+    from export.runtime.bundle.folder import publish, read_verified, staged
 
     manifest, _ = read_verified(bundle)
     manifest["engines"]["model.rtx.engine"]["version"] = "1.0.0.1"
@@ -146,7 +146,7 @@ def test_a_wrong_candidate_writes_nothing(
     resnet20: nn.Module, example: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import export.forms
-    from tests.export.mutants import ConstantLogits
+    from tests.export.criteria.mutants import ConstantLogits
 
     monkeypatch.setattr(export.forms, "ProgramRunner", ConstantLogits)
     result = export_bundle(resnet20, example, tmp_path / "bundle", ExportConfig("fp16", BATCH, "none"))
@@ -168,8 +168,8 @@ def test_the_failing_operator_is_named_in_the_verdict(
     resnet20: nn.Module, example: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import export.forms
-    from export.runners import ProgramRunner
-    from tests.export import mutants
+    from export.lowering.runners import ProgramRunner
+    from tests.export.criteria import mutants
 
     class Defective(ProgramRunner):
         def __init__(self, program: FusedProgram, *args: object) -> None:
@@ -208,7 +208,7 @@ DOCTORED = {
 
 @pytest.mark.parametrize("case", DOCTORED)
 def test_a_doctored_manifest_is_refused(case: str, bundle: Path, tmp_path: Path) -> None:
-    from export.bundle import publish, read_verified, staged
+    from export.runtime.bundle.folder import publish, read_verified, staged
 
     change, message = DOCTORED[case]
     manifest, contents = read_verified(bundle)
@@ -291,7 +291,7 @@ def test_an_engine_that_does_not_run_fails_the_export_with_its_report(
     def refuse(runner: object) -> None:
         raise ExportError("the engine does not load on this device")
 
-    monkeypatch.setattr("export.tensorrt_runner.TensorRTRunner.__enter__", refuse)
+    monkeypatch.setattr("export.runtime.engines.runner.TensorRTRunner.__enter__", refuse)
     monkeypatch.setattr("export.pipeline.why_not_runnable", lambda engine: "")
     settings = {"precision": "fp32", "engine": "tensorrt-rtx"}
     result = export_digits(trained_digits[0], digit_images, tmp_path / "b", digits.held_out(), **settings)
@@ -309,9 +309,9 @@ def test_a_form_that_loses_accuracy_is_not_written(
     trained_digits: tuple[nn.Module, Tensor], digit_images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The fused program whose accuracy is measured has two class rows exchanged; all that is compared is right."""
+    from export.base.precision import PRECISIONS
+    from export.lowering.runners import ProgramRunner
     from export.meter import Meter
-    from export.precision import PRECISIONS
-    from export.runners import ProgramRunner
 
     swapped = digits.fused(digits.with_swapped_classes(trained_digits[0]), BATCH)
     wrong, run = ProgramRunner(swapped, PRECISIONS["fp32"], ("output",)), Meter._run
@@ -330,7 +330,7 @@ def test_a_wrong_form_shows_as_lower_accuracy_too(
     trained_digits: tuple[nn.Module, Tensor], digit_images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import export.forms
-    from export.runners import ProgramRunner
+    from export.lowering.runners import ProgramRunner
 
     class Swapped(ProgramRunner):
         def infer(self, inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:

@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from export.accuracy import class_indices
-from export.bundle import MANIFEST, ONNX_FILE
-from export.golden import GOLDEN_FILE
-from export.inference import artefacts, open_bundle
-from export.onnx_session import open_file
-from export.verify import verify_bundle
-from resnet.preprocessing import Preprocessing
+from export.runtime.artefacts import artefacts, open_bundle
+from export.runtime.bundle.folder import MANIFEST, ONNX_FILE
+from export.runtime.bundle.golden import GOLDEN_FILE
+from export.runtime.onnx_session import open_file
+from export.runtime.parity.accuracy import class_indices
+from export.runtime.verify import verify_bundle
+from resnet.data.preprocessing import Preprocessing
 from tests.faults.mutations import damaged_bytes, damaged_json, damaged_onnx, damaged_safetensors, deep_recursion
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,7 +110,7 @@ def with_own_hash(manifest: Any) -> Any:
 
 
 def canonical(value: Any) -> bytes:
-    """As `export.bundle` writes a manifest."""
+    """As `export.runtime.bundle.folder` writes a manifest."""
     with deep_recursion():
         return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 

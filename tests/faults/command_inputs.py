@@ -16,8 +16,8 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from export.command_line import Parser
-from export.errors import ExportError
+from export.base.errors import ExportError
+from export.terminal.command_line import Parser
 from resnet.models import MODELS, create_model
 from tests.faults.bundle_inputs import TryOne, a_picture, class_folders, run, script
 

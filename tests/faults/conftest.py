@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from export import ExportConfig, export_bundle, pipeline
-from export.images import crops, photographs
+from export.sample_inputs import crops, photographs
+from resnet.data.preprocessing import Preprocessing
 from resnet.initialise import initialise
 from resnet.models import create_model
-from resnet.preprocessing import Preprocessing
 
 SIZE = 16
 CONFIG = ExportConfig("fp32", (1, 2, 4), "none")

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from export.bundle import publish, read_verified, staged
-from export.errors import ExportError
+from export.base.errors import ExportError
+from export.runtime.bundle.folder import publish, read_verified, staged
 
 ROOT = Path(__file__).resolve().parents[2]
 OLD = {"model.onnx": b"old" * 100, "parity.json": b"{}"}

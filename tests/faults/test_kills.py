@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file
 
 from export import verify_bundle
-from export.bundle import MANIFEST, publish, read_verified, staged
-from export.engine_place import BuiltEngine, read_place, write_place
-from export.lowering.tensorrt_engine import FLAVOURS, Engine
-from export.precision import PRECISIONS
+from export.base.precision import PRECISIONS
+from export.runtime.bundle.folder import MANIFEST, publish, read_verified, staged
+from export.runtime.engine_store import BuiltEngine, read_place, write_place
+from export.runtime.engines.engine import FLAVOURS, Engine
 from resnet.weights import save_weights
 from tests.effort import TIMES
 from tests.faults.killing import kill_once, kills, random_kills

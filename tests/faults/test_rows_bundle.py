@@ -16,17 +16,17 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from export import Batch, ExportConfig, ExportError, MissingDependency, export_bundle, fuse, inference, verify_bundle
-from export.bundle import MANIFEST, read_verified
-from export.inference import artefacts, open_bundle, running, running_first
-from export.lowering import tensorrt_engine
-from export.lowering.tensorrt_engine import FLAVOURS, Flavour
-from export.passes import QUANTISED_LEVEL
-from export.passes.split_addition import split_addition
+from export import Batch, ExportConfig, ExportError, MissingDependency, export_bundle, fuse, verify_bundle
+from export.fusion.passes import QUANTISED_LEVEL
 from export.quantisation.calibration import calibrate
-from resnet.calibration import open_calibration
-from resnet.labelled import DataError
-from resnet.preprocessing import Preprocessing
+from export.quantisation.split_addition import split_addition
+from export.runtime.artefacts import artefacts, open_bundle, running, running_first
+from export.runtime.bundle.folder import MANIFEST, read_verified
+from export.runtime.engines import engine as tensorrt_engine
+from export.runtime.engines.engine import FLAVOURS, Flavour
+from resnet.data.calibration_pictures import open_calibration
+from resnet.data.labelled import DataError
+from resnet.data.preprocessing import Preprocessing
 from tests.faults.bundle_inputs import a_picture, canonical, copied, replace, script, with_own_hash
 from tests.faults.conftest import CONFIG
 from tests.faults.killing import kill_once
@@ -192,7 +192,7 @@ def with_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt_engine, "why_no_gpu", lambda extra: "")
     monkeypatch.setattr(tensorrt_engine, "compute_capability", lambda extra: (8, 6))
     monkeypatch.setattr(tensorrt_engine, "gpu_name", lambda extra: "A, compute capability 8.6, 16 multiprocessors")
-    monkeypatch.setattr(inference, "TensorRTRunner", lambda *_: pytest.fail("an engine was loaded"))
+    monkeypatch.setattr("export.runtime.artefacts.TensorRTRunner", lambda *_: pytest.fail("an engine was loaded"))
 
 
 @pytest.mark.usefixtures("with_gpu")

@@ -17,9 +17,9 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import kernels
 from export import Batch, ExportConfig, ExportError, FusedProgram, export_bundle, fuse
-from export.inference import open_bundle, running_first
-from export.precision import PRECISIONS
-from kernels.config import MAX_PIXELS, ConvConfig
+from export.base.precision import PRECISIONS
+from export.runtime.artefacts import open_bundle, running_first
+from kernels.configs.config import MAX_PIXELS, ConvConfig
 from kernels.jit.parts import _pixel_offset
 from kernels.problems import ConvProblem
 from tests.export import networks

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from export import Batch, ExportConfig, ExportError, export_bundle, fuse
-from export.precision import PRECISIONS
+from export.base.precision import PRECISIONS
 from resnet.models import create_model
 from resnet.weights import WeightsError, load_weights
 

@@ -22,12 +22,12 @@ import torch
 from torch import nn
 from torch.torch_version import TorchVersion
 
-from export import ExportError, inference, verify_bundle
-from export.bundle import MANIFEST, ONNX_FILE
-from export.golden import GOLDEN_FILE
-from export.inference import artefacts, open_bundle, running
-from export.onnx_session import open_file
-from export.private_cache import private_folder
+from export import ExportError, verify_bundle
+from export.base.private_cache import private_folder
+from export.runtime.artefacts import artefacts, open_bundle, running
+from export.runtime.bundle.folder import MANIFEST, ONNX_FILE
+from export.runtime.bundle.golden import GOLDEN_FILE
+from export.runtime.onnx_session import open_file
 from resnet import pretrained
 from resnet.models import create_model
 from resnet.pretrained import PUBLISHED, DownloadError, PublishedFile, download
@@ -138,7 +138,7 @@ def test_security_2_no_hub_is_used() -> None:
 def test_security_3_a_plan_is_loaded_only_from_a_manifest_that_verifies(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inference, "TensorRTRunner", lambda *_: pytest.fail("a plan was loaded"))
+    monkeypatch.setattr("export.runtime.artefacts.TensorRTRunner", lambda *_: pytest.fail("a plan was loaded"))
     foreign = copied(bundle, tmp_path / "foreign")
     (foreign / "model.rtx.engine").write_bytes(b"plan")
     with pytest.raises(ExportError, match=r"model\.rtx\.engine: not listed in manifest\.json"):
@@ -278,7 +278,7 @@ def test_security_6_the_runtime_keeps_no_records_and_sends_none(bundle: Path, tm
     """Some versions of ONNX Runtime store what they were used for in the user's cache and send it to their makers."""
     program = (
         "import sys, time; sys.path[:0] = [sys.argv[1]]\n"
-        "from export.verify import verify_bundle\n"
+        "from export.runtime.verify import verify_bundle\n"
         "assert all(verify_bundle(sys.argv[2])); time.sleep(1)"
     )
     environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}

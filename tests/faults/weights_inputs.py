@@ -17,9 +17,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from resnet.data.preprocessing import Preprocessing
 from resnet.model_card import ModelCard, read_model_card
 from resnet.models import create_model
-from resnet.preprocessing import Preprocessing
 from resnet.weights import load_weights
 from tests.faults.bundle_inputs import TryOne, refused_or
 from tests.faults.mutations import NASTY, damaged_bytes, damaged_safetensors

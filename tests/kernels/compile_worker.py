@@ -6,7 +6,7 @@ A process of its own, because Triton's interpreter, in which the other tests run
 import json
 
 from kernels.compile import compile_problems
-from kernels.targets import TARGETS
+from kernels.configs.targets import TARGETS
 from tests.kernels.networks import BATCHES, EXTRA, NETWORKS
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import kernels.launch
-from kernels.config import BottleneckConfig, Config, ConvConfig, HeadConfig, PairConfig, StemConfig
-from kernels.heuristic import box_of
+from kernels.configs.config import BottleneckConfig, Config, ConvConfig, HeadConfig, PairConfig, StemConfig
+from kernels.configs.heuristic import box_of
 from kernels.launch import Workspace, target_of
 from kernels.oracle import Inputs, make_inputs, operator_call, p1_failures
 from kernels.problems import BottleneckProblem, ConvProblem, HeadProblem, Problem, StemProblem

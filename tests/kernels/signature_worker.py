@@ -16,10 +16,10 @@ from triton.runtime.jit import create_function_from_signature
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.compile import code_key, kernel_signature
-from kernels.config import BottleneckConfig, Config, ConvConfig, HeadConfig, StemConfig
+from kernels.configs.config import BottleneckConfig, Config, ConvConfig, HeadConfig, StemConfig
+from kernels.configs.targets import TARGETS
 from kernels.plan import KernelLaunch, Operand, plan
 from kernels.problems import Problem
-from kernels.targets import TARGETS
 from tests.kernels.cases import ONE_OF_EACH, SMALL
 
 TARGET = TARGETS["sm_90"]

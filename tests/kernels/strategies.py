@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.config import (
+from kernels.configs.config import (
     INPUT_PRECISIONS,
     BottleneckConfig,
     Config,
@@ -18,10 +18,10 @@ from kernels.config import (
     StemConfig,
     conv_k_blocks,
 )
-from kernels.heuristic import heuristic_config
+from kernels.configs.heuristic import heuristic_config
+from kernels.configs.targets import TARGETS
 from kernels.oracle import Inputs, make_inputs
 from kernels.problems import BottleneckProblem, ConvProblem, HeadProblem, Problem, Projection, StemProblem
-from kernels.targets import TARGETS
 from tests.effort import TIMES
 from tests.kernels.cases import DTYPES, projected
 

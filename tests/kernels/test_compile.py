@@ -10,11 +10,11 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from kernels.compile import CompiledKernel, compile_kernel
-from kernels.config import BottleneckConfig, ConvConfig, HeadConfig, StemConfig
+from kernels.configs.config import BottleneckConfig, ConvConfig, HeadConfig, StemConfig
+from kernels.configs.targets import TARGETS
 from kernels.jit.implicit_gemm import _conv2d_gathered_kernel
 from kernels.plan import plan
 from kernels.problems import BottleneckProblem, ConvProblem, HeadProblem, Projection, StemProblem
-from kernels.targets import TARGETS
 from tests.kernels.conftest import start_worker
 
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 import kernels
 import kernels.launch
-from kernels.config import BottleneckConfig, Config, ConvConfig, HeadConfig, PairConfig, StemConfig
+from kernels.configs.config import BottleneckConfig, Config, ConvConfig, HeadConfig, PairConfig, StemConfig
+from kernels.configs.selection import select_config
+from kernels.configs.targets import TARGETS, Target
 from kernels.launch import Workspace, target_of
 from kernels.oracle import Inputs, make_inputs, operator_call, p1_failures
 from kernels.problems import Problem, with_dtype
-from kernels.selection import select_config
-from kernels.targets import TARGETS, Target
 from tests.kernels.cases import BOTTLENECK_CASES, DTYPES, ODD_CASES, ONE_OF_EACH, PROJECTION_CASES, SMALL
 from tests.kernels.launching import launch, on_device, quick_config
 

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 
 from kernels.compile import uses_boxes
-from kernels.config import BottleneckConfig, Config, ConvConfig, HeadConfig, PairConfig, StemConfig
-from kernels.heuristic import heuristic_config
+from kernels.configs.config import BottleneckConfig, Config, ConvConfig, HeadConfig, PairConfig, StemConfig
+from kernels.configs.heuristic import heuristic_config
+from kernels.configs.targets import TARGETS
 from kernels.plan import plan
 from kernels.problems import Problem
-from kernels.targets import TARGETS
 from tests.kernels.cases import BOTTLENECK_CASES, CASES, HEAD_CASES, SMALL, STEM_CASES
 from tests.kernels.networks import NETWORKS
 

@@ -10,8 +10,8 @@ import pytest
 import safetensors.torch
 import torch
 
+from resnet.data.preprocessing import Preprocessing
 from resnet.model_card import ModelCard, read_model_card
-from resnet.preprocessing import Preprocessing
 
 RGB = Preprocessing((224, 224), (256, 256), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 GREY = Preprocessing((16, 20), (16, 20), (0.1 + 0.2,), (1 / 3,))

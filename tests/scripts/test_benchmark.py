@@ -16,15 +16,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from export import Batch, ExportError, benchmark, fuse
-from export.benchmark import Clock, Row, compare_providers, cpu_turn, cuda_turn, describe, measure
-from export.candidates import Candidate, Subject, cpu_candidates, cuda_candidates
-from export.ceilings import Ceilings, floor_seconds
-from export.machine import describe_machine
-from export.passes import LEVELS
-from export.precision import PRECISIONS
-from export.providers import ModuleProvider, Provider
-from export.workload import Work
+from export import Batch, ExportError, fuse
+from export.base.machine import describe_machine
+from export.base.precision import PRECISIONS
+from export.benchmark import compare
+from export.benchmark.candidates import Candidate, Subject, cpu_candidates, cuda_candidates
+from export.benchmark.compare import Clock, Row, compare_providers, cpu_turn, cuda_turn, describe, measure
+from export.benchmark.providers import ModuleProvider, Provider
+from export.benchmark.roofline import Ceilings, floor_seconds
+from export.benchmark.workload import Work
+from export.fusion.passes import LEVELS
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = Clock(cpu_turn, rounds=2, seconds=1e-6)
@@ -201,7 +202,7 @@ def test_a_turn_on_the_cpu_times_one_run_and_not_its_input(monkeypatch: pytest.M
         log.append("clock")
         return 2.0 ** next(ticks)
 
-    monkeypatch.setattr(benchmark, "time", SimpleNamespace(sleep=log.append, perf_counter=tick))
+    monkeypatch.setattr(compare, "time", SimpleNamespace(sleep=log.append, perf_counter=tick))
     seconds = cpu_turn(Recorder(log), itertools.cycle("abc"), 2)  # type: ignore[arg-type]
     assert log[1:] == [
         *(("load", "a"), "step"),

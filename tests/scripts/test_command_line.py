@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from safetensors.torch import save_file
 
-from resnet.data import open_test
+from resnet.data.sources import open_test
 from resnet.models import create_model
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from export import ExportError
-from export.cuda_runtime import why_no_gpu
-from export.device_engine import DeviceBuild
-from export.lowering.engine_config import EngineConfig
-from export.parity.network import NetworkCheck
-from export.parity.report import Rung
-from export.signature import signature_path
+from export.runtime.build import DeviceBuild
+from export.runtime.bundle.signature import signature_path
+from export.runtime.engines.cuda_runtime import why_no_gpu
+from export.runtime.engines.options import EngineConfig
+from export.runtime.parity.network import NetworkCheck
+from export.runtime.parity.rungs import Rung
 from tests.export import digits, summing
 
 ROOT = Path(__file__).resolve().parents[2]

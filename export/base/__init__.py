@@ -1,0 +1,1 @@
+"""Words that every room uses; nothing here knows what a network is."""

@@ -1,0 +1,53 @@
+"""The other end of `export.base.process`: reads requests on stdin and answers them until no more come. No PyTorch."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import pickle
+import signal
+import sys
+import traceback
+from typing import Any
+
+from export.base.errors import ExportError, first_line
+
+
+def main() -> None:
+    """Serve; the arguments are the repository root, which is on the path already, and the level of the log."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal: the parent decides
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints is log, not an answer
+    logging.basicConfig(level=int(sys.argv[2]), format="%(message)s", stream=sys.stderr)
+    held = None
+    try:
+        while True:
+            try:
+                request = pickle.load(sys.stdin.buffer)
+            except EOFError:
+                break
+            answer, held = _answer(request, held)
+            pickle.dump(answer, replies, protocol=5)
+            replies.flush()
+    finally:
+        if held is not None:
+            held.close()
+
+
+def _answer(request: tuple[str, str, tuple[Any, ...]], held: Any) -> tuple[tuple[str, Any], Any]:
+    """An outcome with its value or its reason, and the object held from now on."""
+    kind, target, arguments = request
+    try:
+        if kind == "call":
+            return ("done", getattr(held, target)(*arguments)), held
+        module, name = target.split(":")
+        value = getattr(importlib.import_module(module), name)(*arguments)
+        return (("done", None), value) if kind == "hold" else (("done", value), held)
+    except ExportError as error:
+        return ("refused", str(error)), held
+    except MemoryError:
+        return ("memory", None), held
+    except Exception as error:  # whatever a library raises is the parent's to report
+        traceback.print_exc()
+        return ("failed", f"{type(error).__name__}: {first_line(error)}"), held

@@ -1,0 +1,1 @@
+"""What rounding allows each operator, and the evidence that a comparison could have failed."""

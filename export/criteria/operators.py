@@ -1,0 +1,335 @@
+"""P1: every operator on its own, against the unfused float64 graph on the operator's own input.
+
+An operator passes when z = |y - y64| / sigma, with sigma from `bounds`, has rms <= 1.6 over the values that are not
+exactly 0 and max <= 9 (16 for float32), all is finite, and y is exactly 0 wherever a ReLU's input is below -8 sigma.
+Values below the smallest normal number of the type, as in channels that training has switched off, are judged by who
+reads them: where no reader would change by more than a sigma had they been exact, z is that of the other values.
+
+y64 comes from the captured graph, not from the fused one: a wrongly folded weight or a residual taken
+from the wrong place is an error here, not part of the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from export.base.precision import PRECISIONS, Precision
+from export.criteria.bounds import BOUNDS, Bound, Call
+from export.criteria.fault import fault_of
+from export.fusion.capture import plain_torch
+from export.fusion.interpreter import GraphInterpreter
+from export.fusion.nodes import (
+    args_of,
+    aten,
+    constant,
+    is_call,
+    module_path,
+    moves_data,
+    named_args,
+    schema_name,
+    source_name,
+)
+from export.fusion.program import FusedProgram, operator_nodes
+from export.runtime.parity.checks import UNDERFLOW, Fault, OperatorCheck, OperatorChecks
+
+RMS_LIMIT = 1.6
+MAX_LIMIT = 9.0
+MAX_LIMIT_FP32 = 16.0
+_SEVERAL = 3.0  # sigmas: more than rounding does to most values
+
+
+def check_operators(
+    program: FusedProgram, precision: Precision, trace: Mapping[str, Tensor], separate_addition: bool = False
+) -> OperatorChecks:
+    """Hold every fused operator, linear, mean and max-pool of a candidate to its rounding error.
+
+    Args:
+        program: the fused program the candidate was made from.
+        precision: the candidate's.
+        trace: fused-graph node name -> the tensor the candidate computed there, and its input.
+        separate_addition: the candidate adds residuals in an operator of its own.
+
+    Returns:
+        One check per operator in execution order; `unchecked` names the operators without a criterion
+        and those whose tensors the candidate does not show.
+    """
+    checks, unchecked = [], []
+    with plain_torch():
+        for node in operator_nodes(program.master):
+            check = _check_node(program, precision, node, trace, separate_addition)
+            if check is None:
+                unchecked.append(module_path(node))
+            else:
+                checks.append(check)
+    return OperatorChecks(tuple(checks), tuple(unchecked))
+
+
+def check_alone(program: FusedProgram, precision: Precision, x: Tensor) -> list[OperatorCheck]:
+    """Hold each operator, alone in `precision` and fed with what float32 makes of the network, to its rounding error.
+
+    Whatever a layer before it does to a value, it is judged by what it does itself.
+
+    Args:
+        program: of which none is kept in float32.
+        precision: of 16 bits.
+        x: [N, C, H, W] float32.
+
+    Returns:
+        One check per operator that has a criterion.
+    """
+    checks = []
+    with plain_torch():
+        interpreter = GraphInterpreter(program.graph_module, {})
+        interpreter.values = {}
+        interpreter.run(x)
+        exact = {name: _rounded(value, precision.dtype) for name, value in interpreter.values.items()}
+        for node in operator_nodes(program.master):
+            if _bound(program, node) is None:
+                continue
+
+            def value_of(n: fx.Node) -> Any:
+                parameter = constant(program.master, n)
+                return exact[n.name] if parameter is None else _rounded(parameter, precision.dtype)
+
+            target: Any = node.target
+            y = target(*fx.node.map_arg(node.args, value_of), **fx.node.map_arg(node.kwargs, value_of))
+            check = _check_node(program, precision, node, {**exact, node.name: y}, separate_addition=False)
+            if check is not None:
+                checks.append(check)
+    return checks
+
+
+def _rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value.to(dtype) if value.is_floating_point() else value
+
+
+def _check_node(
+    program: FusedProgram, precision: Precision, node: fx.Node, trace: Mapping[str, Tensor], separate_addition: bool
+) -> OperatorCheck | None:
+    """The check of one operator; None where it has no criterion or the candidate does not show its tensors."""
+    values = _shown(program, node, trace)
+    if values is None:
+        return None
+    own = _precision_of(program, node, precision)
+    check = _check(program, own, node, values, separate_addition)
+    if check or check.fault is None or own.name == "fp32":
+        return check
+    y, y64 = values[node.name].double(), _expected_of(program, node, values, own.dtype)
+    sigma = _allowed(program, own, node, values, separate_addition).sigma
+    faint = _faint(y, own.dtype) & _faint(y64, own.dtype) & ((y - y64).abs() > _SEVERAL * sigma)
+    if not bool(faint.any()) or bool(faint[y64 != 0].all()) or not bool(torch.isfinite(y).all()):
+        return check
+    mended = torch.where(faint, y64, y)
+    for reader in _readers(node):
+        if _notices(program, precision, reader, trace, {**trace, node.name: mended}, separate_addition):
+            return check
+    return _check(program, own, node, {**values, node.name: mended}, separate_addition)
+
+
+def _shown(program: FusedProgram, node: fx.Node, trace: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """What an operator read and computed; None where it has no criterion or not all of that is known."""
+    shown = {n.name: _value(n, trace) for n in [node, *_activations(node)]}
+    values = {name: value for name, value in shown.items() if value is not None}
+    known = len(values) == len(shown) and all(source_name(n) for n in [node, *_activations(node)])
+    return values if known and _bound(program, node) is not None else None
+
+
+def _precision_of(program: FusedProgram, node: fx.Node, precision: Precision) -> Precision:
+    return PRECISIONS["fp32"] if module_path(node) in program.kept else precision
+
+
+def _faint(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where values are below the smallest normal number of a type."""
+    return values.abs() < torch.finfo(dtype).tiny
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """What reads a value, through what only moves data."""
+    return [
+        end for user in node.users for end in (_readers(user) if moves_data(user) and user.op != "output" else [user])
+    ]
+
+
+def _expected_of(
+    program: FusedProgram, node: fx.Node, values: Mapping[str, Tensor], dtype: torch.dtype | None
+) -> Tensor:
+    """y64 of an operator on what it reads, rounded to a type or as it is."""
+    read = {n: values[n.name] if dtype is None else _rounded(values[n.name], dtype) for n in _activations(node)}
+    leaves = {str(source_name(n)): x.double() for n, x in read.items()}
+    return _expected(program.source, str(source_name(node)), leaves)[0]
+
+
+def _notices(
+    program: FusedProgram,
+    precision: Precision,
+    node: fx.Node,
+    trace: Mapping[str, Tensor],
+    exact: Mapping[str, Tensor],
+    separate_addition: bool,
+) -> bool:
+    """Whether an operator computes something else, beyond its sigma, from other values than it was given."""
+    given, instead = _shown(program, node, trace), _shown(program, node, exact)
+    if given is None or instead is None:
+        return True
+    own = _precision_of(program, node, precision)
+    y, other = _expected_of(program, node, given, own.dtype), _expected_of(program, node, instead, None)
+    sigma = _allowed(program, own, node, given, separate_addition).sigma
+    changed = (y - other).abs() > sigma
+    return bool((changed & ~(_faint(y, own.dtype) & _faint(other, own.dtype))).any())
+
+
+def evaluate(source: fx.GraphModule, name: str, leaves: Mapping[str, Tensor]) -> Tensor:
+    """The value of the node `name` of the captured graph, given the values of `leaves`.
+
+    Raises:
+        ValueError: it also depends on something that is not among the leaves.
+    """
+    nodes = {node.name: node for node in source.graph.nodes}
+    known: dict[str, Any] = dict(leaves)
+
+    def visit(node: fx.Node) -> Any:
+        if node.name not in known:
+            if node.op == "get_attr":
+                known[node.name] = constant(source, node)
+            elif node.op != "call_function":
+                raise ValueError(f"it does not follow from {', '.join(leaves)}")
+            else:
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), visit)
+                target: Any = node.target
+                known[node.name] = target(*args, **kwargs)
+        return known[node.name]
+
+    if name in leaves:
+        raise ValueError("it would be compared with itself")
+    return visit(nodes[name])
+
+
+def _bound(program: FusedProgram, node: fx.Node) -> Callable[[Call], Bound] | None:
+    """The error model of a call, None where it has none: other operators, axes or computed parameters."""
+    if is_call(node, aten.mean.dim):
+        x = args_of(node)[0].meta["val"]
+        if x.dim() != 4 or sorted(d % 4 for d in args_of(node)[1]) != [2, 3]:
+            return None
+    if is_call(node, aten.linear.default):
+        computed = [n for n in args_of(node)[1:] if n is not None and constant(program.master, n) is None]
+        if args_of(node)[0].meta["val"].dim() != 2 or computed:
+            return None
+    target: Any = node.target
+    return BOUNDS.get(target)
+
+
+def _activations(node: fx.Node) -> list[fx.Node]:
+    """The tensors a node computes from, its parameters apart."""
+    return [n for n in node.all_input_nodes if n.op != "get_attr"]
+
+
+def _value(node: fx.Node, trace: Mapping[str, Tensor]) -> Tensor | None:
+    """What the candidate holds for `node`; a change of layout or shape follows from what it was made from."""
+    if node.name not in trace and is_call(node, aten.contiguous.default, aten.reshape.default):
+        value = _value(args_of(node)[0], trace)
+        return value.reshape(args_of(node)[1]) if value is not None and len(node.args) > 1 else value
+    return trace.get(node.name)
+
+
+def _check(
+    program: FusedProgram,
+    precision: Precision,
+    node: fx.Node,
+    values: Mapping[str, Tensor],
+    separate_addition: bool,
+) -> OperatorCheck:
+    name, kind, dtype = module_path(node), schema_name(node), precision.dtype
+    limits = (RMS_LIMIT, MAX_LIMIT_FP32 if precision.name == "fp32" else MAX_LIMIT)
+
+    def refused(reason: str, fault: Fault | None = None) -> OperatorCheck:
+        return OperatorCheck(name, kind, float("inf"), float("inf"), *limits, reason, fault)
+
+    for n in [node, *_activations(node)]:
+        expected = tuple(n.meta["val"].shape[1:])
+        if tuple(values[n.name].shape[1:]) != expected:
+            return refused(f"{n.name} has shape {list(values[n.name].shape)}, expected [N, *{list(expected)}]")
+    y, read = values[node.name].double(), {n: _rounded(values[n.name], dtype) for n in _activations(node)}
+    for n, x in read.items():
+        if not bool(torch.isfinite(x).all()):
+            broken = f"{_count_broken(x)} in what it reads"
+            return refused(broken, fault_of(x, values[n.name].double(), None, dtype))
+    leaves = {str(source_name(n)): x.double() for n, x in read.items()}
+    try:
+        y64, pre = _expected(program.source, str(source_name(node)), leaves)
+    except ValueError as error:
+        return refused(f"wrong wiring: {error}")
+    weights = [w for n in node.all_input_nodes if (w := constant(program.master, n)) is not None]
+    if not bool(torch.isfinite(y).all()):
+        largest = f"the largest {dtype} is {torch.finfo(dtype).max:.5g}"
+        return refused(f"{_count_broken(y)}, {largest}", fault_of(y, y64, None, dtype))
+    allowed = _allowed(program, precision, node, values, separate_addition, pre)
+    for n, x in read.items():
+        held = values[n.name].double()
+        faint = _faint(held, dtype) & (x != held)
+        instead = {**values, n.name: torch.where(faint, held, x.double())}
+        if bool(faint.any()) and _notices(program, precision, node, values, instead, separate_addition):
+            lost = torch.where(faint, (x - held).abs(), 0.0)
+            reason = f"what it reads lies below the smallest normal {dtype}, {torch.finfo(dtype).tiny:.3g}"
+            return refused(reason, fault_of(x.double(), held, lost, dtype, kind=UNDERFLOW))
+    difference = (y - y64).abs().float()
+    z = torch.where(difference == 0, 0.0, difference / allowed.sigma)
+    dead = None if pre is y64 else allowed.upper < 0
+    live = (y != 0) | (y64 != 0)  # the exact zeros behind a ReLU would dilute the mean
+    rms, peak = (z.square().sum() / live.sum().clamp(min=1)).sqrt().item(), z.max().item()
+    reason = _why_not(rms, peak, *limits, 0 if dead is None else int((y[dead] != 0).sum()))
+    fault = fault_of(y, y64, z, dtype, weights) if reason else None
+    return OperatorCheck(name, kind, rms, peak, *limits, reason, fault)
+
+
+def _allowed(
+    program: FusedProgram,
+    precision: Precision,
+    node: fx.Node,
+    values: Mapping[str, Tensor],
+    separate_addition: bool,
+    pre: Tensor | None = None,
+) -> Bound:
+    """What rounding explains of an operator's error; `pre` is the value before its ReLU, if it is known already."""
+    read = {n: _rounded(values[n.name], precision.dtype) for n in _activations(node)}
+    if pre is None:
+        leaves = {str(source_name(n)): x.double() for n, x in read.items()}
+        pre = _expected(program.source, str(source_name(node)), leaves)[1]
+
+    def value_of(argument: Any) -> Any:
+        if not isinstance(argument, fx.Node):
+            return argument
+        value = constant(program.master, argument)
+        return (read[argument] if value is None else value).float()
+
+    arguments = {key: value_of(argument) for key, argument in named_args(node).items()}
+    rounds_weights, bound = precision.name != "fp32", _bound(program, node)
+    assert bound is not None  # who asks has seen to it
+    return bound(Call(arguments, pre, precision.roundoff, rounds_weights, separate_addition))
+
+
+def _count_broken(values: Tensor) -> str:
+    return f"{int((~torch.isfinite(values)).sum())} values are NaN or Inf"
+
+
+def _why_not(rms: float, peak: float, rms_limit: float, max_limit: float, alive: int) -> str:
+    """Why an operator fails, empty where it passes; `alive`: values that a ReLU should have made 0."""
+    if alive:
+        return f"{alive} values are not 0 where the ReLU's input is clearly negative"
+    if not rms <= rms_limit:
+        return f"rms error is {rms:.3g} times what rounding explains, the limit is {rms_limit:g}"
+    if not peak <= max_limit:
+        return f"largest error is {peak:.3g} times what rounding explains, the limit is {max_limit:g}"
+    return ""
+
+
+def _expected(source: fx.GraphModule, target: str, leaves: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """y64, and the value before the ReLU and the pool behind that (y64 itself where there is none)."""
+    node = last = next(n for n in source.graph.nodes if n.name == target)
+    while is_call(node, aten.relu.default, aten.max_pool2d.default) and args_of(node)[0].name not in leaves:
+        node = args_of(node)[0]
+    pre = evaluate(source, node.name, leaves)
+    return (pre if node is last else evaluate(source, target, {node.name: pre})), pre

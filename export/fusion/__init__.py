@@ -1,0 +1,1 @@
+"""From an nn.Module to the fused program, the one thing all lowerings share."""

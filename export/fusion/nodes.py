@@ -1,0 +1,170 @@
+"""Small questions that every pass asks of a graph."""
+
+from __future__ import annotations
+
+import copy
+import operator
+import warnings
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import Any, TypeGuard, TypeVar
+
+import torch
+from torch import Tensor, fx
+
+import kernels
+import kernels.operators.quantize_linear  # noqa: F401  registers operators, as does the next
+
+aten = torch.ops.aten
+resnet_deploy = torch.ops.resnet_deploy
+FUSED_OPERATORS = (
+    resnet_deploy.conv2d_bias_act.default,
+    resnet_deploy.conv2d_bias_relu_maxpool.default,
+    resnet_deploy.conv2d_projection_bias_act.default,
+    resnet_deploy.conv2d_conv1x1_bias_act.default,
+    resnet_deploy.mean_linear.default,
+)
+QUANTISATION = (resnet_deploy.quantize_linear.default, resnet_deploy.dequantize_linear.default)
+_T = TypeVar("_T")
+
+
+def duplicate(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the graph that shares its parameters, so that a pass can stay a pure function."""
+    return fx.GraphModule(graph_module, deep_copy(graph_module.graph))
+
+
+def deep_copy(value: _T) -> _T:
+    """A copy of a graph, or of a module with its graph and parameters."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, of copying the structure of the output
+        return copy.deepcopy(value)
+
+
+def is_call(node: object, *targets: Callable[..., Any]) -> TypeGuard[fx.Node]:
+    """Whether `node` is a call of one of `targets`."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def parameter(graph_module: fx.GraphModule, node: object) -> Tensor:
+    """What a node reads that a pass has made sure is a parameter or buffer."""
+    value = constant(graph_module, node)
+    assert value is not None, f"{node} is computed"
+    return value
+
+
+def constant(graph_module: fx.GraphModule, node: object) -> Tensor | None:
+    """The parameter or buffer that `node` reads, or None where it is computed."""
+    if not isinstance(node, fx.Node) or node.op != "get_attr":
+        return None
+    value: object = reduce(getattr, str(node.target).split("."), graph_module)
+    return value if isinstance(value, Tensor) else None
+
+
+def schema_name(node: fx.Node) -> str:
+    """The operator a node calls, without its namespace: `conv2d_bias_act`; empty for what is no operator."""
+    schema = getattr(node.target, "_schema", None)
+    return schema.name.split("::")[-1] if schema is not None else ""
+
+
+def args_of(node: fx.Node) -> tuple[Any, ...]:
+    """The positional arguments of a call; the operator's schema says their types."""
+    return node.args
+
+
+def named_args(node: fx.Node) -> dict[str, Any]:
+    """All arguments of a call of an operator under the names its schema gives them, defaults included."""
+    target: Any = node.target
+    names = target._schema.arguments
+    defaults = {argument.name: argument.default_value for argument in names}
+    given = {argument.name: value for argument, value in zip(names, node.args, strict=False)}
+    return {**defaults, **given, **node.kwargs}
+
+
+def only_reader(node: fx.Node) -> fx.Node | None:
+    """The one node that reads `node`, where there is no other and it reads it once."""
+    if len(node.users) != 1:
+        return None
+    reader, reads = next(iter(node.users)), []
+    fx.node.map_arg((reader.args, reader.kwargs), lambda n: reads.append(n))
+    return reader if reads.count(node) == 1 else None
+
+
+def pair(values: Sequence[int]) -> tuple[int, int]:
+    """(height, width) of a geometry that ATen also takes as one number for both."""
+    return (values[0], values[0]) if len(values) == 1 else (values[0], values[1])
+
+
+_MOVES_DATA = (
+    "alias",
+    "clone",
+    "contiguous",
+    "dropout",
+    "expand",
+    "permute",
+    "reshape",
+    "slice",
+    "squeeze",
+    "sym_size",
+    "transpose",
+    "unsqueeze",
+    "_assert_tensor_metadata",
+)
+
+
+def moves_data(node: fx.Node) -> bool:
+    """Whether a call computes nothing: it moves, names or measures values (dropout, in eval mode, too)."""
+    return schema_name(node) in ("", *_MOVES_DATA)
+
+
+def add_constant(graph_module: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
+    """Store `value` as a buffer under a name derived from `name` and return a node that reads it.
+
+    4-D values, which are convolution weights, become channels_last. The node is inserted at the graph's
+    current insertion point.
+    """
+    base = name.replace(".", "_")
+    unique, suffix = base, 0
+    while hasattr(graph_module, unique):
+        suffix += 1
+        unique = f"{base}_{suffix}"
+    layout = torch.channels_last if value.dim() == 4 else torch.contiguous_format
+    graph_module.register_buffer(unique, value.detach().contiguous(memory_format=layout))
+    return graph_module.graph.get_attr(unique)
+
+
+def module_path(node: fx.Node) -> str:
+    """The name in the user's model of the module a node comes from, such as `layer1.0.conv1`."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values() if not path.startswith("_empty_nn_module_stack")]
+    return paths[-1] if paths and paths[-1] else node.name
+
+
+def source_name(node: fx.Node) -> str | None:
+    """The node of the captured graph whose value `node` computes, None where it has no counterpart."""
+    return node.meta.get("source", node.name)
+
+
+def copy_meta(new: fx.Node, old: fx.Node) -> None:
+    """Let `new` stand for `old`: same value and shape. What `new.meta` already says is kept."""
+    inherited = {key: value for key, value in old.meta.items() if key != "refused"}
+    new.meta = {**inherited, "source": source_name(old), **new.meta}
+
+
+def same_shape(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two nodes have the same shape and type for every batch size."""
+    left, right = a.meta.get("val"), b.meta.get("val")
+    if not isinstance(left, Tensor) or not isinstance(right, Tensor):
+        return False
+    return (
+        left.dtype == right.dtype
+        and left.dim() == right.dim()
+        and all(str(m) == str(n) for m, n in zip(left.shape, right.shape, strict=True))
+    )
+
+
+def first_output(node: fx.Node) -> fx.Node | None:
+    """The only result taken from a node that returns several, where that is the first one."""
+    users = list(node.users)
+    if len(users) == 1 and is_call(users[0], operator.getitem) and users[0].args[1] == 0:
+        return users[0]
+    return None

@@ -1,0 +1,76 @@
+"""Fuse conv -> relu -> 1x1 conv, the last two convolutions of a bottleneck, into one `conv2d_conv1x1_bias_act`."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from export.fusion.nodes import copy_meta, duplicate, is_call, named_args, only_reader, parameter, resnet_deploy
+
+
+def fuse_bottleneck(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Let each 1x1 convolution take the convolution with ReLU before it, where it alone reads that one.
+
+    The first has one group, no residual and a kernel larger than 1x1. The second has stride 1, padding 0
+    and one group, may have a shortcut or a projection, and reads the first as its input and nowhere else.
+    """
+    graph_module = duplicate(graph_module)
+    for expand in list(graph_module.graph.nodes):
+        if not _expands(graph_module, expand):
+            continue
+        conv: fx.Node = named_args(expand)["x"]
+        if _feeds(graph_module, conv, expand):
+            _replace(graph_module, conv, expand)
+    graph_module.recompile()
+    return graph_module
+
+
+def _expands(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    if not is_call(node, resnet_deploy.conv2d_bias_act.default, resnet_deploy.conv2d_projection_bias_act.default):
+        return False
+    a = named_args(node)
+    pointwise = parameter(graph_module, a["weight"]).shape[2:] == (1, 1)
+    return pointwise and (*a["stride"], *a["padding"], a.get("groups", 1)) == (1, 1, 0, 0, 1)
+
+
+def _feeds(graph_module: fx.GraphModule, conv: fx.Node, expand: fx.Node) -> bool:
+    if not is_call(conv, resnet_deploy.conv2d_bias_act.default) or only_reader(conv) is not expand:
+        return False
+    a = named_args(conv)
+    pointwise = parameter(graph_module, a["weight"]).shape[2:] == (1, 1)
+    return a["relu"] and a["groups"] == 1 and a["residual"] is None and not pointwise
+
+
+def _replace(graph_module: fx.GraphModule, conv: fx.Node, expand: fx.Node) -> None:
+    a, e = named_args(conv), named_args(expand)
+    projects = is_call(expand, resnet_deploy.conv2d_projection_bias_act.default)
+    shortcut = (e["shortcut"], e["shortcut_weight"]) if projects else (e["residual"], None)
+    shortcut_stride = e["shortcut_stride"] if projects else (1, 1)
+    with graph_module.graph.inserting_before(expand):
+        new = graph_module.graph.call_function(
+            resnet_deploy.conv2d_conv1x1_bias_act.default,
+            (
+                a["x"],
+                a["weight"],
+                a["bias"],
+                e["weight"],
+                e["bias"],
+                *shortcut,
+                a["stride"],
+                a["padding"],
+                a["dilation"],
+                shortcut_stride,
+                e["relu"],
+            ),
+        )
+    owners = {
+        name if name == "shortcut_weight" else f"expand_{name}": owner for name, owner in expand.meta["weights"].items()
+    }
+    new.meta = {
+        "nn_module_stack": expand.meta["nn_module_stack"],
+        "fused": [*conv.meta["fused"], *expand.meta["fused"]],
+        "weights": {**conv.meta["weights"], **owners},
+    }
+    copy_meta(new, expand)
+    expand.replace_all_uses_with(new)
+    graph_module.graph.erase_node(expand)
+    graph_module.graph.erase_node(conv)

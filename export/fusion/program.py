@@ -1,0 +1,203 @@
+"""The fused program: what every lowering starts from."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from export.base.batch import DEFAULT_BATCH, Batch
+from export.base.errors import ExportError
+from export.base.precision import PRECISIONS, Precision
+from export.fusion.capture import capture, plain_torch
+from export.fusion.casting import converted
+from export.fusion.nodes import (
+    FUSED_OPERATORS,
+    QUANTISATION,
+    is_call,
+    module_path,
+    moves_data,
+    schema_name,
+    source_name,
+)
+from export.fusion.passes import DEFAULT_LEVEL, FOLDING, LEVELS
+from export.fusion.passes.fold_batchnorm import constant_channels
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One line of the coverage report.
+
+    Attributes:
+        name: the module of the user's model it comes from; for a fused operator, the one whose weights come
+            last, such as `layer1.0.conv3`.
+        kind: the operator that computes it.
+        parts: for a fused operator, the modules it replaces, in order.
+        reason: for an operator left eager, why no pass took it; empty where none was meant to.
+    """
+
+    name: str
+    kind: str
+    parts: tuple[str, ...] = ()
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Which operators of a model were fused, and which run as they were.
+
+    Attributes:
+        notes: what is unusual about the model's parameters, a line each.
+    """
+
+    fused: tuple[Operator, ...]
+    left: tuple[Operator, ...]
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.fused)} fused operators, {len(self.left)} left as they were"]
+        lines += [f"  fused  {op.name}: {' + '.join(op.parts)}" for op in self.fused]
+        lines += [f"  left   {op.name}: {op.kind}{f' ({op.reason})' if op.reason else ''}" for op in self.left]
+        return "\n".join([*lines, *(f"  note   {note}" for note in self.notes)])
+
+
+class FusedProgram(nn.Module):
+    """A captured model, fused. Calling it computes what the model computes, in float32.
+
+    Attributes:
+        source: the captured graph before any pass, float64: what the operators are checked against.
+        folded: the same with BatchNorm folded into the weights and no operator fused, float64.
+        master: the fused graph with float64 parameters: each precision is cast from it, once.
+        coverage: what was fused and what was left, by the names of the user's modules.
+        batch: the batch sizes it accepts.
+        image_shape: (C, H, W).
+        kept: names of the operators that compute in float32 whatever the precision.
+    """
+
+    source: fx.GraphModule
+    folded: fx.GraphModule
+    master: fx.GraphModule
+
+    def __init__(self, source: fx.GraphModule, folded: fx.GraphModule, master: fx.GraphModule, batch: Batch) -> None:
+        super().__init__()
+        self.__dict__.update(source=source, folded=folded, master=master)  # kept out of parameters() and of .to()
+        self.batch = batch
+        self.image_shape = tuple(next(n for n in source.graph.nodes if n.op == "placeholder").meta["val"].shape[1:])
+        self.kept: frozenset[str] = frozenset()
+        self.coverage = _coverage(source, master)
+        self.graph_module = self.at(PRECISIONS["fp32"])
+
+    def keeping(self, names: Collection[str]) -> FusedProgram:
+        """The same program with the operators of these names in float32; names are those of `operator_nodes`."""
+        kept = copy.copy(self)
+        kept.kept = frozenset(names)
+        return kept
+
+    def at(self, precision: Precision) -> fx.GraphModule:
+        """The fused graph in `precision`: its input, and all operators but those kept in float32, in its type.
+
+        Raises:
+            ExportError: a folded weight is outside the range of the type; names it.
+        """
+        return converted(self.master, precision.dtype, lambda node: module_path(node) in self.kept)
+
+    def unfused_at(self, graph_module: fx.GraphModule, precision: Precision) -> fx.GraphModule:
+        """`source` or `folded` in `precision`, with what the kept operators replaced in float32.
+
+        A weight outside the range of the type is infinite, as it is in the user's model when that is cast.
+        """
+        values = self._kept_values
+        return converted(graph_module, precision.dtype, lambda node: source_name(node) in values, refuse=False)
+
+    @property
+    def _kept_values(self) -> set[str]:
+        """The nodes of the captured graph that the kept operators compute, and what lies between in their fusion."""
+        source = {node.name: node for node in self.source.graph.nodes}
+        found: set[str] = set()
+        for node in operator_nodes(self.master):
+            name = source_name(node)
+            if module_path(node) in self.kept and name is not None:
+                read = {source_name(n) for n in node.all_input_nodes if n.op != "get_attr"}
+                waiting = [source[name]]
+                while waiting:
+                    reached = waiting.pop()
+                    if reached.name not in found | read:
+                        found.add(reached.name)
+                        waiting += reached.all_input_nodes
+        return found
+
+    def forward(self, x: Tensor) -> object:
+        """Run the fused network on [N, C, H, W].
+
+        Raises:
+            ExportError: the batch size or image shape is not one it was captured for.
+        """
+        if tuple(x.shape[1:]) != self.image_shape or not self.batch.minimum <= len(x) <= self.batch.maximum:
+            raise ExportError(
+                f"expected an input of shape [{self.batch}, *{list(self.image_shape)}], got {list(x.shape)}"
+            )
+        with plain_torch():
+            return self.graph_module(x)
+
+
+class QuantisedProgram(FusedProgram):
+    """A fused program whose layers compute in 8 bits.
+
+    Attributes:
+        before: the fused graph it was made from, float64.
+    """
+
+    before: fx.GraphModule
+
+    def __init__(self, program: FusedProgram, master: fx.GraphModule) -> None:
+        super().__init__(program.source, program.folded, master, program.batch)
+        self.__dict__.update(before=program.master)
+
+
+def fuse(model: nn.Module, example: Tensor, batch: Batch = DEFAULT_BATCH, level: str = DEFAULT_LEVEL) -> FusedProgram:
+    """Capture `model`, fold its BatchNorm and fuse its operators.
+
+    Args:
+        model: any nn.Module in eval mode with one tensor input; left as it was.
+        example: [N, C, H, W], floating point; left as it was.
+        batch: the batch sizes the program must accept.
+        level: which fusions to apply, a key of `export.fusion.passes.LEVELS`. The default applies all; the others
+            are there for the benchmark, to say what each fusion is worth.
+
+    Raises:
+        ExportError: an unknown level, or the model cannot be captured; says why in one line.
+    """
+    if level not in LEVELS:
+        raise ExportError(f"expected a level of fusion of {', '.join(LEVELS)}, got {level!r}")
+    source = converted(capture(model, example, batch), torch.float64)
+    with plain_torch():
+        folded = _applied(FOLDING, source)
+        master = _applied(LEVELS[level], folded)
+    return FusedProgram(source, folded, master, batch)
+
+
+def _applied(
+    passes: tuple[Callable[[fx.GraphModule], fx.GraphModule], ...], graph_module: fx.GraphModule
+) -> fx.GraphModule:
+    for apply in passes:
+        graph_module = apply(graph_module)
+    return graph_module
+
+
+def operator_nodes(master: fx.GraphModule) -> list[fx.Node]:
+    """What a fused graph computes: every call that does more than move data or quantise it, in order."""
+    calls = [node for node in master.graph.nodes if node.op == "call_function" and not moves_data(node)]
+    return [node for node in calls if not is_call(node, *QUANTISATION)]
+
+
+def _coverage(source: fx.GraphModule, master: fx.GraphModule) -> Coverage:
+    fused, left = [], []
+    for node in operator_nodes(master):
+        if is_call(node, *FUSED_OPERATORS):
+            fused.append(Operator(module_path(node), schema_name(node), tuple(node.meta["fused"])))
+        else:
+            left.append(Operator(module_path(node), schema_name(node), reason=node.meta.get("refused", "")))
+    return Coverage(tuple(fused), tuple(left), tuple(constant_channels(source)))

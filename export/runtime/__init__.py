@@ -1,0 +1,1 @@
+"""Everything that runs where a bundle runs: neither PyTorch nor Triton is needed."""

@@ -1,0 +1,301 @@
+"""Run a bundle on this machine: check it, see which of its files run here, run one. No PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+
+from export.base.batch import Arrays, Batch, run_in_batches
+from export.base.errors import ExportError, first_line
+from export.base.precision import FORMATS, Precision
+from export.runtime.bundle.folder import FORMAT, ONNX_FILE, ONNX_FORMS, read_verified
+from export.runtime.engine_store import BuiltEngine, engine_place, read_place, why_outdated
+from export.runtime.engines.engine import FLAVOURS, Engine, why_not_runnable
+from export.runtime.engines.options import EngineConfig
+from export.runtime.engines.runner import TensorRTRunner
+from export.runtime.onnx_session import import_onnx, import_onnxruntime, open_file, runs_rounded
+from export.runtime.parity.accuracy import class_count, class_names
+from export.runtime.runner import Runner
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle whose every file is the one that was written, and what its manifest says.
+
+    Attributes:
+        path: its folder.
+        manifest: the whole of it.
+        contents: file name -> the bytes that were checked.
+        precision: of weights and activations.
+        batch: the batch sizes its artefacts accept.
+        input_name: of the ONNX file's one input.
+        image_shape: (C, H, W) of an input.
+        outputs: name -> shape, in order.
+        engines: those it lists.
+        kept: the layers that compute in a wider type than the precision, by the names of their ONNX nodes.
+    """
+
+    path: Path
+    manifest: Mapping[str, Any] = field(repr=False)
+    contents: Mapping[str, bytes] = field(repr=False)
+    precision: Precision
+    batch: Batch
+    input_name: str
+    image_shape: tuple[int, int, int]
+    outputs: Mapping[str, tuple[int | str, ...]]
+    engines: tuple[Engine, ...] = field(repr=False)
+    kept: frozenset[str] = field(repr=False)
+
+    @property
+    def onnx_sha256(self) -> str:
+        """Of the file that engines are built from."""
+        return str(self.manifest["files"][ONNX_FILE]["sha256"])
+
+    @property
+    def class_count(self) -> int:
+        """How many classes there are; raises ExportError where the first output is not [N, classes]."""
+        return class_count(next(iter(self.outputs.values())))
+
+    @property
+    def classes(self) -> list[str] | None:
+        """The names of the classes, None where the manifest has none; raises ExportError where they do not fit."""
+        names = self.manifest["model"].get("classes")
+        return None if names is None else class_names(names, self.class_count)
+
+    @property
+    def preprocessing(self) -> Mapping[str, Any]:
+        """How a picture becomes an input.
+
+        Raises:
+            ExportError: the manifest does not say; the model does not take pictures.
+        """
+        record = self.manifest["model"].get("preprocessing")
+        if not isinstance(record, Mapping):
+            raise ExportError(f"{self.path} takes inputs of shape {list(self.image_shape)}, not pictures: expected "
+                              f"a preprocessing in its manifest, got {record!r:.80}")  # fmt: skip
+        return record
+
+    def check_input(self, shape: tuple[int, ...]) -> None:
+        """Raises ExportError where (C, H, W) is not the shape of an input."""
+        if shape != self.image_shape:
+            raise ExportError(f"{self.path} takes inputs of shape {list(self.image_shape)}: its preprocessing makes "
+                              f"{list(shape)}")  # fmt: skip
+
+
+def open_bundle(path: str | Path) -> Bundle:
+    """Check every file of a bundle and read its manifest. Nothing of it is loaded or run.
+
+    Raises:
+        ExportError: not a bundle, or a file is missing, changed, unlisted or a link; names the file.
+    """
+    path = Path(path)
+    manifest, contents = read_verified(path)
+    if manifest.get("format") != FORMAT:
+        raise ExportError(
+            f"{path} has format {manifest.get('format')!r:.20}: this version reads format {FORMAT}; export it again"
+        )
+    try:
+        precision = FORMATS[manifest["precision"]]
+        batch = Batch(*(_whole(manifest["batch"][key]) for key in ("min", "opt", "max")))
+        (entry,) = manifest["inputs"]
+        _, channels, height, width = entry["shape"]
+        input_name = str(entry["name"])
+        outputs = {str(output["name"]): tuple(output["shape"]) for output in manifest["outputs"]}
+        engines = tuple(_engine(name, facts, contents, precision) for name, facts in manifest["engines"].items())
+        if not outputs or not isinstance(manifest["model"], dict) or ONNX_FILE not in contents:
+            raise ValueError(f"expected outputs, a model and {ONNX_FILE}")
+        image_shape = (_whole(channels), _whole(height), _whole(width))
+        kept = frozenset(map(str, manifest["kept"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _foreign(path, error) from error
+    known = (precision, batch, input_name, image_shape, outputs, engines, kept)
+    return Bundle(path, manifest, contents, *known)
+
+
+def _whole(value: object) -> int:
+    if not isinstance(value, int):
+        raise TypeError(f"expected a whole number, got {value!r:.80}")
+    return value
+
+
+def _foreign(path: Path, error: Exception) -> ExportError:
+    return ExportError(f"{path}: not a bundle of this project ({type(error).__name__}: {error})")
+
+
+def _engine(name: str, facts: Mapping[str, Any], contents: Mapping[str, bytes], precision: Precision) -> Engine:
+    """An engine from the bytes that were checked: only under the name its flavour has in a bundle."""
+    flavour = FLAVOURS[facts["flavour"]]
+    if flavour.file_name != name:
+        raise ValueError(f"{name!r} is not the name of an engine of {flavour.name}")
+    config = EngineConfig.from_json(facts.get("options", {}))
+    if not isinstance(facts["version"], str):
+        raise TypeError(f"expected the version of an engine, got {facts['version']!r:.80}")
+    known = (facts["version"], precision, facts["convolutions"], facts["build_seconds"])
+    return Engine(flavour, contents[name], *known, config, gpu=str(facts["gpu"] or ""))
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """One file that computes the network of a bundle.
+
+    Attributes:
+        form: an engine's flavour, or one of ONNX_FORMS.
+        file: its name in the bundle; the whole path of an engine that was built on this machine.
+        runtime: what executes it, with its version.
+        obstacle: why this machine cannot run it, empty where nothing is known to speak against it.
+        engine: None for an ONNX file.
+    """
+
+    form: str
+    file: str
+    runtime: str
+    obstacle: str
+    engine: Engine | None = field(default=None, repr=False)
+
+
+def artefacts(bundle: Bundle) -> list[Artefact]:
+    """What this machine built from the bundle and what it holds, engines first: where one runs it is the fastest.
+
+    Raises:
+        ExportError: what was built here is not what was written; names the file.
+    """
+    found = _built_here(bundle)
+    for engine in bundle.engines:
+        name = engine.flavour.name
+        runtime = f"{name} {engine.version}"
+        found.append(Artefact(name, engine.flavour.file_name, runtime, why_not_runnable(engine), engine))
+    for file, form in ONNX_FORMS.items():
+        if file in bundle.contents:
+            runtime, obstacle = _onnx_obstacle(runs_rounded(bundle.precision.name, file))
+            found.append(Artefact(form, file, runtime, obstacle))
+    return found
+
+
+def built_artefact(bundle: Bundle, built: BuiltEngine) -> Artefact:
+    """An engine that this machine built, or is about to keep, as an artefact of its bundle."""
+    engine, flavour = built.engine, built.engine.flavour
+    obstacle = why_outdated(built, bundle.onnx_sha256)
+    if obstacle:
+        obstacle += f"; build it again: python scripts/verify.py {bundle.path} --build"
+    file = str(engine_place(bundle.path, flavour) / flavour.file_name)
+    return Artefact(f"{flavour.name}, built here", file, f"{flavour.name} {engine.version}", obstacle, engine)
+
+
+def _built_here(bundle: Bundle) -> list[Artefact]:
+    """The engines this machine keeps for the bundle's folder, also those built from what lay there before."""
+    try:
+        places = [engine_place(bundle.path, flavour) for flavour in FLAVOURS.values()]
+    except RuntimeError:  # a user without a home has built nothing
+        return []
+    return [built_artefact(bundle, built) for place in places for built in read_place(place)[:1]]
+
+
+def _onnx_obstacle(rounded: bool) -> tuple[str, str]:
+    """What runs an ONNX file, and why it does not."""
+    runtime = "onnxruntime"
+    try:
+        runtime = f"onnxruntime {import_onnxruntime().__version__}"
+        if rounded:
+            import_onnx()
+    except ExportError as error:
+        return runtime, str(error)
+    return runtime, ""
+
+
+@contextmanager
+def running(bundle: Bundle, artefact: Artefact) -> Iterator[Callable[[NDArray], Arrays]]:
+    """Load an artefact and give the function that runs it.
+
+    The function takes any number of images [N, C, H, W], float32, and returns the outputs by name, in the order
+    of the manifest; batches of a size the bundle does not accept are split or filled up.
+
+    Raises:
+        ExportError: it does not load, or an input has another shape.
+    """
+    if artefact.obstacle:
+        raise ExportError(f"{bundle.path / artefact.file} cannot run here: {artefact.obstacle}")
+    with _loaded(bundle, artefact) as run:
+
+        def infer(images: NDArray) -> Arrays:
+            if images.shape[1:] != bundle.image_shape or not len(images):
+                expected = f"[N, *{list(bundle.image_shape)}]"
+                raise ExportError(f"{bundle.path}: expected inputs of shape {expected}, got {list(images.shape)}")
+            outputs = run_in_batches(run, images, bundle.batch, bundle.batch.maximum)
+            for name, values in outputs.items():
+                if values.shape[1:] != bundle.outputs[name][1:]:
+                    shapes = f"has shape {list(values.shape)}: the manifest says {list(bundle.outputs[name])}"
+                    raise ExportError(f"{bundle.path / artefact.file}: {name} {shapes}")
+            return outputs
+
+        yield infer
+
+
+@contextmanager
+def running_first(
+    bundle: Bundle, say: Callable[[str], None] = lambda reason: None
+) -> Iterator[tuple[Artefact, Callable[[NDArray], Arrays]]]:
+    """The first of `artefacts` that loads here, and what `running` gives for it; `say` hears why others do not.
+
+    Raises:
+        ExportError: none does.
+    """
+    reasons = []
+    with ExitStack() as stack:
+        for artefact in artefacts(bundle):
+            try:
+                infer = stack.enter_context(running(bundle, artefact))
+            except ExportError as error:
+                reasons.append(str(error))
+                continue
+            for reason in reasons:
+                say(reason)
+            yield artefact, infer
+            return
+    raise ExportError("; ".join(reasons))
+
+
+@contextmanager
+def _loaded(bundle: Bundle, artefact: Artefact) -> Iterator[Callable[[Mapping[str, NDArray]], Arrays]]:
+    """What runs one batch, as a runner's `infer` does."""
+    names = tuple(bundle.outputs)
+    if artefact.engine is not None:
+        with TensorRTRunner(artefact.engine, names) as runner:
+            yield runner.infer
+    else:
+        session = open_file(bundle.contents[artefact.file], runs_rounded(bundle.precision.name, artefact.file))
+
+        def run(inputs: Mapping[str, NDArray]) -> Arrays:
+            try:
+                values = session.run(list(names), {bundle.input_name: inputs["input"]})
+            except Exception as error:  # its exceptions share no base class
+                raise ExportError(f"{bundle.path / artefact.file} does not run: {first_line(error)}") from error
+            return dict(zip(names, values, strict=True))
+
+        yield run
+
+
+class ArtefactRunner(Runner):
+    """An artefact of a bundle."""
+
+    def __init__(self, bundle: Bundle, artefact: Artefact) -> None:
+        self._bundle, self._artefact = bundle, artefact
+        self.name, self.runtime, self.file = artefact.form, artefact.runtime, artefact.file
+
+    def __enter__(self) -> Self:
+        self._stack = ExitStack()
+        self._run = self._stack.enter_context(_loaded(self._bundle, self._artefact))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def infer(self, inputs: Mapping[str, NDArray]) -> Arrays:
+        return self._run(inputs)

@@ -1,0 +1,1 @@
+"""The folder that travels: written whole, checked whole."""

@@ -1,0 +1,42 @@
+"""The golden file: inputs and reference outputs, so that a device can check itself without PyTorch."""
+
+from __future__ import annotations
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from export.base.batch import Arrays
+from export.base.errors import ExportError, first_line
+from export.runtime.parity.ladder import References
+
+GOLDEN_FILE = "golden.safetensors"
+_ORACLE = "oracle"
+
+
+def save_golden(references: References) -> bytes:
+    """The bytes of a safetensors file: `input`, and `<network>.<output>` for the oracle and each unfused network."""
+    tensors = {"input": references.images}
+    for network, outputs in {**references.rounded, _ORACLE: references.oracle}.items():
+        tensors |= {f"{network}.{name}": values for name, values in outputs.items()}
+    return save({name: np.ascontiguousarray(values) for name, values in tensors.items()})
+
+
+def load_golden(content: bytes) -> References:
+    """Read what `save_golden` wrote.
+
+    Raises:
+        ExportError: these are not the bytes of a golden file.
+    """
+    try:
+        tensors = load(content)
+        images, networks = tensors.pop("input"), dict[str, Arrays]()
+        for name in sorted(tensors):
+            network, _, output = name.rpartition(".")  # names of outputs have no dots
+            networks.setdefault(network, {})[output] = tensors[name]
+        oracle = networks.pop(_ORACLE)
+        if not networks or any(outputs.keys() != oracle.keys() for outputs in networks.values()):
+            raise KeyError("outputs of unfused networks")
+        return References(images, networks, oracle)
+    except (SafetensorError, KeyError) as error:
+        raise ExportError(f"{GOLDEN_FILE}: expected inputs and reference outputs ({first_line(error)})") from error

@@ -1,0 +1,1 @@
+"""TensorRT and TensorRT-RTX: options, build, proof of precision, inspection, execution."""

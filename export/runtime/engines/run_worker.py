@@ -1,0 +1,211 @@
+"""An engine on the first CUDA device, for the process that `export.runtime.engines.runner` starts. No PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.base.batch import Arrays
+from export.base.errors import ExportError
+from export.runtime.engines.cuda_runtime import checked, import_cuda
+from export.runtime.engines.engine import Flavour, import_flavour
+from export.runtime.engines.loader import load_engine, make_logger
+from export.runtime.engines.options import EngineConfig
+
+_POISON = 0xFF  # NaN in every floating-point type: what is not written is noticed
+_TYPES = {
+    "FLOAT": np.float32,
+    "HALF": np.float16,
+    "INT8": np.int8,
+    "UINT8": np.uint8,
+    "INT32": np.int32,
+    "INT64": np.int64,
+    "BOOL": np.bool_,
+}
+
+
+class DeviceEngine:
+    """A loaded engine with its stream, and what the present shape of its input needs."""
+
+    def __init__(self, flavour: Flavour, plan: bytes, config: EngineConfig, names: tuple[str, ...]) -> None:
+        """Load a plan.
+
+        Args:
+            plan: built by the installed version of `flavour` with `config`.
+            names: the outputs to return, in order.
+
+        Raises:
+            ExportError: there is no device, the plan does not load on it, or it has no such output.
+        """
+        self._trt, self._cuda = import_flavour(flavour), import_cuda(flavour.name)
+        self._logger = make_logger(self._trt)
+        self._names, self._on_gpu = names, config.dla_core is None
+        self._shape: _Shape | None = None
+        checked(self._cuda.cudaSetDevice(0))
+        self._stream = checked(self._cuda.cudaStreamCreateWithFlags(self._cuda.cudaStreamNonBlocking))
+        self._runtime, self._engine = load_engine(self._trt, self._logger, plan, config)
+        every = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
+        self._outputs = [n for n in every if self._engine.get_tensor_mode(n) == self._trt.TensorIOMode.OUTPUT]
+        missing = [name for name in names if name not in self._outputs]
+        if missing or "input" not in every:
+            raise ExportError(f"the engine has {', '.join(every)}: expected input and {', '.join(names)}")
+
+    def infer(self, inputs: Mapping[str, NDArray]) -> Arrays:
+        """Run one batch: {"input": [N, C, H, W] float32} -> {output name: array}, float32 or wider.
+
+        Raises:
+            ExportError: the engine does not take that shape, or the device fails.
+        """
+        shape = self._prepared(inputs["input"])
+        shape.load(inputs["input"])
+        shape.poison()
+        shape.step()
+        return shape.results(self._names)
+
+    def time(self, inputs: Mapping[str, NDArray], count: int) -> list[float]:
+        """Seconds of each of `count` runs on one batch, by CUDA events, each behind a run that does not count.
+
+        While the device is busy with that one, the timed one is launched: its time is the device's.
+        """
+        shape, cuda, stream = self._prepared(inputs["input"]), self._cuda, self._stream
+        shape.load(inputs["input"])
+        events = [(checked(cuda.cudaEventCreate()), checked(cuda.cudaEventCreate())) for _ in range(count)]
+        try:
+            for start, end in events:
+                shape.step()
+                checked(cuda.cudaEventRecord(start, stream))
+                shape.step()
+                checked(cuda.cudaEventRecord(end, stream))
+            checked(cuda.cudaStreamSynchronize(stream))
+            return [checked(cuda.cudaEventElapsedTime(start, end)) / 1e3 for start, end in events]
+        finally:
+            for event in (event for pair in events for event in pair):
+                cuda.cudaEventDestroy(event)
+
+    def close(self) -> None:
+        """Give everything on the device back."""
+        if self._shape is not None:
+            self._shape.close()
+        self._shape = self._engine = self._runtime = None
+        checked(self._cuda.cudaStreamDestroy(self._stream))
+
+    def _prepared(self, x: NDArray) -> _Shape:
+        """What the shape of `x` needs: one shape at a time, since memory is short where engines run."""
+        smallest, _, largest = (tuple(shape) for shape in self._engine.get_tensor_profile_shape("input", 0))
+        if len(x.shape) != len(smallest) or not all(
+            low <= size <= high for low, size, high in zip(smallest, x.shape, largest, strict=True)
+        ):
+            raise ExportError(f"the engine takes inputs of shape {smallest} to {largest}, got {x.shape}")
+        if self._shape is None or self._shape.shape != x.shape:
+            if self._shape is not None:
+                self._shape.close()
+                self._shape = None
+            self._shape = _Shape(self._trt, self._cuda, self._engine, self._stream, x.shape, self._outputs)
+            self._shape.prepare(self._logger, self._on_gpu)
+        return self._shape
+
+
+class _Shape:
+    """Execution context, device memory and CUDA graph for inputs of one shape."""
+
+    def __init__(
+        self, trt: Any, cuda: Any, engine: Any, stream: Any, shape: tuple[int, ...], outputs: list[str]
+    ) -> None:
+        self.shape = shape
+        self._trt, self._cuda, self._engine, self._stream, self._outputs = trt, cuda, engine, stream, outputs
+        self._memory: dict[str, int] = {}
+        self._arrays: Arrays = {}
+        self._graph: Any = None
+        self._context: Any = None
+        self.step: Callable[[], None] = self._enqueue
+
+    def prepare(self, logger: Any, record: bool) -> None:
+        """Allocate and run once; `record`: as a CUDA graph from then on.
+
+        Raises:
+            ExportError: memory is short, or the engine does not run.
+        """
+        try:
+            self._context = self._make_context()
+            if self._context is None or not self._context.set_input_shape("input", self.shape):
+                raise ExportError(f"the engine takes no input of shape {self.shape}: {logger.last_error}")
+            for name in ("input", *self._outputs):
+                self._allocate(name)
+            self._copy("input", self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice)
+            self._enqueue()  # what is made on the first run must not be recorded
+            checked(self._cuda.cudaStreamSynchronize(self._stream))
+            if record and not hasattr(self._trt, "CudaGraphStrategy"):
+                self._record()
+        except BaseException:
+            self.close()
+            raise
+
+    def load(self, x: NDArray) -> None:
+        np.copyto(self._arrays["input"], x)
+        self._copy("input", self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice)
+
+    def poison(self) -> None:
+        for name in self._outputs:
+            size = self._arrays[name].nbytes
+            checked(self._cuda.cudaMemsetAsync(self._memory[name], _POISON, size, self._stream))
+
+    def results(self, names: tuple[str, ...]) -> Arrays:
+        """Wait for the device and give copies of the outputs."""
+        for name in names:
+            self._copy(name, self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost)
+        checked(self._cuda.cudaStreamSynchronize(self._stream))
+        arrays = {name: self._arrays[name] for name in names}
+        return {name: a.astype(np.float32 if a.dtype == np.float16 else a.dtype) for name, a in arrays.items()}
+
+    def close(self) -> None:
+        if self._graph is not None:
+            self._cuda.cudaGraphExecDestroy(self._graph)
+        self._graph = self._context = None
+        for address in self._memory.values():
+            self._cuda.cudaFree(address)
+        self._memory.clear()
+
+    def _make_context(self) -> Any:
+        """TensorRT-RTX compiles for the device now and records its graphs itself, once that is done."""
+        if not hasattr(self._trt, "CudaGraphStrategy"):
+            return self._engine.create_execution_context()
+        options = self._engine.create_runtime_config()
+        eager = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        options.dynamic_shapes_kernel_specialization_strategy = eager
+        options.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        return self._engine.create_execution_context(options)
+
+    def _allocate(self, name: str) -> None:
+        kind = self._engine.get_tensor_dtype(name).name
+        if kind not in _TYPES or (name == "input" and kind != "FLOAT"):
+            raise ExportError(f"the engine's {name} is {kind}: expected FLOAT, or for outputs {', '.join(_TYPES)}")
+        array: NDArray = np.zeros(tuple(self._context.get_tensor_shape(name)), _TYPES[kind])
+        self._arrays[name] = array
+        self._memory[name] = int(checked(self._cuda.cudaMalloc(max(1, array.nbytes))))
+        if not self._context.set_tensor_address(name, self._memory[name]):
+            raise ExportError(f"the engine refuses memory for {name}")
+
+    def _copy(self, name: str, kind: Any) -> None:
+        device, array = self._memory[name], self._arrays[name]
+        host = array.ctypes.data
+        to_device = kind == self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
+        target, source = (device, host) if to_device else (host, device)
+        checked(self._cuda.cudaMemcpyAsync(target, source, array.nbytes, kind, self._stream))
+
+    def _enqueue(self) -> None:
+        if not self._context.execute_async_v3(int(self._stream)):
+            raise ExportError(f"the engine failed to run a batch of {self.shape[0]}")
+
+    def _record(self) -> None:
+        cuda, stream = self._cuda, self._stream
+        checked(cuda.cudaStreamBeginCapture(stream, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal))
+        self._enqueue()
+        graph = checked(cuda.cudaStreamEndCapture(stream))
+        try:
+            self._graph = checked(cuda.cudaGraphInstantiate(graph, 0))
+        finally:
+            cuda.cudaGraphDestroy(graph)
+        self.step = lambda: checked(cuda.cudaGraphLaunch(self._graph, stream))

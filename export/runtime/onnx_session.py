@@ -1,0 +1,134 @@
+"""ONNX Runtime on the CPU, without PyTorch: the same session for the export and for the device."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from export.base.errors import ExportError, MissingDependency, first_line
+from export.runtime.bundle.folder import ONNX_FILE
+
+if TYPE_CHECKING:
+    import onnx
+
+
+def import_onnxruntime() -> Any:
+    """Import ONNX Runtime.
+
+    Raises:
+        MissingDependency: it is not installed.
+    """
+    # Some versions store what they were used for in the user's cache and send it to their makers, from the import on.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependency("onnxruntime", "onnxruntime", error) from error
+    return onnxruntime
+
+
+def import_onnx() -> Any:
+    """Import ONNX, which files need that do not run as they are.
+
+    Raises:
+        ExportError: it is not installed.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        raise ExportError("onnx is not installed; install it with: pip install onnx") from error
+    return onnx
+
+
+def runs_rounded(precision: str, file: str) -> bool:
+    """Whether a file of a bundle runs as `rounded_copy`.
+
+    ONNX Runtime has no bfloat16 arithmetic on CPUs, and of the int8 file for TensorRT, whose scales are float16, it
+    fuses pairs of quantisation and dequantisation into something less exact.
+    """
+    return precision == "bf16" or (precision == "int8" and file == ONNX_FILE)
+
+
+def open_file(content: bytes, rounded: bool) -> Any:
+    """A session for an exported file, or for its `rounded_copy`.
+
+    Raises:
+        MissingDependency: ONNX Runtime is not installed.
+        ExportError: not an ONNX file, or ONNX Runtime refuses it; ONNX is not installed and needed.
+    """
+    if rounded:
+        onnx = import_onnx()
+        try:
+            content = rounded_copy(onnx.load_model_from_string(content)).SerializeToString()
+        except Exception as error:  # of protobuf, or of shape inference
+            raise ExportError(f"expected an ONNX file ({first_line(error)})") from error
+    return open_session(content)
+
+
+def open_session(content: bytes) -> Any:
+    """A session for the file as it is; raises as `open_file` does."""
+    options = import_onnxruntime().SessionOptions()
+    options.log_severity_level = 3
+    return _session(content, options)
+
+
+def _session(content: bytes, options: Any) -> Any:
+    runtime = import_onnxruntime()
+    # Weights are inside: what a file says lies beside it is looked for where nothing is, not in the current folder.
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
+    try:
+        session = runtime.InferenceSession(content, options, ["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions share no base class
+        raise ExportError(f"onnxruntime cannot load the ONNX file: {first_line(error)}") from error
+    if session.get_providers() != ["CPUExecutionProvider"]:
+        raise ExportError(f"ONNX Runtime chose {session.get_providers()}: expected CPUExecutionProvider alone")
+    return session
+
+
+def optimised_operators(model: onnx.ModelProto) -> Counter[str]:
+    """How many of each operator ONNX Runtime runs of a file, after its own optimisations on this machine."""
+    runtime, onnx = import_onnxruntime(), import_onnx()
+    with tempfile.TemporaryDirectory() as folder:
+        options = runtime.SessionOptions()
+        options.log_severity_level = 3
+        options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
+        _session(model.SerializeToString(), options)
+        return Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
+
+
+def rounded_copy(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy that computes every 16-bit node in float32 and rounds its result to the 16-bit type.
+
+    That is what a 16-bit device does; the values are exact, held in float32.
+    """
+    onnx = import_onnx()
+    narrow_types = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True)
+    types = {value.name: value.type.tensor_type.elem_type for value in inferred.graph.value_info}
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for tensor in copy.graph.initializer:
+        if tensor.data_type in narrow_types:
+            wide = onnx.numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(wide, tensor.name))
+    nodes = []
+    for node in model.graph.node:
+        narrow = {name: types[name] for name in node.output if types.get(name) in narrow_types}
+        wide_node = onnx.NodeProto()
+        wide_node.CopyFrom(node)
+        wide_node.output[:] = [f"{name}/wide" if name in narrow else name for name in node.output]
+        for attribute in wide_node.attribute:
+            if node.op_type == "Cast" and attribute.i in narrow_types:
+                attribute.i = onnx.TensorProto.FLOAT
+        nodes.append(wide_node)
+        for name, kind in narrow.items():
+            nodes.append(onnx.helper.make_node("Cast", [f"{name}/wide"], [f"{name}/narrow"], to=kind))
+            nodes.append(onnx.helper.make_node("Cast", [f"{name}/narrow"], [name], to=onnx.TensorProto.FLOAT))
+    del copy.graph.node[:], copy.graph.value_info[:]
+    copy.graph.node.extend(nodes)
+    return copy

@@ -1,0 +1,149 @@
+"""The ladder: run each form of a network on the same images, then hold it against the float64 model. No PyTorch."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.base.batch import Arrays, Batch, run_in_batches
+from export.base.errors import ExportError
+from export.base.precision import Precision
+from export.runtime.parity.checks import OperatorChecks
+from export.runtime.parity.network import NetworkCheck, compare
+from export.runtime.parity.rungs import Rung
+from export.runtime.runner import Runner
+
+# Two draws of rounding the weights, which were seen to differ by up to 2.5; a broken fold is off by far more.
+FOLDED_FACTOR = 4.0
+ENGINE_FACTOR = 3.0  # k for TensorRT, which chooses its own fusions and accumulation orders
+_OPERATOR_IMAGES = 4  # the operator criterion looks at every element: more images add time, not evidence
+
+
+@dataclass(frozen=True)
+class References:
+    """What every form is compared with.
+
+    Attributes:
+        images: [N, C, H, W], float32.
+        rounded: what rounding alone makes of the outputs: name of an unfused network in the precision under test ->
+            its outputs by name. `eager` is the user's model, `folded` the same with BatchNorm folded.
+        oracle: outputs of the user's model in float64, by name.
+        runtime: what ran them.
+        seconds: per image of the first of them.
+        unusable: unfused network that is no reference -> why.
+    """
+
+    images: NDArray
+    rounded: Mapping[str, Arrays]
+    oracle: Arrays
+    runtime: str = "recorded"
+    seconds: float = 0.0
+    unusable: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Execution:
+    """What one form computed.
+
+    Attributes:
+        straight: its outputs for the images in order.
+        reversed: its outputs for the images in reverse order and batches of another size, put back in
+            order: a stale output or one that depends on its neighbours differs.
+        trace: its intermediate tensors for the first images, empty where it does not show them.
+        changed_input: whether it wrote to its input.
+        seconds: per image of the first run after a warm-up.
+    """
+
+    name: str
+    runtime: str
+    file: str
+    straight: Arrays
+    reversed: Arrays
+    trace: Mapping[str, Any]
+    changed_input: bool
+    seconds: float
+
+
+def execute(runner: Runner, images: NDArray, batch: Batch) -> Execution:
+    """Run a form twice over the images, the second time backwards and in smaller batches."""
+    untouched = images.copy()
+    with runner:
+        trace = runner.trace({"input": operator_images(images, batch)})
+        started = time.perf_counter()
+        straight = run_in_batches(runner.infer, images, batch, len(images))
+        seconds = (time.perf_counter() - started) / len(images)
+        backwards = run_in_batches(runner.infer, images[::-1].copy(), batch, max(1, len(images) // 2 - 1))
+    put_back = {name: values[::-1] for name, values in backwards.items()}
+    changed = not np.array_equal(images, untouched)
+    return Execution(runner.name, runner.runtime, runner.file, straight, put_back, trace, changed, seconds)
+
+
+def operator_images(images: NDArray, batch: Batch) -> NDArray:
+    """The images the operator criterion looks at: about four, repeated up to the smallest batch allowed."""
+    size = max(batch.minimum, min(_OPERATOR_IMAGES, batch.maximum))
+    return np.resize(images, (size, *images.shape[1:]))
+
+
+def reference_rungs(references: References, precision: Precision) -> list[Rung]:
+    """What rounding alone costs: the first unfused network, and the others, which may not differ much from it."""
+    rungs = [
+        Rung(name, references.runtime, precision.name, not_run=reason) for name, reason in references.unusable.items()
+    ]
+    first = next(iter(references.rounded.values()))
+    for name, outputs in references.rounded.items():
+        factor = precision.network_factor if outputs is first else FOLDED_FACTOR
+        checks = compare(outputs, [first], references.oracle, factor, precision.network_floor)
+        seconds = references.seconds if outputs is first else 0.0
+        rungs.append(Rung(name, references.runtime, precision.name, outputs=checks, seconds=seconds))
+    return rungs
+
+
+def judge(
+    execution: Execution,
+    references: References,
+    precision: Precision,
+    factor: float,
+    operators: OperatorChecks | None = None,
+) -> Rung:
+    """Compare what a form computed with the references; `factor` is k of the network criterion."""
+    rounded = list(references.rounded.values())
+    runs = [
+        compare(outputs, rounded, references.oracle, factor, precision.network_floor)
+        for outputs in (execution.straight, execution.reversed)
+    ]
+    names = {name: None for run in runs for name in run}
+    outputs = {name: max((run[name] for run in runs if name in run), key=_severity) for name in names}
+    if execution.changed_input:
+        outputs["(input)"] = NetworkCheck.refused(factor, "the input was written to")
+    return Rung(
+        execution.name, execution.runtime, precision.name, execution.file, outputs, operators, seconds=execution.seconds
+    )
+
+
+def attempt(runner: Runner, obstacle: str, precision: Precision, images: NDArray, batch: Batch) -> Execution | Rung:
+    """What an artefact computes; a rung where this machine cannot run it, or where it should and fails.
+
+    `obstacle` says why it cannot, empty where nothing is known to speak against it.
+    """
+    if obstacle:
+        return Rung(runner.name, runner.runtime, precision.name, runner.file, not_run=obstacle)
+    try:
+        return execute(runner, images, batch)
+    except ExportError as error:
+        refused = {"(run)": NetworkCheck.refused(precision.network_factor, str(error))}
+        return Rung(runner.name, runner.runtime, precision.name, runner.file, refused)
+
+
+def judge_attempt(outcome: Execution | Rung, references: References, precision: Precision, factor: float) -> Rung:
+    """`judge` of what `attempt` gave."""
+    return outcome if isinstance(outcome, Rung) else judge(outcome, references, precision, factor)
+
+
+def _severity(check: NetworkCheck) -> tuple[bool, float]:
+    return (not check, check.ratio if math.isfinite(check.ratio) else math.inf)

@@ -1,0 +1,189 @@
+"""What a comparison found, as values that become a table and parity.json. No PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from export.quantisation.facts import Quantisation
+from export.runtime.parity.accuracy import Accuracy, lost_accuracy
+from export.runtime.parity.checks import OUT_OF_RANGE, OperatorChecks
+from export.runtime.parity.network import NetworkCheck, finite
+
+if TYPE_CHECKING:
+    from export.criteria.evidence import Evidence
+
+RUNG_HEADINGS = (
+    *("form", "runtime", "operators", "error", "eager error", "ratio", "top-1", "MB", "ms/image", "verdict"),
+)
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One form of the network, held against the float64 model. True when equal.
+
+    Attributes:
+        name: of the form: eager, fused, triton, onnx, or an engine's flavour.
+        runtime: what executed it.
+        precision: of its weights and activations.
+        file: the artefact in the bundle, empty where there is none.
+        outputs: P2 and P3 per output; empty where the form was not run.
+        operators: P1; None where the form does not show its intermediate results.
+        not_run: why it was built but not executed here, or why an unfused network is no reference; else empty.
+        seconds: per image of one run on this machine, 0 where not run.
+    """
+
+    name: str
+    runtime: str
+    precision: str
+    file: str = ""
+    outputs: Mapping[str, NetworkCheck] = field(default_factory=dict)
+    operators: OperatorChecks | None = None
+    not_run: str = ""
+    seconds: float = 0.0
+
+    def __bool__(self) -> bool:
+        if self.not_run:
+            return True
+        operators = self.operators is None or bool(self.operators)
+        return bool(self.outputs) and all(self.outputs.values()) and operators
+
+    @property
+    def worst(self) -> NetworkCheck | None:
+        """The output with the largest error in units of the eager model's."""
+        return max(self.outputs.values(), key=lambda check: check.ratio, default=None)
+
+    @property
+    def verdict(self) -> str:
+        """`equal`, `not run` or why it is not equal, in one line."""
+        if self.not_run:
+            return f"not run: {self.not_run}" if self.file else f"no reference: {self.not_run}"
+        failed = [f"{name}: {check.reason}" for name, check in self.outputs.items() if not check]
+        if self.operators is not None and not self.operators:
+            failed.insert(0, self.operators.summary)
+        return failed[0] if failed else "equal"
+
+    @property
+    def diagnosis(self) -> str:
+        """The verdict with all that is known of the first operator that failed, in one line."""
+        return (self.operators.diagnosis if self.operators is not None else "") or self.verdict
+
+    @property
+    def out_of_range(self) -> bool:
+        """Whether an operator failed for want of range: in a type of more bits it need not."""
+        checks = () if self.operators is None else self.operators.checks
+        return any(check.fault is not None and check.fault.kind in OUT_OF_RANGE for check in checks)
+
+    def cells(self, size: int) -> list[str]:
+        """Itself under RUNG_HEADINGS; `size` of its file in bytes, 0 where it has none."""
+        worst, operators = self.worst, self.operators
+        measured = ["", "", "", ""]
+        if worst is not None:
+            agreement = "" if worst.top1_agreement is None else f"{100 * worst.top1_agreement:.0f} %"
+            measured = [f"{worst.error:.2e}", f"{worst.eager_error:.2e}", f"{worst.ratio:.2f}", agreement]
+        passed = "" if operators is None else f"{sum(map(bool, operators.checks))}/{len(operators.checks)}"
+        megabytes = f"{size / 1e6:.1f}" if size else ""
+        milliseconds = f"{1000 * self.seconds:.0f}" if self.seconds else ""
+        verdict = self.verdict
+        if verdict == "equal" and worst is not None and worst.decision == "no verdict":
+            verdict = "equal, no verdict on top-1"
+        return [self.name, self.runtime, passed, *measured, megabytes, milliseconds, verdict]
+
+    def to_json(self) -> dict[str, Any]:
+        worst = self.worst
+        record: dict[str, Any] = {
+            "name": self.name,
+            "runtime": self.runtime,
+            "precision": self.precision,
+            "file": self.file or None,
+            "passed": bool(self) if not self.not_run else None,
+            "verdict": self.verdict,
+            "diagnosis": self.diagnosis,
+            "seconds_per_image": self.seconds,
+        }
+        if worst is not None:
+            record |= {
+                "error": finite(worst.error),
+                "eager_error": finite(worst.eager_error),
+                "ratio": finite(worst.ratio),
+                "limit": worst.limit,
+                "top1_agreement": worst.top1_agreement,
+                "decision": worst.decision,
+            }
+        if self.operators is not None:
+            record["operators"] = {
+                "unchecked": list(self.operators.unchecked),
+                "checked": [check.to_json() for check in self.operators.checks],
+            }
+        return record
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """Every rung and the evidence under them. True when the network may be shipped.
+
+    Attributes:
+        quantisation: how it was quantised; None for floating-point precisions.
+        accuracy: of the eager model in float32, then of each form; empty where it was not measured.
+        kept: the operators of a network of 16 bits that compute in float32.
+    """
+
+    precision: str
+    images: int
+    evidence: Evidence
+    rungs: tuple[Rung, ...]
+    accuracy: tuple[Accuracy, ...] = ()
+    quantisation: Quantisation | None = None
+    kept: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        executed = [rung for rung in self.rungs if not rung.not_run]
+        return bool(self.evidence) and bool(executed) and all(executed) and not lost_accuracy(self.accuracy)
+
+    @property
+    def verdict(self) -> str:
+        """One line: equal, not equal and where, accuracy lost and how much, or no verdict and why.
+
+        A network of 8 bits is not equal to the eager model; it is right where every value is what its scales say.
+        """
+        unequal_rungs = sorted((rung for rung in self.rungs if not rung), key=lambda rung: rung.operators is None)
+        failed = [f"{rung.name}: {rung.diagnosis}" for rung in unequal_rungs]  # first those that say where
+        lost = lost_accuracy(self.accuracy)
+        if self.quantisation is not None:
+            equal, unequal = "every value of 8 bits is what its scales say", "wrong in 8 bits"
+            if lost and not self.quantisation.kept:
+                lost += "; --keep-fp16 auto finds the layers to leave in fp16"
+        else:
+            equal, unequal = "equal to the eager model", "not equal to the eager model"
+            narrow = self.precision in ("fp16", "bf16") and not self.kept
+            if narrow and any(rung.out_of_range for rung in unequal_rungs):
+                failed[0] += "; --keep-fp32 auto finds the layers to leave in fp32"
+        if failed and self.quantisation is None:
+            return f"{unequal}: {failed[0]}{lost and f'; {lost}'}"
+        if lost:
+            return f"accuracy lost: {lost}"
+        if failed:
+            return f"{unequal}: {failed[0]}"
+        if not self.evidence:
+            return f"no verdict, the evidence is too weak: {self.evidence.weaknesses[0]}"
+        undecided = [r for r in self.rungs for check in r.outputs.values() if check.decision == "no verdict"]
+        return f"{equal}{', no verdict on top-1: margins too small' if undecided else ''}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "passed": bool(self),
+            "verdict": self.verdict,
+            "images": self.images,
+            "kept": list(self.kept),
+            "evidence": {
+                "weaknesses": list(self.evidence.weaknesses),
+                "active_share": self.evidence.active_share,
+                "branch_ratio": self.evidence.branch_ratio,
+                "logit_variation": self.evidence.logit_variation,
+                "classes": self.evidence.classes,
+            },
+            "rungs": [rung.to_json() for rung in self.rungs],
+            "accuracy": [measured.to_json() for measured in self.accuracy],
+            "quantisation": self.quantisation and self.quantisation.to_json(),
+        }

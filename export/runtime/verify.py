@@ -1,0 +1,48 @@
+"""Check a bundle again, on the machine it is on: first that it is whole, then that it computes what it should."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from export.base.errors import ExportError
+from export.base.progress import Progress, silent
+from export.runtime.artefacts import Artefact, ArtefactRunner, Bundle, artefacts, open_bundle
+from export.runtime.bundle.golden import GOLDEN_FILE, load_golden
+from export.runtime.parity.ladder import ENGINE_FACTOR, References, attempt, judge_attempt, reference_rungs
+from export.runtime.parity.rungs import Rung
+
+
+def verify_bundle(bundle: str | Path, progress: Progress = silent) -> list[Rung]:
+    """Check every file of a bundle, then run its golden inputs through each artefact this machine can run.
+
+    Returns:
+        Rungs for what rounding alone made of the model when it was exported, and one for each artefact. The bundle
+        passes when every executed rung is true.
+
+    Raises:
+        ExportError: not a bundle, or a file of it or of an engine built here is missing, changed, unlisted or a link;
+            names the file. No artefact runs here; says why.
+    """
+    progress("check the files")
+    opened = open_bundle(bundle)
+    references = golden_references(opened)
+    rungs = [run_artefact(opened, artefact, references, progress) for artefact in artefacts(opened)]
+    if all(rung.not_run for rung in rungs):
+        raise ExportError("; ".join(f"{rung.file} does not run here: {rung.not_run}" for rung in rungs))
+    return [*reference_rungs(references, opened.precision), *rungs]
+
+
+def golden_references(bundle: Bundle) -> References:
+    """What every artefact of a bundle is compared with; raises ExportError where it has none."""
+    if GOLDEN_FILE not in bundle.contents:
+        raise ExportError(f"{bundle.path}: expected {GOLDEN_FILE}, which is not listed in its manifest")
+    return load_golden(bundle.contents[GOLDEN_FILE])
+
+
+def run_artefact(bundle: Bundle, artefact: Artefact, references: References, progress: Progress) -> Rung:
+    """Run the golden inputs through an artefact, if this machine can, and compare."""
+    progress(f"run {artefact.file}")
+    runner = ArtefactRunner(bundle, artefact)
+    outcome = attempt(runner, artefact.obstacle, bundle.precision, references.images, bundle.batch)
+    factor = ENGINE_FACTOR if artefact.engine else bundle.precision.network_factor
+    return judge_attempt(outcome, references, bundle.precision, factor)

@@ -1,0 +1,1 @@
+"""Which launch configuration computes a problem: what is valid, chosen, tuned and targeted."""

@@ -1,0 +1,1 @@
+"""Training the reference models, and the experiments on it."""

@@ -1,0 +1,105 @@
+"""A graph in another type, whole or in part."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from export import Batch, ExportError, fuse
+from export.fusion.casting import converted
+from export.fusion.interpreter import GraphInterpreter
+from export.fusion.nodes import aten, constant, is_call, module_path
+from export.fusion.program import FusedProgram, operator_nodes
+
+BATCH = Batch(1, 4, 8)
+
+
+@pytest.fixture(scope="module")
+def program(calibrated: dict[str, nn.Module], pictures: dict[str, Tensor]) -> FusedProgram:
+    return fuse(calibrated["resnet20"], pictures["resnet20"], BATCH)
+
+
+def with_kept(program: FusedProgram, names: Collection[str], dtype: torch.dtype = torch.float16) -> fx.GraphModule:
+    return converted(program.master, dtype, lambda node: module_path(node) in names)
+
+
+def casts(graph_module: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in graph_module.graph.nodes if is_call(node, aten._to_copy.default)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_kept_operators_compute_in_float32_and_no_others(
+    dtype: torch.dtype, program: FusedProgram, pictures: dict[str, Tensor]
+) -> None:
+    kept = {"layer1.1.conv1", "layer1.1.conv2", "layer3.0.conv2", "fc"}
+    graph = with_kept(program, kept, dtype)
+    interpreter = GraphInterpreter(graph, {})
+    interpreter.values = {}
+    interpreter.run(pictures["resnet20"].to(dtype))
+    for node in operator_nodes(program.master):
+        wanted = torch.float32 if module_path(node) in kept else dtype
+        assert interpreter.values[node.name].dtype == wanted, node.name
+    weights = {module_path(next(iter(n.users))): constant(graph, n) for n in graph.graph.nodes if n.op == "get_attr"}
+    assert {name for name, weight in weights.items() if weight is not None and weight.dtype == torch.float32} == kept
+
+
+def test_a_cast_lies_only_where_the_type_changes(program: FusedProgram) -> None:
+    """Two convolutions in a row: into the first, and out of the second for both that read it."""
+    assert len(casts(with_kept(program, {"layer1.1.conv1", "layer1.1.conv2"}))) == 2
+    assert len(casts(with_kept(program, {"fc"}))) == 1
+    everything = {module_path(node) for node in operator_nodes(program.master)}
+    assert len(casts(with_kept(program, everything))) == 1  # of the input
+    assert casts(with_kept(program, ())) == []
+
+
+def test_kept_weights_are_cast_once(program: FusedProgram) -> None:
+    node = next(node for node in operator_nodes(program.master) if module_path(node) == "layer1.0.conv1")
+    master = constant(program.master, node.args[1])
+    graph = with_kept(program, {"layer1.0.conv1"})
+    kept = next(n for n in graph.graph.nodes if n.name == node.name)
+    weight = constant(graph, kept.args[1])
+    assert master is not None and weight is not None and master.dtype == torch.float64
+    assert torch.equal(weight, master.float()) and weight.is_contiguous(memory_format=torch.channels_last)
+
+
+class Tied(nn.Module):
+    """Two convolutions of one weight; what is between keeps them apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.relu(self.first(x)))
+
+
+def test_of_a_shared_weight_only_one_reader_is_kept() -> None:
+    program = fuse(Tied().eval(), torch.zeros(1, 3, 8, 8), BATCH)
+    graph = with_kept(program, {"second"})
+    types = {module_path(n): constant(graph, n.args[1]).dtype for n in operator_nodes(graph) if n.args[1:]}  # type: ignore[union-attr]
+    assert types["first"] == torch.float16 and types["second"] == torch.float32
+
+
+def test_the_master_is_left_as_it_was(program: FusedProgram) -> None:
+    before = str(program.master.graph), {name: t.clone() for name, t in program.master.state_dict().items()}
+    with_kept(program, {"layer1.0.conv1", "fc"})
+    assert str(program.master.graph) == before[0]
+    assert all(torch.equal(tensor, before[1][name]) for name, tensor in program.master.state_dict().items())
+
+
+def test_a_weight_outside_the_range_names_its_layer_and_what_to_do() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 1)).eval()
+    with torch.no_grad():
+        model[2].weight[1, 1] = 1e5
+    program = fuse(model, torch.zeros(1, 3, 8, 8), BATCH)
+    message = (
+        r"^2: .*weight reaches 1e\+05: expected at most 6\.55e\+04, .*; --keep-fp32 2 leaves the layer in float32$"
+    )
+    with pytest.raises(ExportError, match=message):
+        converted(program.master, torch.float16)
+    with_kept(program, {"2"})
+    converted(program.master, torch.bfloat16)

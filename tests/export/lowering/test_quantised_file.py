@@ -1,0 +1,192 @@
+"""The ONNX files of quantised networks: what reads 8 bits in them, and that ONNX Runtime computes so."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from export.quantisation.scheme import CPU, TENSORRT, Scheme
+from export.runtime.onnx_session import optimised_operators
+from tests.export import quantised as q8
+from tests.export.quantised_networks import OWN, make
+
+LAYERS = {"resnet18": 21, "resnet20": 22}
+RESIDUALS = {"resnet18": 8, "resnet20": 9}
+POOLED = ("resnet18",)
+
+
+@pytest.fixture(params=LAYERS)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=q8.SCHEMES)
+def scheme(request: pytest.FixtureRequest) -> Scheme:
+    return q8.SCHEMES[request.param]
+
+
+@pytest.fixture
+def model(in_8_bits: Callable[[str], q8.Subject], name: str, scheme: Scheme) -> onnx.ModelProto:
+    return in_8_bits(name).file(scheme).model
+
+
+def layer_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    return [node for node in model.graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
+
+
+def producer(model: onnx.ModelProto, value: str) -> onnx.NodeProto | None:
+    return next((node for node in model.graph.node if value in node.output), None)
+
+
+def constants(model: onnx.ModelProto) -> dict[str, NDArray]:
+    return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+
+def is_pair(model: onnx.ModelProto, value: str) -> bool:
+    """Whether a value is quantised and dequantised, with the same scale and zero point."""
+    last = producer(model, value)
+    if last is None or last.op_type != "DequantizeLinear":
+        return False
+    first = producer(model, last.input[0])
+    return first is not None and first.op_type == "QuantizeLinear" and first.input[1:] == last.input[1:]
+
+
+def assert_reads_8_bits(model: onnx.ModelProto, node: onnx.NodeProto) -> None:
+    assert is_pair(model, node.input[0]), node.name
+    weight = producer(model, node.input[1])
+    assert weight is not None and weight.op_type == "DequantizeLinear", node.name
+    assert constants(model)[weight.input[0]].dtype == np.int8
+
+
+def test_every_layer_of_the_file_reads_8_bits(model: onnx.ModelProto, name: str) -> None:
+    layers = layer_nodes(model)
+    assert len(layers) == LAYERS[name]
+    for node in layers:
+        assert_reads_8_bits(model, node)
+
+
+def test_additions_of_the_file(model: onnx.ModelProto, name: str, scheme: Scheme) -> None:
+    """For TensorRT one side is quantised, the shortcut's, and the other comes from the convolution as it is."""
+    sums = [node for node in model.graph.node if node.op_type == "Add"]
+    assert len(sums) == RESIDUALS[name]
+    for node in sums:
+        pairs = [is_pair(model, value) for value in node.input]
+        if scheme is CPU:
+            assert pairs == [True, True]
+            continue
+        assert sorted(pairs) == [False, True]
+        main = producer(model, node.input[pairs.index(False)])
+        assert main is not None and main.op_type == "Conv"
+
+
+def test_operators_of_the_file(model: onnx.ModelProto, name: str, scheme: Scheme) -> None:
+    count = Counter(node.op_type for node in model.graph.node)
+    layers, residuals, pools = LAYERS[name], RESIDUALS[name], name in POOLED
+    assert (count["Conv"], count["Gemm"], count["Add"], count["MaxPool"]) == (layers - 1, 1, residuals, pools)
+    # the input of each layer but the projections, which share one, what is pooled, and the sums or shortcuts
+    pairs = count["QuantizeLinear"]
+    projections = sum(".downsample." in node.name for node in model.graph.node if node.op_type == "Conv")
+    assert pairs == (layers - projections) + 1 + pools + (residuals + projections if scheme is CPU else projections)
+    biases = layers if scheme is CPU else 0
+    assert count["DequantizeLinear"] == pairs + layers + biases
+    assert {node.domain for node in model.graph.node} == {""} and not model.functions
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 19)]
+    casts = [node for node in model.graph.node if node.op_type == "Cast"]
+    assert len(casts) == (0 if scheme is CPU else 2)
+
+
+def test_types_of_the_file(model: onnx.ModelProto, scheme: Scheme) -> None:
+    values = constants(model)
+    wide = np.dtype(np.float16 if scheme is TENSORRT else np.float32)
+    for node in model.graph.node:
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        assert values[node.input[1]].dtype == wide
+        if node.op_type == "QuantizeLinear":
+            expected = np.int8 if scheme is TENSORRT else np.uint8
+            assert values[node.input[2]].dtype == expected and values[node.input[2]].shape == ()
+            assert scheme is CPU or values[node.input[2]] == 0
+        elif node.input[0] in values:
+            axis = next(attribute.i for attribute in node.attribute if attribute.name == "axis")
+            assert axis == 0 and values[node.input[1]].shape == values[node.input[0]].shape[:1]
+    kinds = {
+        values[n.input[0]].dtype for n in model.graph.node if n.op_type == "DequantizeLinear" and n.input[0] in values
+    }
+    assert kinds == ({np.dtype(np.int8)} if scheme is TENSORRT else {np.dtype(np.int8), np.dtype(np.int32)})
+
+
+def test_no_quantised_weight_is_in_the_file_as_floats_too(model: onnx.ModelProto, scheme: Scheme) -> None:
+    values = constants(model)
+    assert not [name for name, value in values.items() if value.ndim > 1 and value.dtype != np.int8]
+    used = {name for node in model.graph.node for name in node.input}
+    assert values.keys() <= used
+    biases = [name for name, value in values.items() if name.endswith(".bias") and value.dtype.kind == "f"]
+    assert bool(biases) is (scheme is TENSORRT)
+
+
+def test_names_in_the_file(model: onnx.ModelProto) -> None:
+    produced = {name for node in model.graph.node for name in node.output}
+    for layer in ("conv1", "layer1.0.conv1", "layer2.0.downsample.0", "fc"):
+        assert f"{layer}.weight" in produced
+        assert {f"{layer}.weight.quantized", f"{layer}.weight.scale"} <= constants(model).keys()
+        assert layer in {node.name for node in model.graph.node}
+    assert {"input.quantized", "layer1.0.conv1.quantized"} <= produced
+    assert {"input.scale", "input.zero_point", "layer1.0.conv1.scale"} <= constants(model).keys()
+
+
+def test_the_file_is_valid(model: onnx.ModelProto) -> None:
+    onnx.checker.check_model(model, full_check=True)
+
+
+def test_the_file_for_cpus_runs_in_whole_numbers(in_8_bits: Callable[[str], q8.Subject], name: str) -> None:
+    run = optimised_operators(in_8_bits(name).file(CPU).model)
+    assert run["QLinearConv"] == LAYERS[name] - 1 and run["QLinearAdd"] == RESIDUALS[name]
+    assert not {"Conv", "FusedConv", "Gemm", "MatMul", "Add"} & run.keys()
+
+
+def test_the_file_computes_what_the_simulation_does(
+    in_8_bits: Callable[[str], q8.Subject], name: str, scheme: Scheme
+) -> None:
+    subject = in_8_bits(name)
+    outputs = subject.outputs(scheme, subject.file(scheme))
+    assert q8.relative_error(outputs, subject.quantised[scheme](subject.images)) < 0.02
+
+
+def test_kept_layers_are_floats_in_the_file(in_8_bits: Callable[[str], q8.Subject], scheme: Scheme) -> None:
+    kept = ("layer1.0.conv2", "fc")
+    model = in_8_bits("resnet20").keeping(*kept).file(scheme).model
+    onnx.checker.check_model(model, full_check=True)
+    for node in layer_nodes(model):
+        if node.name not in kept:
+            assert_reads_8_bits(model, node)
+            continue
+        assert not is_pair(model, node.input[0])
+        assert constants(model)[node.input[1]].dtype == (np.float16 if scheme is TENSORRT else np.float32)
+    assert set(kept) <= {node.name for node in layer_nodes(model)}
+    if scheme is CPU:
+        run = optimised_operators(model)  # what a kept layer reads is left in floats too: here from two others
+        assert run["Conv"] + run["FusedConv"] == 3 and run["QLinearConv"] == LAYERS["resnet20"] - 1 - 3
+
+
+@pytest.mark.parametrize("network", OWN, ids=lambda network: network.__name__)
+def test_any_network_runs_as_written(network: type[nn.Module], pictures: dict[str, Tensor], scheme: Scheme) -> None:
+    """ONNX Runtime computes what the simulation does, but for values beside a tie."""
+    subject = make(network, pictures["resnet20"])
+    file = subject.shown(scheme)
+    onnx.checker.check_model(file.model, full_check=True)
+    assert len(layer_nodes(file.model)) == OWN[network]
+    for node in layer_nodes(file.model):
+        assert_reads_8_bits(file.model, node)
+    outputs = subject.outputs(scheme, file)
+    with torch.no_grad():
+        expected = subject.quantised[scheme](subject.images)
+    assert q8.relative_error(outputs, expected) < 0.05
+    checks = subject.check(scheme, subject.trace(scheme, file))
+    assert checks and not checks.unchecked, checks.first_failure

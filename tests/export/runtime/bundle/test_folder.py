@@ -1,0 +1,250 @@
+"""The bundle: whole or not there, and every change to it is noticed."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import resource
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from export.base.errors import ExportError
+from export.runtime.bundle.folder import MANIFEST, publish, read_verified, staged
+
+OLD = {"a.bin": b"old" * 100, "b.bin": b"b"}
+NEW = {"a.bin": b"new" * 1000, "c.bin": bytes(range(256))}
+
+
+def write(output: Path, files: dict[str, bytes], **facts: object) -> None:
+    with staged(output) as staging:
+        publish(staging, output, files, {"format": 1, **facts})
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    write(tmp_path / "bundle", OLD, name="x")
+    return tmp_path / "bundle"
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_what_was_written_is_read(bundle: Path) -> None:
+    manifest, contents = read_verified(bundle)
+    assert contents == OLD
+    assert manifest["name"] == "x" and set(manifest["files"]) == set(OLD)
+    assert files(bundle).keys() == {*OLD, MANIFEST}
+
+
+def test_a_bundle_exchanged_while_it_is_read_is_read_again(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Path.read_bytes
+
+    def read(path: Path) -> bytes:
+        if path.name == "b.bin":
+            monkeypatch.setattr(Path, "read_bytes", real)
+            write(bundle, NEW, name="y")
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    manifest, contents = read_verified(bundle)
+    assert contents == NEW and manifest["name"] == "y"
+
+
+def test_a_new_bundle_replaces_the_old_one_and_nothing_else_is_left(bundle: Path) -> None:
+    write(bundle, NEW)
+    assert set(read_verified(bundle)[1]) == set(NEW)
+    assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
+
+
+def test_an_export_that_fails_leaves_the_old_bundle(bundle: Path) -> None:
+    before = files(bundle)
+    with pytest.raises(RuntimeError), staged(bundle) as staging:
+        (staging / "half").write_bytes(b"1")
+        raise RuntimeError
+    assert files(bundle) == before and [path.name for path in bundle.parent.iterdir()] == ["bundle"]
+
+
+@pytest.mark.parametrize("name", [*OLD, MANIFEST])
+def test_every_flipped_bit_is_noticed_and_the_file_named(bundle: Path, name: str) -> None:
+    content = (bundle / name).read_bytes()
+    for position in range(0, len(content), max(1, len(content) // 60)):
+        for bit in range(8):
+            changed = bytearray(content)
+            changed[position] ^= 1 << bit
+            (bundle / name).write_bytes(changed)
+            with pytest.raises(ExportError, match=name.replace(".", r"\.")):
+                read_verified(bundle)
+    (bundle / name).write_bytes(content)
+    read_verified(bundle)
+
+
+TAMPERED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing file": (lambda b: (b / "a.bin").unlink(), "a.bin: missing"),
+    "unlisted file": (lambda b: (b / "evil.so").write_bytes(b""), "evil.so: not listed"),
+    "truncated": (lambda b: (b / "a.bin").write_bytes(b"old"), "a.bin: 3 bytes, expected 300"),
+    "link": (lambda b: ((b / "b.bin").unlink(), (b / "b.bin").symlink_to("a.bin")), "b.bin: expected a plain file"),
+    "folder": (lambda b: (b / "sub").mkdir(), "sub: expected a plain file"),
+    "no manifest": (lambda b: (b / MANIFEST).unlink(), "expected a bundle"),
+    "manifest a link": (
+        lambda b: ((b / MANIFEST).rename(b.parent / "m"), (b / MANIFEST).symlink_to(b.parent / "m")),
+        "expected a bundle",
+    ),
+    "empty manifest": (lambda b: (b / MANIFEST).write_bytes(b""), "changed since it was written"),
+    "manifest of another kind": (lambda b: (b / MANIFEST).write_text("[1, 2]"), "changed since it was written"),
+    "nested manifest": (lambda b: (b / MANIFEST).write_text("[" * 100_000), "changed since it was written"),
+}
+
+
+@pytest.mark.parametrize("case", TAMPERED)
+def test_a_tampered_bundle_is_refused(bundle: Path, case: str) -> None:
+    tamper, message = TAMPERED[case]
+    tamper(bundle)
+    with pytest.raises(ExportError, match=message) as error:
+        read_verified(bundle)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "", ".", "a/b"])
+def test_a_manifest_cannot_name_a_file_outside(tmp_path: Path, name: str) -> None:
+    from export.runtime.bundle.folder import _manifest_bytes
+
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    (folder / MANIFEST).write_bytes(_manifest_bytes({name: b"x"}, {}))
+    with pytest.raises(ExportError, match="is not the name of a file in the bundle"):
+        read_verified(folder)
+
+
+def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "holiday").mkdir()
+    (tmp_path / "holiday" / "photo.jpg").write_bytes(b"dear")
+    with pytest.raises(ExportError, match="is not a bundle"):
+        write(tmp_path / "holiday", NEW)
+    assert (tmp_path / "holiday" / "photo.jpg").read_bytes() == b"dear"
+
+
+FOREIGN: dict[str, dict[str, str]] = {
+    "a manifest of something else": {MANIFEST: '{"name": "my browser extension", "files": []}', "src.js": "mine"},
+    "a manifest that is no JSON": {MANIFEST: "hello"},
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_a_folder_with_another_kind_of_manifest_is_never_replaced(tmp_path: Path, case: str) -> None:
+    (tmp_path / "mine").mkdir()
+    for name, text in FOREIGN[case].items():
+        (tmp_path / "mine" / name).write_text(text)
+    with pytest.raises(ExportError, match="is not a bundle"):
+        write(tmp_path / "mine", NEW)
+    assert {path.name: path.read_text() for path in (tmp_path / "mine").iterdir()} == FOREIGN[case]
+
+
+def test_a_bundle_with_a_file_of_the_users_is_never_replaced(bundle: Path) -> None:
+    (bundle / "notes.txt").write_text("dear")
+    with pytest.raises(ExportError, match=r"holds notes\.txt, which is not part of the bundle"):
+        write(bundle, NEW)
+    assert (bundle / "notes.txt").read_text() == "dear"
+
+
+def test_a_folder_that_appears_during_the_export_is_never_replaced(tmp_path: Path) -> None:
+    output = tmp_path / "bundle"
+    with pytest.raises(ExportError, match="is not a bundle"), staged(output) as staging:
+        output.mkdir()
+        (output / "photo.jpg").write_text("dear")
+        publish(staging, output, NEW, {})
+    assert (output / "photo.jpg").read_text() == "dear"
+
+
+def test_a_file_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"dear")
+    with pytest.raises(ExportError, match="not a folder"):
+        write(tmp_path / "file", NEW)
+
+
+def test_a_path_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(ExportError, match="cannot be written"):
+        write(tmp_path / "file" / "bundle", NEW)
+
+
+def test_two_exports_into_one_folder(bundle: Path) -> None:
+    with staged(bundle) as staging:
+        with pytest.raises(ExportError, match="another process is writing"):
+            write(bundle, OLD)
+        publish(staging, bundle, NEW, {})
+    assert set(read_verified(bundle)[1]) == set(NEW)
+
+
+def _write_and_die(output: Path, when: int) -> None:
+    """Write the new bundle, killed at the `when`-th call that changes the disk."""
+    calls = 0
+
+    def counted(function: Callable) -> Callable:  # type: ignore[type-arg]
+        def call(*args: object, **kwargs: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls == when:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return call
+
+    import export.runtime.bundle.folder
+
+    os.fsync = counted(os.fsync)
+    Path.rename = counted(Path.rename)  # type: ignore[method-assign]
+    Path.mkdir = counted(Path.mkdir)  # type: ignore[method-assign]
+    export.runtime.bundle.folder._exchange = counted(export.runtime.bundle.folder._exchange)
+    export.runtime.bundle.folder.shutil.rmtree = counted(export.runtime.bundle.folder.shutil.rmtree)
+    write(output, NEW)
+
+
+@pytest.mark.parametrize("existing", [True, False], ids=["over an old bundle", "into nothing"])
+def test_killed_at_any_moment_leaves_a_whole_bundle_or_none(tmp_path: Path, existing: bool) -> None:
+    context = multiprocessing.get_context("fork")
+    outcomes = set()
+    for when in range(1, 40):
+        output = tmp_path / str(when) / "bundle"
+        output.parent.mkdir()
+        if existing:
+            write(output, OLD)
+        process = context.Process(target=_write_and_die, args=(output, when))
+        process.start()
+        process.join()
+        names = frozenset(read_verified(output)[1]) if output.exists() else None
+        outcomes.add(names)
+        write(output, NEW)  # what the killed export left does not stand in the way
+        assert [path.name for path in output.parent.iterdir()] == ["bundle"]
+        if process.exitcode == 0:
+            break
+    assert process.exitcode == 0, "the export never finished"
+    assert outcomes == {frozenset(OLD) if existing else None, frozenset(NEW)}
+
+
+def _write_with_limit(output: Path) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        write(output, NEW)
+    except ExportError as error:
+        assert "cannot be written" in str(error) and "\n" not in str(error)
+        os._exit(7)
+
+
+def test_a_full_disk_leaves_the_old_bundle(bundle: Path) -> None:
+    before = files(bundle)
+    process = multiprocessing.get_context("fork").Process(target=_write_with_limit, args=(bundle,))
+    process.start()
+    process.join()
+    assert process.exitcode == 7
+    assert files(bundle) == before and [path.name for path in bundle.parent.iterdir()] == ["bundle"]
+
+
+def test_the_manifest_is_readable(bundle: Path) -> None:
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    assert manifest["files"]["b.bin"]["bytes"] == 1

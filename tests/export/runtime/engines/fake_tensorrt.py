@@ -1,0 +1,277 @@
+"""TensorRT's runtime and CUDA's on numpy: device memory is host memory, and misuse is an error as on a device.
+
+The module stands in for `tensorrt`; a test holds its public names against those of the real package. The network it
+"runs" sums every channel of its input. Plans are JSON.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from cuda.bindings import runtime as real_cuda
+from numpy.typing import NDArray
+from tensorrt_rtx import DataType, ILogger, TensorIOMode  # these need no device
+
+from export.runtime.engines.engine import Flavour
+from export.runtime.engines.options import EngineConfig
+from export.runtime.engines.run_worker import DeviceEngine
+
+__all__ = ["DataType", "ILogger", "TensorIOMode"]
+__version__ = "10.3.0"
+
+FLAVOUR = Flavour(
+    "tensorrt", "tests.export.runtime.engines.fake_tensorrt", "m.engine", "m.json", needs_gpu=True, inspects=True
+)
+
+
+def plan(smallest: int = 1, largest: int = 8, behaviour: str = "", outputs: dict[str, str] | None = None) -> bytes:
+    """A plan for inputs [N, 3, 4, 4]; `behaviour`: `crash`, `fails`, `silent` (writes nothing) or `no context`."""
+    record = {"batch": [smallest, largest], "behaviour": behaviour, "outputs": outputs or {"output": "FLOAT"}}
+    return json.dumps(record).encode()
+
+
+class Runtime:
+    def __init__(self, logger: Any) -> None:
+        self._logger = logger
+        self.engine_host_code_allowed = False
+        self.DLA_core = -1
+
+    def deserialize_cuda_engine(self, content: bytes) -> ICudaEngine | None:
+        try:
+            return ICudaEngine(json.loads(content), self)
+        except ValueError:
+            self._logger.log(ILogger.Severity.ERROR, "bad magic\nsecond line")
+            return None
+
+
+class ICudaEngine:
+    def __init__(self, record: dict[str, Any], runtime: Runtime) -> None:
+        self._record, self._runtime = record, runtime
+        self._names = [*record["outputs"], "input"]
+
+    @property
+    def num_io_tensors(self) -> int:
+        return len(self._names)
+
+    def get_tensor_name(self, index: int) -> str:
+        return self._names[index]
+
+    def get_tensor_mode(self, name: str) -> TensorIOMode:
+        return TensorIOMode.INPUT if name == "input" else TensorIOMode.OUTPUT
+
+    def get_tensor_dtype(self, name: str) -> DataType:
+        return DataType.FLOAT if name == "input" else getattr(DataType, self._record["outputs"][name])
+
+    def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
+        assert name == "input" and profile == 0
+        smallest, largest = self._record["batch"]
+        return [(size, 3, 4, 4) for size in (smallest, largest, largest)]
+
+    def create_execution_context(self) -> IExecutionContext | None:
+        return None if self._record["behaviour"] == "no context" else IExecutionContext(self)
+
+
+class IExecutionContext:
+    def __init__(self, engine: ICudaEngine) -> None:
+        self._engine, self._record = engine, engine._record
+        self._addresses: dict[str, int] = {}
+        self._shape: tuple[int, ...] | None = None
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        assert name == "input"
+        smallest, largest = self._record["batch"]
+        self._shape = shape
+        return smallest <= shape[0] <= largest
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        assert self._shape is not None
+        return self._shape if name == "input" else self._shape[:2]
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self._addresses[name] = address
+        return True
+
+    def execute_async_v3(self, stream_handle: int) -> bool:
+        if self._record["behaviour"] == "crash":
+            os.abort()
+        if self._record["behaviour"] == "fails":
+            return False
+        assert self._addresses.keys() == {"input", *self._record["outputs"]}
+        if self._record["behaviour"] != "silent":
+            cuda().submit(stream_handle, self._run)
+        return True
+
+    def _run(self) -> None:
+        assert self._shape is not None
+        x = cuda().view(self._addresses["input"], np.dtype(np.float32), self._shape)
+        for name, kind in self._record["outputs"].items():
+            dtype = {"FLOAT": np.float32, "HALF": np.float16, "INT64": np.int64}[kind]
+            cuda().view(self._addresses[name], np.dtype(dtype), self._shape[:2])[...] = x.sum(axis=(2, 3))
+
+
+class FakeCuda:
+    """The calls of `cuda.bindings.runtime` that an engine needs; work is done at once, unless it is being recorded."""
+
+    cudaMemcpyKind = real_cuda.cudaMemcpyKind
+    cudaStreamCaptureMode = real_cuda.cudaStreamCaptureMode
+    cudaStreamNonBlocking = real_cuda.cudaStreamNonBlocking
+
+    def __init__(self, memory: int = 2**20) -> None:
+        self.free = memory
+        self.driver = 12060
+        self.properties = SimpleNamespace(name=b"Orin", major=8, minor=7, multiProcessorCount=16)
+        self.memory: dict[int, NDArray[np.uint8]] = {}
+        self.live: set[int] = set()
+        self.recording: list[Callable[[], None]] | None = None
+        self.graphs: dict[int, list[Callable[[], None]]] = {}
+        self.launches = self.clock = 0
+        self._next = 1000
+
+    def submit(self, stream: int, work: Callable[[], None]) -> None:
+        assert stream in self.live and stream != 0
+        if self.recording is None:
+            self.clock += 1
+            work()
+        else:
+            self.recording.append(work)
+
+    def view(self, address: int, dtype: np.dtype, shape: tuple[int, ...]) -> NDArray:
+        size = int(np.prod(shape)) * dtype.itemsize
+        return self.memory[address][:size].view(dtype).reshape(shape)
+
+    def cudaDriverGetVersion(self) -> tuple[Any, ...]:
+        return self._done(self.driver)
+
+    def cudaGetDeviceCount(self) -> tuple[Any, ...]:
+        return self._done(1)
+
+    def cudaGetDeviceProperties(self, device: int) -> tuple[Any, ...]:
+        assert device == 0
+        return self._done(self.properties)
+
+    def cudaSetDevice(self, device: int) -> tuple[Any, ...]:
+        return self._done() if device == 0 else (real_cuda.cudaError_t.cudaErrorInvalidDevice,)
+
+    def cudaMalloc(self, size: int) -> tuple[Any, ...]:
+        if size > self.free:
+            return real_cuda.cudaError_t.cudaErrorMemoryAllocation, None
+        self.free -= size
+        buffer = np.random.default_rng(0).integers(0, 256, size, np.uint8)
+        self.memory[buffer.ctypes.data] = buffer
+        return self._done(buffer.ctypes.data)
+
+    def cudaFree(self, address: int) -> tuple[Any, ...]:
+        self.free += self.memory.pop(address).nbytes
+        return self._done()
+
+    def cudaMemcpyAsync(self, target: int, source: int, size: int, kind: Any, stream: int) -> tuple[Any, ...]:
+        device = target if kind == self.cudaMemcpyKind.cudaMemcpyHostToDevice else source
+        if device not in self.memory or size > self.memory[device].nbytes:
+            return (real_cuda.cudaError_t.cudaErrorInvalidValue,)
+        self.submit(int(stream), lambda: ctypes.memmove(target, source, size) and None)
+        return self._done()
+
+    def cudaMemsetAsync(self, address: int, value: int, size: int, stream: int) -> tuple[Any, ...]:
+        self.submit(int(stream), lambda: self.memory[address][:size].fill(value))
+        return self._done()
+
+    def cudaStreamCreateWithFlags(self, flags: int) -> tuple[Any, ...]:
+        return self._done(self._handle()) if flags == self.cudaStreamNonBlocking else self._done(0)
+
+    def cudaStreamSynchronize(self, stream: int) -> tuple[Any, ...]:
+        assert stream in self.live and self.recording is None
+        return self._done()
+
+    def cudaStreamDestroy(self, stream: int) -> tuple[Any, ...]:
+        return self._gone(stream)
+
+    def cudaStreamBeginCapture(self, stream: int, mode: Any) -> tuple[Any, ...]:
+        assert stream in self.live and mode == self.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self.recording = []
+        return self._done()
+
+    def cudaStreamEndCapture(self, stream: int) -> tuple[Any, ...]:
+        work, self.recording = self.recording, None
+        assert work is not None and stream in self.live
+        graph = self._handle()
+        self.graphs[graph] = work
+        return self._done(graph)
+
+    def cudaGraphInstantiate(self, graph: int, flags: int) -> tuple[Any, ...]:
+        assert flags == 0
+        executable = self._handle()
+        self.graphs[executable] = self.graphs[graph]
+        return self._done(executable)
+
+    def cudaGraphDestroy(self, graph: int) -> tuple[Any, ...]:
+        return self._gone(graph)
+
+    def cudaGraphExecDestroy(self, graph: int) -> tuple[Any, ...]:
+        return self._gone(graph)
+
+    def cudaGraphLaunch(self, graph: int, stream: int) -> tuple[Any, ...]:
+        assert graph in self.live
+        self.launches += 1
+        for work in self.graphs[graph]:
+            self.submit(stream, work)
+        return self._done()
+
+    def cudaEventCreate(self) -> tuple[Any, ...]:
+        return self._done(self._handle())
+
+    def cudaEventRecord(self, event: int, stream: int) -> tuple[Any, ...]:
+        assert {event, stream} <= self.live
+        self.graphs[event] = [lambda at=self.clock: at]  # type: ignore[misc]
+        return self._done()
+
+    def cudaEventElapsedTime(self, start: int, end: int) -> tuple[Any, ...]:
+        before, after = (self.graphs[event][0]() for event in (start, end))
+        return self._done(float(after - before))  # type: ignore[operator]
+
+    def cudaEventDestroy(self, event: int) -> tuple[Any, ...]:
+        return self._gone(event)
+
+    def _done(self, *values: Any) -> tuple[Any, ...]:
+        return (real_cuda.cudaError_t.cudaSuccess, *values)
+
+    def _handle(self) -> int:
+        self._next += 1
+        self.live.add(self._next)
+        return self._next
+
+    def _gone(self, handle: int) -> tuple[Any, ...]:
+        self.live.remove(handle)
+        return self._done()
+
+
+_present: list[FakeCuda] = []
+
+
+def cuda() -> FakeCuda:
+    return _present[-1]
+
+
+@contextmanager
+def device(memory: int = 2**20) -> Iterator[FakeCuda]:
+    """A CUDA device for what is loaded inside."""
+    _present.append(FakeCuda(memory))
+    try:
+        with mock.patch("export.runtime.engines.run_worker.import_cuda", lambda extra: cuda()):
+            yield cuda()
+    finally:
+        _present.pop()
+
+
+def device_engine(flavour: Flavour, content: bytes, config: EngineConfig, names: tuple[str, ...]) -> DeviceEngine:
+    """A DeviceEngine for a process of its own, which ends with its device."""
+    _present.append(FakeCuda())
+    mock.patch("export.runtime.engines.run_worker.import_cuda", lambda extra: cuda()).start()
+    return DeviceEngine(flavour, content, config, names)

@@ -1,0 +1,336 @@
+"""TensorRT: real TensorRT-RTX engines, built without a GPU, and what a full TensorRT adds, with stand-ins."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import Tensor, nn
+
+from export import Batch, ExportError, MissingDependency, fuse
+from export.base.precision import INT8, PRECISIONS
+from export.lowering.onnx_file import lower_onnx
+from export.runtime.engines import build_worker
+from export.runtime.engines import engine as tensorrt_engine
+from export.runtime.engines.engine import (
+    FLAVOURS,
+    Engine,
+    Flavour,
+    build_engine,
+    import_flavour,
+    why_not_buildable,
+    why_not_runnable,
+)
+from export.runtime.engines.options import DEFAULT_ENGINE, TARGETS, EngineConfig
+from tests.export.lowering import qdq
+
+BATCH = Batch(1, 4, 8)
+RTX, FULL = FLAVOURS["tensorrt-rtx"], FLAVOURS["tensorrt"]
+FP16 = PRECISIONS["fp16"]
+SHAPE = (3, 32, 32)
+
+
+@pytest.fixture(scope="module")
+def onnx_files(calibrated: dict[str, nn.Module], pictures: dict[str, Tensor]) -> dict[str, bytes]:
+    program = fuse(calibrated["resnet20"], pictures["resnet20"], BATCH)
+    return {name: lower_onnx(program, pictures["resnet20"], p, {}).serialize() for name, p in PRECISIONS.items()}
+
+
+def build_quantised(
+    content: bytes, config: EngineConfig = DEFAULT_ENGINE, kept: frozenset[str] = frozenset()
+) -> Engine:
+    return build_engine(content, RTX, INT8, qdq.BATCH, qdq.SHAPE, config, kept)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_engine_is_built_in_the_precision_asked_for(precision: str, onnx_files: dict[str, bytes]) -> None:
+    engine = build_engine(onnx_files[precision], RTX, PRECISIONS[precision], BATCH, SHAPE)
+    assert engine.convolutions == 21
+    assert len(engine.plan) > 100_000 and engine.version and engine.seconds > 0
+    kind = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}[precision]
+    assert sum(layer["type"] == "CONVOLUTION" and layer["outputs"] == [kind] for layer in engine.layers) == 21
+    assert json.loads(json.dumps(engine.layers)) == list(engine.layers)
+
+
+def test_a_quantised_engine_is_built() -> None:
+    engine = build_quantised(qdq.network())
+    assert engine.convolutions == 2 and {"QUANTIZE", "DEQUANTIZE"} <= {layer["type"] for layer in engine.layers}
+    assert build_quantised(qdq.network(kept="fc"), kept=frozenset({"fc"})).convolutions == 2
+
+
+OTHERS = [("fp32", "fp16"), ("fp16", "fp32"), ("bf16", "fp16"), ("fp16", "bf16")]
+
+
+@pytest.mark.parametrize(("file", "asked"), OTHERS)
+def test_engine_of_another_precision_is_impossible(file: str, asked: str, onnx_files: dict[str, bytes]) -> None:
+    with pytest.raises(ExportError, match="would compute in"):
+        build_engine(onnx_files[file], RTX, PRECISIONS[asked], BATCH, SHAPE)
+
+
+DOCTORED: dict[str, dict[str, Any]] = {
+    "one input without Q/DQ": {"float_input": "stage1.conv2"},
+    "float weights": {"float_weights": "fc"},
+    "float32 arithmetic": {"dtype": np.float32},
+    "a layer kept unasked": {"kept": "stage1.conv1"},
+}
+
+
+@pytest.mark.parametrize("case", DOCTORED)
+def test_an_int8_engine_that_is_not_is_impossible(case: str) -> None:
+    with pytest.raises(ExportError, match="would not compute in INT8"):
+        build_quantised(qdq.network(**DOCTORED[case]))
+
+
+@pytest.mark.parametrize("content", [b"", b"not an ONNX file", b"\x08\x08" * 50])
+def test_file_that_is_no_onnx_model_is_refused_in_one_line(content: bytes) -> None:
+    with pytest.raises(ExportError, match=r"cannot parse the ONNX file|could not build an engine") as error:
+        build_engine(content, RTX, FP16, BATCH, SHAPE)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_asked_of_the_builder_reaches_it() -> None:
+    content = qdq.network()
+    plain = build_quantised(content)
+    everywhere = build_quantised(content, EngineConfig(targets=TARGETS, optimization_level=0))
+    assert len(everywhere.plan) > 1.1 * len(plain.plan)  # sm_75 has kernels of its own
+    assert everywhere.config.targets == TARGETS
+    with pytest.raises(ExportError, match=r"could not build an engine: .*workspace"):
+        build_quantised(content, EngineConfig(workspace_mib=1))
+
+
+def test_the_builders_messages_are_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, logger="export.base.process"):
+        build_quantised(qdq.network())
+    assert any("stage1.conv1" in record.message for record in caplog.records)
+
+
+def test_missing_package_names_the_command_that_installs_it() -> None:
+    absent = Flavour("tensorrt-rtx", "no_such_module", "x.engine", "x.json", needs_gpu=False, inspects=False)
+    with pytest.raises(MissingDependency, match=r"pip install -e '\.\[tensorrt-rtx\]'"):
+        build_engine(b"", absent, FP16, BATCH, SHAPE)
+    assert "no_such_module is not installed" in why_not_buildable(absent)
+
+
+def test_a_builder_that_dies_is_one_line_that_says_what_to_lower(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The stand-in package kills its process when a builder is made, as the system does where memory is short."""
+    (tmp_path / "deadly.py").write_text("import os, signal\nclass ILogger: pass\n"
+        "class Builder:\n    def __init__(self, logger): os.kill(os.getpid(), signal.SIGKILL)\n")  # fmt: skip
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    deadly = Flavour("tensorrt", "deadly", "x.engine", "x.json", needs_gpu=False, inspects=False)
+    with pytest.raises(ExportError) as error:
+        build_engine(b"", deadly, FP16, BATCH, SHAPE)
+    assert str(error.value) == (
+        "building the tensorrt engine was ended by SIGKILL (most likely out of memory): "
+        "lower --workspace or --optimization-level"
+    )
+
+
+RUNNABLE = {
+    "the same version": ("10.3.0", False, ""),
+    "a later one": ("10.16.1", False, "built by tensorrt 10.3.0, 10.16.1 is installed"),
+    "a later one, asked for": ("10.16.1", True, ""),
+    "an earlier one, asked for": ("10.2.9", True, "10.2.9 is installed"),
+    "another major one, asked for": ("11.4.0", True, "11.4.0 is installed"),
+}
+
+
+@pytest.mark.parametrize("case", RUNNABLE)
+def test_which_versions_run_an_engine(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed, compatible, expected = RUNNABLE[case]
+    monkeypatch.setattr(tensorrt_engine, "import_flavour", lambda flavour: SimpleNamespace(__version__=installed))
+    monkeypatch.setattr(tensorrt_engine, "why_no_gpu", lambda extra: "")
+    monkeypatch.setattr(tensorrt_engine, "gpu_name", lambda extra: "Orin")
+    engine = Engine(FULL, b"", "10.3.0", FP16, 3, 1.0, EngineConfig(version_compatible=compatible))
+    reason = why_not_runnable(engine)
+    assert expected in reason and bool(reason) == bool(expected)
+
+
+GPUS: dict[str, tuple[Flavour, EngineConfig, tuple[int, int], str]] = {
+    "RTX on Ada": (RTX, EngineConfig(), (8, 9), ""),
+    "RTX on Blackwell": (RTX, EngineConfig(), (12, 0), ""),
+    "RTX on what is newer": (RTX, EngineConfig(), (13, 0), ""),
+    "RTX on Turing": (RTX, EngineConfig(), (7, 5), "export again with --targets sm_75"),
+    "RTX for Turing": (RTX, EngineConfig(targets=("sm_75",)), (7, 5), ""),
+    "RTX for Turing on Ada": (RTX, EngineConfig(targets=("sm_75",)), (8, 9), "built for sm_75, here is GPU; export "),
+    "RTX for Ada on what is newer": (RTX, EngineConfig(targets=("sm_89",)), (13, 0), "export again without --targets"),
+    "RTX on Orin": (RTX, EngineConfig(), (8, 7), "tensorrt-rtx does not serve the GPU here: GPU"),
+    "RTX on H100": (RTX, EngineConfig(), (9, 0), "tensorrt-rtx does not serve the GPU here: GPU"),
+    "RTX on Thor": (RTX, EngineConfig(), (11, 0), "tensorrt-rtx does not serve the GPU here: GPU"),
+    "for Ampere and newer": (FULL, EngineConfig(hardware_compatible=True), (8, 0), ""),
+    "for Ampere on Turing": (FULL, EngineConfig(hardware_compatible=True), (7, 5), "built for GPUs from Ampere on"),
+}
+
+
+@pytest.mark.parametrize("case", GPUS)
+def test_which_gpus_run_an_engine(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    flavour, config, capability, expected = GPUS[case]
+    monkeypatch.setattr(tensorrt_engine, "import_flavour", lambda flavour: SimpleNamespace(__version__="10.3.0"))
+    monkeypatch.setattr(tensorrt_engine, "why_no_gpu", lambda extra: "")
+    monkeypatch.setattr(tensorrt_engine, "gpu_name", lambda extra: "GPU")
+    monkeypatch.setattr(tensorrt_engine, "compute_capability", lambda extra: capability)
+    reason = why_not_runnable(Engine(flavour, b"", "10.3.0", FP16, 3, 1.0, config))
+    assert expected in reason and bool(reason) == bool(expected)
+
+
+class Inspected:
+    """What stands in for the runtime and the engine of a full TensorRT: it shows the layers it was given."""
+
+    kernels: list[dict[str, Any]]
+
+    def __init__(self, *arguments: Any) -> None:
+        self.execution_context: Any = None
+        self.shape: Any = None
+
+    def deserialize_cuda_engine(self, plan: bytes) -> Inspected:
+        assert len(plan) > 10_000
+        return self
+
+    def create_engine_inspector(self) -> Inspected:
+        return self
+
+    def create_execution_context(self) -> Inspected:
+        return Inspected()
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.shape = name, shape
+        return True
+
+    def get_engine_information(self, form: Any) -> str:
+        assert form.name == "JSON" and self.execution_context.shape == ("input", (4, *qdq.SHAPE))
+        return json.dumps({"Layers": self.kernels})
+
+
+def kernels(kind: str) -> list[dict[str, Any]]:
+    tensor = {"Name": "x", "Datatype": kind, "Format": "Linear"}
+    return [
+        {"Name": name, "LayerType": "CaskConvolution", "Inputs": [tensor], "Outputs": [tensor],
+         "Weights": {"Type": kind, "Count": 1}, "Metadata": f"[ONNX Layer: {name}]"}
+        for name in qdq.LAYERS
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A package that builds as TensorRT-RTX does and is looked at as a full TensorRT; `seen` is the builder's."""
+    real = import_flavour(RTX)
+    package = SimpleNamespace(**{name: getattr(real, name) for name in dir(real)})
+    package.Runtime = type("Runtime", (Inspected,), {"kernels": kernels("Int8")})
+
+    class Builder(real.Builder):  # type: ignore[name-defined, misc]
+        def create_builder_config(self) -> Any:
+            package.seen = super().create_builder_config()
+            return package.seen
+
+    package.Builder = Builder
+    monkeypatch.setattr(build_worker, "import_flavour", lambda flavour: package)
+    return package
+
+
+def build_full(content: bytes, config: EngineConfig = DEFAULT_ENGINE, batch: Batch = qdq.BATCH) -> Engine:
+    return build_worker.build(content, FULL, INT8, batch, qdq.SHAPE, config, ())
+
+
+def test_a_full_tensorrt_is_looked_at_after_the_build(full: SimpleNamespace) -> None:
+    engine = build_full(qdq.network())
+    assert [layer["name"] for layer in engine.layers] == list(qdq.LAYERS)
+    assert all(layer["type"] == "CaskConvolution" and layer["weights"] == "INT8" for layer in engine.layers)
+    assert full.seen.profiling_verbosity == full.ProfilingVerbosity.DETAILED
+    assert not full.seen.get_flag(full.BuilderFlag.TF32)
+
+
+def test_a_kernel_of_another_type_is_refused_after_the_build(full: SimpleNamespace) -> None:
+    full.Runtime.kernels = [*kernels("Int8")[:2], kernels("Half")[2]]
+    with pytest.raises(ExportError, match="the kernel fc computes in HALF: expected INT8"):
+        build_full(qdq.network())
+    full.Runtime.kernels = [kernel["Name"] for kernel in kernels("Int8")]
+    with pytest.raises(ExportError, match="the engine inspector's answer is not understood"):
+        build_full(qdq.network())
+
+
+def test_what_is_asked_is_set(full: SimpleNamespace) -> None:
+    build_full(qdq.network(), EngineConfig(workspace_mib=64, optimization_level=1))
+    assert full.seen.get_memory_pool_limit(full.MemoryPoolType.WORKSPACE) == 64 * 2**20
+    assert full.seen.builder_optimization_level == 1
+    with pytest.raises(ExportError, match=r"could not build an engine: .*libnvinfer_lean"):  # the flag was set
+        build_full(qdq.network(), EngineConfig(version_compatible=True))
+
+
+class Cache:
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+
+    def serialize(self) -> bytes:
+        return self.content + b"+"
+
+
+def test_a_timing_cache_is_read_and_written(tmp_path: Path) -> None:
+    options = SimpleNamespace(create_timing_cache=Cache, set_timing_cache=lambda cache, mismatch: True)
+    path = tmp_path / "cache"
+    for expected in (b"+", b"++"):
+        cache = build_worker._timing_cache(options, path)
+        build_worker._write(path, cache.serialize())
+        assert path.read_bytes() == expected and list(tmp_path.iterdir()) == [path]
+    options.set_timing_cache = lambda cache, mismatch: False
+    with pytest.raises(ExportError, match="cache is not of this device and this version of TensorRT; remove it"):
+        build_worker._timing_cache(options, path)
+    with pytest.raises(ExportError, match=r"--timing-cache: .* cannot be read: Is a directory"):
+        build_worker._timing_cache(options, tmp_path)
+    with pytest.raises(ExportError, match=r"--timing-cache: .* cannot be written: "):
+        build_worker._write(tmp_path / "no" / "folder", b"")
+
+
+def test_what_the_package_ignores_in_silence_is_refused(full: SimpleNamespace) -> None:
+    """TensorRT-RTX, which builds here, takes both values and forgets them."""
+    with pytest.raises(ExportError, match=r"^--hardware-compatible: [\d.]+ builds for this GPU alone$"):
+        build_full(qdq.network(), EngineConfig(hardware_compatible=True))
+    with pytest.raises(ExportError, match=r"^--dla 1: [\d.]+ has no such deep-learning accelerator$"):
+        build_full(qdq.network(), EngineConfig(dla_core=1), Batch(4, 4, 4))
+
+
+def test_a_layer_that_the_accelerator_cannot_run_is_refused_by_name() -> None:
+    trt = import_flavour(RTX)
+    layers = [SimpleNamespace(name=name) for name in ("cast", "stage1.conv1", "fc")]
+    network = SimpleNamespace(num_layers=3, get_layer=layers.__getitem__)
+    flags: list[Any] = []
+
+    def options(able: set[str]) -> SimpleNamespace:
+        return SimpleNamespace(set_flag=flags.append, can_run_on_DLA=lambda layer: layer.name in able)
+
+    chosen = options({"stage1.conv1", "fc"})
+    build_worker._use_dla(trt, chosen, network, {"stage1.conv1", "fc"}, 1)
+    assert (chosen.default_device_type, chosen.DLA_core) == (trt.DeviceType.DLA, 1)
+    assert flags == [trt.BuilderFlag.GPU_FALLBACK]
+    with pytest.raises(ExportError, match=r"^--dla: fc cannot run on the deep-learning accelerator$"):
+        build_worker._use_dla(trt, options({"stage1.conv1"}), network, {"stage1.conv1", "fc"}, 1)
+
+
+def test_a_core_that_is_not_there_is_refused_before_any_work() -> None:
+    assert why_not_buildable(RTX, 0) == "--dla 0: this device has 0 deep-learning accelerators that TensorRT can use"
+
+
+def test_a_full_tensorrt_builds_on_the_device_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt_engine, "import_flavour", lambda flavour: SimpleNamespace(__version__="10.3.0"))
+    monkeypatch.setattr(tensorrt_engine, "why_no_gpu", lambda extra: f"no NVIDIA GPU here ({extra})")
+    assert why_not_buildable(FULL).endswith("build on the device from model.onnx: no NVIDIA GPU here (tensorrt)")
+
+
+@pytest.mark.tensorrt
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_full_tensorrt_builds_the_same_network(precision: str, onnx_files: dict[str, bytes]) -> None:
+    pytest.importorskip("tensorrt", reason="needs the full TensorRT package")
+    engine = build_engine(onnx_files[precision], FULL, PRECISIONS[precision], BATCH, SHAPE)
+    assert engine.convolutions == 21 and engine.layers
+
+
+@pytest.mark.tensorrt
+def test_full_tensorrt_builds_in_int8() -> None:
+    pytest.importorskip("tensorrt", reason="needs the full TensorRT package")
+    assert build_engine(qdq.network(), FULL, INT8, qdq.BATCH, qdq.SHAPE).convolutions == 2

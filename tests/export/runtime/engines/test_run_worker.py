@@ -1,0 +1,166 @@
+"""An engine on a device that is a stand-in on numpy: profile limits, poison, graphs, memory, and every failure."""
+
+from __future__ import annotations
+
+import inspect
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorrt_rtx
+from cuda.bindings import runtime as real_cuda
+from numpy.typing import NDArray
+
+from export import ExportError
+from export.runtime.engines.options import EngineConfig
+from export.runtime.engines.run_worker import DeviceEngine
+from tests.export.runtime.engines import fake_tensorrt
+from tests.export.runtime.engines.fake_tensorrt import FLAVOUR, FakeCuda, device, plan
+
+PLAIN = EngineConfig()
+
+
+def loaded(content: bytes, *names: str, config: EngineConfig = PLAIN) -> DeviceEngine:
+    return DeviceEngine(FLAVOUR, content, config, names or ("output",))
+
+
+def images(count: int, seed: int = 0) -> NDArray[np.float32]:
+    return np.random.default_rng(seed).normal(size=(count, 3, 4, 4)).astype(np.float32)
+
+
+def test_batches_of_any_size_in_any_order_and_everything_is_given_back() -> None:
+    with device() as cuda:
+        before = cuda.free
+        engine = loaded(plan())
+        for seed, count in enumerate((3, 3, 8, 1, 3)):
+            x = images(count, seed)
+            found = engine.infer({"input": x})
+            assert list(found) == ["output"] and found["output"].dtype == np.float32
+            np.testing.assert_allclose(found["output"], x.sum(axis=(2, 3)), rtol=1e-6)
+        assert cuda.launches == 5 and len(cuda.memory) == 2  # one shape at a time
+        engine.close()
+        assert cuda.free == before and not cuda.memory and not cuda.live
+
+
+def test_a_result_stays_when_the_next_batch_runs() -> None:
+    with device():
+        engine = loaded(plan())
+        first = engine.infer({"input": images(2)})["output"]
+        copy = first.copy()
+        engine.infer({"input": images(2, seed=1)})
+        np.testing.assert_array_equal(first, copy)
+
+
+@pytest.mark.parametrize("shape", [(9, 3, 4, 4), (1, 3, 4, 4), (2, 3, 8, 8), (2, 3, 4), (2, 1, 4, 4), (2, 3, 4, 4, 1)])
+def test_a_shape_outside_the_profile_is_refused_before_anything_is_launched(shape: tuple[int, ...]) -> None:
+    with device() as cuda:
+        engine = loaded(plan(smallest=2))
+        with pytest.raises(ExportError) as error:
+            engine.infer({"input": np.zeros(shape, np.float32)})
+        assert str(error.value) == f"the engine takes inputs of shape (2, 3, 4, 4) to (8, 3, 4, 4), got {shape}"
+        assert not cuda.clock and not cuda.memory
+
+
+def test_an_output_that_is_not_written_is_nan() -> None:
+    with device():
+        assert np.isnan(loaded(plan(behaviour="silent")).infer({"input": images(2)})["output"]).all()
+
+
+def test_outputs_come_in_the_order_asked_for_and_wide_enough() -> None:
+    kinds = {"classes": "INT64", "half": "HALF", "unasked": "FLOAT"}
+    with device():
+        found = loaded(plan(outputs=kinds), "half", "classes").infer({"input": images(2)})
+    assert {name: a.dtype.name for name, a in found.items()} == {"half": "float32", "classes": "int64"}
+
+
+def test_runs_are_timed_behind_runs_that_do_not_count() -> None:
+    with device() as cuda:
+        engine = loaded(plan())
+        seconds = engine.time({"input": images(4)}, 7)
+        assert seconds == [1e-3] * 7 and cuda.launches == 14  # the stand-in's clock counts work in milliseconds
+        assert len(cuda.live) == 2  # the stream and the graph, no events
+        with pytest.raises(ExportError, match="the engine takes inputs of shape"):
+            engine.time({"input": images(9)}, 7)
+
+
+FAILURES = {
+    "not a plan": (b"no plan", ("output",), 2**20, "the engine does not load on this device: bad magic"),
+    "other outputs": (plan(), ("logits",), 2**20, "the engine has output, input: expected input and logits"),
+    "no context": (plan(behaviour="no context"), ("output",), 2**20, r"takes no input of shape \(2, 3, 4, 4\)"),
+    "does not run": (plan(behaviour="fails"), ("output",), 2**20, "the engine failed to run a batch of 2"),
+    "no memory": (plan(), ("output",), 400, "the GPU refuses: cudaErrorMemoryAllocation"),
+    "odd type": (plan(outputs={"output": "FP8"}), ("output",), 2**20, "the engine's output is FP8: expected FLOAT"),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_a_failure_is_one_line_and_leaves_no_memory_behind(case: str) -> None:
+    content, names, memory, reason = FAILURES[case]
+    with device(memory) as cuda:
+        with pytest.raises(ExportError, match=reason) as error:
+            loaded(content, *names).infer({"input": images(2)})
+        assert "\n" not in str(error.value) and not cuda.memory
+
+
+def test_a_failed_shape_does_not_spoil_the_next() -> None:
+    with device(memory=700) as cuda:
+        engine = loaded(plan())
+        with pytest.raises(ExportError, match="cudaErrorMemoryAllocation"):
+            engine.infer({"input": images(8)})
+        assert engine.infer({"input": images(2)})["output"].shape == (2, 3) and len(cuda.memory) == 2
+
+
+def test_what_the_engine_was_built_for_reaches_the_runtime() -> None:
+    with device() as cuda:
+        engine: Any = loaded(plan(), config=EngineConfig(version_compatible=True, dla_core=1))
+        assert engine._runtime.engine_host_code_allowed is True and engine._runtime.DLA_core == 1
+        engine.infer({"input": images(2)})
+        assert cuda.launches == 0 and cuda.clock > 0  # the accelerator's work is not recorded
+        engine = loaded(plan())
+        assert engine._runtime.engine_host_code_allowed is False and engine._runtime.DLA_core == -1
+
+
+def test_tensorrt_rtx_records_its_graphs_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    class RtxEngine(fake_tensorrt.ICudaEngine):
+        def create_runtime_config(self) -> SimpleNamespace:
+            return SimpleNamespace()
+
+        def create_execution_context(self, config: Any = None) -> Any:
+            seen.append(config)
+            return super().create_execution_context()
+
+    for name in ("CudaGraphStrategy", "DynamicShapesKernelSpecializationStrategy"):
+        monkeypatch.setattr(fake_tensorrt, name, getattr(tensorrt_rtx, name), raising=False)
+    monkeypatch.setattr(fake_tensorrt, "ICudaEngine", RtxEngine)
+    with device() as cuda:
+        found = loaded(plan()).infer({"input": images(2)})
+        assert found["output"].shape == (2, 3) and cuda.launches == 0
+    assert seen[0].cuda_graph_strategy == tensorrt_rtx.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+    eager = tensorrt_rtx.DynamicShapesKernelSpecializationStrategy.EAGER
+    assert seen[0].dynamic_shapes_kernel_specialization_strategy == eager
+    assert set(vars(seen[0])) <= set(dir(tensorrt_rtx.IRuntimeConfig))
+
+
+@pytest.mark.parametrize(
+    "stand_in", [fake_tensorrt.Runtime, fake_tensorrt.ICudaEngine, fake_tensorrt.IExecutionContext]
+)
+def test_the_stand_in_has_no_name_that_tensorrt_lacks(stand_in: type) -> None:
+    real = getattr(tensorrt_rtx, stand_in.__name__)
+    names = {name for name in vars(stand_in) if not name.startswith("_")}
+    names |= {"engine_host_code_allowed", "DLA_core"} if stand_in is fake_tensorrt.Runtime else set()
+    assert names and names <= set(dir(real))
+
+
+def test_the_stand_in_takes_what_the_cuda_bindings_take() -> None:
+    names = [name for name in vars(FakeCuda) if name.startswith("cuda")]
+    assert len(names) > 20
+    for name in names:
+        real, stand_in = getattr(real_cuda, name), getattr(FakeCuda, name)
+        if inspect.isfunction(stand_in):
+            text = (real.__doc__ or "").splitlines()[0]
+            arguments = text[text.index("(") + 1 : text.rindex(")")]
+            count = len(arguments.split(",")) if arguments else 0
+            assert len(inspect.signature(stand_in).parameters) - 1 == count, text

@@ -1,0 +1,515 @@
+"""Engines built where they run: verified before they are in place, a way back, and nothing left of what fails."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import stat
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from export import ExportError
+from export.base.batch import Arrays
+from export.base.precision import FORMATS
+from export.runtime import build as device_engine
+from export.runtime.artefacts import artefacts, open_bundle
+from export.runtime.build import DeviceBuild, build_on_device
+from export.runtime.bundle import folder as bundle
+from export.runtime.bundle.folder import MANIFEST, ONNX_FILE, publish, read_verified, staged
+from export.runtime.engine_store import engine_place
+from export.runtime.engines.engine import FLAVOURS, Engine, Flavour
+from export.runtime.engines.options import DEFAULT_ENGINE, EngineConfig
+from export.runtime.verify import verify_bundle
+from tests.export import summing
+from tests.export.runtime.engines import fake_tensorrt
+
+ENGINE, LAYERS = "model.trt.engine", "model.trt.layers.json"
+BEFORE = {f"previous.{name}" for name in (ENGINE, LAYERS)}
+
+
+class Builder:
+    """Stands in for `build_engine`: counts, and puts into its plans what the runner is to add to every sum."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Any, ...]] = []
+        self.off = 0.0
+        self.during: Callable[[], object] = lambda: None
+
+    def __call__(self, onnx: bytes, flavour: Flavour, precision: Any, *facts: Any) -> Engine:
+        self.asked.append((onnx, flavour.name, *facts))
+        self.during()
+        plan = json.dumps({"number": len(self.asked), "off": self.off}).encode()
+        version, layers = fake_tensorrt.__version__, ({"onnx": hashlib.sha256(onnx).hexdigest()},)
+        return Engine(flavour, plan, version, precision, 21, 1.234, facts[2], layers)
+
+
+class Runner:
+    """Stands in for `TensorRTRunner`."""
+
+    def __init__(self, engine: Engine, names: tuple[str, ...]) -> None:
+        self._off = json.loads(engine.plan)["off"]
+
+    def __enter__(self) -> Runner:
+        if self._off is None:
+            raise ExportError("running the tensorrt engine was ended by SIGSEGV")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+    def infer(self, inputs: Mapping[str, NDArray]) -> Arrays:
+        return {"output": inputs["input"].sum((2, 3)) + np.float32(self._off)}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "resnet-deploy" / "engines"
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> fake_tensorrt.FakeCuda:
+    """A machine with a GPU and one TensorRT, which are stand-ins."""
+    cuda = fake_tensorrt.FakeCuda()
+    monkeypatch.setitem(FLAVOURS, "tensorrt", replace(FLAVOURS["tensorrt"], module=fake_tensorrt.__name__))
+    monkeypatch.delitem(FLAVOURS, "tensorrt-rtx")
+    for module in ("engines.cuda_runtime", "engine_store"):
+        monkeypatch.setattr(f"export.runtime.{module}.import_cuda", lambda extra: cuda)
+    return cuda
+
+
+@pytest.fixture
+def builder(gpu: fake_tensorrt.FakeCuda, monkeypatch: pytest.MonkeyPatch) -> Builder:
+    """What was asked of it; engines run in this process."""
+    made = Builder()
+    monkeypatch.setattr(device_engine, "build_engine", made)
+    monkeypatch.setattr("export.runtime.artefacts.TensorRTRunner", Runner)
+    return made
+
+
+def build(path: Path, config: EngineConfig = DEFAULT_ENGINE) -> DeviceBuild:
+    references, (found,) = build_on_device(path, config)
+    assert [rung.name for rung in references] == ["eager"] and all(references)
+    return found
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def number(place: Path, name: str = ENGINE) -> int:
+    """Which of the builder's engines a file is."""
+    return int(json.loads(read_verified(place)[1][name])["number"])
+
+
+def test_an_engine_is_built_verified_and_put_in_place(builder: Builder, cache: Path, tmp_path: Path) -> None:
+    steps: list[str] = []
+    path = summing.write(tmp_path / "b")
+    _, (found,) = build_on_device(path, progress=steps.append)
+    assert found and found.origin == "built" and found.rung.verdict == "equal" and found.rung.outputs
+    place = found.file.parent
+    assert steps == [
+        "check the files", "build the tensorrt engine", f"run {found.file}", f"put it in {place}"
+    ]  # fmt: skip
+    assert place.parent == cache and place.name.startswith("b-tensorrt-") and [*cache.iterdir()] == [place]
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+    assert builder.asked == [
+        (summing.network("first"), "tensorrt", open_bundle(path).batch, (3, 4, 4), DEFAULT_ENGINE, frozenset())
+    ]  # fmt: skip
+    manifest, files = read_verified(place)
+    assert files.keys() == {ENGINE, LAYERS} and found.size == len(files[ENGINE]) == found.file.stat().st_size
+    assert json.loads(files[LAYERS]) == [{"onnx": open_bundle(path).onnx_sha256}]
+    (record,) = manifest["engines"]
+    assert (record["convolutions"], record["build_seconds"]) == (21, 1.23)
+    assert record["key"] == {
+        "onnx_sha256": open_bundle(path).onnx_sha256,
+        "precision": "fp16",
+        "batch": "1:4:8",
+        "flavour": "tensorrt",
+        "version": "10.3.0",
+        "gpu": "Orin, compute capability 8.7, 16 multiprocessors, driver for CUDA 12.6",
+        "options": {},
+    }
+
+
+def test_the_same_again_is_only_verified(builder: Builder, cache: Path, tmp_path: Path) -> None:
+    path = summing.write(tmp_path / "b")
+    build(path)
+    before = tree(cache)
+    (tmp_path / "link").symlink_to(path)
+    with staged(engine_place(path, FLAVOURS["tensorrt"])):  # another process may be building: nothing is written here
+        found = build(tmp_path / "link")
+    assert found and found.origin == "kept" and found.rung.outputs and len(builder.asked) == 1
+    assert tree(cache) == before
+
+
+def test_the_bundle_lists_it_first_and_verifies_it(builder: Builder, tmp_path: Path) -> None:
+    path = summing.write(tmp_path / "b")
+    file = build(path).file
+    first = artefacts(open_bundle(path))[0]
+    assert (first.form, first.file, first.runtime, first.obstacle) == (
+        "tensorrt, built here", str(file), "tensorrt 10.3.0", ""
+    )  # fmt: skip
+    rung = next(rung for rung in verify_bundle(path) if rung.file == str(file))
+    assert rung and rung.outputs
+    summing.write(path, "second")
+    first, onnx = artefacts(open_bundle(path))
+    assert (first.file, onnx.file) == (str(file), ONNX_FILE)
+    assert first.obstacle == (
+        f"built from another model.onnx; build it again: python scripts/verify.py {path} --build"
+    )  # fmt: skip
+    assert next(rung for rung in verify_bundle(path) if rung.file == str(file)).not_run == first.obstacle
+
+
+def test_the_way_back_is_without_a_build(builder: Builder, tmp_path: Path) -> None:
+    path = summing.write(tmp_path / "b")
+    place = build(path).file.parent
+    summing.write(path, "second")
+    assert build(path).origin == "built"
+    assert (number(place), number(place, f"previous.{ENGINE}")) == (2, 1)
+    summing.write(path)
+    assert artefacts(open_bundle(path))[0].obstacle.startswith("built from another model.onnx")
+    found = build(path)
+    assert found and found.origin == "restored" and found.rung.outputs and len(builder.asked) == 2
+    assert (number(place), number(place, f"previous.{ENGINE}")) == (1, 2)
+    assert json.loads((place / LAYERS).read_text()) == [{"onnx": open_bundle(path).onnx_sha256}]
+    summing.write(path, "third")
+    build(path)
+    assert (number(place), number(place, f"previous.{ENGINE}")) == (3, 1) and len(tree(place)) == 5
+
+
+def test_an_engine_that_is_wrong_by_now_is_built_anew_on_the_way_back(
+    builder: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = summing.write(tmp_path / "b")
+    place = build(path).file.parent
+    summing.write(path, "second")
+    build(path)
+    summing.write(path)
+
+    class FirstWrong(Runner):
+        def __init__(self, engine: Engine, names: tuple[str, ...]) -> None:
+            super().__init__(engine, names)
+            self._off = 0.5 if json.loads(engine.plan)["number"] == 1 else 0.0
+
+    monkeypatch.setattr("export.runtime.artefacts.TensorRTRunner", FirstWrong)
+    found = build(path)
+    assert found and found.origin == "built" and len(builder.asked) == 3
+    assert (number(place), number(place, f"previous.{ENGINE}")) == (3, 2)
+
+
+@pytest.mark.parametrize("base", ["", "relative"])
+def test_a_cache_that_is_relative_does_not_count(
+    base: str, builder: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", base)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert build(summing.write(tmp_path / "b")).file.is_relative_to(tmp_path / "home" / ".cache" / "resnet-deploy")
+
+
+OTHERS: dict[str, Callable[[fake_tensorrt.FakeCuda, pytest.MonkeyPatch], object]] = {
+    "TensorRT": lambda cuda, patch: patch.setattr(fake_tensorrt, "__version__", "10.16.1"),
+    "GPU": lambda cuda, patch: setattr(cuda.properties, "name", b"Thor"),
+    "compute capability": lambda cuda, patch: setattr(cuda.properties, "major", 11),
+    "multiprocessors": lambda cuda, patch: setattr(cuda.properties, "multiProcessorCount", 8),
+    "driver": lambda cuda, patch: setattr(cuda, "driver", 13020),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_another_machine_is_another_engine(
+    case: str, builder: Builder, gpu: fake_tensorrt.FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = summing.write(tmp_path / "b")
+    file = build(path).file
+    OTHERS[case](gpu, monkeypatch)
+    obstacle = artefacts(open_bundle(path))[0].obstacle
+    assert obstacle.startswith(
+        "built by tensorrt 10.3.0 for Orin, compute capability 8.7, 16 multiprocessors, driver for CUDA 12.6; "
+        "here is tensorrt "
+    )
+    assert obstacle.endswith(f"; build it again: python scripts/verify.py {path} --build")
+    assert build(path).origin == "built" and number(file.parent) == 2
+    assert not artefacts(open_bundle(path))[0].obstacle
+
+
+@pytest.mark.parametrize("missing", ["package", "GPU"])
+def test_an_engine_whose_machine_lost_something_says_what(
+    missing: str, builder: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = summing.write(tmp_path / "b")
+    build(path)
+    if missing == "package":
+        monkeypatch.setitem(FLAVOURS, "tensorrt", replace(FLAVOURS["tensorrt"], module="no_such_module"))
+    else:
+        monkeypatch.setattr("export.runtime.engine_store.why_no_gpu", lambda extra: "no NVIDIA GPU here")
+    expected = {"package": "no_such_module is not installed", "GPU": "no NVIDIA GPU here"}
+    assert artefacts(open_bundle(path))[0].obstacle.startswith(expected[missing])
+
+
+def test_other_options_are_another_engine(builder: Builder, tmp_path: Path) -> None:
+    path = summing.write(tmp_path / "b")
+    build(path)
+    small = EngineConfig(workspace_mib=64)
+    assert build(path, small).origin == "built" and builder.asked[-1][4] == small
+    assert artefacts(open_bundle(path))[0].engine.config == small  # type: ignore[union-attr]
+    assert build(path).origin == "restored"
+
+
+@pytest.mark.parametrize("off", [0.5, float("nan"), None], ids=["wrong", "NaN", "crash"])
+@pytest.mark.parametrize("existing", [True, False], ids=["over an engine", "into nothing"])
+def test_an_engine_that_fails_is_not_put_in_place(
+    off: float | None, existing: bool, builder: Builder, cache: Path, tmp_path: Path
+) -> None:
+    path = summing.write(tmp_path / "b")
+    if existing:
+        build(path)
+    before = tree(cache)
+    summing.write(path, "second")
+    builder.off = off  # type: ignore[assignment]
+    found = build(path)
+    assert not found and found.origin == "built" and found.rung.verdict not in ("", "equal")
+    assert tree(cache) == before and len([*cache.iterdir()]) == existing
+
+
+def test_an_engine_in_place_that_fails_is_refused_and_stays(builder: Builder, cache: Path, tmp_path: Path,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    path = summing.write(tmp_path / "b")
+    build(path)
+    before = tree(cache)
+    monkeypatch.setattr(Runner, "infer", lambda self, inputs: {"output": inputs["input"].mean((2, 3))})
+    found = build(path)
+    assert not found and found.origin == "kept" and tree(cache) == before
+
+
+def refuse() -> None:
+    raise ExportError("building the tensorrt engine was ended by SIGKILL (most likely out of memory)")
+
+
+def test_a_build_that_dies_leaves_nothing(builder: Builder, cache: Path, tmp_path: Path) -> None:
+    path = summing.write(tmp_path / "b")
+    builder.during = refuse
+    with pytest.raises(ExportError, match="ended by SIGKILL"):
+        build(path)
+    assert not [*cache.iterdir()]
+
+
+def test_a_full_disk_leaves_what_was_there(
+    builder: Builder, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = summing.write(tmp_path / "b")
+    build(path)
+    before = tree(cache)
+    summing.write(path, "second")
+
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(bundle, "_write", full)
+    with pytest.raises(ExportError, match="cannot be written: No space left on device"):
+        build(path)
+    assert tree(cache) == before
+
+
+def test_what_a_killed_build_left_is_cleaned(builder: Builder, cache: Path, tmp_path: Path) -> None:
+    path = summing.write(tmp_path / "b")
+    place = engine_place(path, FLAVOURS["tensorrt"])
+    staging = cache / f".{place.name}.staging"
+    cache.mkdir(parents=True, mode=0o700)
+    staging.mkdir()
+    (staging / ENGINE).write_bytes(b"half")
+    (cache / f".{place.name}.lock").touch()
+    assert build(path) and [*cache.iterdir()] == [place] and tree(place).keys() == {ENGINE, LAYERS, MANIFEST}
+
+
+def test_the_second_of_two_builds_says_so(builder: Builder, tmp_path: Path) -> None:
+    path = summing.write(tmp_path / "b")
+    said: list[str] = []
+
+    def again() -> None:
+        with pytest.raises(ExportError) as error:
+            build(path)
+        said.append(str(error.value))
+
+    builder.during = again
+    assert build(path) and len(builder.asked) == 1
+    assert said and "is writing to" in said[0] and "b-tensorrt-" in said[0]
+
+
+def test_a_build_that_another_one_overtook_is_not_repeated(
+    builder: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the first look and the lock, another process builds the same."""
+    path = summing.write(tmp_path / "b")
+    place = build(path).file.parent
+    summing.write(path, "second")
+    real = device_engine.staged
+
+    def late(output: Path) -> Any:
+        monkeypatch.setattr(device_engine, "staged", real)
+        assert build(path).origin == "built"
+        return real(output)
+
+    monkeypatch.setattr(device_engine, "staged", late)
+    assert build(path).origin == "kept" and len(builder.asked) == 2
+    assert (number(place), number(place, f"previous.{ENGINE}")) == (2, 1)
+
+
+RTX = Flavour("tensorrt-rtx", fake_tensorrt.__name__, "model.rtx.engine", "model.rtx.layers.json", False, False)
+
+
+def test_a_flavour_that_does_not_serve_the_gpu_is_not_built(
+    builder: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FLAVOURS, "tensorrt-rtx", RTX)
+    _, builds = build_on_device(summing.write(tmp_path / "b"))
+    assert [asked[1] for asked in builder.asked] == ["tensorrt"] and len(builds) == 1
+    monkeypatch.delitem(FLAVOURS, "tensorrt")
+    with pytest.raises(ExportError, match="no tensorrt-rtx engine: tensorrt-rtx does not serve the GPU here: Orin, "):
+        build_on_device(tmp_path / "b")
+
+
+def test_both_flavours_are_built_each_in_its_place(
+    builder: Builder, gpu: fake_tensorrt.FakeCuda, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FLAVOURS, "tensorrt-rtx", RTX)
+    gpu.properties.minor = 6
+    path = summing.write(tmp_path / "b")
+    _, builds = build_on_device(path)
+    assert all(builds) and [asked[1] for asked in builder.asked] == ["tensorrt", "tensorrt-rtx"]
+    assert [found.file.name for found in builds] == [ENGINE, "model.rtx.engine"] and len([*cache.iterdir()]) == 2
+    assert [artefact.file for artefact in artefacts(open_bundle(path))][:2] == [str(found.file) for found in builds]
+
+
+def test_a_machine_with_one_of_the_two_builds_that(
+    builder: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absent = Flavour("tensorrt-rtx", "no_such_module", "x.engine", "x.json", False, False)
+    monkeypatch.setitem(FLAVOURS, "tensorrt-rtx", absent)
+    assert build(summing.write(tmp_path / "b"))
+
+
+def test_bundles_of_one_name_have_places_of_their_own(builder: Builder, tmp_path: Path) -> None:
+    long = "\N{GRINNING FACE}" * 60
+    paths = [summing.write(tmp_path / folder / long) for folder in ("one", "two")]
+    places = [build(path).file.parent for path in paths]
+    assert places[0] != places[1] and [number(place) for place in places] == [1, 2]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_layers_kept_in_a_wider_type_are_those_of_the_manifest(
+    precision: str, builder: Builder, tmp_path: Path
+) -> None:
+    build_on_device(summing.write(tmp_path / "b", precision=precision, kept=["conv1", "fc"]))
+    assert builder.asked[0][5] == {"conv1", "fc"}
+
+
+def test_a_changed_bundle_is_refused_before_anything_is_built(builder: Builder, cache: Path, tmp_path: Path) -> None:
+    path = summing.write(tmp_path / "b")
+    (path / ONNX_FILE).write_bytes(summing.network("other"))
+    with pytest.raises(ExportError, match=f"{ONNX_FILE}: changed since it was written"):
+        build(path)
+    assert not builder.asked and not cache.exists()
+
+
+def test_without_gpu_or_package_nothing_is_left(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("export.runtime.engine_store.why_no_gpu", lambda extra: f"no NVIDIA GPU here ({extra})")
+    absent = Flavour("tensorrt", "no_such_module", "x.engine", "x.json", True, True)
+    monkeypatch.setitem(FLAVOURS, "tensorrt", absent)
+    with pytest.raises(ExportError) as error:
+        build_on_device(summing.write(tmp_path / "b"))
+    assert str(error.value) == (
+        "no tensorrt engine: no_such_module is not installed; install it with: pip install -e '.[tensorrt]'; "
+        "no tensorrt-rtx engine: no NVIDIA GPU here (tensorrt-rtx)"
+    )
+    assert not cache.exists()
+
+
+@pytest.fixture
+def place(builder: Builder, tmp_path: Path) -> Path:
+    """Of the bundle `b`, with an engine and the one before it."""
+    path = summing.write(tmp_path / "b")
+    build(path)
+    summing.write(path, "second")
+    return build(path).file.parent
+
+
+@pytest.mark.parametrize("name", [ENGINE, LAYERS, MANIFEST, *sorted(BEFORE)])
+def test_a_changed_place_is_refused_before_anything_is_loaded(
+    name: str, place: Path, builder: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*arguments: object) -> None:
+        raise AssertionError("loaded before it was checked")
+
+    content = (place / name).read_bytes()
+    (place / name).write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+    monkeypatch.setattr("export.runtime.artefacts.TensorRTRunner", loaded)
+    message = rf"{name}: changed since it was written.*; remove {place} and build the engine again$"
+    with pytest.raises(ExportError, match=message):
+        artefacts(open_bundle(tmp_path / "b"))
+    with pytest.raises(ExportError, match=message):
+        build(tmp_path / "b")
+    assert len(builder.asked) == 2
+
+
+def test_an_added_file_is_refused(place: Path, tmp_path: Path) -> None:
+    (place / "libevil.so").touch()
+    with pytest.raises(ExportError, match=r"libevil\.so: not listed in manifest\.json; remove "):
+        build(tmp_path / "b")
+
+
+@pytest.mark.parametrize("mode", [0o750, 0o777])
+def test_a_folder_open_to_others_is_refused(mode: int, place: Path, tmp_path: Path) -> None:
+    place.parent.chmod(mode)
+    for refused in (lambda: artefacts(open_bundle(tmp_path / "b")), lambda: build(tmp_path / "b")):
+        with pytest.raises(ExportError, match=r"engines is not private to this user \(expected mode 0700\)"):
+            refused()
+
+
+FOREIGN: dict[str, dict[str, Any]] = {
+    "no engines": {},
+    "engines of another form": {"engines": {ENGINE: {}}},
+    "an unknown flavour": {"engines": [{"key": {"flavour": "openvino", "options": {}}}]},
+    "unknown options": {"engines": [{"key": {"flavour": "tensorrt", "options": {"speed": 11}}}]},
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_a_place_of_something_else_is_refused(case: str, place: Path, tmp_path: Path) -> None:
+    with staged(place) as staging:
+        publish(staging, place, {ENGINE: b"", LAYERS: b"[]"}, FOREIGN[case])
+    with pytest.raises(ExportError, match=rf"^{place}: not an engine of this project .*; remove it and build"):
+        artefacts(open_bundle(tmp_path / "b"))
+
+
+def test_a_user_without_a_home_has_built_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", homeless)
+    assert [artefact.file for artefact in artefacts(open_bundle(summing.write(tmp_path / "b")))] == [ONNX_FILE]
+
+
+@pytest.mark.parametrize("behaviour", ["", "silent", "crash"])
+def test_an_engine_in_its_own_process(
+    behaviour: str, gpu: fake_tensorrt.FakeCuda, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the stand-in for TensorRT and CUDA, and everything above it as it is."""
+
+    def engine(onnx: bytes, flavour: Flavour, *facts: Any) -> Engine:
+        return Engine(flavour, fake_tensorrt.plan(behaviour=behaviour), "10.3.0", FORMATS["fp16"], 3, 1.0)
+
+    monkeypatch.setattr(device_engine, "build_engine", engine)
+    monkeypatch.setattr(
+        "export.runtime.engines.runner._DEVICE_ENGINE", "tests.export.runtime.engines.fake_tensorrt:device_engine"
+    )
+    found = build(summing.write(tmp_path / "b"))
+    assert bool(found) == found.file.exists() == (behaviour == "")
+    assert len([*cache.iterdir()]) == (behaviour == "")

@@ -1,0 +1,177 @@
+"""The one statement of which configurations are valid."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kernels.configs.config import (
+    BottleneckConfig,
+    Config,
+    ConvConfig,
+    HeadConfig,
+    PairConfig,
+    StemConfig,
+    conv_k_blocks,
+    k_blocks,
+    shared_memory_bound,
+    unsupported_reason,
+)
+from kernels.configs.targets import TARGETS
+from kernels.problems import BottleneckProblem, ConvProblem, HeadProblem, Problem, Projection, StemProblem, with_dtype
+
+CONV = ConvProblem(8, 64, 56, 56, 256, (1, 1), has_residual=True)
+PADDED = replace(CONV, kernel=(3, 3), padding=(1, 1))
+PROJECTED = replace(CONV, has_residual=False, projection=Projection(128, 56, 56, (1, 1)))
+BOTTLENECK = BottleneckProblem(replace(PADDED, c_out=64, has_residual=False), 256, has_residual=True)
+BOTTLENECK_PROJECTED = replace(BOTTLENECK, has_residual=False, projection=Projection(64, 56, 56, (1, 1)))
+STEM = StemProblem(ConvProblem(8, 3, 224, 224, 64, (7, 7), (2, 2), (3, 3), relu=True))
+HEAD = HeadProblem(8, 2048, 7, 7, 1000)
+
+GATHERED = ConvConfig(128, 64, 32, 4, 3)
+BOXES = replace(GATHERED, box=(1, 1, 128))
+SQUARES = replace(GATHERED, box=(2, 8, 8))
+FUSED = BottleneckConfig(128, 64, 64, 4, 2)
+PAIR = PairConfig(GATHERED, GATHERED)
+STRIPS = StemConfig(64, 64, 32, 2, 4, 2)
+MEANS = HeadConfig(16, 64, 32, 4)
+
+SUPPORTED: dict[str, tuple[Problem, Config]] = {
+    "conv": (CONV, GATHERED),
+    "dense-boxes": (CONV, BOXES),
+    "boxes": (PADDED, SQUARES),
+    "projection": (PROJECTED, GATHERED),
+    "projection-boxes": (PROJECTED, BOXES),
+    "split": (PADDED, replace(GATHERED, split_k=18)),
+    "bottleneck": (BOTTLENECK, FUSED),
+    "bottleneck-boxes": (BOTTLENECK, replace(FUSED, box=(2, 8, 8))),
+    "bottleneck-projection": (BOTTLENECK_PROJECTED, FUSED),
+    "pair": (BOTTLENECK, PAIR),
+    "stem": (STEM, STRIPS),
+    "head": (HEAD, MEANS),
+}
+REFUSED: dict[str, tuple[Problem, Config, str]] = {
+    "float64": (with_dtype(CONV, torch.float64), GATHERED, "dtype is torch.float64, expected one of torch.float16"),
+    "int8": (with_dtype(HEAD, torch.int8), MEANS, "dtype is torch.int8"),
+    "conv-kind": (CONV, MEANS, "is a HeadConfig, expected a ConvConfig"),
+    "conv-pair": (CONV, PAIR, "is a PairConfig, expected a ConvConfig"),
+    "bottleneck-kind": (BOTTLENECK, GATHERED, "is a ConvConfig, expected a BottleneckConfig"),
+    "stem-kind": (STEM, GATHERED, "is a ConvConfig, expected a StemConfig"),
+    "head-kind": (HEAD, STRIPS, "is a StemConfig, expected a HeadConfig"),
+    "block_m-48": (CONV, replace(GATHERED, block_m=48), "block_m is 48, expected a power of two of at least 16"),
+    "block_n-8": (CONV, replace(GATHERED, block_n=8), "block_n is 8, expected a power of two of at least 16"),
+    "block_k-0": (CONV, replace(GATHERED, block_k=0), "block_k is 0"),
+    "block_q-24": (STEM, replace(STRIPS, block_q=24), "block_q is 24"),
+    "bottleneck-block_n": (BOTTLENECK, replace(FUSED, block_n=4), "block_n is 4"),
+    "head-block_m": (HEAD, replace(MEANS, block_m=8), "block_m is 8"),
+    "warps-3": (CONV, replace(GATHERED, num_warps=3), "num_warps is 3, expected 1, 2, 4, 8 or 16"),
+    "warps-32": (HEAD, replace(MEANS, num_warps=32), "num_warps is 32"),
+    "stages-0": (CONV, replace(GATHERED, num_stages=0), "num_stages is 0, expected at least 1"),
+    "group_m-0": (CONV, replace(GATHERED, group_m=0), "group_m is 0"),
+    "split_k-0": (CONV, replace(GATHERED, split_k=0), "split_k is 0, expected at least 1"),
+    "pool_rows-0": (STEM, replace(STRIPS, pool_rows=0), "pool_rows is 0"),
+    "precision": (CONV, replace(GATHERED, input_precision="half"), "input_precision is 'half', expected one of ieee"),
+    "too-many-groups": (
+        replace(CONV, c_in=65536, c_out=65536, groups=65536), GATHERED, "65536 groups, expected at most 65535",
+    ),
+    "too-many-pixels": (replace(CONV, batch=2**20), GATHERED, "3288334336 output pixels, expected at most 2147483647"),
+    "too-many-pixels-of-a-bottleneck": (
+        replace(BOTTLENECK, first=replace(BOTTLENECK.first, batch=2**20)), FUSED, "output pixels, expected at most",
+    ),
+    "too-many-pixels-of-a-stem": (
+        StemProblem(replace(STEM.conv, batch=2**20)), STRIPS, "output pixels, expected at most",
+    ),
+    "projection-groups": (replace(PROJECTED, groups=2), GATHERED, "2 groups beside a projection, expected 1"),
+    "split_k-over-slices": (
+        PADDED, replace(GATHERED, split_k=19), "split_k is 19, expected at most the 18 slices",
+    ),
+    "split_k-over-slices-of-a-projection": (PROJECTED, replace(GATHERED, split_k=7), "expected at most the 6 slices"),
+    "box-split": (PADDED, replace(SQUARES, split_k=2), "split_k is 2 with a box, expected 1"),
+    "box-projected-channels": (
+        replace(PROJECTED, projection=Projection(40, 56, 56, (1, 1))), BOXES,
+        "40 projected channels, expected a multiple of block_k 32",
+    ),
+    "box-of-another-size": (PADDED, replace(SQUARES, box=(1, 8, 8)), r"box is \(1, 8, 8\), expected 128 \(block_m\)"),
+    "box-too-long": (
+        CONV, replace(BOXES, block_m=512, block_n=16, num_warps=8, box=(1, 1, 512)), "at most 256 along each axis",
+    ),
+    "box-stride": (replace(PADDED, stride=(2, 2)), SQUARES, r"stride \(2, 2\), dilation \(1, 1\), 1 groups with a box"),
+    "box-dilation": (replace(PADDED, dilation=(1, 2)), SQUARES, r"dilation \(1, 2\)"),
+    "box-groups": (replace(PADDED, groups=2), SQUARES, "2 groups with a box"),
+    "box-channels": (replace(PADDED, c_in=40), SQUARES, "40 channels with a box, expected a multiple of block_k 32"),
+    "bottleneck-groups": (
+        replace(BOTTLENECK, first=replace(BOTTLENECK.first, groups=2)), FUSED, "2 groups, expected 1",
+    ),
+    "bottleneck-box": (
+        replace(BOTTLENECK, first=replace(BOTTLENECK.first, stride=(2, 2))), replace(FUSED, box=(2, 8, 8)),
+        r"stride \(2, 2\), .* with a box",
+    ),
+    "pair-first": (BOTTLENECK, replace(PAIR, first=replace(GATHERED, block_m=1)), "block_m is 1"),
+    "pair-second": (BOTTLENECK, replace(PAIR, second=replace(GATHERED, split_k=3)), "at most the 2 slices"),
+    "stem-groups": (StemProblem(replace(STEM.conv, c_in=4, groups=2)), STRIPS, r"groups 2 and dilation \(1, 1\)"),
+    "stem-dilation": (StemProblem(replace(STEM.conv, dilation=(2, 1))), STRIPS, r"groups 1 and dilation \(2, 1\)"),
+    "accumulators": (CONV, replace(GATHERED, block_m=256), "128 accumulators per thread, expected at most 64"),
+    "bottleneck-accumulators": (
+        replace(BOTTLENECK, first=replace(BOTTLENECK.first, c_out=65)), FUSED, "128 accumulators per thread",
+    ),
+    "stem-accumulators": (STEM, replace(STRIPS, block_q=256), "128 accumulators per thread"),
+    "head-accumulators": (HEAD, replace(MEANS, block_m=256), "128 accumulators per thread"),
+    "shared-memory": (
+        CONV, replace(GATHERED, num_stages=20), "up to 245760 bytes of shared memory, expected at most 232448 on sm_90",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_valid_configs_are_supported(name: str) -> None:
+    problem, config = SUPPORTED[name]
+    assert unsupported_reason(problem, config, TARGETS["sm_90"]) is None
+    assert unsupported_reason(problem, config, None) is None
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_invalid_configs_are_refused(name: str) -> None:
+    problem, config, message = REFUSED[name]
+    reason = unsupported_reason(problem, config, TARGETS["sm_90"])
+    assert reason is not None and re.search(message, reason), reason
+
+
+@pytest.mark.parametrize(("problem", "config"), [(PADDED, SQUARES), (BOTTLENECK, replace(FUSED, box=(2, 8, 8)))])
+def test_boxes_need_tma(problem: Problem, config: Config) -> None:
+    reason = unsupported_reason(problem, config, TARGETS["sm_89"])
+    assert reason == "a box needs TMA, expected sm_90 or newer instead of sm_89"
+
+
+def test_hardware_limits_do_not_bind_the_interpreter() -> None:
+    assert unsupported_reason(CONV, replace(GATHERED, block_m=1024, num_stages=99), None) is None
+    assert unsupported_reason(CONV, replace(GATHERED, block_m=1000), None) is not None
+
+
+def test_k_slices_span_taps_only_where_a_tap_is_short() -> None:
+    assert k_blocks(49, 3, 32) == 5
+    assert k_blocks(1, 3, 32) == 1
+    assert k_blocks(9, 32, 32) == 9
+    assert k_blocks(9, 100, 32) == 36
+    assert conv_k_blocks(PROJECTED, 32) == (2, 4)
+    assert conv_k_blocks(replace(CONV, c_in=64, groups=16, kernel=(3, 3)), 32) == (2, 0)
+
+
+def test_shared_memory_bound_counts_the_largest_phase() -> None:
+    pipeline = 3 * (128 + 64) * 32 * 2
+    assert shared_memory_bound(CONV, GATHERED) == pipeline
+    shallow = replace(GATHERED, block_n=256, block_k=16, num_stages=1)
+    assert shared_memory_bound(CONV, shallow) == 128 * 256 * 2
+    assert shared_memory_bound(CONV, replace(shallow, split_k=2)) == 128 * 256 * 4
+    assert shared_memory_bound(CONV, BOXES) == 1024 + pipeline
+    assert shared_memory_bound(PROJECTED, GATHERED) == pipeline
+    assert shared_memory_bound(PROJECTED, BOXES) == 1024 + 2 * pipeline + 128 * 64 * 2
+    deeper = replace(GATHERED, num_stages=4)
+    assert shared_memory_bound(BOTTLENECK, PairConfig(GATHERED, deeper)) == 4 * (128 + 64) * 32 * 2
+    assert shared_memory_bound(BOTTLENECK, FUSED) == 2 * (128 + 64) * 64 * 2
+    wide = replace(FUSED, num_stages=1)
+    assert shared_memory_bound(BOTTLENECK_PROJECTED, wide) == 2 * (128 * 64 + 64 * 64 + (128 + 64) * 64)
+    assert shared_memory_bound(BOTTLENECK, replace(FUSED, box=(2, 8, 8))) == 2 * (128 + 64) * 64 * 2 + 32768 + 1024
+    assert shared_memory_bound(STEM, STRIPS) == 64 * 64 * 4
+    assert shared_memory_bound(STEM, replace(STRIPS, num_stages=4)) == 4 * (64 + 64) * 32 * 2
+    assert shared_memory_bound(HEAD, MEANS) == 2 * (16 * 32 + 32 * 64) + 4 * 16 * 64

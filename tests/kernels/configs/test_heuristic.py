@@ -1,0 +1,112 @@
+"""What the rules choose is valid everywhere, and the boxes waste least."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kernels.configs.config import ConvConfig, PairConfig, conv_k_blocks, unsupported_reason
+from kernels.configs.heuristic import box_of, heuristic_config
+from kernels.configs.targets import TARGETS, Target
+from kernels.problems import BottleneckProblem, ConvProblem, HeadProblem, Problem, Projection, StemProblem, with_dtype
+from tests.kernels.cases import CASES, DTYPES
+from tests.kernels.networks import EXTRA, NETWORKS
+
+SIZES = ((1, 7), (1, 56), (8, 14), (128, 56), (32, 224))
+
+
+def resized(problem: Problem, batch: int, size: int) -> Problem:
+    """The same layer on other images: (size, size) pixels come in."""
+    if isinstance(problem, StemProblem):
+        return StemProblem(replace(problem.conv, batch=batch, height=size, width=size))
+    if isinstance(problem, HeadProblem):
+        return replace(problem, batch=batch)
+    first = problem.first if isinstance(problem, BottleneckProblem) else problem
+    first = replace(first, batch=batch, height=size, width=size)
+    projection = problem.projection
+    if projection:
+        height = (first.out_height - 1) * projection.stride[0] + 1
+        width = (first.out_width - 1) * projection.stride[1] + 1
+        projection = Projection(projection.c_in, height, width, projection.stride)
+    if isinstance(problem, BottleneckProblem):
+        return replace(problem, first=first, projection=projection)
+    return replace(first, projection=projection)
+
+
+def every_problem() -> list[Problem]:
+    """Each case as tested and at the sizes of use: batches 1 to 128, images up to 224."""
+    cases = [*CASES.values(), *EXTRA.values()]
+    networks = [problem for network in NETWORKS.values() for batch in (1, 8, 128) for problem in network(batch)]
+    return [*dict.fromkeys([*cases, *networks, *(resized(case, *size) for case in cases for size in SIZES)])]
+
+
+def conv_configs(problem: Problem, target: Target) -> list[tuple[ConvProblem, ConvConfig]]:
+    config = heuristic_config(problem, target)
+    if isinstance(problem, BottleneckProblem) and isinstance(config, PairConfig):
+        return [(problem.first, config.first), (problem.second, config.second)]
+    return [(problem, config)] if isinstance(problem, ConvProblem) and isinstance(config, ConvConfig) else []
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_chosen_config_is_supported(dtype: str, target: Target) -> None:
+    for problem in every_problem():
+        typed = with_dtype(problem, DTYPES[dtype])
+        assert unsupported_reason(typed, heuristic_config(typed, target), target) is None, typed
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_tiles_fit_their_problem_and_their_target(target: Target) -> None:
+    for problem in every_problem():
+        for conv, config in conv_configs(problem, target):
+            assert config.block_n < 2 * max(16, conv.gemm_n), conv
+            if target.has_wgmma and conv.dtype != torch.float32:
+                assert config.block_m >= 64 and config.num_warps % 4 == 0, conv
+            assert conv.gemm_k < 64 or conv_k_blocks(conv, config.block_k)[0] > 1, conv
+
+
+def test_k_is_split_only_where_blocks_are_few() -> None:
+    target = TARGETS["sm_90"]
+    last = ConvProblem(1, 512, 7, 7, 512, (3, 3), padding=(1, 1), relu=True)
+    few, many = heuristic_config(last, target), heuristic_config(replace(last, batch=128), target)
+    assert isinstance(few, ConvConfig) and isinstance(many, ConvConfig)
+    assert few.split_k > 1 and few.box is None
+    assert many.split_k == 1 and many.box is not None
+
+
+def test_boxes_and_fusion_are_chosen_where_they_can_be() -> None:
+    pair = resized(CASES["bottleneck 64-identity"], 32, 56)
+    for target in TARGETS.values():
+        config = heuristic_config(pair, target)
+        assert not isinstance(config, PairConfig)
+        assert (config.box is not None) == target.has_tma
+
+
+@pytest.mark.parametrize("problem", [*CASES.values()][::9], ids=[*CASES][::9])
+def test_what_no_config_can_run_is_refused(problem: Problem) -> None:
+    with pytest.raises(ValueError, match=r"no configuration for \w+Problem.* on sm_80: dtype is torch.float64"):
+        heuristic_config(with_dtype(problem, torch.float64), TARGETS["sm_80"])
+
+
+def computed(size: tuple[int, ...], box: tuple[int, ...]) -> int:
+    return math.prod(-(-pixels // side) * side for pixels, side in zip(size, box, strict=True))
+
+
+@pytest.mark.parametrize("block_m", [16, 64, 128])
+@pytest.mark.parametrize("size", [(1, 56, 56), (2, 28, 28), (32, 14, 14), (5, 7, 7), (1, 7, 7), (3, 33, 1)], ids=str)
+def test_the_box_computes_the_fewest_pixels(size: tuple[int, int, int], block_m: int) -> None:
+    problem = ConvProblem(size[0], 64, size[1], size[2], 64, (3, 3), padding=(1, 1))
+    box = box_of(problem, block_m)
+    powers = [2**e for e in range(8)]
+    boxes = [sides for sides in itertools.product(powers, repeat=3) if math.prod(sides) == block_m]
+    least = min(computed(size, sides) for sides in boxes)
+    assert computed(size, box) == least
+    assert box[0] == min(sides[0] for sides in boxes if computed(size, sides) == least), "fewest images"
+
+
+def test_the_box_of_a_dense_convolution_is_a_row() -> None:
+    assert box_of(ConvProblem(2, 64, 7, 7, 64, (1, 1)), 128) == (1, 1, 128)
+    strided = ConvProblem(2, 64, 8, 8, 64, (1, 1), projection=Projection(64, 16, 16, (2, 2)))
+    assert box_of(strided, 128) == (2, 8, 8)

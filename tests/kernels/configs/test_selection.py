@@ -1,0 +1,157 @@
+"""Tuned tables: their keys, their entries, and what becomes of broken ones."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import kernels.configs.selection
+from kernels.configs.config import (
+    BottleneckConfig,
+    Config,
+    ConvConfig,
+    HeadConfig,
+    PairConfig,
+    StemConfig,
+    unsupported_reason,
+)
+from kernels.configs.heuristic import heuristic_config
+from kernels.configs.selection import (
+    config_from_json,
+    config_to_json,
+    problem_key,
+    select_config,
+    tuned_table,
+)
+from kernels.configs.targets import TARGETS
+from kernels.problems import Problem, Projection, StemProblem, with_dtype
+from tests.kernels.cases import BOTTLENECK_CASES, CASES, DTYPES, HEAD_CASES, SMALL
+from tests.kernels.networks import EXTRA, NETWORKS
+
+TARGET = TARGETS["sm_90"]
+CONV = ConvConfig(64, 32, 32, 4, 2, split_k=3)
+CONFIGS: dict[str, Config] = {
+    "conv": CONV,
+    "boxes": ConvConfig(128, 64, 64, 4, 3, box=(2, 8, 8), programs_per_sm=2),
+    "bottleneck": BottleneckConfig(64, 64, 32, 4, 2, "tf32", (1, 8, 8)),
+    "pair": PairConfig(CONV, ConvConfig(16, 16, 16, 1, 1, box=(1, 1, 16))),
+    "stem": StemConfig(64, 64, 32, 2, 4, 2),
+    "head": HeadConfig(16, 64, 32, 4),
+}
+
+
+@pytest.fixture
+def tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder of tuned tables, which nothing remembers afterwards."""
+    monkeypatch.setattr(kernels.configs.selection, "TUNED", tmp_path)
+    tuned_table.cache_clear()
+    select_config.cache_clear()
+    yield tmp_path
+    tuned_table.cache_clear()
+    select_config.cache_clear()
+
+
+def write_table(folder: Path, configs: dict[str, object]) -> None:
+    (folder / "sm_90.json").write_text(json.dumps({"gpu": "H100", "configs": configs}))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configs_survive_json(name: str) -> None:
+    entry = json.loads(json.dumps(config_to_json(CONFIGS[name])))
+    assert config_from_json(entry) == CONFIGS[name]
+
+
+def test_a_problem_has_a_key_of_its_own() -> None:
+    networks = [problem for network in NETWORKS.values() for batch in (1, 32) for problem in network(batch)]
+    variants = [
+        SMALL,
+        *(
+            replace(SMALL, **{field: getattr(SMALL, field) + 1})
+            for field in ("batch", "c_in", "height", "width", "c_out")
+        ),
+        replace(SMALL, kernel=(3, 1)),
+        replace(SMALL, kernel=(1, 3)),
+        *(replace(SMALL, **{field: pair}) for field in ("stride", "padding", "dilation") for pair in ((2, 3), (3, 2))),
+        replace(SMALL, groups=2),
+        replace(SMALL, relu=False),
+        replace(SMALL, has_residual=False),
+        *(
+            replace(SMALL, has_residual=False, projection=projection)
+            for projection in (
+                Projection(48, 6, 7, (1, 1)),
+                Projection(49, 6, 7, (1, 1)),
+                Projection(48, 11, 13, (2, 2)),
+                Projection(48, 12, 13, (2, 2)),
+                Projection(48, 6, 13, (1, 2)),
+            )
+        ),
+        StemProblem(replace(SMALL, has_residual=False)),
+    ]
+    problems: set[Problem] = {*CASES.values(), *EXTRA.values(), *networks, *variants}
+    typed = {with_dtype(problem, dtype) for problem in problems for dtype in DTYPES.values()}
+    keys = {problem_key(problem) for problem in typed}
+    assert len(keys) == len(typed) > 600
+
+
+def test_keys_are_readable() -> None:
+    head, bottleneck = HEAD_CASES["resnet18"], BOTTLENECK_CASES["128-projection-s2"]
+    assert problem_key(replace(SMALL, stride=(2, 1))) == "conv fp16 n2 32x6x7 -> 40 3x3 s2x1 p1x1 residual relu"
+    assert problem_key(replace(head, dtype=torch.bfloat16)) == "head bf16 n5 512x7x7 -> 1000"
+    expected = "bottleneck fp16 n2 128x8x9 -> 128 3x3 s2x2 p1x1 -> 512 projection 256x8x9 s2x2 relu"
+    assert problem_key(bottleneck) == expected
+
+
+def test_a_tuned_entry_is_used(tuned: Path) -> None:
+    write_table(tuned, {problem_key(SMALL): config_to_json(CONV)})
+    assert select_config(SMALL, TARGET) == CONV != heuristic_config(SMALL, TARGET)
+    other = replace(SMALL, batch=3)
+    assert select_config(other, TARGET) == heuristic_config(other, TARGET)
+    assert select_config(SMALL, TARGETS["sm_80"]) == heuristic_config(SMALL, TARGETS["sm_80"])
+
+
+def test_without_a_table_the_rules_decide(tuned: Path) -> None:
+    assert tuned_table("sm_90") == {}
+    for problem in (SMALL, BOTTLENECK_CASES["64-identity"], HEAD_CASES["resnet18"]):
+        assert select_config(problem, TARGET) == heuristic_config(problem, TARGET)
+
+
+BROKEN = {
+    "not-json": "{",
+    "a-list": "[]",
+    "no-configs": '{"gpu": "H100"}',
+    "configs-a-list": '{"configs": [1]}',
+    "no-kind": '{"configs": {"conv": {"block_m": 16}}}',
+    "unknown-kind": '{"configs": {"conv": {"kind": "winograd"}}}',
+    "unknown-field": '{"configs": {"head": {"kind": "head", "tile": 16}}}',
+    "missing-field": '{"configs": {"head": {"kind": "head", "block_m": 16}}}',
+    "half-a-pair": json.dumps({"configs": {"b": {"kind": "pair", "first": {"block_m": 16}}}}),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_table_is_refused_in_one_line(name: str, tuned: Path) -> None:
+    (tuned / "sm_90.json").write_text(BROKEN[name])
+    with pytest.raises(ValueError, match=r"sm_90\.json: expected a table written by scripts/tune\.py: ") as refusal:
+        select_config(SMALL, TARGET)
+    assert "\n" not in str(refusal.value)
+
+
+def test_an_entry_that_cannot_run_its_problem_is_refused(tuned: Path) -> None:
+    write_table(tuned, {problem_key(SMALL): config_to_json(replace(CONV, split_k=10))})
+    with pytest.raises(ValueError, match=r"sm_90\.json: conv fp16 n2 .* relu: split_k is 10, expected at most the 9"):
+        select_config(SMALL, TARGET)
+
+
+def test_committed_tables_are_valid() -> None:
+    """Every entry parses, and every one for a problem of the known networks is valid for it."""
+    assert {path.stem for path in kernels.configs.selection.TUNED.glob("*")} <= TARGETS.keys()
+    batches = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+    problems = {problem for network in NETWORKS.values() for batch in batches for problem in network(batch)}
+    for target in TARGETS.values():
+        table = tuned_table(target.name)
+        for problem in (with_dtype(problem, dtype) for problem in problems for dtype in DTYPES.values()):
+            config = table.get(problem_key(problem))
+            assert config is None or unsupported_reason(problem, config, target) is None, (target.name, problem)

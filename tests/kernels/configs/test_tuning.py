@@ -1,0 +1,77 @@
+"""The search for configurations, on invented times."""
+
+import dataclasses
+import math
+
+import pytest
+
+from kernels.configs.config import BottleneckConfig, Config, ConvConfig, PairConfig, unsupported_reason
+from kernels.configs.heuristic import heuristic_config
+from kernels.configs.targets import TARGETS
+from kernels.configs.tuning import neighbours, tune
+from kernels.problems import BottleneckProblem, ConvProblem, HeadProblem, Problem, StemProblem
+
+FIRST = ConvProblem(32, 64, 56, 56, 64, (3, 3), padding=(1, 1), relu=True)
+BOTTLENECK = BottleneckProblem(FIRST, 256, has_residual=True, relu=True)
+PROBLEMS = {
+    "conv": FIRST,
+    "batch-1": dataclasses.replace(FIRST, batch=1, c_in=512, c_out=512, height=7, width=7),
+    "bottleneck": BOTTLENECK,
+    "stem": StemProblem(ConvProblem(8, 3, 224, 224, 64, (7, 7), (2, 2), (3, 3), relu=True)),
+    "head": HeadProblem(8, 2048, 7, 7, 1000),
+}
+
+
+def differences(a: Config, b: Config) -> set[str]:
+    """Fields in which two configurations differ; rows and box are one decision."""
+    names = {f.name for f in dataclasses.fields(a) if getattr(a, f.name) != getattr(b, f.name)}
+    return names - {"box"} if "block_m" in names else names
+
+
+@pytest.mark.parametrize("target", ["sm_86", "sm_90"])
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_neighbours_are_valid_and_one_decision_away(name: str, target: str) -> None:
+    problem, t = PROBLEMS[name], TARGETS[target]
+    start = heuristic_config(problem, t)
+    found = list(neighbours(problem, start, t))
+    assert len(found) >= 3 and len(set(found)) == len(found) and start not in found
+    for config in found:
+        assert unsupported_reason(problem, config, t) is None
+        assert len(differences(start, config)) == 1, config
+
+
+def distance(config: ConvConfig, goal: ConvConfig) -> float:
+    sides = ("block_m", "block_n", "block_k", "num_warps", "num_stages")
+    return 1 + sum(abs(math.log2(getattr(config, s) / getattr(goal, s))) for s in sides) + (config.box != goal.box)
+
+
+def test_the_search_finds_the_fastest() -> None:
+    goal = ConvConfig(64, 32, 32, 8, 2)
+
+    def measure(problem: Problem, config: Config) -> float | None:
+        assert isinstance(config, ConvConfig)
+        return distance(config, goal)
+
+    config, seconds, measured = tune(FIRST, TARGETS["sm_90"], measure)
+    assert config == goal and seconds == 1 and 5 < measured < 100
+
+
+def test_what_fails_is_not_taken() -> None:
+    start = heuristic_config(FIRST, TARGETS["sm_90"])
+
+    def measure(problem: Problem, config: Config) -> float | None:
+        return 1.0 if config == start else None
+
+    assert tune(FIRST, TARGETS["sm_90"], measure)[0] == start
+    with pytest.raises(ValueError, match=r"no configuration of ConvProblem.* gives a right result on sm_90"):
+        tune(FIRST, TARGETS["sm_90"], lambda problem, config: None)
+
+
+@pytest.mark.parametrize("fused_is_faster", [True, False], ids=["fused", "pair"])
+def test_a_bottleneck_is_one_kernel_or_two_whichever_is_faster(fused_is_faster: bool) -> None:
+    def measure(problem: Problem, config: Config) -> float | None:
+        return 1.0 if isinstance(config, BottleneckConfig) == fused_is_faster else 2.0
+
+    config, seconds, _ = tune(BOTTLENECK, TARGETS["sm_90"], measure)
+    assert isinstance(config, BottleneckConfig if fused_is_faster else PairConfig) and seconds == 1.0
+    assert unsupported_reason(BOTTLENECK, config, TARGETS["sm_90"]) is None

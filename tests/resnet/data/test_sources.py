@@ -1,0 +1,680 @@
+"""Sources of labelled pictures: every layout with known pixels and labels, and everything that must be refused."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import pickle
+import shutil
+import tarfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from resnet.data.labelled import DataError, LabelledImages, LabelledInputs, Splits
+from resnet.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from resnet.data.sources import open_splits, open_test, suggest_preprocessing, suggest_size
+
+
+def refusal(source: Path | str, opener: Callable[[str], object] = open_splits) -> str:
+    """The one-line message with which the source is refused."""
+    with pytest.raises(DataError) as caught:
+        opener(str(source))
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 700
+    return message
+
+
+def parts(splits: Splits) -> tuple[LabelledImages, LabelledImages, LabelledImages]:
+    return splits.train, splits.validation, splits.test
+
+
+def contents(*data: LabelledImages) -> Counter[tuple[int, bytes]]:
+    """Every picture with its label, in no order."""
+    return Counter((int(part.labels[i]), part.picture(i).tobytes()) for part in data for i in range(len(part)))
+
+
+# digits
+
+
+def test_digits_are_scikit_learns():
+    data = parts(open_splits("digits"))
+    expected = load_digits()
+    pixels = (expected.images / 16 * 255).round().astype(np.uint8)
+    assert contents(*data) == Counter(
+        (int(label), image.tobytes()) for label, image in zip(expected.target, pixels, strict=True)
+    )
+    for part in data:
+        assert (part.name, part.classes, part.mirrored) == ("digits", tuple("0123456789"), False)
+        assert part.labels.dtype == np.int64 and part.picture(0).size == (8, 8) and part.picture(0).mode == "L"
+
+
+def test_digits_are_split_the_same_way_every_time():
+    first, again = parts(open_splits("digits")), parts(open_splits("digits"))
+    assert [len(part) for part in first] == [1295, 143, 359]
+    for one, other in zip(first, again, strict=True):
+        assert np.array_equal(one.labels, other.labels) and np.array_equal(one.pictures, other.pictures)
+    assert not contents(first[0]) & contents(first[1]) | contents(first[0], first[1]) & contents(first[2])
+    test = open_test("digits")
+    assert np.array_equal(test.labels, first[2].labels) and np.array_equal(test.pictures, first[2].pictures)
+
+
+def test_digits_are_split_in_the_same_proportion_of_each_class():
+    counts = np.array([np.bincount(part.labels, minlength=10) for part in parts(open_splits("digits"))])
+    of_each = counts.sum(axis=0)
+    assert np.abs(counts - [[0.72], [0.08], [0.2]] * of_each).max() <= 1 and counts.min() > 0
+
+
+# CIFAR, in the four ways it is published
+
+FOLDERS = {
+    ("cifar10", "binary"): "cifar-10-batches-bin",
+    ("cifar10", "python"): "cifar-10-batches-py",
+    ("cifar100", "binary"): "cifar-100-binary",
+    ("cifar100", "python"): "cifar-100-python",
+}
+CLASSES = {name: tuple(f"{name} {i}" for i in range(count)) for name, count in (("cifar10", 10), ("cifar100", 100))}
+
+
+def cifar_pictures(name: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Labels and pictures [N, H, W, 3] of three rounds of all classes to train on and one to test with."""
+    count = len(CLASSES[name])
+    pictures = np.random.default_rng(count).integers(0, 256, (4 * count, 32, 32, 3), np.uint8)
+    return np.tile(np.arange(count, dtype=np.uint8), 4), pictures
+
+
+def cifar_members(name: str, version: str) -> dict[str, bytes]:
+    """The files of a published archive. A picture is its red, its green and its blue plane."""
+    labels, pictures = cifar_pictures(name)
+    planes = np.concatenate([pictures[..., channel].reshape(-1, 1024) for channel in range(3)], axis=1)
+    training = len(labels) * 3 // 4
+    if name == "cifar10":
+        pieces = {f"data_batch_{i + 1}": slice(6 * i, 6 * i + 6) for i in range(5)}
+        pieces["test_batch"] = slice(training, None)
+    else:
+        pieces = {"train": slice(training), "test": slice(training, None)}
+    if version == "binary":
+        coarse = [] if name == "cifar10" else [labels[:, None] // 5]
+        records = np.concatenate([*coarse, labels[:, None], planes], axis=1)
+        members = {f"{member}.bin": records[piece].tobytes() for member, piece in pieces.items()}
+        names = "batches.meta.txt" if name == "cifar10" else "fine_label_names.txt"
+        return {**members, names: ("\n".join(CLASSES[name]) + "\n\n").encode()}
+    key, names = (b"labels", "batches.meta") if name == "cifar10" else (b"fine_labels", "meta")
+    members = {
+        member: python2_pickle(
+            {b"data": planes[piece], b"coarse_labels": (labels[piece] // 5).tolist(), key: labels[piece].tolist()}
+        )
+        for member, piece in pieces.items()
+    }
+    classes = [text.encode() for text in CLASSES[name]]
+    key = b"label_names" if name == "cifar10" else b"fine_label_names"
+    return {**members, names: python2_pickle({b"coarse_label_names": [b"fish"], key: classes})}
+
+
+class _Python2Pickler(pickle._Pickler):
+    """Writes bytes as Python 2 wrote its strings."""
+
+    def save_string(self, value: bytes) -> None:
+        self.write(pickle.BINSTRING + len(value).to_bytes(4, "little") + value)
+
+    dispatch = {**pickle._Pickler.dispatch, bytes: save_string}  # noqa: RUF012
+
+
+def python2_pickle(content: object) -> bytes:
+    stream = io.BytesIO()
+    _Python2Pickler(stream, protocol=2).dump(content)
+    return stream.getvalue().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
+
+
+def write_folder(folder: Path, members: dict[str, bytes]) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "readme.html").write_text("<html>")
+    for name, content in members.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def write_archive(path: Path, members: dict[str, bytes], compression: str = "gz") -> Path:
+    with tarfile.open(path, f"w:{compression}") as archive:
+        for name, content in {"readme.html": b"<html>", **members}.items():
+            info = tarfile.TarInfo(f"cifar/{name}")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+LAYOUTS = {
+    "archive": lambda path, members, folder: write_archive(path / f"{folder}.tar.gz", members),
+    "unzipped-archive": lambda path, members, folder: write_archive(path / f"{folder}.tar", members, ""),
+    "folder": lambda path, members, folder: write_folder(path / folder, members),
+    "folder-around": lambda path, members, folder: write_folder(path / folder, members).parent,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("name", "version"), FOLDERS, ids=["-".join(form) for form in FOLDERS])
+def test_cifar(name, version, layout, tmp_path):
+    source = LAYOUTS[layout](tmp_path, cifar_members(name, version), FOLDERS[name, version])
+    splits = open_splits(str(source))
+    labels, pictures = cifar_pictures(name)
+    for part in parts(splits):
+        assert (part.name, part.classes, part.mirrored) == (name, CLASSES[name], True)
+        assert part.labels.dtype == np.int64 and isinstance(part.pictures, np.ndarray)
+    training = len(labels) * 3 // 4
+    for test in (splits.test, open_test(str(source))):
+        assert np.array_equal(test.labels, labels[training:]) and np.array_equal(test.pictures, pictures[training:])
+    assert splits.test.picture(3).mode == "RGB"
+    assert np.array_equal(np.asarray(splits.test.picture(3)), pictures[training + 3])
+    assert contents(splits.train, splits.validation) == Counter(
+        (int(label), picture.tobytes()) for label, picture in zip(labels[:training], pictures[:training], strict=True)
+    )
+    assert np.bincount(splits.validation.labels).tolist() == [1] * len(CLASSES[name])
+
+
+def test_the_test_part_of_cifar_needs_no_split(tmp_path):
+    """One training picture of a class leaves nothing to validate with, and the test part as it is."""
+    members = cifar_members("cifar10", "binary")
+    for i in range(1, 5):
+        members[f"data_batch_{i}.bin"] = bytes(3073)
+    source = write_folder(tmp_path / "cifar", members)
+    assert len(open_test(str(source))) == 10
+    assert "got 0 of 'cifar10 1'" in refusal(source)
+
+
+# what is wrong with the files: a change to those of a sound CIFAR, and the words that must say so
+
+
+def repickled(member: str, **changes: Any) -> Callable[[dict[str, bytes]], None]:
+    """Changes entries of one of the Python version's dictionaries; None removes one."""
+
+    def change(members: dict[str, bytes]) -> None:
+        entries = {key.decode(): value for key, value in pickle.loads(members[member], encoding="bytes").items()}
+        entries |= {key: value(entries) if callable(value) else value for key, value in changes.items()}
+        members[member] = python2_pickle({k.encode(): v for k, v in entries.items() if v is not None})
+
+    return change
+
+
+def relabelled(member: str, record: int, offset: int, label: int) -> Callable[[dict[str, bytes]], None]:
+    def change(members: dict[str, bytes]) -> None:
+        content = bytearray(members[member])
+        content[record + offset] = label
+        members[member] = bytes(content)
+
+    return change
+
+
+def asks_for(module: str, name: str) -> bytes:
+    """A pickle that loads one name and does nothing with it."""
+    texts = (b"\x8c" + bytes([len(text)]) + text.encode() for text in (module, name))
+    return b"\x80\x04" + b"".join(texts) + b"\x93."
+
+
+BINARY_FAULTS: dict[str, tuple[str, Callable[[dict[str, bytes]], object], str]] = {
+    "missing-batch": ("cifar10", lambda m: m.pop("data_batch_3.bin"), "data_batch_3.bin is missing"),
+    "missing-names": ("cifar100", lambda m: m.pop("fine_label_names.txt"), "fine_label_names.txt is missing"),
+    "truncated": (
+        "cifar10",
+        lambda m: m.update({"test_batch.bin": m["test_batch.bin"][:-1]}),
+        "test_batch.bin to hold records of 3073 bytes, got 30729 bytes",
+    ),
+    "empty": ("cifar100", lambda m: m.update({"train.bin": b""}), "train.bin to hold records of 3074 bytes, got 0"),
+    "records-of-cifar10": (
+        "cifar100",
+        lambda m: m.update({"test.bin": m["test.bin"][: 100 * 3073]}),
+        "test.bin to hold records of 3074 bytes, got 307300",
+    ),
+    "label": ("cifar10", relabelled("data_batch_2.bin", 3073, 0, 10), "labels of 10 classes, got 0 to 10"),
+    "fine-label": ("cifar100", relabelled("test.bin", 2 * 3074, 1, 255), "labels of 100 classes, got 0 to 255"),
+    "nine-names": (
+        "cifar10",
+        lambda m: m.update({"batches.meta.txt": b"a\n" * 9}),
+        "10 names of classes in batches.meta.txt, got 9",
+    ),
+}
+PYTHON_FAULTS: dict[str, tuple[str, Callable[[dict[str, bytes]], object], str]] = {
+    "missing-test": ("cifar100", lambda m: m.pop("test"), "test is missing"),
+    "truncated": ("cifar10", lambda m: m.update(test_batch=m["test_batch"][:-9]), "test_batch as CIFAR publishes it"),
+    "empty": ("cifar100", lambda m: m.update(train=b""), "train as CIFAR publishes it"),
+    "html": ("cifar10", lambda m: m.update(data_batch_1=b"<html>404</html>"), "data_batch_1 as CIFAR publishes it"),
+    "list": ("cifar10", lambda m: m.update(test_batch=pickle.dumps([1])), "test_batch to hold a dictionary, got list"),
+    "label-high": ("cifar10", repickled("test_batch", labels=[10] * 10), "labels of 10 classes, got 10 to 10"),
+    "label-low": ("cifar100", repickled("test", fine_labels=[-1] * 100), "labels of 100 classes, got -1 to -1"),
+    "label-huge": ("cifar10", repickled("test_batch", labels=[1 << 70] * 10), "test_batch to hold a list of integers"),
+    "no-labels": ("cifar10", repickled("test_batch", labels=None), "list of integers as labels, got NoneType"),
+    "coarse-only": ("cifar100", repickled("train", fine_labels=None), "list of integers as labels, got NoneType"),
+    "label-text": ("cifar10", repickled("test_batch", labels=["cat"] * 10), "test_batch to hold a list of integers"),
+    "label-lists": ("cifar10", repickled("test_batch", labels=[[1]] * 10), "test_batch to hold a list of integers"),
+    "label-ragged": ("cifar10", repickled("test_batch", labels=[[1], 2] * 5), "test_batch to hold a list of integers"),
+    "label-number": ("cifar10", repickled("test_batch", labels=3), "list of integers as labels, got int"),
+    "label-array": ("cifar10", repickled("test_batch", labels=np.arange(10)), "as labels, got ndarray"),
+    "fewer-labels": ("cifar10", repickled("test_batch", labels=[1] * 9), "got (10, 3072) and 9"),
+    "no-data": ("cifar10", repickled("test_batch", data=None), "got NoneType and 10"),
+    "data-list": ("cifar10", repickled("test_batch", data=[[0] * 3072] * 10), "got list and 10"),
+    "data-float": (
+        "cifar10",
+        repickled("test_batch", data=lambda entries: entries["data"] / 255),
+        "test_batch to hold pictures [N, 3072] and N labels",
+    ),
+    "data-narrow": (
+        "cifar10",
+        repickled("test_batch", data=lambda entries: entries["data"][:, :1024].copy()),
+        "got (10, 1024) and 10",
+    ),
+    "ninety-names": ("cifar100", repickled("meta", fine_label_names=[b"a"] * 90), "in meta, got 90"),
+    "names-number": ("cifar100", repickled("meta", fine_label_names=100), "100 names of classes in meta, got 0"),
+    "eval": ("cifar10", lambda m: m.update(test_batch=asks_for("builtins", "eval")), "asks for 'builtins.eval'"),
+    "numpy-load": ("cifar10", lambda m: m.update(test_batch=asks_for("numpy", "load")), "asks for 'numpy.load'"),
+    "attribute-of-dtype": (
+        "cifar10",
+        lambda m: m.update(test_batch=asks_for("numpy", "dtype.__class__")),
+        "asks for 'numpy.dtype.__class__'",
+    ),
+    "two-lines": ("cifar10", lambda m: m.update(test_batch=asks_for("a\nb", "c")), r"asks for 'a\nb.c'"),
+}
+
+
+def faults(table: dict[str, tuple[str, Callable, str]], version: str) -> list:
+    return [pytest.param(version, *fault, id=f"{version}-{case}") for case, fault in table.items()]
+
+
+@pytest.mark.parametrize(
+    ("version", "name", "change", "expected"), faults(BINARY_FAULTS, "binary") + faults(PYTHON_FAULTS, "python")
+)
+def test_malformed_cifar_is_refused(version, name, change, expected, tmp_path):
+    members = cifar_members(name, version)
+    change(members)
+    folder = write_folder(tmp_path / "cifar", members)
+    archive = write_archive(tmp_path / "cifar.tar.gz", members)
+    for source in (folder, archive):
+        message = refusal(source, open_test)
+        assert message.startswith(f"{source}: ") and expected in message
+
+
+class Payload:
+    """Creates a folder when unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"mkdir '{self.marker}'",)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+@pytest.mark.parametrize(("name", "member"), [("cifar10", "data_batch_5"), ("cifar100", "meta")])
+def test_code_in_a_pickle_is_refused_and_not_run(name, member, protocol, tmp_path):
+    members, marker = cifar_members(name, "python"), tmp_path / "executed"
+    members[member] = pickle.dumps({"data": Payload(marker)}, protocol)
+    message = refusal(write_folder(tmp_path / "cifar", members))
+    assert (
+        f"expected {member} as CIFAR publishes it" in message and f"asks for '{os.system.__module__}.system'" in message
+    )
+    assert not marker.exists()
+    pickle.loads(members[member])  # the payload was live: an unguarded load runs it
+    assert marker.exists()
+
+
+# what is wrong with the archive
+
+
+def flipped(content: bytes, position: float) -> bytes:
+    at = int(position * len(content))
+    return content[:at] + bytes([content[at] ^ 0x10]) + content[at + 1 :]
+
+
+ARCHIVES: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda content: b"",
+    "text": lambda content: b"not found\n" * 1000,
+    "half": lambda content: content[: len(content) // 2],
+    "all-but-a-byte": lambda content: content[:-1],
+    "flipped-header": lambda content: flipped(content, 0),
+    **{f"flipped-at-{at}": lambda content, at=at: flipped(content, at) for at in (0.2, 0.4, 0.6, 0.8, 0.95)},
+    "checksum": lambda content: content[:-8] + bytes([content[-8] ^ 1]) + content[-7:],
+}
+
+
+@pytest.mark.parametrize("case", ARCHIVES)
+def test_damaged_archives_are_refused(case, tmp_path):
+    path = write_archive(tmp_path / "cifar-10-python.tar.gz", cifar_members("cifar10", "python"))
+    open_test(str(path))
+    path.write_bytes(ARCHIVES[case](path.read_bytes()))
+    assert refusal(path).startswith(f"{path}: expected an archive of CIFAR-10 or CIFAR-100")
+
+
+def test_damage_of_another_compression_is_refused(tmp_path):
+    path = write_archive(tmp_path / "cifar.tar.xz", cifar_members("cifar10", "binary"), "xz")
+    open_test(str(path))
+    path.write_bytes(flipped(path.read_bytes(), 0.5))
+    assert refusal(path).startswith(f"{path}: expected an archive of CIFAR-10 or CIFAR-100")
+
+
+def test_archives_of_other_things_are_refused(tmp_path):
+    path = write_archive(tmp_path / "other.tar.gz", {"cat.png": b"\x89PNG"})
+    assert refusal(path).startswith(f"{path}: expected CIFAR-10 or CIFAR-100 as published")
+
+
+# class folders
+
+
+def write_pictures(folder: Path, count: int, mode: str = "RGB", size: tuple[int, int] = (6, 5)) -> Path:
+    """Random pictures, other ones in each folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(list(str(folder).encode()))
+    for i in range(count):
+        values = generator.integers(0, 256, (size[1], size[0], len(mode)), np.uint8)
+        Image.fromarray(values.squeeze()).save(folder / f"{i:03}.png")
+    return folder
+
+
+def write_classes(root: Path, **counts: int) -> Path:
+    for name, count in counts.items():
+        write_pictures(root / name, count)
+    return root
+
+
+def files(*data: LabelledImages) -> list[Path]:
+    return sorted(path for part in data for path in part.pictures)
+
+
+def assert_labelled_by_folder(data: LabelledImages) -> None:
+    assert [data.classes[label] for label in data.labels] == [path.parent.name for path in data.pictures]
+
+
+def test_plain_class_folders(tmp_path):
+    root = write_classes(tmp_path / "pets", dog=10, cat=20, bird=5)
+    everything = open_test(str(root))
+    assert (everything.name, everything.classes, everything.mirrored) == ("pets", ("bird", "cat", "dog"), False)
+    assert files(everything) == sorted(root.glob("*/*.png"))
+    assert everything.labels.tolist() == [0] * 5 + [1] * 20 + [2] * 10
+    splits = open_splits(str(root))
+    assert files(*parts(splits)) == files(everything)
+    counts = [np.bincount(part.labels).tolist() for part in parts(splits)]
+    assert counts == [[3, 14, 7], [1, 2, 1], [1, 4, 2]]
+    for part, again in zip(parts(splits), parts(open_splits(str(root))), strict=True):
+        assert_labelled_by_folder(part)
+        assert part.name == "pets" and part.pictures == again.pictures
+    assert everything.picture(3).tobytes() == Image.open(root / "bird" / "003.png").tobytes()
+
+
+# folders of a divided source, and what of them is to train on, to validate and to test with: taken from where
+DIVIDED = {
+    "train-val-test": (("train", "val", "test"), ("train", "val", "test")),
+    "train-validation-test": (("train", "validation", "test"), ("train", "validation", "test")),
+    "train-test": (("train", "test"), ("train", "train", "test")),
+    "train-val": (("train", "val"), ("train", "val", "train")),
+}
+
+
+@pytest.mark.parametrize("case", DIVIDED)
+def test_divided_class_folders(case, tmp_path):
+    folders, origins = DIVIDED[case]
+    for folder in folders:
+        write_classes(tmp_path / "pets" / folder, cat=5, dog=5)
+    splits = open_splits(str(tmp_path / "pets"))
+    for part, origin in zip(parts(splits), origins, strict=True):
+        assert {path.parent.parent.name for path in part.pictures} == {origin}
+        assert (part.name, part.classes) == ("pets", ("cat", "dog"))
+        assert_labelled_by_folder(part)
+    assert files(*parts(splits)) == sorted(tmp_path.rglob("*.png"))
+    held_out = open_test(str(tmp_path / "pets"), {"pets"})
+    assert held_out.pictures == splits.test.pictures  # of what a network was trained on, only that
+    shown = splits.test if "test" in folders else splits.validation
+    assert open_test(str(tmp_path / "pets"), {"birds"}).pictures == shown.pictures
+
+
+def test_of_an_undivided_folder_a_network_trained_on_it_sees_only_what_was_held_out(tmp_path):
+    root = str(write_classes(tmp_path / "pets", cat=10, dog=10))
+    assert len(open_test(root)) == 20
+    assert open_test(root, {"pets"}).pictures == open_splits(root).test.pictures
+
+
+def test_a_folder_has_not_the_name_of_a_data_set_everybody_knows(tmp_path):
+    assert open_test(str(write_classes(tmp_path / "digits", cat=2, dog=2))).name == "digits-folder"
+    divided = tmp_path / "cifar10"
+    for part in ("train", "test"):
+        write_classes(divided / part, cat=5, dog=5)
+    assert {part.name for part in parts(open_splits(str(divided)))} == {"cifar10-folder"}
+
+
+def test_test_part_may_lack_a_class(tmp_path):
+    write_classes(tmp_path / "train", bird=5, cat=5, dog=5)
+    write_classes(tmp_path / "test", dog=2)
+    test = open_test(str(tmp_path))
+    assert test.classes == ("bird", "cat", "dog") and test.labels.tolist() == [2, 2]
+
+
+def test_pictures_below_a_class_folder_belong_to_it(tmp_path):
+    write_classes(tmp_path, cat=1, dog=1)
+    write_pictures(tmp_path / "dog" / "small" / "brown", 1)
+    assert open_test(str(tmp_path)).labels.tolist() == [0, 1, 1]
+
+
+def test_other_files_are_left_out_with_a_warning(tmp_path, caplog):
+    root = write_classes(tmp_path / "pets", cat=2, dog=2)
+    for name in ("notes.txt", "labels.csv"):
+        (root / "cat" / name).write_text("x")
+    with caplog.at_level(logging.WARNING, logger="resnet.data.sources"):
+        assert len(open_test(str(root))) == 4
+    assert len(caplog.messages) == 1
+    assert "left out 2 files" in caplog.messages[0] and str(root / "cat" / "labels.csv") in caplog.messages[0]
+
+
+def test_hidden_files_and_folders_are_left_out_without_a_word(tmp_path, caplog):
+    root = write_classes(tmp_path / "pets", cat=2, dog=2)
+    copies = root / "cat" / ".checkpoints"
+    shutil.copytree(root / "dog", copies)
+    shutil.copytree(root / "dog", root / ".thumbnails")
+    (root / "cat" / "._000.png").write_text("x")
+    assert open_test(str(root)).labels.tolist() == [0, 0, 1, 1] and not caplog.messages
+
+
+def test_hidden_folder_above_the_source_hides_nothing(tmp_path):
+    assert len(open_test(str(write_classes(tmp_path / ".cache" / "pets", cat=2, dog=2)))) == 4
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".JPEG", ".png", ".bmp", ".webp", ".tif", ".ppm", ".gif"])
+def test_formats(suffix, tmp_path):
+    for name in ("cat", "dog"):
+        source = Image.open(write_pictures(tmp_path / "png" / name, 1) / "000.png")
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        source.save(tmp_path / "pets" / name / f"picture{suffix}")
+    picture = open_test(str(tmp_path / "pets")).picture(1)
+    assert picture.size == source.size and picture.convert("RGB").getpixel((5, 4)) is not None
+    if suffix not in (".jpg", ".JPEG", ".webp", ".gif"):  # these lose some
+        assert picture.tobytes() == source.tobytes()
+
+
+def with_text(root: Path) -> None:
+    (write_classes(root, cat=2, dog=2) / "cat" / "page.jpg").write_text("<html>")
+
+
+def with_foreign_class(part: str) -> Callable[[Path], None]:
+    def make(root: Path) -> None:
+        write_classes(root / "train", cat=5, dog=5)
+        write_classes(root / part, cat=2, fox=2)
+
+    return make
+
+
+# folders that are no source: what is in them, and the words that must say so
+NO_CLASSES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "empty": (lambda root: None, "root: expected a folder of class folders, got one without folders"),
+    "pictures-without-folders": (lambda root: write_pictures(root, 3), "got one without folders"),
+    "one-class": (
+        lambda root: write_classes(root, cat=9),
+        "root: expected pictures of at least two classes, got only 'cat'",
+    ),
+    "empty-class": (lambda root: write_classes(root, cat=9, dog=0), "root/dog: expected pictures (.bmp, "),
+    "no-pictures": (lambda root: [write_classes(root, a=9, b=0), (root / "b/x.txt").write_text("")], "got 1 files"),
+    "text-as-picture": (with_text, "root/cat/page.jpg: expected a picture ("),
+    "foreign-class-in-val": (
+        with_foreign_class("val"),
+        "root/val/fox: expected one of the classes in train/: cat, dog",
+    ),
+    "foreign-class-in-test": (with_foreign_class("test"), "root/test/fox: expected one of the classes in train/"),
+    "empty-part": (
+        lambda root: [write_classes(root / "train", cat=5, dog=5), (root / "test").mkdir()],
+        "root/test: expected a folder of class folders",
+    ),
+    "no-train": (
+        lambda root: [write_classes(root / part, cat=5, dog=5) for part in ("val", "test")],
+        "train/ with val/ or test/ and nothing else, got test, val",
+    ),
+    "part-beside-classes": (
+        lambda root: write_classes(root, train=5, cat=5, dog=5),
+        "nothing else, got cat, dog, train",
+    ),
+}
+
+
+@pytest.mark.parametrize("opener", [open_splits, open_test], ids=["splits", "test"])
+@pytest.mark.parametrize("case", NO_CLASSES)
+def test_folders_that_are_no_source_are_refused(case, opener, tmp_path):
+    make, expected = NO_CLASSES[case]
+    (tmp_path / "root").mkdir()
+    make(tmp_path / "root")
+    message = refusal(tmp_path / "root", opener)
+    assert message.startswith(str(tmp_path / "root")) and expected in message
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_too_few_pictures_of_a_class_to_split_are_refused(count, tmp_path):
+    root = write_classes(tmp_path / "pets", cat=9, dog=count)
+    message = refusal(root)
+    assert message.startswith("pets: ") and "got 1 of 'dog' to take 1 from" in message
+    assert len(open_test(str(root))) == 9 + count
+    write_classes(root, dog=3)
+    assert [part.labels.tolist().count(1) for part in parts(open_splits(str(root)))] == [1, 1, 1]
+
+
+def test_file_without_its_pixels_is_named_when_it_is_read(tmp_path):
+    root = write_classes(tmp_path / "pets", cat=2, dog=2)
+    path = write_pictures(tmp_path / "large", 1, size=(64, 64)) / "000.png"
+    Image.open(path).save(root / "cat" / "cut.jpg")
+    content = (root / "cat" / "cut.jpg").read_bytes()
+    (root / "cat" / "cut.jpg").write_bytes(content[: len(content) // 2])
+    data = open_test(str(root))
+    with pytest.raises(DataError, match=r"cut\.jpg: expected a picture \(.*truncated") as caught:
+        data.inputs(range(len(data)), PLAIN)
+    assert "\n" not in str(caught.value)
+
+
+def test_file_that_is_gone_is_named_when_it_is_read(tmp_path):
+    data = open_test(str(write_classes(tmp_path / "pets", cat=2, dog=2)))
+    (tmp_path / "pets" / "dog" / "001.png").unlink()
+    with pytest.raises(DataError, match=r"dog/001\.png: expected a picture \(no such file\)"):
+        data.picture(3)
+
+
+def test_pictures_without_a_fixed_range_are_named(tmp_path):
+    root = write_classes(tmp_path / "pets", cat=1, dog=1)
+    Image.new("F", (4, 4)).save(root / "dog" / "depth.tiff")
+    with pytest.raises(DataError, match=r"depth\.tiff: .*8 or 16 bits per channel"):
+        open_test(str(root)).picture(2)
+
+
+@pytest.mark.parametrize("name", ["nothing", "", "digit", "cifar10"])
+def test_paths_that_do_not_exist_are_refused(name, tmp_path):
+    source = tmp_path / "nowhere" / name
+    for opener in (open_splits, open_test):
+        assert refusal(source, opener).startswith(f"{source}: expected digits, a folder of class folders or an archive")
+
+
+# batches and suggestions
+
+PLAIN = Preprocessing((4, 4), (4, 4), (0.0,) * 3, (1.0,) * 3)
+
+
+def images(count: int, height: int, width: int, channels: int = 3, low: int = 0, high: int = 256) -> LabelledImages:
+    shape = (count, height, width, 3) if channels == 3 else (count, height, width)
+    pictures = np.random.default_rng(count).integers(low, high, shape, np.uint8)
+    return LabelledImages("noise", ("a", "b"), np.arange(count) % 2, pictures, mirrored=True)
+
+
+LENGTHS = {1: [1] * 7, 3: [3, 3, 1], 7: [7], 100: [7]}  # of the batches of seven pictures, by batch size
+
+
+@pytest.mark.parametrize("size", LENGTHS)
+def test_batches_are_everything_in_order(size):
+    data, lengths = images(7, 5, 6), LENGTHS[size]
+    batches = list(LabelledInputs(data, PLAIN).batches(size))
+    assert [len(labels) for _, labels in batches] == lengths
+    assert np.array_equal(np.concatenate([labels for _, labels in batches]), data.labels)
+    expected = PLAIN([Image.fromarray(picture) for picture in data.pictures])
+    assert np.array_equal(np.concatenate([inputs for inputs, _ in batches]), expected)
+
+
+def test_batches_read_their_files_when_it_is_their_turn(tmp_path):
+    data = open_test(str(write_classes(tmp_path / "pets", cat=2, dog=2)))
+    batches = LabelledInputs(data, PLAIN).batches(2)
+    (tmp_path / "pets" / "dog" / "000.png").unlink()
+    assert next(batches)[0].shape == (2, 3, 4, 4)
+    with pytest.raises(DataError, match=r"dog/000\.png"):
+        next(batches)
+
+
+# height and width of the pictures, what the network was designed for, and the suggestion
+SIZES = {
+    "digits": ((8, 8), 32, 16),
+    "digits-in-a-small-network": ((8, 8), 12, 12),
+    "cifar": ((32, 32), 32, 32),
+    "cifar-in-a-large-network": ((32, 32), 224, 64),
+    "smaller-side": ((50, 20), 224, 40),
+    "almost-photograph": ((63, 200), 224, 126),
+    "photograph": ((64, 64), 224, 224),
+}
+
+
+@pytest.mark.parametrize("case", SIZES)
+def test_suggested_size(case):
+    (height, width), designed, expected = SIZES[case]
+    assert suggest_size(images(1, height, width), designed) == expected
+
+
+@pytest.mark.parametrize("channels", [1, 3], ids=["grey", "rgb"])
+def test_suggested_statistics_are_those_of_the_pictures(channels):
+    data = images(40, 16, 16, channels, low=20, high=120)
+    suggested = suggest_preprocessing(data, (16, 16))
+    assert (suggested.size, suggested.resize, suggested.channels) == ((16, 16), (16, 16), channels)
+    pixels = data.pictures.reshape(-1, channels).astype(np.float64) / 255
+    assert suggested.mean == pytest.approx(pixels.mean(axis=0), abs=6e-5)
+    assert suggested.std == pytest.approx(pixels.std(axis=0), abs=6e-5)
+
+
+def test_suggestion_for_digits_at_another_size():
+    data = open_splits("digits").train
+    suggested = suggest_preprocessing(data, (16, 16))
+    assert (suggested.size, suggested.resize, suggested.channels) == ((16, 16), (16, 16), 1)
+    inputs = data.inputs(range(len(data)), suggested)
+    assert abs(inputs.mean()) < 1e-3 and abs(inputs.std() - 1) < 1e-3
+
+
+def test_suggestion_for_large_pictures():
+    expected = Preprocessing((224, 224), (256, 256), IMAGENET_MEAN, IMAGENET_STD)
+    assert suggest_preprocessing(images(2, 70, 80), (224, 224)) == expected
+    assert suggest_preprocessing(images(2, 70, 80), (63, 63)).mean != IMAGENET_MEAN
+    grey = suggest_preprocessing(images(2, 70, 80, channels=1), (64, 64))
+    assert (grey.channels, grey.resize) == (1, (64, 64))
+
+
+def test_suggestion_for_pictures_of_one_colour():
+    assert suggest_preprocessing(images(2, 8, 8, channels=1, low=51, high=52), (8, 8)).mean == (0.2,)
+    assert min(suggest_preprocessing(images(2, 8, 8, low=51, high=52), (8, 8)).std) > 0
+
+
+@pytest.mark.parametrize(("modes", "channels"), [("LL", 1), ("DL", 1), ("LC", 3)], ids=["grey", "16-bit", "mixed"])
+def test_suggested_colours_of_files(modes, channels, tmp_path):
+    for mode, name in zip(modes, ("cat", "dog"), strict=True):
+        folder = write_pictures(tmp_path / "pets" / name, 2, mode="RGB" if mode == "C" else "L")
+        if mode == "D":
+            Image.fromarray(np.full((5, 6), 40000, np.uint16)).save(folder / "deep.png")
+    assert suggest_preprocessing(open_test(str(tmp_path / "pets")), (6, 6)).channels == channels

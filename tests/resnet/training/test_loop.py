@@ -1,0 +1,344 @@
+"""Training: each step against a re-statement, each regulariser, and interrupted runs against uninterrupted ones."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import itertools
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from resnet.data.labelled import Splits
+from resnet.data.preprocessing import Preprocessing
+from resnet.data.sources import open_splits, suggest_preprocessing
+from resnet.model_card import read_model_card
+from resnet.models import Bottleneck, create_model
+from resnet.training.loop import LOG_FILE, MODEL_FILE, STATE_FILE, train
+from resnet.training.recipe import TrainingConfig, TrainingError, augment, learning_rate, make_optimizer, training_step
+from resnet.weights import load_weights
+
+QUICK = TrainingConfig(epochs=3, batch_size=32, warmup_epochs=1, dropout=0.2, augment=("crop", "flip", "cutout"))
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[Splits, Preprocessing]:
+    """A tenth of the digits, at their own 8x8 pixels."""
+    splits = open_splits("digits")
+    few = np.arange(128)
+    small = Splits(splits.train.subset(few), splits.validation.subset(few[:64]), splits.test.subset(few[:64]))
+    return small, suggest_preprocessing(small.train, (8, 8))
+
+
+# The network and the optimizer once more, from their formulas: sums of products and nothing from torch.nn.
+
+
+def conv(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    """y[n, k, p, q] = sum over c, r, s of x[n, c, p * stride + r - padding, q * stride + s - padding] w[k, c, r, s]."""
+    n, c, h, w = x.shape
+    k, _, height, width = weight.shape
+    padded = x.new_zeros(n, c, h + 2 * padding, w + 2 * padding)
+    padded[:, :, padding : padding + h, padding : padding + w] = x
+    p, q = (h + 2 * padding - height) // stride + 1, (w + 2 * padding - width) // stride + 1
+    y = x.new_zeros(n, k, p, q)
+    for r in range(height):
+        for s in range(width):
+            tap = padded[:, :, r : r + (p - 1) * stride + 1 : stride, s : s + (q - 1) * stride + 1 : stride]
+            y = y + torch.einsum("ncpq,kc->nkpq", tap, weight[:, :, r, s])
+    return y
+
+
+def norm(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    mean = x.mean((0, 2, 3), keepdim=True)
+    variance = ((x - mean) ** 2).mean((0, 2, 3), keepdim=True)
+    return gamma.view(1, -1, 1, 1) * (x - mean) / (variance + 1e-5).sqrt() + beta.view(1, -1, 1, 1)
+
+
+def relu(x: Tensor) -> Tensor:
+    return x * (x > 0)
+
+
+def residual_block(x: Tensor, p: dict[str, Tensor], name: str, stride: int, kernels: tuple[int, ...]) -> Tensor:
+    """relu(branch(x) + shortcut(x)); the stride is the first 3x3's."""
+    out = x
+    at = kernels.index(3)
+    for i, size in enumerate(kernels):
+        step = stride if i == at else 1
+        out = norm(
+            conv(out, p[f"{name}conv{i + 1}.weight"], step, size // 2),
+            p[f"{name}bn{i + 1}.weight"],
+            p[f"{name}bn{i + 1}.bias"],
+        )
+        if i < len(kernels) - 1:
+            out = relu(out)
+    if f"{name}downsample.0.weight" in p:
+        x = conv(x, p[f"{name}downsample.0.weight"], stride, 0)
+        x = norm(x, p[f"{name}downsample.1.weight"], p[f"{name}downsample.1.bias"])
+    return relu(out + x)
+
+
+def resnet8(x: Tensor, p: dict[str, Tensor]) -> Tensor:
+    x = relu(norm(conv(x, p["conv1.weight"], 1, 1), p["bn1.weight"], p["bn1.bias"]))
+    for stage, stride in ((1, 1), (2, 2), (3, 2)):
+        x = residual_block(x, p, f"layer{stage}.0.", stride, (3, 3))
+    return x.mean((2, 3)) @ p["fc.weight"].T + p["fc.bias"]
+
+
+def smoothed_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    log_p = logits - logits.exp().sum(1, keepdim=True).log()
+    target = torch.full_like(logits, smoothing / logits.shape[1])
+    target[torch.arange(len(labels)), labels] += 1 - smoothing
+    return -(target * log_p).sum(1).mean()
+
+
+def test_one_step_equals_a_restatement_of_network_loss_and_adam_in_float64() -> None:
+    torch.manual_seed(0)
+    model = create_model("resnet8", in_channels=2).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    images, labels = torch.randn(6, 2, 9, 11, dtype=torch.float64), torch.tensor([0, 3, 9, 3, 1, 7])
+    config = TrainingConfig(label_smoothing=0.1, l1=1e-3, clip=0.5, learning_rate=1e-3)
+    p = {name: parameter.detach().clone().requires_grad_() for name, parameter in model.named_parameters()}
+    expected_loss = smoothed_cross_entropy(resnet8(images, p), labels, 0.1)
+    penalty = sum((v.abs().sum() for v in p.values() if v.ndim > 1), torch.zeros(()))
+    gradients = dict(zip(p, torch.autograd.grad(expected_loss + 1e-3 * penalty, list(p.values())), strict=True))
+    length = math.sqrt(sum(float((g**2).sum()) for g in gradients.values()))
+    assert length > 0.5, "the gradient must be long enough to be clipped"
+
+    optimizer = make_optimizer(model, config)
+    loss, logits, gradient_norm = training_step(model, optimizer, images, labels, config)
+
+    assert loss == pytest.approx(expected_loss.item(), rel=1e-12)
+    assert gradient_norm == pytest.approx(length, rel=1e-10)
+    assert torch.allclose(logits, resnet8(images, p), rtol=0, atol=1e-11)
+    scale = 0.5 / (length + 1e-6)
+    for name, parameter in model.named_parameters():
+        g = gradients[name] * scale
+        assert torch.allclose(parameter.grad, g, rtol=1e-8, atol=1e-14), name
+        # Adam's first step: both moments are the gradient's own after correcting their bias.
+        update = config.learning_rate * g / (g.abs() + 1e-8)
+        assert torch.allclose(parameter, p[name] - update, rtol=0, atol=1e-7 * config.learning_rate), name
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_gradients_of_a_bottleneck_equal_a_restatement_in_float64(stride: int) -> None:
+    torch.manual_seed(1)
+    block = Bottleneck(8, 4, stride).double()
+    x = torch.randn(3, 8, 7, 6, dtype=torch.float64, requires_grad=True)
+    p = {name: parameter.detach().clone().requires_grad_() for name, parameter in block.named_parameters()}
+    y, expected = block(x), residual_block(x, p, "", stride, (1, 3, 1))
+    direction = torch.randn_like(y)
+    assert torch.allclose(y, expected, rtol=0, atol=1e-12)
+    got = torch.autograd.grad((y * direction).sum(), [x, *block.parameters()])
+    wanted = torch.autograd.grad((expected * direction).sum(), [x, *p.values()])
+    for name, g, w in zip(["x", *p], got, wanted, strict=True):
+        assert torch.allclose(g, w, rtol=1e-9, atol=1e-11), name
+
+
+def test_l2_reaches_weights_and_neither_biases_nor_batchnorm() -> None:
+    model = create_model("resnet8")
+    decayed, spared = make_optimizer(model, TrainingConfig(l2=0.1)).param_groups
+    assert decayed["weight_decay"] == 0.1 and {p.ndim for p in decayed["params"]} == {2, 4}
+    assert spared["weight_decay"] == 0.0 and {p.ndim for p in spared["params"]} == {1}
+    assert len(decayed["params"]) + len(spared["params"]) == len([*model.parameters()])
+
+
+def test_decoupled_decay_shrinks_a_weight_without_gradient_by_rate_times_decay() -> None:
+    weight = nn.Linear(3, 2).double()
+    before = weight.weight.detach().clone()
+    optimizer = make_optimizer(weight, TrainingConfig(optimizer="adamw", l2=0.1, learning_rate=0.01))
+    weight.weight.grad = torch.zeros_like(weight.weight)
+    optimizer.step()
+    assert torch.allclose(weight.weight, before * (1 - 0.01 * 0.1), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("adam", "Adam"), ("adamw", "AdamW"), ("sgd", "SGD")])
+def test_the_optimizer_is_the_one_asked_for(name: str, kind: str) -> None:
+    optimizer = make_optimizer(create_model("resnet8"), TrainingConfig(optimizer=name))
+    assert type(optimizer).__name__ == kind
+    assert name != "sgd" or optimizer.param_groups[0]["momentum"] == 0.9
+
+
+def test_the_learning_rate_rises_in_a_line_and_falls_in_a_cosine() -> None:
+    config = TrainingConfig(epochs=10, warmup_epochs=2, learning_rate=1.0)
+    rates = [learning_rate(step, 5, config) for step in range(1, 51)]
+    assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
+    assert rates[10] == 1.0 and rates[30] == pytest.approx(0.5) and 0 < rates[-1] < 0.002
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates[10:]))
+
+
+def test_crop_shifts_by_an_eighth_at_most_and_repeats_the_edge() -> None:
+    x = torch.arange(64.0).view(1, 1, 8, 8).repeat(200, 1, 1, 1)
+    shifted = augment(x, ["crop"], torch.Generator().manual_seed(0))
+    padded = F.pad(x[:1], (1, 1, 1, 1), mode="replicate")
+    windows = {tuple(padded[0, 0, r : r + 8, c : c + 8].flatten().tolist()) for r in range(3) for c in range(3)}
+    assert {tuple(image.flatten().tolist()) for image in shifted} == windows
+
+
+def test_flip_mirrors_about_half_of_the_pictures() -> None:
+    x = torch.randn(200, 3, 4, 5)
+    y = augment(x, ["flip"], torch.Generator().manual_seed(0))
+    mirrored = (y == x.flip(3)).flatten(1).all(1)
+    assert torch.equal(mirrored, ~(y == x).flatten(1).all(1)) and 70 < int(mirrored.sum()) < 130
+
+
+def test_cutout_sets_one_square_of_up_to_half_the_side_to_the_mean() -> None:
+    y = augment(torch.ones(200, 3, 16, 16), ["cutout"], torch.Generator().manual_seed(0))
+    for image in y:
+        holes = image[0] == 0
+        rows, columns = holes.any(1).sum(), holes.any(0).sum()
+        assert torch.equal(image[0], image[2]) and holes.sum() == rows * columns
+        assert 4 <= rows <= 9 and 4 <= columns <= 9
+
+
+def test_it_learns_and_the_file_holds_what_it_learned(tmp_path: Path) -> None:
+    splits = open_splits("digits")
+    preprocessing = suggest_preprocessing(splits.train, (8, 8))
+    result = train("resnet8", splits, preprocessing, TrainingConfig(epochs=6, warmup_epochs=1), tmp_path)
+    assert result.test_accuracy > 0.85
+    assert result.kept is result.epochs[-1]
+    model = create_model("resnet8", in_channels=1).eval()
+    load_weights(model, tmp_path / MODEL_FILE)
+    images = torch.from_numpy(splits.test.inputs(range(len(splits.test)), preprocessing))
+    with torch.no_grad():
+        hits = (model(images).argmax(1).numpy() == splits.test.labels).mean()
+    card = read_model_card(tmp_path / MODEL_FILE)
+    assert card is not None and card.accuracy == result.test_accuracy == pytest.approx(hits)
+    assert (card.model, card.data, card.classes) == ("resnet8", "digits", tuple("0123456789"))
+    rows = [*csv.DictReader((tmp_path / LOG_FILE).open())]
+    assert [int(row["epoch"]) for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("where", [(1, 2), (2, 1), (3, 4)], ids=["first-epoch", "epoch-begins", "last-step"])
+def test_an_interrupted_training_resumes_to_the_same_bits(digits, tmp_path: Path, where, optimizer: str) -> None:
+    config = replace(QUICK, optimizer=optimizer, l2=1e-3)
+    train("resnet8", *digits, config, tmp_path / "whole")
+
+    def stop(epoch: int, step: int, steps: int) -> None:
+        if (epoch, step) == where:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train("resnet8", *digits, config, tmp_path / "cut", on_step=stop)
+    assert not (tmp_path / "cut" / MODEL_FILE).exists()
+    torch.rand(7)  # the process that resumes has another history
+    begun = (tmp_path / "cut" / STATE_FILE).exists()
+    assert begun == (where[0] > 1)
+    train("resnet8", *digits, config, tmp_path / "cut", resume=begun)
+    for name in (MODEL_FILE, STATE_FILE, LOG_FILE):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_the_seed_decides_and_nothing_else_does(digits, tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        torch.manual_seed(hash(name) % 1000)
+        train("resnet8", *digits, replace(QUICK, epochs=1, seed=seed), tmp_path / name)
+    a, b, c = (load_file(tmp_path / name / MODEL_FILE) for name in "abc")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not torch.equal(a["conv1.weight"], c["conv1.weight"])
+
+
+def test_patience_ends_it_early(digits, tmp_path: Path) -> None:
+    config = replace(QUICK, epochs=20, patience=2, learning_rate=1e-12)
+    result = train("resnet8", *digits, config, tmp_path)
+    accuracies = [epoch.validation_accuracy for epoch in result.epochs]
+    assert len(accuracies) < 20 and len(accuracies) - 1 - accuracies.index(max(accuracies)) == 2
+
+
+def test_with_patience_the_last_of_the_best_epochs_is_kept(digits, tmp_path: Path) -> None:
+    splits, preprocessing = digits
+    one = Splits(splits.train, splits.validation.subset(np.array([0])), splits.test)
+    result = train("resnet8", one, preprocessing, replace(QUICK, epochs=6, patience=6), tmp_path)
+    best = max(epoch.validation_accuracy for epoch in result.epochs)
+    assert result.kept.number == max(e.number for e in result.epochs if e.validation_accuracy == best)
+
+
+def test_a_loss_that_is_not_finite_ends_it_in_one_line(digits, tmp_path: Path) -> None:
+    with pytest.raises(
+        TrainingError, match=r"^the loss became \S+ in epoch 1, step \d+: expected a finite one.*rate"
+    ) as e:
+        train("resnet8", *digits, replace(QUICK, learning_rate=1e30, warmup_epochs=0, clip=0.0), tmp_path)
+    assert "\n" not in str(e.value)
+
+
+def test_a_folder_with_a_training_is_not_overwritten(digits, tmp_path: Path) -> None:
+    train("resnet8", *digits, replace(QUICK, epochs=1), tmp_path)
+    before = (tmp_path / MODEL_FILE).read_bytes()
+    with pytest.raises(TrainingError, match="holds a training: go on with it by --resume"):
+        train("resnet8", *digits, replace(QUICK, epochs=1, seed=1), tmp_path)
+    with pytest.raises(TrainingError, match=r"another training.*seed 0 -> 1"):
+        train("resnet8", *digits, replace(QUICK, epochs=1, seed=1), tmp_path, resume=True)
+    assert (tmp_path / MODEL_FILE).read_bytes() == before
+
+
+def test_what_a_killed_run_left_half_written_is_cleared(digits, tmp_path: Path) -> None:
+    stale = tmp_path / f".{STATE_FILE}.0a1b2c3d.partial"
+    stale.write_bytes(b"half")
+    train("resnet8", *digits, replace(QUICK, epochs=1), tmp_path)
+    assert not stale.exists()
+
+
+def test_nothing_to_resume(digits, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="nothing to resume"):
+        train("resnet8", *digits, QUICK, tmp_path / "new", resume=True)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"not safetensors", b"\x02\0\0\0\0\0\0\0{}"], ids=["empty", "text", "no-state"]
+)
+def test_a_broken_state_is_refused(digits, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / STATE_FILE).write_bytes(content)
+    with pytest.raises(TrainingError, match="expected the state of a training"):
+        train("resnet8", *digits, QUICK, tmp_path, resume=True)
+
+
+def test_two_trainings_in_one_folder(digits, tmp_path: Path) -> None:
+    holder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(TrainingError, match="another training is writing there"):
+            train("resnet8", *digits, QUICK, tmp_path)
+    finally:
+        os.close(holder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"epochs": 0},
+        {"batch_size": 1},
+        {"optimizer": "lion"},
+        {"learning_rate": 0.0},
+        {"learning_rate": math.nan},
+        {"warmup_epochs": 61},
+        {"label_smoothing": 1.0},
+        {"l2": -1.0},
+        {"l1": math.inf},
+        {"dropout": 1.0},
+        {"augment": ("mixup",)},
+        {"clip": -1.0},
+        {"patience": -1},
+        {"seed": -1},
+    ],
+    ids=lambda change: "-".join(change),
+)
+def test_settings_out_of_range_are_refused_by_name(change) -> None:
+    with pytest.raises(TrainingError, match=f"^{next(iter(change)).replace('_', '-')} must be .*, got "):
+        TrainingConfig(**change)
