@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from export.base.batch import DEFAULT_BATCH, Batch, as_batch
 from export.base.errors import ExportError
 from export.base.precision import FORMATS, INT8
-from export.keep import AUTO
 from export.quantisation.calibration import DEFAULT_METHOD, METHODS
-from export.runtime.engines.engine import FLAVOURS
+from export.runtime.engines.engine import FLAVOURS, Flavour, why_not_buildable
 from export.runtime.engines.options import DEFAULT_ENGINE, EngineConfig
+
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -56,3 +57,25 @@ class ExportConfig:
                 raise ExportError(f"{flag}: expected {AUTO} or a tuple of names, got {names!r}")
             if AUTO in names and names != AUTO:
                 raise ExportError(f"{flag}: expected {AUTO} or names, got both: {' '.join(names)}")
+
+
+def choose_flavours(config: ExportConfig) -> tuple[list[Flavour], dict[str, str]]:
+    """The flavours to build, and why the others are not: name -> reason.
+
+    Raises:
+        ExportError: one that was asked for, or an option of engines, is not to be had here.
+    """
+    asked, batch = config.engine_config, as_batch(config.batch)
+    if config.engine == "none":
+        if asked.flags:
+            raise ExportError(f"{', '.join(asked.flags)}: expected an engine to build, got --engine none")
+        return [], {}
+    reasons = {}
+    for name, flavour in FLAVOURS.items():
+        if config.engine in ("auto", name):
+            why_not = asked.why_not(name, config.precision, batch)
+            reasons[name] = why_not or why_not_buildable(flavour, asked.dla_core)
+    skipped = {name: reason for name, reason in reasons.items() if reason}
+    if config.engine in skipped or (asked.flags and skipped.keys() == reasons.keys()):
+        raise ExportError("; ".join(f"--engine {name}: {reason}" for name, reason in skipped.items()))
+    return [FLAVOURS[name] for name in reasons if name not in skipped], skipped

@@ -19,12 +19,11 @@ from export.fusion.program import FusedProgram, QuantisedProgram
 from export.lowering.onnx_file import OnnxFile, lower_onnx
 from export.lowering.runners import OnnxRuntimeRunner, ProgramRunner
 from export.quantisation.calibration import Calibration
-from export.quantisation.facts import LayerCost, Quantisation
 from export.quantisation.quantise import quantisable, quantise
 from export.quantisation.scheme import CPU, TENSORRT, Scheme
 from export.quantisation.split_addition import split_addition
-from export.runtime.bundle.folder import ONNX_FILE
-from export.runtime.onnx_session import optimised_operators, runs_rounded
+from export.runtime.onnx_session import ONNX_FILE, optimised_operators, runs_rounded
+from export.runtime.parity.rungs import LayerCost, Quantisation
 from export.runtime.runner import Runner
 
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")

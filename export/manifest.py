@@ -12,8 +12,9 @@ from export.base.machine import installed_versions
 from export.base.precision import Precision
 from export.forms import Forms
 from export.fusion.program import FusedProgram
-from export.runtime.bundle.folder import FORMAT, ONNX_FILE
+from export.runtime.bundle.folder import FORMAT
 from export.runtime.engines.engine import Engine
+from export.runtime.onnx_session import ONNX_FILE
 from export.runtime.parity.rungs import ParityReport
 
 

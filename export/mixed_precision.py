@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import difflib
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from numpy.typing import NDArray
@@ -11,14 +12,12 @@ from torch import Tensor, nn
 from export.base.errors import ExportError
 from export.base.precision import Precision
 from export.base.progress import Progress
-from export.config import ExportConfig
+from export.config import AUTO, ExportConfig
 from export.criteria.operators import check_alone, check_operators
 from export.criteria.references import run_oracle, run_rounded
 from export.forms import Forms, quantised_forms, quantised_programs
 from export.fusion.nodes import FUSED_OPERATORS, constant, is_call, module_path
-from export.fusion.program import FusedProgram, operator_nodes
-from export.keep import AUTO, chosen, fewest
-from export.lowering.onnx_file import output_names
+from export.fusion.program import FusedProgram, operator_nodes, output_names
 from export.lowering.runners import ProgramRunner
 from export.quantisation.calibration import Pictures, calibrate
 from export.quantisation.quantise import quantisable
@@ -154,3 +153,51 @@ def _equal(model: nn.Module, program: FusedProgram, precision: Precision, oracle
     references = run_rounded(oracle, model, program, precision)
     execution = execute(runner, oracle.images, program.batch)
     return bool(judge(execution, references, precision, precision.network_factor, operators))
+
+
+def chosen(flag: str, layers: Mapping[str, Collection[str]], patterns: Collection[str]) -> frozenset[str]:
+    """The layers that `patterns` stand for: by their own names, or those of modules they hold or are part of.
+
+    Args:
+        flag: that the patterns were given with.
+        layers: name -> modules of the user's model that it computes.
+        patterns: names of modules.
+
+    Raises:
+        ExportError: a name that stands for none.
+    """
+    found: set[str] = set()
+    for pattern in patterns:
+        named = {
+            layer
+            for layer, modules in layers.items()
+            if any(module == pattern or module.startswith(f"{pattern}.") for module in (layer, *modules))
+        }
+        if not named:
+            near = difflib.get_close_matches(pattern, layers, n=3) or list(layers)[:3]
+            hint = f"expected a layer, or a module with layers, such as {', '.join(near)}"
+            raise ExportError(f"{flag}: no layer is called {pattern!r}; {hint}")
+        found |= named
+    return frozenset(found)
+
+
+def fewest(names: Sequence[str], passes: Callable[[frozenset[str]], bool]) -> frozenset[str]:
+    """A set that passes and from which none can be left out, of names taken in their order.
+
+    Bisection finds how many of the first it takes; then each of them that is not needed is given back.
+
+    Args:
+        names: the most likely first.
+        passes: whether the network is good enough with these; with all of them it is taken to be.
+    """
+    if passes(frozenset()):
+        return frozenset()
+    low, high = 0, len(names)  # it fails with the first `low` and passes with the first `high`
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if passes(frozenset(names[:middle])) else (middle, high)
+    kept = set(names[:high])
+    for name in reversed(names[: high - 1]):  # the last one is needed
+        if passes(frozenset(kept - {name})):
+            kept.remove(name)
+    return frozenset(kept)

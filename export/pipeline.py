@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,29 +19,25 @@ from export.base.batch import Batch, as_batch
 from export.base.errors import ExportError
 from export.base.precision import FORMATS, INT8, PRECISIONS, Precision
 from export.base.progress import Progress, silent
-from export.config import ExportConfig
+from export.config import AUTO, ExportConfig, choose_flavours
 from export.criteria.evidence import check_evidence
 from export.criteria.references import run_references, run_simulations
-from export.engines import build_engines, choose_flavours
 from export.forms import Forms, floating_forms
 from export.fusion.capture import check_model, describe_value
 from export.fusion.description import describe_graph
 from export.fusion.passes import DEFAULT_LEVEL, QUANTISED_LEVEL
-from export.fusion.program import Coverage, FusedProgram, fuse
-from export.keep import AUTO
-from export.lowering.onnx_file import output_names
+from export.fusion.program import Coverage, FusedProgram, fuse, output_names
 from export.lowering.runners import EagerRunner, ProgramRunner
 from export.manifest import describe
-from export.meter import Meter
 from export.mixed_precision import keep_float32, quantise_network
 from export.quantisation.calibration import Pictures
 from export.report.page import REPORT_FILE, render
-from export.runtime.bundle.folder import ONNX_FILE, file_entries, publish, staged
+from export.runtime.bundle.folder import file_entries, publish, staged
 from export.runtime.bundle.golden import GOLDEN_FILE, save_golden
-from export.runtime.engines.engine import Engine, why_not_runnable
+from export.runtime.engines.engine import Engine, Flavour, build_engine, why_not_runnable
 from export.runtime.engines.runner import TensorRTRunner
-from export.runtime.onnx_session import import_onnxruntime
-from export.runtime.parity.accuracy import Labelled
+from export.runtime.onnx_session import ONNX_FILE, import_onnxruntime
+from export.runtime.parity.accuracy import Labelled, Meter
 from export.runtime.parity.ladder import (
     ENGINE_FACTOR,
     References,
@@ -54,6 +50,8 @@ from export.runtime.parity.ladder import (
 )
 from export.runtime.parity.rungs import ParityReport
 from export.sample_inputs import crops, photographs
+
+_ADVICE = "lower --workspace, --batch or --optimization-level, or export with --engine none"
 
 PARITY_IMAGES = 16
 
@@ -294,3 +292,21 @@ def _compare(job: _Job, program: FusedProgram, forms: Forms, engines: list[Engin
         kept=tuple(sorted(program.kept)),
     )
     return report, by_precision[precision]
+
+
+def build_engines(
+    flavours: Sequence[Flavour],
+    onnx_bytes: bytes,
+    config: ExportConfig,
+    image_shape: tuple[int, int, int],
+    kept: Collection[str],
+    progress: Progress,
+) -> list[Engine]:
+    """Build an engine of each flavour; `kept` as in `build_engine`, which raises what this raises."""
+    engines = []
+    for flavour in flavours:
+        progress(f"build the {flavour.name} engine")
+        precision, batch = FORMATS[config.precision], as_batch(config.batch)
+        arguments = (flavour, precision, batch, image_shape, config.engine_config, kept, _ADVICE)
+        engines.append(build_engine(onnx_bytes, *arguments))
+    return engines

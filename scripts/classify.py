@@ -1,4 +1,4 @@
-"""What is in these pictures: the most probable classes, from a bundle, on this machine. Needs no PyTorch."""
+"""What is in these pictures: the most probable classes, from a bundle, on this machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ with importing("classify.py"):
     import numpy as np
     from numpy.typing import NDArray
 
-    from export.runtime.artefacts import Artefact, Bundle, open_bundle, running_first
+    from export.runtime.artefacts import Artefact, running_first
+    from export.runtime.bundle.contents import Bundle, open_bundle
     from export.terminal.console import print_predictions
     from resnet.data.preprocessing import Preprocessing, open_picture
 

@@ -1,4 +1,4 @@
-"""How many labelled pictures the artefacts of some bundles get right, side by side. Needs no PyTorch."""
+"""How many labelled pictures the artefacts of some bundles get right, side by side."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ with importing("evaluate.py"):
 
     from export.base.batch import Arrays
     from export.base.errors import ExportError, MissingDependency, first_line
-    from export.runtime.artefacts import Artefact, Bundle, artefacts, open_bundle, running
+    from export.runtime.artefacts import Artefact, artefacts, running
+    from export.runtime.bundle.contents import Bundle, open_bundle
     from export.runtime.parity.accuracy import Accuracy, class_indices, measure
     from export.terminal.console import images_bar, print_evaluation
     from resnet.data.labelled import LabelledImages, LabelledInputs

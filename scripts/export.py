@@ -22,7 +22,7 @@ with importing("export.py"):
 
     from export import Batch, ExportConfig, ExportError, ExportResult, export_bundle
     from export.base.batch import as_batch
-    from export.keep import AUTO
+    from export.config import AUTO
     from export.pipeline import PARITY_IMAGES
     from export.quantisation.calibration import DEFAULT_METHOD, METHODS
     from export.runtime.engines.options import TARGETS, EngineConfig

@@ -1,4 +1,4 @@
-"""The batch sizes a network accepts, and any number of images run in such batches. No PyTorch."""
+"""The batch sizes a network accepts, and any number of images run in such batches."""
 
 from __future__ import annotations
 

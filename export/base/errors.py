@@ -1,4 +1,4 @@
-"""The two ways an export can be refused. Both messages are one line that a person can act on. No PyTorch."""
+"""The two ways an export can be refused. Both messages are one line that a person can act on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What figures depend on: the machine and the versions of what ran. No PyTorch."""
+"""What figures depend on: the machine and the versions of what ran."""
 
 from __future__ import annotations
 

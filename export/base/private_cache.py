@@ -1,4 +1,4 @@
-"""The user's private cache: folders that nobody else can read or write. No PyTorch."""
+"""The user's private cache: folders that nobody else can read or write."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Work in a process of its own: a crash or a lack of memory there ends as one line here. No PyTorch."""
+"""Work in a process of its own: a crash or a lack of memory there ends as one line here."""
 
 from __future__ import annotations
 

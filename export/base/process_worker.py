@@ -1,4 +1,4 @@
-"""The other end of `export.base.process`: reads requests on stdin and answers them until no more come. No PyTorch."""
+"""The other end of `export.base.process`: reads requests on stdin and answers them until no more come."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long work says where it is, and not too often. No PyTorch."""
+"""How long work says where it is, and not too often."""
 
 from __future__ import annotations
 

@@ -24,8 +24,8 @@ from export.benchmark.providers import (
 from export.criteria.references import run_references, run_simulations
 from export.fusion.capture import eager_copy
 from export.fusion.passes import DEFAULT_LEVEL
-from export.fusion.program import FusedProgram
-from export.lowering.onnx_file import lower_onnx, output_names
+from export.fusion.program import FusedProgram, output_names
+from export.lowering.onnx_file import lower_onnx
 from export.quantisation.scheme import CPU
 from export.runtime.engines.engine import FLAVOURS, Flavour, build_engine, why_not_buildable
 from export.runtime.parity.ladder import ENGINE_FACTOR, References

@@ -3,40 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from torch import Tensor, fx
 
 from export.fusion.capture import plain_torch
 from export.fusion.nodes import args_of, aten, constant, is_call, module_path
+from export.runtime.parity.rungs import Evidence
 
 ACTIVE_SHARE = (0.10, 0.90)
 BRANCH_RATIO = (0.05, 20.0)
 LOGIT_VARIATION = 0.3
 CLASSES = 3
 SOME_VARIATION = 0.01
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What was found; true when nothing weakens it.
-
-    Attributes:
-        weaknesses: one line each, naming the layer; empty where the evidence is good.
-        active_share: smallest and largest share of positive values after a ReLU.
-        branch_ratio: smallest and largest rms(summand) / rms(other summand) at an addition.
-        logit_variation: ||y - mean over images|| / ||y||, None where the first output has no classes.
-        classes: how many different top-1 classes the inputs have.
-    """
-
-    weaknesses: tuple[str, ...]
-    active_share: tuple[float, float] | None
-    branch_ratio: tuple[float, float] | None
-    logit_variation: float | None
-    classes: int | None
-
-    def __bool__(self) -> bool:
-        return not self.weaknesses
 
 
 def check_evidence(source: fx.GraphModule, x: Tensor, inputs: Tensor, outputs: Sequence[Tensor]) -> Evidence:

@@ -8,8 +8,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from export.fusion.nodes import FUSED_OPERATORS, is_call, module_path, named_args, schema_name
-from export.fusion.program import operator_nodes
-from export.lowering.onnx_file import output_names
+from export.fusion.program import operator_nodes, output_names
 
 
 def describe_graph(master: fx.GraphModule) -> dict[str, Any]:

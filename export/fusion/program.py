@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection
+import itertools
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from export.base.batch import DEFAULT_BATCH, Batch
 from export.base.errors import ExportError
@@ -201,3 +204,30 @@ def _coverage(source: fx.GraphModule, master: fx.GraphModule) -> Coverage:
         else:
             left.append(Operator(module_path(node), schema_name(node), reason=node.meta.get("refused", "")))
     return Coverage(tuple(fused), tuple(left), tuple(constant_channels(source)))
+
+
+def output_names(graph_module: fx.GraphModule) -> tuple[str, ...]:
+    """`output` for one tensor, dictionary keys for a dictionary, else output_0, output_1, …
+
+    Raises:
+        ExportError: the model returns no tensor.
+    """
+    spec: Any = graph_module._out_spec
+    tree = pytree.tree_unflatten(range(spec.num_leaves), spec)
+    if spec.num_leaves == 0:
+        raise ExportError("the model returns nothing: expected a tensor, or a tuple or dictionary of tensors")
+    if spec.num_leaves == 1 and isinstance(tree, int):
+        return ("output",)
+    names: list[str] = []
+    for path, _ in pytree.tree_flatten_with_path(tree)[0]:
+        words = "".join(c if c.isalnum() else " " for c in pytree.keystr(path)).split()
+        word = "_".join(words)
+        if not word.isidentifier() or word == "input":
+            word = f"output_{word}"
+        names.append(next(name for name in variants(word) if name not in names))
+    return tuple(names)
+
+
+def variants(name: str) -> Iterator[str]:
+    yield name
+    yield from (f"{name}_{number}" for number in itertools.count(1))

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import onnx
 import torch
@@ -19,7 +17,7 @@ from export.base.errors import ExportError, first_line
 from export.base.precision import Precision
 from export.fusion.capture import plain_torch
 from export.fusion.nodes import FUSED_OPERATORS, QUANTISATION, is_call, module_path, named_args, schema_name
-from export.fusion.program import FusedProgram
+from export.fusion.program import FusedProgram, output_names, variants
 from export.lowering.onnx_operators import TRANSLATIONS
 
 # Conv admits bfloat16 from opset 22 on; TensorRT 10.3, the oldest supported, reads up to opset 20.
@@ -87,28 +85,6 @@ def lower_onnx(program: FusedProgram, example: Tensor, precision: Precision, met
     _rename(graph_module, model, groups)
     values = {name: group[-1].output[0] if group else "input" for name, group in groups.items()}
     return OnnxFile(model, names, values)
-
-
-def output_names(graph_module: fx.GraphModule) -> tuple[str, ...]:
-    """`output` for one tensor, dictionary keys for a dictionary, else output_0, output_1, …
-
-    Raises:
-        ExportError: the model returns no tensor.
-    """
-    spec: Any = graph_module._out_spec
-    tree = pytree.tree_unflatten(range(spec.num_leaves), spec)
-    if spec.num_leaves == 0:
-        raise ExportError("the model returns nothing: expected a tensor, or a tuple or dictionary of tensors")
-    if spec.num_leaves == 1 and isinstance(tree, int):
-        return ("output",)
-    names: list[str] = []
-    for path, _ in pytree.tree_flatten_with_path(tree)[0]:
-        words = "".join(c if c.isalnum() else " " for c in pytree.keystr(path)).split()
-        word = "_".join(words)
-        if not word.isidentifier() or word == "input":
-            word = f"output_{word}"
-        names.append(next(name for name in _variants(word) if name not in names))
-    return tuple(names)
 
 
 def _translate(
@@ -204,7 +180,7 @@ def _rename(graph_module: fx.GraphModule, model: onnx.ModelProto, groups: Mappin
     names = {old: wanted for old, wanted in names.items() if old not in fixed}
     taken = {name for node in model.graph.node for name in node.output if name not in names} | fixed
     for old, wanted in names.items():
-        names[old] = next(name for name in _variants(wanted) if name not in taken)
+        names[old] = next(name for name in variants(wanted) if name not in taken)
         taken.add(names[old])
     for node in model.graph.node:
         node.input[:] = [names.get(name, name) for name in node.input]
@@ -249,10 +225,5 @@ def _name_layers(model: onnx.ModelProto) -> None:
     for node in model.graph.node:
         if node.op_type in ("Conv", "Gemm", "MatMul") and node.input[1].endswith(".weight"):
             owner = node.input[1].removesuffix(".weight")
-            node.name = next(name for name in _variants(owner) if name not in taken)  # a module may be called twice
+            node.name = next(name for name in variants(owner) if name not in taken)  # a module may be called twice
             taken.add(node.name)
-
-
-def _variants(name: str) -> Iterator[str]:
-    yield name
-    yield from (f"{name}_{number}" for number in itertools.count(1))

@@ -21,8 +21,15 @@ from export.fusion.interpreter import GraphInterpreter
 from export.fusion.program import FusedProgram
 from export.lowering.cuda_graph import CudaGraphProgram
 from export.lowering.onnx_file import OnnxFile
-from export.runtime.bundle.folder import ONNX_FILE, ONNX_FORMS
-from export.runtime.onnx_session import import_onnxruntime, open_file, open_session, rounded_copy, runs_rounded
+from export.runtime.onnx_session import (
+    ONNX_FILE,
+    ONNX_FORMS,
+    import_onnxruntime,
+    open_file,
+    open_session,
+    rounded_copy,
+    runs_rounded,
+)
 from export.runtime.runner import Runner
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from export.base.precision import PRECISIONS, Precision
-from export.runtime.bundle.folder import CPU_ONNX_FILE, ONNX_FILE
+from export.runtime.onnx_session import CPU_ONNX_FILE, ONNX_FILE
 
 Range = tuple[float, float]
 _WEIGHT_LIMIT = 127

@@ -13,9 +13,9 @@ from export.fusion.capture import plain_torch
 from export.fusion.casting import converted
 from export.fusion.interpreter import GraphInterpreter
 from export.fusion.nodes import module_path
-from export.quantisation.facts import LayerCost
 from export.quantisation.quantise import quantisable, quantise
 from export.quantisation.scheme import TENSORRT, Range
+from export.runtime.parity.rungs import LayerCost
 
 
 def layer_costs(

@@ -1,1 +1,1 @@
-"""report.html: what was exported and why it can be trusted, for a person. No PyTorch."""
+"""report.html: what was exported and why it can be trusted, for a person."""

@@ -1,4 +1,4 @@
-"""The fused graph as rows of boxes, with lanes beside them for what does not go to the next box. No PyTorch."""
+"""The fused graph as rows of boxes, with lanes beside them for what does not go to the next box."""
 
 from __future__ import annotations
 

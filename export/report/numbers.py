@@ -1,4 +1,4 @@
-"""Numbers as the report writes them. No PyTorch."""
+"""Numbers as the report writes them."""
 
 from __future__ import annotations
 

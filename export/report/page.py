@@ -1,4 +1,4 @@
-"""report.html: one page, nothing outside it, of what was exported and why it can be trusted. No PyTorch."""
+"""report.html: one page, nothing outside it, of what was exported and why it can be trusted."""
 
 from __future__ import annotations
 

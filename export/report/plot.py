@@ -1,7 +1,7 @@
 """Errors on a logarithmic scale, one row for each operator: what the template draws, in percent of the width.
 
 A point is where its value is; 0 is at the left edge and what is not finite at the right one, each with a shape of its
-own. Plots of one measure share one scale, so that they can be compared. No PyTorch.
+own. Plots of one measure share one scale, so that they can be compared.
 """
 
 from __future__ import annotations

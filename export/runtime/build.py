@@ -1,4 +1,4 @@
-"""Build the engines of a bundle on this machine: verified first, then put in their place. No PyTorch."""
+"""Build the engines of a bundle on this machine: verified first, then put in their place."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 from export.base.errors import ExportError
 from export.base.private_cache import private_folder
 from export.base.progress import Progress, silent
-from export.runtime.artefacts import Bundle, built_artefact, open_bundle
-from export.runtime.bundle.folder import ONNX_FILE, staged
+from export.runtime.artefacts import built_artefact
+from export.runtime.bundle.contents import Bundle, open_bundle
+from export.runtime.bundle.folder import staged
 from export.runtime.engine_store import (
     ENGINES_FOLDER,
     BuiltEngine,
@@ -22,6 +23,7 @@ from export.runtime.engine_store import (
 )
 from export.runtime.engines.engine import FLAVOURS, Flavour, build_engine
 from export.runtime.engines.options import DEFAULT_ENGINE, EngineConfig
+from export.runtime.onnx_session import ONNX_FILE
 from export.runtime.parity.ladder import References, reference_rungs
 from export.runtime.parity.rungs import Rung
 from export.runtime.verify import golden_references, run_artefact

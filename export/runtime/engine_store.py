@@ -1,4 +1,4 @@
-"""Where engines built on this machine are kept, and what each was built for. No PyTorch.
+"""Where engines built on this machine are kept, and what each was built for.
 
 A place is a folder of the user's private cache, one for each bundle and flavour. Like a bundle it appears whole or not
 at all and says when it was changed. It holds the engine in use and the one before it, to which there is a way back.

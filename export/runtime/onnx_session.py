@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU, without PyTorch: the same session for the export and for the device."""
+"""ONNX Runtime on the CPU: the same session for the export and for the device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from export.base.errors import ExportError, MissingDependency, first_line
-from export.runtime.bundle.folder import ONNX_FILE
+
+ONNX_FILE = "model.onnx"
+CPU_ONNX_FILE = "model.cpu.onnx"  # beside it in int8, where one file cannot suit every runtime
+ONNX_FORMS = {CPU_ONNX_FILE: "onnx cpu", ONNX_FILE: "onnx"}  # what ONNX Runtime runs, the first that there is
 
 if TYPE_CHECKING:
     import onnx

@@ -1,4 +1,4 @@
-"""What every runner is: one form of the network behind the same call, infer(dict) -> dict. No PyTorch."""
+"""What every runner is: one form of the network behind the same call, infer(dict) -> dict."""
 
 from __future__ import annotations
 

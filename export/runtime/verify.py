@@ -6,7 +6,8 @@ from pathlib import Path
 
 from export.base.errors import ExportError
 from export.base.progress import Progress, silent
-from export.runtime.artefacts import Artefact, ArtefactRunner, Bundle, artefacts, open_bundle
+from export.runtime.artefacts import Artefact, ArtefactRunner, artefacts
+from export.runtime.bundle.contents import Bundle, open_bundle
 from export.runtime.bundle.golden import GOLDEN_FILE, load_golden
 from export.runtime.parity.ladder import ENGINE_FACTOR, References, attempt, judge_attempt, reference_rungs
 from export.runtime.parity.rungs import Rung

@@ -1,4 +1,4 @@
-"""What a person at a terminal sees: progress and tables. No PyTorch."""
+"""What a person at a terminal sees: progress and tables."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
-from export.quantisation.facts import Quantisation
-from export.runtime.bundle.folder import CPU_ONNX_FILE
+from export.runtime.onnx_session import CPU_ONNX_FILE
 from export.runtime.parity.accuracy import Accuracy
-from export.runtime.parity.rungs import RUNG_HEADINGS
+from export.runtime.parity.rungs import RUNG_HEADINGS, Quantisation
 
 if TYPE_CHECKING:
     from export.runtime.parity.rungs import Rung

@@ -1,4 +1,4 @@
-"""Pictures to calibrate an 8-bit network on. No PyTorch."""
+"""Pictures to calibrate an 8-bit network on."""
 
 from __future__ import annotations
 

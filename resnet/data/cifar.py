@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 from the archives their author publishes. No PyTorch."""
+"""CIFAR-10 and CIFAR-100 from the archives their author publishes."""
 
 from __future__ import annotations
 

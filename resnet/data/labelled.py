@@ -1,4 +1,4 @@
-"""Pictures with their classes, and the same as one network takes them. No PyTorch."""
+"""Pictures with their classes, and the same as one network takes them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a picture to the input of a network: one description for training, evaluation and the device. No PyTorch.
+"""From a picture to the input of a network: one description for training, evaluation and the device.
 
 The steps and their rounding are those of torchvision's evaluation transforms (Resize, CenterCrop, ToTensor,
 Normalize), on which published weights were measured.

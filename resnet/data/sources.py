@@ -1,4 +1,4 @@
-"""Labelled pictures to train on and to measure with. No PyTorch.
+"""Labelled pictures to train on and to measure with.
 
 A source is `digits`, the archive of CIFAR-10 or CIFAR-100 (as downloaded or unpacked), or a folder of class folders.
 """

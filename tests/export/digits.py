@@ -16,11 +16,11 @@ from torch import nn
 from export import Batch, FusedProgram, fuse
 from export.base.precision import PRECISIONS
 from export.base.progress import silent
-from export.criteria.evidence import Evidence
 from export.forms import floating_forms
 from export.manifest import describe
-from export.runtime.bundle.folder import ONNX_FILE, publish, read_verified, staged
-from export.runtime.parity.rungs import ParityReport
+from export.runtime.bundle.folder import publish, read_verified, staged
+from export.runtime.onnx_session import ONNX_FILE
+from export.runtime.parity.rungs import Evidence, ParityReport
 from resnet.data.labelled import LabelledInputs
 from resnet.data.preprocessing import Preprocessing
 from resnet.data.sources import open_test

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from export.runtime.bundle.folder import FORMAT, ONNX_FILE, publish, staged
+from export.runtime.bundle.folder import FORMAT, publish, staged
 from export.runtime.bundle.golden import GOLDEN_FILE, save_golden
+from export.runtime.onnx_session import ONNX_FILE
 from export.runtime.parity.ladder import References
 
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from export import Batch, ExportConfig, ExportError, ExportResult, export_bundle
 from export.quantisation.calibration import InMemory
-from export.runtime.artefacts import artefacts, open_bundle, running_first
-from export.runtime.bundle.folder import CPU_ONNX_FILE, ONNX_FILE
+from export.runtime.artefacts import artefacts, running_first
+from export.runtime.bundle.contents import open_bundle
+from export.runtime.onnx_session import CPU_ONNX_FILE, ONNX_FILE
 from export.runtime.parity.accuracy import count_correct
 from export.runtime.verify import verify_bundle
 from resnet.data.labelled import LabelledInputs

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 import pytest
 
 from export import ExportError
-from export.keep import chosen, fewest
+from export.mixed_precision import chosen, fewest
 
 NAMES = ("a", "b", "c", "d", "e", "f", "g")
 

@@ -311,7 +311,7 @@ def test_a_form_that_loses_accuracy_is_not_written(
     """The fused program whose accuracy is measured has two class rows exchanged; all that is compared is right."""
     from export.base.precision import PRECISIONS
     from export.lowering.runners import ProgramRunner
-    from export.meter import Meter
+    from export.runtime.parity.accuracy import Meter
 
     swapped = digits.fused(digits.with_swapped_classes(trained_digits[0]), BATCH)
     wrong, run = ProgramRunner(swapped, PRECISIONS["fp32"], ("output",)), Meter._run

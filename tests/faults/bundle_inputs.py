@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from export.runtime.artefacts import artefacts, open_bundle
-from export.runtime.bundle.folder import MANIFEST, ONNX_FILE
+from export.runtime.artefacts import artefacts
+from export.runtime.bundle.contents import open_bundle
+from export.runtime.bundle.folder import MANIFEST
 from export.runtime.bundle.golden import GOLDEN_FILE
-from export.runtime.onnx_session import open_file
+from export.runtime.onnx_session import ONNX_FILE, open_file
 from export.runtime.parity.accuracy import class_indices
 from export.runtime.verify import verify_bundle
 from resnet.data.preprocessing import Preprocessing

@@ -20,7 +20,8 @@ from export import Batch, ExportConfig, ExportError, MissingDependency, export_b
 from export.fusion.passes import QUANTISED_LEVEL
 from export.quantisation.calibration import calibrate
 from export.quantisation.split_addition import split_addition
-from export.runtime.artefacts import artefacts, open_bundle, running, running_first
+from export.runtime.artefacts import artefacts, running, running_first
+from export.runtime.bundle.contents import open_bundle
 from export.runtime.bundle.folder import MANIFEST, read_verified
 from export.runtime.engines import engine as tensorrt_engine
 from export.runtime.engines.engine import FLAVOURS, Flavour

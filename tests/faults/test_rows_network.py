@@ -18,7 +18,8 @@ from torch.nn.utils.parametrizations import weight_norm
 import kernels
 from export import Batch, ExportConfig, ExportError, FusedProgram, export_bundle, fuse
 from export.base.precision import PRECISIONS
-from export.runtime.artefacts import open_bundle, running_first
+from export.runtime.artefacts import running_first
+from export.runtime.bundle.contents import open_bundle
 from kernels.configs.config import MAX_PIXELS, ConvConfig
 from kernels.jit.parts import _pixel_offset
 from kernels.problems import ConvProblem

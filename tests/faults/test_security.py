@@ -24,10 +24,11 @@ from torch.torch_version import TorchVersion
 
 from export import ExportError, verify_bundle
 from export.base.private_cache import private_folder
-from export.runtime.artefacts import artefacts, open_bundle, running
-from export.runtime.bundle.folder import MANIFEST, ONNX_FILE
+from export.runtime.artefacts import artefacts, running
+from export.runtime.bundle.contents import open_bundle
+from export.runtime.bundle.folder import MANIFEST
 from export.runtime.bundle.golden import GOLDEN_FILE
-from export.runtime.onnx_session import open_file
+from export.runtime.onnx_session import ONNX_FILE, open_file
 from resnet import pretrained
 from resnet.models import create_model
 from resnet.pretrained import PUBLISHED, DownloadError, PublishedFile, download

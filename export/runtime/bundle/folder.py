@@ -22,9 +22,6 @@ from typing import Any
 from export.base.errors import ExportError
 
 MANIFEST = "manifest.json"
-ONNX_FILE = "model.onnx"
-CPU_ONNX_FILE = "model.cpu.onnx"  # beside it in int8, where one file cannot suit every runtime
-ONNX_FORMS = {CPU_ONNX_FILE: "onnx cpu", ONNX_FILE: "onnx"}  # what ONNX Runtime runs, the first that there is
 FORMAT = 3
 _SELF = "manifest_sha256"
 _SHA256 = re.compile("[0-9a-f]{64}")

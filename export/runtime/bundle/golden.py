@@ -1,4 +1,4 @@
-"""The golden file: inputs and reference outputs, so that a device can check itself without PyTorch."""
+"""The golden file: inputs and reference outputs, so that a device can check itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the process that builds an engine does: parse, prove, build, and look at what was built. No PyTorch."""
+"""What the process that builds an engine does: parse, prove, build, and look at what was built."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The CUDA runtime by NVIDIA's bindings, with every status looked at. No PyTorch."""
+"""The CUDA runtime by NVIDIA's bindings, with every status looked at."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Two forms are read. In TensorRT 10 a tensor has one field `Format/Datatype`, such as `Row major linear FP16 format` or
 `Half`; 11 has `Datatype` and `Format`. Where shapes vary a type may be missing; a kernel's weights have a type of
-their own, and the name of its tactic says what it multiplies. No PyTorch.
+their own, and the name of its tactic says what it multiplies.
 """
 
 from __future__ import annotations

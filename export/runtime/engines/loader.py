@@ -1,4 +1,4 @@
-"""A serialised engine made ready to use, and TensorRT's messages handed to `logging`. No PyTorch."""
+"""A serialised engine made ready to use, and TensorRT's messages handed to `logging`."""
 
 from __future__ import annotations
 

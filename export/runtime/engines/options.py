@@ -1,4 +1,4 @@
-"""How an engine is built, and what each of the two TensorRT packages can be asked. No PyTorch."""
+"""How an engine is built, and what each of the two TensorRT packages can be asked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The proof that a parsed network computes in the precision asked for, layer by layer. No PyTorch."""
+"""The proof that a parsed network computes in the precision asked for, layer by layer."""
 
 from __future__ import annotations
 

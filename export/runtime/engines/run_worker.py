@@ -1,4 +1,4 @@
-"""An engine on the first CUDA device, for the process that `export.runtime.engines.runner` starts. No PyTorch."""
+"""An engine on the first CUDA device, for the process that `export.runtime.engines.runner` starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A TensorRT or TensorRT-RTX engine, run in a process of its own: a crash there ends as one line here. No PyTorch."""
+"""A TensorRT or TensorRT-RTX engine, run in a process of its own: a crash there ends as one line here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was found of single operators and values of a candidate. No PyTorch."""
+"""What was found of single operators and values of a candidate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ladder: run each form of a network on the same images, then hold it against the float64 model. No PyTorch."""
+"""The ladder: run each form of a network on the same images, then hold it against the float64 model."""
 
 from __future__ import annotations
 

@@ -1,18 +1,14 @@
-"""What a comparison found, as values that become a table and parity.json. No PyTorch."""
+"""What a comparison found, as values that become a table and parity.json."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from export.quantisation.facts import Quantisation
 from export.runtime.parity.accuracy import Accuracy, lost_accuracy
 from export.runtime.parity.checks import OUT_OF_RANGE, OperatorChecks
 from export.runtime.parity.network import NetworkCheck, finite
-
-if TYPE_CHECKING:
-    from export.criteria.evidence import Evidence
 
 RUNG_HEADINGS = (
     *("form", "runtime", "operators", "error", "eager error", "ratio", "top-1", "MB", "ms/image", "verdict"),
@@ -117,6 +113,76 @@ class Rung:
                 "checked": [check.to_json() for check in self.operators.checks],
             }
         return record
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was found; true when nothing weakens it.
+
+    Attributes:
+        weaknesses: one line each, naming the layer; empty where the evidence is good.
+        active_share: smallest and largest share of positive values after a ReLU.
+        branch_ratio: smallest and largest rms(summand) / rms(other summand) at an addition.
+        logit_variation: ||y - mean over images|| / ||y||, None where the first output has no classes.
+        classes: how many different top-1 classes the inputs have.
+    """
+
+    weaknesses: tuple[str, ...]
+    active_share: tuple[float, float] | None
+    branch_ratio: tuple[float, float] | None
+    logit_variation: float | None
+    classes: int | None
+
+    def __bool__(self) -> bool:
+        return not self.weaknesses
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What quantising one layer alone costs.
+
+    Attributes:
+        name: of the layer.
+        error: relative L2 of the first output against that of the network in float32.
+    """
+
+    name: str
+    error: float
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """How a network came to compute in 8 bits.
+
+    Attributes:
+        method: of the calibration.
+        images: how many it saw.
+        sha256: of them, as the network took them.
+        layers: how many convolutions and linear layers are quantised.
+        kept: the layers that stayed in floating point.
+        costs: of each layer on its own, the highest first.
+        purposes: file in the bundle -> what it is for.
+        float_convolutions: how many convolutions ONNX Runtime runs in floating point, of the file made for it.
+    """
+
+    method: str
+    images: int
+    sha256: str
+    layers: int
+    kept: tuple[str, ...]
+    costs: tuple[LayerCost, ...]
+    purposes: Mapping[str, str]
+    float_convolutions: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "calibration": {"method": self.method, "images": self.images, "sha256": self.sha256},
+            "layers": self.layers,
+            "kept": list(self.kept),
+            "costs": {cost.name: cost.error for cost in self.costs},
+            "purposes": dict(self.purposes),
+            "float_convolutions": self.float_convolutions,
+        }
 
 
 @dataclass(frozen=True)

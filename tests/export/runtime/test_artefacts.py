@@ -17,11 +17,12 @@ from torch import nn
 from export import Batch, ExportError, MissingDependency
 from export.base.private_cache import private_folder
 from export.runtime import engine_store
-from export.runtime.artefacts import artefacts, open_bundle, running, running_first
-from export.runtime.bundle.folder import FORMAT, ONNX_FILE, staged
+from export.runtime.artefacts import artefacts, running, running_first
+from export.runtime.bundle.contents import open_bundle
+from export.runtime.bundle.folder import FORMAT, staged
 from export.runtime.engines import engine as tensorrt_engine
 from export.runtime.engines.options import DEFAULT_ENGINE
-from export.runtime.onnx_session import open_session, rounded_copy
+from export.runtime.onnx_session import ONNX_FILE, open_session, rounded_copy
 from tests.export import digits
 
 RTX_FILE = "model.rtx.engine"

@@ -17,14 +17,16 @@ from numpy.typing import NDArray
 from export import ExportError
 from export.base.batch import Arrays
 from export.base.precision import FORMATS
-from export.runtime import build as device_engine
-from export.runtime.artefacts import artefacts, open_bundle
+from export.runtime import build as build_module
+from export.runtime.artefacts import artefacts
 from export.runtime.build import DeviceBuild, build_on_device
-from export.runtime.bundle import folder as bundle
-from export.runtime.bundle.folder import MANIFEST, ONNX_FILE, publish, read_verified, staged
+from export.runtime.bundle import folder
+from export.runtime.bundle.contents import open_bundle
+from export.runtime.bundle.folder import MANIFEST, publish, read_verified, staged
 from export.runtime.engine_store import engine_place
 from export.runtime.engines.engine import FLAVOURS, Engine, Flavour
 from export.runtime.engines.options import DEFAULT_ENGINE, EngineConfig
+from export.runtime.onnx_session import ONNX_FILE
 from export.runtime.verify import verify_bundle
 from tests.export import summing
 from tests.export.runtime.engines import fake_tensorrt
@@ -88,7 +90,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> fake_tensorrt.FakeCuda:
 def builder(gpu: fake_tensorrt.FakeCuda, monkeypatch: pytest.MonkeyPatch) -> Builder:
     """What was asked of it; engines run in this process."""
     made = Builder()
-    monkeypatch.setattr(device_engine, "build_engine", made)
+    monkeypatch.setattr(build_module, "build_engine", made)
     monkeypatch.setattr("export.runtime.artefacts.TensorRTRunner", Runner)
     return made
 
@@ -311,7 +313,7 @@ def test_a_full_disk_leaves_what_was_there(
     def full(path: Path, content: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(bundle, "_write", full)
+    monkeypatch.setattr(folder, "_write", full)
     with pytest.raises(ExportError, match="cannot be written: No space left on device"):
         build(path)
     assert tree(cache) == before
@@ -349,14 +351,14 @@ def test_a_build_that_another_one_overtook_is_not_repeated(
     path = summing.write(tmp_path / "b")
     place = build(path).file.parent
     summing.write(path, "second")
-    real = device_engine.staged
+    real = build_module.staged
 
     def late(output: Path) -> Any:
-        monkeypatch.setattr(device_engine, "staged", real)
+        monkeypatch.setattr(build_module, "staged", real)
         assert build(path).origin == "built"
         return real(output)
 
-    monkeypatch.setattr(device_engine, "staged", late)
+    monkeypatch.setattr(build_module, "staged", late)
     assert build(path).origin == "kept" and len(builder.asked) == 2
     assert (number(place), number(place, f"previous.{ENGINE}")) == (2, 1)
 
@@ -506,9 +508,9 @@ def test_an_engine_in_its_own_process(
     def engine(onnx: bytes, flavour: Flavour, *facts: Any) -> Engine:
         return Engine(flavour, fake_tensorrt.plan(behaviour=behaviour), "10.3.0", FORMATS["fp16"], 3, 1.0)
 
-    monkeypatch.setattr(device_engine, "build_engine", engine)
+    monkeypatch.setattr(build_module, "build_engine", engine)
     monkeypatch.setattr(
-        "export.runtime.engines.runner._DEVICE_ENGINE", "tests.export.runtime.engines.fake_tensorrt:device_engine"
+        "export.runtime.engines.runner._DEVICE_ENGINE", "tests.export.runtime.engines.fake_tensorrt:build_module"
     )
     found = build(summing.write(tmp_path / "b"))
     assert bool(found) == found.file.exists() == (behaviour == "")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from export import Batch, ExportConfig, ExportError
-from export.engines import choose_flavours
+from export.config import choose_flavours
 from export.runtime.engines import engine as tensorrt_engine
 from export.runtime.engines.options import DEFAULT_ENGINE, TARGETS, EngineConfig
 
@@ -118,7 +118,7 @@ def test_which_engines_are_built(case: str, monkeypatch: pytest.MonkeyPatch) -> 
     def why_not_buildable(flavour: tensorrt_engine.Flavour, dla_core: int | None) -> str:
         return "not here" if flavour.name in absent.split() else ""
 
-    monkeypatch.setattr("export.engines.why_not_buildable", why_not_buildable)
+    monkeypatch.setattr("export.config.why_not_buildable", why_not_buildable)
     config = ExportConfig("fp16", DYNAMIC, engine, EngineConfig(**values))
     if isinstance(expected, str):
         with pytest.raises(ExportError) as error:

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from export import ExportError
 from export.base.batch import Arrays
-from export.criteria.evidence import Evidence
 from export.runtime.parity.accuracy import (
     Accuracy,
     class_count,
@@ -21,7 +20,7 @@ from export.runtime.parity.accuracy import (
     measure,
 )
 from export.runtime.parity.network import NetworkCheck
-from export.runtime.parity.rungs import ParityReport, Rung
+from export.runtime.parity.rungs import Evidence, ParityReport, Rung
 from export.terminal.console import print_accuracy
 
 

@@ -1,0 +1,133 @@
+"""What is in a bundle: its manifest and its files, all checked before any is used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from export.base.batch import Batch
+from export.base.errors import ExportError
+from export.base.precision import FORMATS, Precision
+from export.runtime.bundle.folder import FORMAT, read_verified
+from export.runtime.engines.engine import FLAVOURS, Engine
+from export.runtime.engines.options import EngineConfig
+from export.runtime.onnx_session import ONNX_FILE
+from export.runtime.parity.accuracy import class_count, class_names
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle whose every file is the one that was written, and what its manifest says.
+
+    Attributes:
+        path: its folder.
+        manifest: the whole of it.
+        contents: file name -> the bytes that were checked.
+        precision: of weights and activations.
+        batch: the batch sizes its artefacts accept.
+        input_name: of the ONNX file's one input.
+        image_shape: (C, H, W) of an input.
+        outputs: name -> shape, in order.
+        engines: those it lists.
+        kept: the layers that compute in a wider type than the precision, by the names of their ONNX nodes.
+    """
+
+    path: Path
+    manifest: Mapping[str, Any] = field(repr=False)
+    contents: Mapping[str, bytes] = field(repr=False)
+    precision: Precision
+    batch: Batch
+    input_name: str
+    image_shape: tuple[int, int, int]
+    outputs: Mapping[str, tuple[int | str, ...]]
+    engines: tuple[Engine, ...] = field(repr=False)
+    kept: frozenset[str] = field(repr=False)
+
+    @property
+    def onnx_sha256(self) -> str:
+        """Of the file that engines are built from."""
+        return str(self.manifest["files"][ONNX_FILE]["sha256"])
+
+    @property
+    def class_count(self) -> int:
+        """How many classes there are; raises ExportError where the first output is not [N, classes]."""
+        return class_count(next(iter(self.outputs.values())))
+
+    @property
+    def classes(self) -> list[str] | None:
+        """The names of the classes, None where the manifest has none; raises ExportError where they do not fit."""
+        names = self.manifest["model"].get("classes")
+        return None if names is None else class_names(names, self.class_count)
+
+    @property
+    def preprocessing(self) -> Mapping[str, Any]:
+        """How a picture becomes an input.
+
+        Raises:
+            ExportError: the manifest does not say; the model does not take pictures.
+        """
+        record = self.manifest["model"].get("preprocessing")
+        if not isinstance(record, Mapping):
+            raise ExportError(f"{self.path} takes inputs of shape {list(self.image_shape)}, not pictures: expected "
+                              f"a preprocessing in its manifest, got {record!r:.80}")  # fmt: skip
+        return record
+
+    def check_input(self, shape: tuple[int, ...]) -> None:
+        """Raises ExportError where (C, H, W) is not the shape of an input."""
+        if shape != self.image_shape:
+            raise ExportError(f"{self.path} takes inputs of shape {list(self.image_shape)}: its preprocessing makes "
+                              f"{list(shape)}")  # fmt: skip
+
+
+def open_bundle(path: str | Path) -> Bundle:
+    """Check every file of a bundle and read its manifest. Nothing of it is loaded or run.
+
+    Raises:
+        ExportError: not a bundle, or a file is missing, changed, unlisted or a link; names the file.
+    """
+    path = Path(path)
+    manifest, contents = read_verified(path)
+    if manifest.get("format") != FORMAT:
+        raise ExportError(
+            f"{path} has format {manifest.get('format')!r:.20}: this version reads format {FORMAT}; export it again"
+        )
+    try:
+        precision = FORMATS[manifest["precision"]]
+        batch = Batch(*(_whole(manifest["batch"][key]) for key in ("min", "opt", "max")))
+        (entry,) = manifest["inputs"]
+        _, channels, height, width = entry["shape"]
+        input_name = str(entry["name"])
+        outputs = {str(output["name"]): tuple(output["shape"]) for output in manifest["outputs"]}
+        engines = tuple(_engine(name, facts, contents, precision) for name, facts in manifest["engines"].items())
+        if not outputs or not isinstance(manifest["model"], dict) or ONNX_FILE not in contents:
+            raise ValueError(f"expected outputs, a model and {ONNX_FILE}")
+        image_shape = (_whole(channels), _whole(height), _whole(width))
+        kept = frozenset(map(str, manifest["kept"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _foreign(path, error) from error
+    known = (precision, batch, input_name, image_shape, outputs, engines, kept)
+    return Bundle(path, manifest, contents, *known)
+
+
+def _whole(value: object) -> int:
+    if not isinstance(value, int):
+        raise TypeError(f"expected a whole number, got {value!r:.80}")
+    return value
+
+
+def _foreign(path: Path, error: Exception) -> ExportError:
+    return ExportError(f"{path}: not a bundle of this project ({type(error).__name__}: {error})")
+
+
+def _engine(name: str, facts: Mapping[str, Any], contents: Mapping[str, bytes], precision: Precision) -> Engine:
+    """An engine from the bytes that were checked: only under the name its flavour has in a bundle."""
+    flavour = FLAVOURS[facts["flavour"]]
+    if flavour.file_name != name:
+        raise ValueError(f"{name!r} is not the name of an engine of {flavour.name}")
+    config = EngineConfig.from_json(facts.get("options", {}))
+    if not isinstance(facts["version"], str):
+        raise TypeError(f"expected the version of an engine, got {facts['version']!r:.80}")
+    known = (facts["version"], precision, facts["convolutions"], facts["build_seconds"])
+    return Engine(flavour, contents[name], *known, config, gpu=str(facts["gpu"] or ""))

@@ -1,0 +1,96 @@
+"""The house: which room may import which, and that what runs on a device does without PyTorch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Room -> the rooms it may import, beside itself. A module's room is the longest of these names that it begins with.
+_RUNTIME = (
+    *("export.runtime.build", "export.runtime.verify", "export.runtime.artefacts", "export.runtime.engine_store"),
+    *("export.runtime.bundle", "export.runtime.engines", "export.runtime.parity"),
+    *("export.runtime.onnx_session", "export.runtime.runner"),
+)
+_LOWER = ("export.fusion", *_RUNTIME, "export.base", "kernels", "kernels.problems", "kernels.operators")
+_KERNELS = ("kernels.plan", "kernels.configs", "kernels.jit", "kernels.problems")
+RULE: dict[str, tuple[str, ...]] = {
+    "export": ("export.criteria", "export.report", "export.lowering", "export.quantisation", *_LOWER),
+    "export.benchmark": ("export.criteria", "export.lowering", "export.quantisation", *_LOWER, "kernels.launch"),
+    "export.criteria": ("export.lowering", "export.quantisation", *_LOWER),
+    "export.lowering": (*_LOWER, "kernels.launch"),
+    "export.quantisation": _LOWER,
+    "export.fusion": ("export.base", "kernels", "kernels.problems", "kernels.operators"),
+    "export.report": (*_RUNTIME, "export.base"),
+    "export.terminal": (*_RUNTIME, "export.base"),
+    **{room: (*_RUNTIME[index + 1 :], "export.base") for index, room in enumerate(_RUNTIME)},
+    "export.base": (),
+    "kernels": ("kernels.configs", "kernels.operators"),
+    "kernels.compile": _KERNELS,
+    "kernels.launch": (*_KERNELS, "kernels.operators"),
+    "kernels.plan": _KERNELS[1:],
+    "kernels.configs": ("kernels.problems",),
+    "kernels.oracle": ("kernels.problems",),
+    "kernels.operators": ("kernels.problems", "kernels.launch"),  # which a call on a GPU imports, and nothing before
+    "kernels.jit": (),
+    "kernels.problems": (),
+    "resnet.training": ("resnet.weights", "resnet.model_card", "resnet.initialise", "resnet.models", "resnet.data"),
+    **dict.fromkeys(("resnet.weights", "resnet.model_card", "resnet.initialise"), ("resnet.models", "resnet.data")),
+    "resnet.pretrained": (),
+    "resnet.models": (),
+    "resnet.data": (),
+}
+WITHOUT_TORCH = ("export.base", "export.runtime", "export.report", "export.terminal", "resnet.data")
+HIDDEN = ("torch", "triton", "onnxscript")
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    for top in ("export", "kernels", "resnet"):
+        for path in sorted((ROOT / top).rglob("*.py")):
+            yield ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"), path
+
+
+NAMES = {name for name, _ in modules()}
+
+
+def room(module: str) -> str:
+    return max((name for name in RULE if f"{module}.".startswith(f"{name}.")), key=len)
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The modules of the project that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in NAMES)
+        elif isinstance(node, ast.ImportFrom) and node.module in NAMES:
+            below = {f"{node.module}.{alias.name}" for alias in node.names} & NAMES
+            yield from below or {node.module}
+
+
+@pytest.mark.parametrize(("module", "path"), modules(), ids=lambda value: value if isinstance(value, str) else "")
+def test_a_room_imports_those_below_it(module: str, path: Path) -> None:
+    assert module == "resnet" or room(module) in RULE
+    if path.name == "__init__.py" and module in ("export", "resnet"):
+        return  # the public face imports what is asked for
+    own = room(module)
+    above = {f"{name} ({room(name)})" for name in imported(path) if room(name) not in (own, *RULE[own])}
+    assert not above, f"{module} ({own}) imports {', '.join(sorted(above))}"
+
+
+def test_rooms_of_the_device_do_without_pytorch() -> None:
+    wanted = [name for name in sorted(NAMES) if name.startswith(WITHOUT_TORCH)]
+    assert len(wanted) > 30
+    code = (
+        "import importlib, sys\n"
+        f"sys.modules.update(dict.fromkeys({HIDDEN}))\n"  # None: an import of it fails
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        f"for name in {wanted}: importlib.import_module(name)"
+    )
+    outcome = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True)
+    assert not outcome.returncode, outcome.stderr[-2000:]
