@@ -510,7 +510,7 @@ def test_an_engine_in_its_own_process(
 
     monkeypatch.setattr(build_module, "build_engine", engine)
     monkeypatch.setattr(
-        "export.runtime.engines.runner._DEVICE_ENGINE", "tests.export.runtime.engines.fake_tensorrt:build_module"
+        "export.runtime.engines.runner._DEVICE_ENGINE", "tests.export.runtime.engines.fake_tensorrt:device_engine"
     )
     found = build(summing.write(tmp_path / "b"))
     assert bool(found) == found.file.exists() == (behaviour == "")
