@@ -70,11 +70,7 @@ def test_one_step_equals_a_restatement_of_network_loss_and_adam_in_float64() -> 
     def step(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         loss, logits, norm = training_step(model, make_optimizer(model, config), images, labels, config)
-        numbers = {
-            "loss": torch.tensor(loss, dtype=torch.float64),
-            "logits": logits,
-            "length": torch.tensor(norm, dtype=torch.float64),
-        }
+        loss, norm = torch.tensor([loss, norm], dtype=torch.float64)
         steps = {f"step of {name}": p.detach() - before[name] for name, p in model.named_parameters()}
         gradients = {f"gradient of {name}": p.grad for name, p in model.named_parameters()}
         return {"loss": loss, "logits": logits, "length": norm, **gradients, **steps}
