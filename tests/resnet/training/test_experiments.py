@@ -67,7 +67,8 @@ def test_gradient_norms_are_those_of_autograd_and_leave_the_model_as_it_was() ->
     assert [*norms] == [name for name, module in model.named_modules() if hasattr(module, "stride") or name == "fc"]
     for name, norm in norms.items():
         weight = model.get_submodule(name).weight
-        assert norm == pytest.approx(weight.grad.norm().item(), rel=1e-4), name
+        # the same operations in the same order, but for the norm of one gradient
+        assert norm == pytest.approx(weight.grad.norm().item(), rel=weight.numel() ** 0.5 * 2**-23), name
 
 
 def test_before_training_the_gradients_of_a_deep_plain_network_are_spread_and_those_of_a_residual_one_are_not() -> None:
@@ -94,7 +95,7 @@ def test_the_shallowest_within_one_standard_error_is_recommended() -> None:
 
 def test_an_accuracy_of_all_is_not_certain() -> None:
     assert standard_error(1.0, 143) == pytest.approx((145 / 147 * 2 / 147 / 147) ** 0.5)
-    assert standard_error(0.5, 10_000) == pytest.approx(0.005, rel=1e-3)
+    assert standard_error(0.5, 10_000) == pytest.approx(0.5 / 10_004**0.5)
 
 
 def test_cost_counts_multiply_adds_and_weights() -> None:
