@@ -143,15 +143,17 @@ def test_it_learns_and_the_file_holds_what_it_learned(tmp_path: Path) -> None:
     splits = open_splits("digits")
     preprocessing = suggest_preprocessing(splits.train, (8, 8))
     result = train("resnet8", splits, preprocessing, TrainingConfig(epochs=6, warmup_epochs=1), tmp_path)
-    assert result.test_accuracy > 0.85
+    assert result.test_accuracy > 0.85  # far from the edge: it reaches 0.94 and more from any seed tried
     assert result.kept is result.epochs[-1]
     model = create_model("resnet8", in_channels=1).eval()
     load_weights(model, tmp_path / MODEL_FILE)
     images = torch.from_numpy(splits.test.inputs(range(len(splits.test)), preprocessing))
-    with torch.no_grad():
-        hits = (model(images).argmax(1).numpy() == splits.test.labels).mean()
+    with torch.no_grad():  # in the batches that training counts in: the same numbers, whatever the machine
+        found = torch.cat([model(batch).argmax(1) for batch in images.split(TrainingConfig().batch_size)]).numpy()
     card = read_model_card(tmp_path / MODEL_FILE)
-    assert card is not None and card.accuracy == result.test_accuracy == pytest.approx(hits)
+    assert card is not None and card.accuracy == result.test_accuracy == (found == splits.test.labels).sum() / len(
+        found
+    )
     assert (card.model, card.data, card.classes) == ("resnet8", "digits", tuple("0123456789"))
     rows = [*csv.DictReader((tmp_path / LOG_FILE).open())]
     assert [int(row["epoch"]) for row in rows] == [1, 2, 3, 4, 5, 6]
