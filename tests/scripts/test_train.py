@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.benchmark import Timer
 
 from resnet.training import experiments, loop
 from tests.scripts.loading import ROOT, exit_code
@@ -91,6 +92,7 @@ def test_an_experiment_writes_a_table_a_picture_and_its_numbers(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(experiments, "DEPTHS", (8, 14))  # of six, which take longer and show no more here
     monkeypatch.setattr(loop, "_FILE_WORKERS", 0)  # which would be copies of this process
+    monkeypatch.setattr(Timer, "blocked_autorange", lambda timer, **_: timer.timeit(1))  # no second for each
     arguments = ("depths", "--data", pictures, "--epochs", "1", "--warmup-epochs", "0", "--batch-size", "8",
                  "--image-size", "8", "--output", "results")  # fmt: skip
     assert exit_code("train", *arguments) == 0

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.benchmark import Timer
 
 from resnet.data.labelled import LabelledImages, Splits
 from resnet.data.preprocessing import Preprocessing
@@ -106,9 +107,8 @@ def test_cost_counts_multiply_adds_and_weights() -> None:
     stage2 = 4 * 4 * 32 * (16 * 9 + 32 * 9 + 16)
     stage3 = 2 * 2 * 64 * (32 * 9 + 64 * 9 + 32)
     assert spent.macs == first + stage1 + stage2 + stage3 + 64 * 5
-    assert spent.parameters == sum(
-        p.numel() for p in create_model("resnet8", in_channels=1, num_classes=5).parameters()
-    )
+    model = create_model("resnet8", in_channels=1, num_classes=5)
+    assert spent.parameters == sum(p.numel() for p in model.parameters())
     assert spent.seconds > 0
 
 
@@ -143,7 +143,8 @@ def test_the_report_of_plain_against_residual_says_what_was_measured(stripes) ->
     assert page.startswith("# Plain against residual") and "![" in page and "| plain20 | 2.000 | 50.00 |" in page
 
 
-def test_the_report_of_depths_recommends(stripes) -> None:
+def test_the_report_of_depths_recommends(stripes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Timer, "blocked_autorange", lambda timer, **_: timer.timeit(1))  # no second for each
     report = depths_report([outcome("resnet8", 0.5), outcome("resnet14", 0.95)], *stripes)
     assert report.findings[0].startswith("Recommended: resnet14") and report.picture.startswith(PNG)
     assert report.rows[0][0] == "resnet8" and report.rows[0][3] == "1.00"
@@ -177,3 +178,5 @@ def test_every_experiment_can_be_asked_for() -> None:
     for experiment in EXPERIMENTS.values():
         trials = experiment.trials("resnet8", TrainingConfig())
         assert len({trial.label for trial in trials}) == len(trials)
+    depths = [trial.model for trial in EXPERIMENTS["depths"].trials("resnet8", TrainingConfig())]
+    assert depths == [f"resnet{depth}" for depth in (8, 14, 20, 32, 44, 56)]

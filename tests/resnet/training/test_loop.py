@@ -227,11 +227,10 @@ def test_with_patience_the_last_of_the_best_epochs_is_kept(digits, tmp_path: Pat
 
 
 def test_a_loss_that_is_not_finite_ends_it_in_one_line(digits, tmp_path: Path) -> None:
-    with pytest.raises(
-        TrainingError, match=r"^the loss became \S+ in epoch 1, step \d+: expected a finite one.*rate"
-    ) as e:
+    expected = r"^the loss became \S+ in epoch 1, step \d+: expected a finite one.*rate"
+    with pytest.raises(TrainingError, match=expected) as caught:
         train("resnet8", *digits, replace(QUICK, learning_rate=1e30, warmup_epochs=0, clip=0.0), tmp_path)
-    assert "\n" not in str(e.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_folder_with_a_training_is_not_overwritten(digits, tmp_path: Path) -> None:
