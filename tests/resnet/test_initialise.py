@@ -1,4 +1,8 @@
+"""Initialised networks: good evidence for comparisons, and dependent on nothing but model, images and seed."""
+
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import pytest
@@ -56,43 +60,33 @@ def gather(model: nn.Module, images: Tensor) -> Evidence:
 
 def weaknesses(found: Evidence) -> list[str]:
     """Why nothing could be concluded from a network with this evidence; empty if something can."""
-    return [
-        what
-        for what, weak in [
-            ("default statistics", found.default_statistics),
-            ("no folded bias", min(found.folded_bias) < 1e-3),
-            ("ReLU nearly always on or off", not all(0.1 <= a <= 0.9 for a in found.active)),
-            (
-                "branch drowned by the shortcut or the other way round",
-                not all(0.05 <= b <= 20 for b in found.branch),
-            ),
-            ("logits hardly depend on the image", not found.variation >= 0.3),
-            ("fewer than 3 classes", not found.classes >= 3),
-        ]
-        if weak
-    ]
+    weak = {
+        "default statistics": found.default_statistics,
+        "no folded bias": min(found.folded_bias) < 1e-3,
+        "ReLU nearly always on or off": not all(0.1 <= a <= 0.9 for a in found.active),
+        "branch drowned by the shortcut or the other way round": not all(0.05 <= b <= 20 for b in found.branch),
+        "logits hardly depend on the image": not found.variation >= 0.3,
+        "fewer than 3 classes": not found.classes >= 3,
+    }
+    return [what for what, is_so in weak.items() if is_so]
 
 
-# (name, image size): the deep and wide ones on smaller images, to keep the tests short
-CASES = [
-    ("resnet18", 224),
-    ("resnet50", 224),
-    ("resnet152", 96),
-    ("resnext50_32x4d", 64),
-    *((name, 32) for name in ("resnet20", "resnet56", "resnet110", "plain20", "plain56", "plain110")),
-]
+# image sizes: small ones, which show as much in less time
+SIZES = {"resnet18": 112, "resnet50": 96, "resnet152": 64, "resnext50_32x4d": 64}
+SIZES |= dict.fromkeys(("resnet20", "resnet110", "plain20", "plain110"), 32)
 
 
-@pytest.mark.parametrize(("name", "size"), CASES, ids=[f"{name}-{size}" for name, size in CASES])
-def test_initialised_network_is_good_evidence_on_other_images(photographs, name, size):
-    model = initialise(create_model(name), photographs.crops(16, size, seed=1))
-    found = gather(model, photographs.crops(8, size, seed=2))
+@pytest.mark.parametrize("name", SIZES)
+def test_initialised_network_is_good_evidence_on_other_images(photographs, name):
+    model = initialise(create_model(name), photographs.crops(16, SIZES[name], seed=1))
+    found = gather(model, photographs.crops(8, SIZES[name], seed=2))
     assert weaknesses(found) == []
-    assert len(found.active) > 8 and len(found.branch) == sum(MODELS[name].depths) * name.startswith(("resne", "wide"))
+    assert len(found.active) > 8 and len(found.branch) == sum(MODELS[name].depths) * name.startswith("resne")
     # room to the limits, for other images than these
     assert min(found.active) >= 0.2 and max(found.active) <= 0.88
     assert all(0.06 <= b <= 1 for b in found.branch)
     assert found.variation >= 0.6
+    assert found.margin > 0.3 or SIZES[name] == 32
 
 
 def test_fresh_network_is_not(photographs):
@@ -100,40 +94,34 @@ def test_fresh_network_is_not(photographs):
     assert {"default statistics", "no folded bias", "logits hardly depend on the image"} <= set(weaknesses(found))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_best_logit_stands_out(photographs, name):
-    images = photographs.crops(16, 64, seed=1)
-    others = photographs.crops(24, 64, seed=2)
-    model = initialise(create_model(name), images)
-    assert gather(model, others).margin > 0.3
-    with torch.no_grad():  # the same network with the usual random classifier leaves the best two close
-        nn.init.normal_(model.fc.weight, generator=torch.Generator().manual_seed(0))
-    assert gather(model, others).margin < 0.3
-
-
-@pytest.mark.parametrize("name", ["resnet18", "resnet20", "plain20"])
-def test_statistics_are_those_of_the_images(photographs, name):
-    size = 96 if MODELS[name].image_size == 224 else 32
-    images = photographs.crops(8, size, seed=1)
-    model = initialise(create_model(name), images)
-    inputs: dict[nn.Module, Tensor] = {}
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.register_forward_pre_hook(lambda m, args: inputs.__setitem__(m, args[0].double()))
+def test_the_usual_random_classifier_leaves_the_best_two_logits_close(photographs):
+    model = initialise(create_model("resnet18"), photographs.crops(16, 64, seed=1))
     with torch.no_grad():
-        y = model(images)
+        nn.init.normal_(model.fc.weight, generator=torch.Generator().manual_seed(0))
+    assert gather(model, photographs.crops(24, 64, seed=2)).margin < 0.3
+
+
+@pytest.mark.parametrize(("name", "size"), [("resnet18", 96), ("resnet20", 32), ("plain20", 32)])
+def test_statistics_are_those_of_the_images(photographs, name, size):
+    images, inputs, eps = photographs.crops(8, size, seed=1), {}, torch.finfo(torch.float32).eps
+    model = initialise(create_model(name), images)
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for module in (*norms, model.fc):
+        module.register_forward_pre_hook(lambda m, args: inputs.__setitem__(m, args[0].double()))
+    with torch.no_grad():
+        y = model(images).double()
     for norm in norms:
         x = inputs[norm].transpose(0, 1).flatten(1)
-        torch.testing.assert_close(norm.running_mean.double(), x.mean(dim=1), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(norm.running_var.double(), x.var(dim=1, correction=0), rtol=1e-4, atol=1e-7)
-    assert float(y.mean(dim=0).abs().max()) < 1e-3
-    assert float(y.std()) == pytest.approx(1, rel=1e-2)
-
-
-def test_running_variances_are_small_enough_to_show_a_wrong_eps(photographs):
-    model = initialise(create_model("resnet18"), photographs.crops(8, 96, seed=1))
-    variances = [m.running_var.median() for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert max(variances) < 0.5
+        mean, square = x.mean(dim=1), x.square().mean(dim=1)
+        rounding = eps * x.shape[1] ** 0.5 * square  # of a sum in float32; counting N - 1 instead of N is more
+        assert ((norm.running_var - x.var(dim=1, correction=0)).abs() <= rounding).all()
+        assert ((norm.running_mean - mean).abs() <= eps * (x.shape[1] * square).sqrt()).all()
+    features = inputs[model.fc]
+    products = features.abs() @ model.fc.weight.detach().double().abs().T
+    rounding = eps * features.shape[1] ** 0.5 * float(products.max())
+    assert float(y.mean(dim=0).abs().max()) <= rounding and abs(float(y.std()) - 1) <= rounding
+    if name == "resnet18":  # variances are small enough to show a wrong eps
+        assert max(norm.running_var.median() for norm in norms) < 0.5
 
 
 def test_leaves_nothing_behind(photographs):
@@ -153,21 +141,23 @@ def reference(photographs):
     return bits(initialise(create_model("resnet20"), photographs.crops(8, 32, seed=1), seed=3))
 
 
-class default_dtype:
-    def __enter__(self):
-        torch.set_default_dtype(torch.float64)
-
-    def __exit__(self, *_):
-        torch.set_default_dtype(torch.float32)
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 AMBIENT = {
-    "nothing": lambda: torch.enable_grad(),
-    "default-dtype": default_dtype,
+    "nothing": torch.enable_grad,
+    "default-dtype": lambda: default_dtype(torch.float64),
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "inference-mode": torch.inference_mode,
     "default-device": lambda: torch.device("meta"),
-    "global-seed": lambda: torch.random.fork_rng(),
+    "global-seed": torch.random.fork_rng,
 }
 
 
@@ -195,8 +185,7 @@ def test_seeds_differ(photographs, reference):
     assert all(other[n] != reference[n] for n in other if not n.endswith("num_batches_tracked"))
 
 
-@pytest.mark.parametrize("classes", [1, 2, 5, 300])
-@pytest.mark.parametrize("count", [2, 7])
+@pytest.mark.parametrize(("classes", "count"), [(1, 7), (2, 2), (5, 7), (300, 2)])
 def test_any_class_count_and_few_images(photographs, classes, count):
     images = photographs.crops(count, 32, seed=1)[:, :1]
     model = initialise(create_model("resnet20", num_classes=classes, in_channels=1), images)
@@ -208,20 +197,21 @@ def test_any_class_count_and_few_images(photographs, classes, count):
 IMAGES = torch.linspace(-1, 1, 4 * 3 * 32 * 32).reshape(4, 3, 32, 32)
 
 
-@pytest.mark.parametrize(
-    ("images", "message"),
-    [
-        pytest.param(IMAGES.double(), "float32.*float64", id="float64"),
-        pytest.param(IMAGES.mul(255).byte(), "float32.*uint8", id="uint8"),
-        pytest.param(IMAGES[0], r"N >= 2, 3, H, W\], got \[3, 32, 32\]", id="one-image-no-batch"),
-        pytest.param(IMAGES[:1], r"got \[1, 3, 32, 32\]", id="one-image"),
-        pytest.param(IMAGES[:0], r"got \[0, 3, 32, 32\]", id="no-image"),
-        pytest.param(IMAGES[:, :1], r"got \[4, 1, 32, 32\]", id="channels"),
-        pytest.param(IMAGES.clone().index_fill_(0, torch.tensor(2), float("nan")), "finite", id="nan"),
-        pytest.param(IMAGES.clone().index_fill_(3, torch.tensor(7), float("inf")), "finite", id="inf"),
-    ],
-)
-def test_bad_images_are_refused_before_the_model_is_changed(images, message):
+BAD_IMAGES = {
+    "float64": (IMAGES.double(), "float32.*float64"),
+    "uint8": (IMAGES.mul(255).byte(), "float32.*uint8"),
+    "one-image-no-batch": (IMAGES[0], r"N >= 2, 3, H, W\], got \[3, 32, 32\]"),
+    "one-image": (IMAGES[:1], r"got \[1, 3, 32, 32\]"),
+    "no-image": (IMAGES[:0], r"got \[0, 3, 32, 32\]"),
+    "channels": (IMAGES[:, :1], r"got \[4, 1, 32, 32\]"),
+    "nan": (IMAGES.clone().index_fill_(0, torch.tensor(2), float("nan")), "finite"),
+    "inf": (IMAGES.clone().index_fill_(3, torch.tensor(7), float("inf")), "finite"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_IMAGES)
+def test_bad_images_are_refused_before_the_model_is_changed(case):
+    images, message = BAD_IMAGES[case]
     model = create_model("resnet20")
     before = bits(model)
     with pytest.raises(ValueError, match=message):

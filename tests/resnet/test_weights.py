@@ -9,6 +9,7 @@ import tarfile
 import threading
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,7 @@ def assert_loaded(model: nn.Module, state: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth", ".PTH", ".pth.tar"])
 def test_loads(model, state, tmp_path, suffix):
     path = save(state, tmp_path / f"weights{suffix}")
-    info = load_weights(model.train(), path)
+    info = load_weights(model.train(), str(path))
     assert_loaded(model, state)
     assert model.training
     assert info.path == str(path)
@@ -94,44 +95,43 @@ def test_loads_the_format_before_zip(model, state, tmp_path):
     assert_loaded(model, state)
 
 
-def test_path_may_be_text(model, state, tmp_path):
-    load_weights(model, str(save(state, tmp_path / "weights.pt")))
-    assert_loaded(model, state)
-
-
 def prefixed(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {prefix + name: tensor for name, tensor in state.items()}
 
 
+def other(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights that must not be taken."""
+    return {name: tensor + 1 for name, tensor in state.items()}
+
+
+def from_timm(state: dict[str, Tensor]) -> dict[str, object]:
+    momentum = {"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]}
+    arguments = argparse.Namespace(model="resnet18", mean=(0.5,), opt_kwargs={}, aug=None)
+    written = {"epoch": 7, "optimizer": momentum, "args": arguments}
+    return {**written, "state_dict_ema": other(state), "state_dict": state}
+
+
+# what is saved, and what is reported of it: wrappers removed and entries ignored
 WRAPPED = {
-    "state_dict": (lambda s: {"epoch": 3, "state_dict": s}, ("state_dict",), ("epoch",)),
-    "model": (lambda s: {"model": s, "optimizer": {}, "args": [1]}, ("model",), ("optimizer", "args")),
-    "model_state_dict": (lambda s: {"model_state_dict": s, "loss": 0.5}, ("model_state_dict",), ("loss",)),
-    "model_ema": (lambda s: {"model_ema": s, "step": 1}, ("model_ema",), ("step",)),
-    "ema": (lambda s: {"ema": s}, ("ema",), ()),
-    "state_dict_ema": (lambda s: {"state_dict_ema": s, "epoch": 9}, ("state_dict_ema",), ("epoch",)),
-    "timm": (
-        lambda s: {
-            "epoch": 7,
-            "arch": "resnet18",
-            "optimizer": {"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]},
-            "args": argparse.Namespace(model="resnet18", mean=(0.5,), opt_kwargs={}, aug=None),
-            "state_dict_ema": {k: v + 1 for k, v in s.items()},
-            "state_dict": s,
-        },
-        ("state_dict",),
-        ("epoch", "arch", "optimizer", "args", "state_dict_ema"),
-    ),
-    "model-before-ema": (lambda s: {"ema": {k: v + 1 for k, v in s.items()}, "model": s}, ("model",), ("ema",)),
+    **{
+        key: (lambda s, key=key: {key: s, "epoch": 3}, (key,), ("epoch",))
+        for key in ("state_dict", "model_state_dict", "model", "state_dict_ema", "model_ema", "ema")
+    },
+    "timm": (from_timm, ("state_dict",), ("epoch", "optimizer", "args", "state_dict_ema")),
+    "model-before-ema": (lambda s: {"ema": other(s), "model": s}, ("model",), ("ema",)),
     "nested": (lambda s: {"model": {"state_dict": s, "x": 1}, "y": 2}, ("model", "state_dict"), ("y", "x")),
     "ddp": (lambda s: prefixed("module.", s), ("module.*",), ()),
     "lightning": (lambda s: prefixed("model.", s), ("model.*",), ()),
-    "compiled": (lambda s: prefixed("_orig_mod.", s), ("_orig_mod.*",), ()),
     "compiled-ddp": (lambda s: prefixed("module._orig_mod.", s), ("module.*", "_orig_mod.*"), ()),
     "everything": (
         lambda s: {"state_dict": OrderedDict(prefixed("model.module.", s)), "epoch": 1},
         ("state_dict", "model.*", "module.*"),
         ("epoch",),
+    ),
+    "averaged-by-pytorch": (
+        lambda s: {"model_ema": torch.optim.swa_utils.AveragedModel(trained(), use_buffers=True).state_dict()},
+        ("model_ema", "n_averaged", "module.*"),
+        (),
     ),
 }
 
@@ -144,31 +144,8 @@ def test_wrappers_are_removed_and_reported(model, state, tmp_path, caplog, case)
         info = load_weights(model, path)
     assert_loaded(model, state)
     assert (info.wrappers, info.ignored) == (wrappers, ignored)
-    assert len(caplog.messages) == 1
-    assert all(word in caplog.messages[0] for word in (*wrappers, *ignored, info.sha256, str(path)))
-
-
-# sha256 of the lines "name shape" of the state dicts of timm 1.0.31 and of torchvision 0.28, which are the same
-PUBLISHED_TENSORS = {
-    "resnet18": "66b04efc1dfd4b80",
-    "resnet34": "4aa3e2bbbdc5e2fd",
-    "resnet50": "614cd53ddf849669",
-    "resnet101": "593b3bde446ee903",
-    "resnet152": "9ce3831312550858",
-    "resnext50_32x4d": "5157aafec2a2c5e4",
-    "resnext101_32x8d": "98e3cd7345111310",
-    "resnext101_64x4d": "945d960d03b26b2a",
-    "wide_resnet50_2": "bf71ae35ce444195",
-    "wide_resnet101_2": "2f1e7d726d1251d2",
-}
-
-
-@pytest.mark.parametrize("name", PUBLISHED_TENSORS)
-def test_tensors_are_those_of_timm_and_torchvision(name):
-    with torch.device("meta"):
-        tensors = create_model(name).state_dict()
-    lines = "\n".join(f"{key} {list(tensor.shape)}" for key, tensor in tensors.items())
-    assert hashlib.sha256(lines.encode()).hexdigest()[:16] == PUBLISHED_TENSORS[name]
+    (message,) = caplog.messages
+    assert all(word in message for word in (*wrappers, *ignored, info.sha256, str(path)))
 
 
 def test_other_architecture_of_timm_is_refused(tmp_path):
@@ -185,23 +162,8 @@ def test_other_architecture_of_timm_is_refused(tmp_path):
     with pytest.raises(WeightsError) as caught:
         load_weights(model, path)
     message = str(caught.value)
-    assert (
-        message.startswith(f"{path}: tensors do not fit the model: 17 missing (conv1.weight, ") and "\n" not in message
-    )
+    assert message.startswith(f"{path}: tensors do not fit the model: 17 missing (conv1.weight, ")
     assert " unexpected (" in message and " misshapen (layer1.0.downsample.1.weight: file " in message
-
-
-def test_averaged_model_as_pytorch_writes_it(model, state, tmp_path):
-    averaged = torch.optim.swa_utils.AveragedModel(trained(), use_buffers=True).state_dict()
-    info = load_weights(model, save({"model_ema": averaged}, tmp_path / "weights.pt"))
-    assert_loaded(model, state)
-    assert info.wrappers == ("model_ema", "n_averaged", "module.*")
-
-
-def test_prefix_on_some_names_only_is_no_wrapper(model, state, tmp_path):
-    state["module.fc.bias"] = state.pop("fc.bias")
-    message = refusal(model, save(state, tmp_path / "weights.pt"))
-    assert "1 missing (fc.bias), 1 unexpected (module.fc.bias)" in message
 
 
 def test_batch_counters_may_be_missing(model, state, tmp_path):
@@ -222,12 +184,19 @@ def test_other_precisions_are_converted_and_reported(model, state, tmp_path, dty
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
+def changed(**tensors: Tensor) -> Callable[[dict[str, Tensor]], object]:
+    """Other tensors in place of some; `__` in a name is a dot."""
+    return lambda state: state.update({name.replace("__", "."): tensor for name, tensor in tensors.items()})
+
+
+SEVEN_CLASSES = {"fc__weight": torch.ones(7, 64), "fc__bias": torch.ones(7)}
+ONE_CHANNEL = {"conv1__weight": torch.ones(16, 1, 3, 3)}
 # what is wrong with the tensors: a change to a sound state dict, and the words that must say so
 MISFITS = {
     "missing": (lambda s: s.pop("bn1.weight"), r"1 missing \(bn1.weight\)$"),
-    "unexpected": (lambda s: s.update(head=torch.ones(2)), r"1 unexpected \(head\)$"),
+    "unexpected": (changed(head=torch.ones(2)), r"1 unexpected \(head\)$"),
     "misshapen": (
-        lambda s: s.update({"layer1.0.conv1.weight": torch.ones(16, 16, 5, 5)}),
+        changed(layer1__0__conv1__weight=torch.ones(16, 16, 5, 5)),
         r"1 misshapen \(layer1.0.conv1.weight: file \[16, 16, 5, 5\], model \[16, 16, 3, 3\]\)$",
     ),
     "many": (
@@ -235,50 +204,42 @@ MISFITS = {
         r"35 missing \(layer3.0.conv1.weight, layer3.0.bn1.weight, layer3.0.bn1.bias, ...\)$",
     ),
     "empty": (lambda s: s.clear(), r"107 missing \(conv1.weight, "),
+    "prefix-on-one-name": (
+        lambda s: s.update({"module.fc.bias": s.pop("fc.bias")}),
+        r"1 missing \(fc.bias\), 1 unexpected \(module.fc.bias\)",
+    ),
+    "other-architecture": (
+        lambda s: s.update(create_model("resnet32").state_dict()),
+        r"model: 72 unexpected \(layer1\.3\.[^;]+$",
+    ),
     "classes": (
-        lambda s: s.update({"fc.weight": torch.ones(7, 64), "fc.bias": torch.ones(7)}),
+        changed(**SEVEN_CLASSES),
         r"7 classes, the model has 10 \(fc.weight: file \[7, 64\], model \[10, 64\]\); try --num-classes 7$",
     ),
     "channels": (
-        lambda s: s.update({"conv1.weight": torch.ones(16, 1, 3, 3)}),
+        changed(**ONE_CHANNEL),
         r"1 input channels, the model has 3 \(conv1.weight: .*\); try --in-channels 1$",
     ),
-    "classes-and-channels": (
-        lambda s: s.update(
-            {
-                "conv1.weight": torch.ones(16, 1, 3, 3),
-                "fc.weight": torch.ones(7, 64),
-                "fc.bias": torch.ones(7),
-            }
-        ),
-        r"try --in-channels 1; .*try --num-classes 7$",
-    ),
-    "other-fc": (
-        lambda s: s.update({"fc.weight": torch.ones(7, 32)}),
-        r"1 misshapen \(fc.weight: file \[7, 32\]",
-    ),
+    "classes-and-channels": (changed(**ONE_CHANNEL, **SEVEN_CLASSES), r"try --in-channels 1; .*try --num-classes 7$"),
+    "other-fc": (changed(fc__weight=torch.ones(7, 32)), r"1 misshapen \(fc.weight: file \[7, 32\]"),
     "nan": (lambda s: s["layer2.0.bn1.bias"].fill_(float("nan")), r"NaN or Inf in layer2.0.bn1.bias;"),
     "inf": (lambda s: s["fc.weight"][3, 5:6].fill_(-float("inf")), r"NaN or Inf in fc.weight;"),
-    "overflow": (lambda s: s.update({"fc.bias": torch.ones(10).double() * 1e300}), r"NaN or Inf in fc.bias;"),
+    "overflow": (changed(fc__bias=torch.ones(10).double() * 1e300), r"NaN or Inf in fc.bias;"),
     "negative-variance": (
         lambda s: s["layer1.2.bn2.running_var"][-1:].fill_(-1e-12),
         r"negative variance in layer1.2.bn2.running_var;",
     ),
-    "integers": (lambda s: s.update({"fc.bias": torch.ones(10, dtype=torch.int64)}), r"fc.bias is int64"),
-    "complex": (
-        lambda s: s.update({"fc.bias": torch.ones(10, dtype=torch.complex64)}),
-        r"fc.bias is complex64",
-    ),
-    "counter": (lambda s: s.update({"bn1.num_batches_tracked": torch.tensor(0.5)}), r"tracked is float32"),
+    "integers": (changed(fc__bias=torch.ones(10, dtype=torch.int64)), r"fc.bias is int64"),
+    "complex": (changed(fc__bias=torch.ones(10, dtype=torch.complex64)), r"fc.bias is complex64"),
+    "counter": (changed(bn1__num_batches_tracked=torch.tensor(0.5)), r"tracked is float32"),
 }
 
 
 @pytest.mark.parametrize("case", MISFITS)
-@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-def test_misfits_are_refused(model, state, tmp_path, case, suffix):
+def test_misfits_are_refused(model, state, tmp_path, case):
     change, expected = MISFITS[case]
     change(state)
-    message = refusal(model, save(state, tmp_path / f"weights{suffix}"))
+    message = refusal(model, save(state, tmp_path / "weights.safetensors"))
     assert re.search(expected, message), message
 
 
@@ -286,11 +247,6 @@ def test_misfits_are_refused(model, state, tmp_path, case, suffix):
 def test_tensors_without_plain_data_are_refused(model, state, tmp_path, tensor):
     message = refusal(model, save(state | {"fc.bias": tensor}, tmp_path / "weights.pt"))
     assert "fc.bias is float32" in message
-
-
-def test_other_architecture_is_refused(model, tmp_path):
-    message = refusal(model, save(create_model("resnet32").state_dict(), tmp_path / "weights.pt"))
-    assert "72 unexpected (layer1.3.conv1.weight, " in message and "--num-classes" not in message
 
 
 CONTENT = {
@@ -315,33 +271,22 @@ def zip_archive(path: Path) -> None:
         archive.writestr("readme.txt", "x" * 100)
 
 
-def tar_archive(path: Path) -> None:
-    with tarfile.open(path, "w") as archive:
-        archive.addfile(tarfile.TarInfo("folder/"))
-
-
 NOT_WEIGHTS = {
     "empty": (lambda p: p.write_bytes(b""), "0 bytes, looks like an empty file"),
     "html": (lambda p: p.write_text("\n<!DOCTYPE html><html>404</html>"), "32 bytes, looks like an HTML page"),
     "text": (lambda p: p.write_text("not found\n"), "10 bytes, looks like text"),
-    "lfs": (
-        lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
-        "looks like a git-lfs pointer",
-    ),
+    "lfs": (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\n"), "looks like a git-lfs pointer"),
     "zip": (zip_archive, "looks like a zip archive"),
-    "tar": (tar_archive, "looks like a tar archive"),
+    "tar": (lambda p: p.write_bytes(tarfile.TarInfo("folder/").tobuf()), "looks like a tar archive"),
     "random": (lambda p: p.write_bytes(bytes(range(128, 256)) * 40), "5120 bytes, looks like binary data"),
     "pickle": (lambda p: p.write_bytes(pickle.dumps({"a": 1})[:-1]), "looks like a pickle"),
-    "huge-header": (
-        lambda p: p.write_bytes(b"\xff" * 7 + b"\x7f{}" + b" " * 99),
-        "a truncated safetensors file",
-    ),
+    "huge-header": (lambda p: p.write_bytes(b"\xff" * 7 + b"\x7f{}" + b" " * 99), "a truncated safetensors file"),
 }
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("case", NOT_WEIGHTS)
-@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth", ".pth.tar"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth.tar"])
 def test_files_that_are_no_weights_are_refused(model, tmp_path, case, suffix):
     write, expected = NOT_WEIGHTS[case]
     path = tmp_path / f"weights{suffix}"
@@ -356,26 +301,22 @@ def test_files_that_are_no_weights_are_refused(model, tmp_path, case, suffix):
 @pytest.mark.parametrize(("suffix", "look"), [(".safetensors", "safetensors file"), (".pt", "a truncated zip archive")])
 def test_truncated_files_are_refused(model, state, tmp_path, kept, suffix, look):
     path = save(state, tmp_path / f"weights{suffix}")
-    whole = path.read_bytes()
-    path.write_bytes(whole[: int(kept * len(whole))])
-    assert f"{int(kept * len(whole))} bytes, looks like" in (message := refusal(model, path))
-    assert look in message
+    size = int(kept * path.stat().st_size)
+    os.truncate(path, size)
+    assert re.search(f" {size} bytes, looks like .*{look}", refusal(model, path))
 
 
 @pytest.mark.parametrize(
     ("written", "named", "look"),
-    [(".pt", ".safetensors", "a torch.save archive"), (".safetensors", ".pt", "a safetensors file")],
-    ids=["torch-as-safetensors", "safetensors-as-torch"],
+    [
+        (".pt", "renamed.safetensors", "looks like a torch.save archive"),
+        (".safetensors", "renamed.pt", "looks like a safetensors file"),
+        *((".pt", name, "expected one of .safetensors, .pt, .pth, .tar") for name in ("a.bin", "weights", "a.pt.gz")),
+    ],
 )
-def test_wrong_suffix_says_what_the_file_is(model, state, tmp_path, written, named, look):
-    path = save(state, tmp_path / f"weights{written}").rename(tmp_path / f"renamed{named}")
-    assert f"looks like {look}" in refusal(model, path)
-
-
-@pytest.mark.parametrize("name", ["weights.bin", "weights", "weights.pt.gz"])
-def test_other_suffixes_are_refused(model, tmp_path, name):
-    (tmp_path / name).write_bytes(b"x")
-    assert "expected one of .safetensors, .pt, .pth, .tar" in refusal(model, tmp_path / name)
+def test_wrong_suffix_is_refused(model, state, tmp_path, written, named, look):
+    path = save(state, tmp_path / f"weights{written}").rename(tmp_path / named)
+    assert look in refusal(model, path)
 
 
 class Payload:
@@ -429,15 +370,25 @@ def test_old_pytorch_opens_no_pickles(model, state, tmp_path, monkeypatch, versi
     assert_loaded(model, state)
 
 
+def unreadable(path: Path) -> Path:
+    """A file whose first byte cannot be read."""
+    path.symlink_to("/proc/self/mem")
+    return path
+
+
 NO_FILES = {
     "missing": (lambda folder: folder / "weights.pt", "No such file"),
     "through-a-file": (lambda folder: save({}, folder / "file.pt") / "weights.pt", "Not a directory"),
     "directory": (lambda folder: folder.rename(folder.with_suffix(".pt")), "a directory; expected a regular file"),
+    "read-errors": (lambda folder: unreadable(folder / "weights.pt"), "bytes, cannot be read ("),
+    "read-errors-too": (lambda folder: unreadable(folder / "weights.safetensors"), "bytes, cannot be read ("),
 }
 
 
 @pytest.mark.parametrize("case", NO_FILES)
 def test_paths_that_are_no_files_are_refused(model, tmp_path, case):
+    if "read-errors" in case and not Path("/proc/self/mem").exists():
+        pytest.skip("needs a file whose first byte is unreadable")
     make, expected = NO_FILES[case]
     (tmp_path / "folder").mkdir()
     assert expected in refusal(model, make(tmp_path / "folder"))
@@ -448,15 +399,8 @@ def test_pipe_is_refused_without_waiting(model, tmp_path):
     messages: list[str] = []
     thread = threading.Thread(target=lambda: messages.append(refusal(model, tmp_path / "weights.pt")), daemon=True)
     thread.start()
-    thread.join(timeout=20)
+    thread.join(timeout=600)  # against waiting for ever; a busy machine is slow
     assert messages and "a pipe, socket or device" in messages[0]
-
-
-@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file whose first byte is unreadable")
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_file_with_read_errors_is_refused(model, tmp_path, suffix):
-    (tmp_path / f"weights{suffix}").symlink_to("/proc/self/mem")
-    assert "bytes, cannot be read (" in refusal(model, tmp_path / f"weights{suffix}")
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -465,9 +409,7 @@ def test_file_without_permission_is_refused(model, state, tmp_path, suffix):
     path.chmod(0)
     if os.access(path, os.R_OK):
         pytest.skip("this user reads files of any mode")
-    message = refusal(model, path)
-    path.chmod(0o600)
-    assert "cannot be read (Permission denied)" in message
+    assert "cannot be read (Permission denied)" in refusal(model, path)
 
 
 def test_unprintable_names_stay_on_one_line(model, tmp_path):
@@ -523,27 +465,24 @@ def test_failed_save_leaves_what_was_there(state, tmp_path, monkeypatch, failure
 
 
 NO_PLACES = {
-    "directory": (lambda path: path.mkdir(), "exists and is not a regular file"),
-    "pipe": (os.mkfifo, "exists and is not a regular file"),
-    "link": (lambda path: path.symlink_to(path.with_name("elsewhere")), "exists and is not a regular file"),
-    "no-folder": (lambda path: path.parent.rmdir(), "cannot be written: No such file or directory"),
+    "directory": (Path.mkdir, "weights.safetensors", "exists and is not a regular file"),
+    "pipe": (os.mkfifo, "weights.safetensors", "exists and is not a regular file"),
+    "link": (lambda path: path.symlink_to("elsewhere"), "weights.safetensors", "exists and is not a regular file"),
+    "no-folder": (lambda path: path.parent.rmdir(), "weights.safetensors", "cannot be written: No such file or dir"),
+    **{
+        name: (lambda path: None, name, r"expected \.safetensors$")
+        for name in ("weights.pt", "weights", "a.safetensors.gz")
+    },
 }
 
 
 @pytest.mark.parametrize("case", NO_PLACES)
 def test_places_that_are_no_files_are_refused(state, tmp_path, case):
-    make, expected = NO_PLACES[case]
-    path = tmp_path / "folder" / "weights.safetensors"
+    make, name, expected = NO_PLACES[case]
+    path = tmp_path / "folder" / name
     path.parent.mkdir()
     make(path)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(WeightsError, match=expected):
         save_weights(path, state, {})
     assert sorted(tmp_path.rglob("*")) == before
-
-
-@pytest.mark.parametrize("name", ["weights.pt", "weights", "weights.safetensors.gz"])
-def test_saving_under_another_suffix_is_refused(state, tmp_path, name):
-    with pytest.raises(WeightsError, match=r"expected \.safetensors$"):
-        save_weights(tmp_path / name, state, {})
-    assert list(tmp_path.iterdir()) == []

@@ -6,64 +6,69 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.scripts.loading import ROOT, exit_code, load_script
+
+SMALL = ("--model", "resnet8", "--targets", "sm_87", "sm_120", "--batch", "1")
 
 
-def run(script: str, *arguments: str, cwd: Path, interpret: str = "0") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "scripts" / script), *arguments]
-    environment = {**os.environ, "TRITON_INTERPRET": interpret}
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
-
-
-SMALL = ("--model", "resnet20", "--targets", "sm_87", "sm_120", "--batch", "1")
-
-
-def test_a_table_per_target_the_launches_and_a_verdict(tmp_path: Path) -> None:
-    process = run("compile_kernels.py", *SMALL, cwd=tmp_path)
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What --json prints, in a process of its own: here the kernels may have been imported for the interpreter."""
+    command = [sys.executable, str(ROOT / "scripts" / "compile_kernels.py"), *SMALL, "--json"]
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    folder = tmp_path_factory.mktemp("anywhere")
+    process = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=3600, env=environment)
     assert process.returncode == 0, process.stderr
-    for word in ("sm_87", "sm_120", "registers", "head fp16 n1 64x8x8 -> 10", "resnet20 batch 1"):
-        assert word in process.stdout
-    assert process.stdout.splitlines()[-1].endswith("kernels for 2 targets: none at fault")
+    return json.loads(process.stdout)  # type: ignore[no-any-return]
 
 
-def test_json_has_every_kernel_and_the_launches(tmp_path: Path) -> None:
-    process = run("compile_kernels.py", *SMALL, "--json", cwd=tmp_path)
-    record = json.loads(process.stdout)
-    assert record["passed"] is True and process.returncode == 0
-    assert {kernel["target"] for kernel in record["kernels"]} == {"sm_87", "sm_120"}
-    assert all(kernel["stack_bytes"] == 0 and not kernel["faults"] for kernel in record["kernels"])
-    # 19 convolutions, two of them with a merged projection, and the head: one launch each.
-    assert [entry["launches"] for entry in record["launches"]] == [20, 20]
+def test_json_has_every_kernel_and_the_launches(compiled: dict[str, Any]) -> None:
+    assert compiled["passed"] is True
+    assert {kernel["target"] for kernel in compiled["kernels"]} == {"sm_87", "sm_120"}
+    assert all(kernel["stack_bytes"] == 0 and not kernel["faults"] for kernel in compiled["kernels"])
+    # 7 convolutions, two of them with a merged projection, and the head: one launch each.
+    assert [entry["launches"] for entry in compiled["launches"]] == [8, 8]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--targets", "sm_75"), "sm_75"),
-        (("--model", "resnet19"), "resnet19"),
-        (("--batch", "0"), "batch"),
-        (("--precision", "int8"), "int8"),
-    ],
-    ids=["target", "model", "batch", "precision"],
-)
-def test_bad_input_is_one_line(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
-    process = run("compile_kernels.py", *arguments, cwd=tmp_path)
-    lines = process.stderr.strip().splitlines()
-    assert process.returncode == 2 and message in lines[-1] and "Traceback" not in process.stderr
+@pytest.mark.parametrize("faults", [[], ["spills"]], ids=["sound", "at-fault"])
+def test_a_table_per_target_the_launches_and_a_verdict(
+    faults: list[str],
+    compiled: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    first, *others = compiled["kernels"]
+    kernels = [{**first, "faults": faults}, *others]
+    monkeypatch.setattr(load_script("compile_kernels"), "problems_of", lambda *_: [])
+    monkeypatch.setattr(load_script("compile_kernels"), "compile_for", lambda *_: (kernels, compiled["launches"]))
+    assert exit_code("compile_kernels", *SMALL) == len(faults)
+    out = capsys.readouterr().out
+    for word in ("sm_87", "sm_120", "registers", "head fp16 n1 64x8x8 -> 10", "resnet8 batch 1", *faults):
+        assert word in out
+    assert out.splitlines()[-1] == f"{len(kernels)} kernels for 2 targets: {len(faults) or 'none'} at fault"
 
 
-def test_the_interpreter_is_refused_in_one_line(tmp_path: Path) -> None:
-    process = run("compile_kernels.py", *SMALL, cwd=tmp_path, interpret="1")
-    assert process.returncode == 2 and "TRITON_INTERPRET" in process.stderr.splitlines()[-1]
+NONSENSE = {
+    "target": (("compile_kernels", "--targets", "sm_75"), "sm_75"),
+    "model": (("compile_kernels", "--model", "resnet19"), "resnet19"),
+    "batch": (("compile_kernels", "--batch", "0"), "batch"),
+    "precision": (("compile_kernels", "--precision", "int8"), "int8"),
+    "interpreter": (("compile_kernels", *SMALL), "TRITON_INTERPRET"),
+    "tuning-without-a-gpu": (("tune",), "no NVIDIA GPU here: expected to run on the GPU to tune for"),
+}
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to tune for")
-def test_tuning_needs_a_gpu(tmp_path: Path) -> None:
-    process = run("tune.py", cwd=tmp_path)
-    assert process.returncode == 2
-    assert process.stderr == "tune.py: error: no NVIDIA GPU here: expected to run on the GPU to tune for\n"
+@pytest.mark.parametrize("case", NONSENSE)
+def test_nonsense_is_one_line_and_exit_2(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available() and case in ("interpreter", "tuning-without-a-gpu"):
+        pytest.skip("there is a GPU")
+    (script, *arguments), expected = NONSENSE[case]
+    assert exit_code(script, *arguments) == 2
+    out, error = capsys.readouterr()
+    (line,) = (line for line in error.splitlines() if " s  " not in line)  # progress lines apart
+    assert out == "" and line.startswith(f"{script}.py: error: ") and expected in line

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import importlib.util
 import json
 import os
 import signal
@@ -12,14 +10,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.benchmark import Timer
 
-ROOT = Path(__file__).resolve().parents[2]
+from resnet.training import experiments, loop
+from tests.scripts.loading import ROOT, exit_code
+
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # tests run side by side; the bits depend on the number of threads
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -44,7 +44,9 @@ def pictures(tmp_path: Path) -> Path:
     return tmp_path / "pictures"
 
 
-def test_a_training_ends_with_a_model_a_log_a_picture_and_the_next_command(tmp_path: Path, pictures: Path) -> None:
+def test_a_training_ends_with_a_model_a_log_a_picture_and_the_next_command(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     done = run(tmp_path, "--model", "resnet8", "--data", pictures, "--epochs", "4", "--warmup-epochs", "1",
                "--batch-size", "4", "--json")  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -54,8 +56,10 @@ def test_a_training_ends_with_a_model_a_log_a_picture_and_the_next_command(tmp_p
     assert (folder / "curves.png").read_bytes().startswith(PNG)
     assert len((folder / "log.csv").read_text().splitlines()) == 5
     assert "4/4" in done.stderr
-    again = run(tmp_path, "--model", "resnet8", "--data", pictures)
-    assert again.returncode == 2 and "go on with it by --resume" in again.stderr and again.stderr.count("\n") == 1
+    monkeypatch.chdir(tmp_path)
+    assert exit_code("train", "--model", "resnet8", "--data", pictures) == 2
+    again = capsys.readouterr().err
+    assert "go on with it by --resume" in again and again.count("\n") == 1
 
 
 def test_killed_in_the_middle_and_resumed_it_ends_with_the_same_weights(tmp_path: Path) -> None:
@@ -82,49 +86,49 @@ def test_killed_in_the_middle_and_resumed_it_ends_with_the_same_weights(tmp_path
     assert digests[0] == digests[1]
 
 
-def test_an_experiment_writes_a_table_a_picture_and_its_numbers(tmp_path: Path, pictures: Path) -> None:
+def test_an_experiment_writes_a_table_a_picture_and_its_numbers(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(experiments, "DEPTHS", (8, 14))  # of six, which take longer and show no more here
+    monkeypatch.setattr(loop, "_FILE_WORKERS", 0)  # which would be copies of this process
+    monkeypatch.setattr(Timer, "blocked_autorange", lambda timer, **_: timer.timeit(1))  # no second for each
     arguments = ("depths", "--data", pictures, "--epochs", "1", "--warmup-epochs", "0", "--batch-size", "8",
                  "--image-size", "8", "--output", "results")  # fmt: skip
-    done = run(tmp_path, *arguments)
-    assert done.returncode == 0, done.stderr
-    assert "Recommended: resnet" in done.stdout
+    assert exit_code("train", *arguments) == 0
+    assert "Recommended: resnet" in capsys.readouterr().out
     page = (tmp_path / "results/depths-pictures.md").read_text()
-    assert "| resnet56 |" in page and "![" in page and f"`python scripts/train.py depths --data {pictures}" in page
+    assert "| resnet14 |" in page and "![" in page and f"`python scripts/train.py depths --data {pictures}" in page
     assert (tmp_path / "results/depths-pictures.png").read_bytes().startswith(PNG)
     record = json.loads((tmp_path / "results/depths-pictures.json").read_text())
-    assert [outcome["trial"]["model"] for outcome in record["outcomes"]][-1] == "resnet56"
-    again = run(tmp_path, *arguments, "--resume")
-    assert again.returncode == 0 and "1/1" not in again.stderr, again.stderr  # nothing is trained twice
+    assert [outcome["trial"]["model"] for outcome in record["outcomes"]] == ["resnet8", "resnet14"]
+    assert exit_code("train", *arguments, "--resume") == 0
+    assert "1/1" not in capsys.readouterr().err  # nothing is trained twice
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--model", "resnet21"), "unknown model 'resnet21'; nearest: "),
-        (("--data", "nowhere"), "nowhere: expected digits, a folder of class folders or an archive"),
-        (("--data", "empty"), "empty: expected a folder of class folders, got one without folders"),
-        (("--data", "one"), "one: expected pictures of at least two classes, got only 'cats'"),
-        (("--data", "hollow"), "cats: expected pictures (.bmp"),
-        (("--data", "broken"), "0.png: expected a picture"),
-        (("--data", "file.txt"), "file.txt: expected an archive of CIFAR-10 or CIFAR-100"),
-        (("--epochs", "0"), "epochs must be at least 1, got 0"),
-        (("--augment", "mixup"), "augment must be some of crop, flip, cutout, got ('mixup',)"),
-        (("--image-size", "4"), "--image-size: expected at least 8 pixels, got 4"),
-        (("--resume",), "there is nothing to resume"),
-        (("--device", "cuda"), "expected an NVIDIA GPU"),
-        (("--lerning-rate", "1"), "did you mean --learning-rate"),
-        (("compare", "--model", "resnet20"), "--model resnet20: compare trains models of its own"),
-        (("--image-size", "0"), "--image-size: expected at least 8 pixels, got 0"),
-        (("compair",), "unknown experiment 'compair', expected one of compare, depths, regularisers"),
-    ],
-    ids=lambda value: "-".join(value).strip("-") if isinstance(value, tuple) else "",
-)
+NONSENSE = {
+    ("--model", "resnet21"): "unknown model 'resnet21'; nearest: ",
+    ("--data", "nowhere"): "nowhere: expected digits, a folder of class folders or an archive",
+    ("--data", "empty"): "empty: expected a folder of class folders, got one without folders",
+    ("--data", "one"): "one: expected pictures of at least two classes, got only 'cats'",
+    ("--data", "hollow"): "cats: expected pictures (.bmp",
+    ("--data", "broken"): "0.png: expected a picture",
+    ("--data", "file.txt"): "file.txt: expected an archive of CIFAR-10 or CIFAR-100",
+    ("--epochs", "0"): "epochs must be at least 1, got 0",
+    ("--augment", "mixup"): "augment must be some of crop, flip, cutout, got ('mixup',)",
+    ("--image-size", "4"): "--image-size: expected at least 8 pixels, got 4",
+    ("--image-size", "0"): "--image-size: expected at least 8 pixels, got 0",
+    ("--resume",): "there is nothing to resume",
+    ("--device", "cuda"): "expected an NVIDIA GPU",
+    ("--lerning-rate", "1"): "did you mean --learning-rate",
+    ("compare", "--model", "resnet20"): "--model resnet20: compare trains models of its own",
+    ("compair",): "unknown experiment 'compair', expected one of compare, depths, regularisers",
+}
+
+
+@pytest.mark.parametrize("arguments", NONSENSE, ids=lambda arguments: "-".join(arguments).strip("-"))
 def test_bad_input_is_refused_in_one_line(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    arguments: tuple[str, ...],
-    message: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
 ) -> None:
     if arguments == ("--device", "cuda") and torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -135,23 +139,7 @@ def test_bad_input_is_refused_in_one_line(
         (tmp_path / "broken" / name / "0.png").write_bytes(b"no picture")
     (tmp_path / "file.txt").write_text("hello")
     monkeypatch.chdir(tmp_path)
-    try:
-        code = train_script().main([*arguments])
-    except SystemExit as exit_of_argparse:
-        code = exit_of_argparse.code
-    printed = capsys.readouterr()
-    assert code == 2 and message in printed.err, printed.err
+    code, printed = exit_code("train", *arguments), capsys.readouterr()
+    assert code == 2 and NONSENSE[arguments] in printed.err, printed.err
     assert printed.err.count("\n") == 1 and printed.out == ""
     assert not (tmp_path / "build/train/resnet20-digits/model.safetensors").exists()
-
-
-@functools.cache
-def train_script() -> ModuleType:
-    """scripts/train.py in this process: starting one for each refusal would take longer than the refusals."""
-    spec = importlib.util.spec_from_file_location("train_script", ROOT / "scripts" / "train.py")
-    assert spec is not None and spec.loader is not None
-    module, path = importlib.util.module_from_spec(spec), sys.path.copy()
-    sys.modules[spec.name] = module  # where dataclasses look for their module
-    spec.loader.exec_module(module)
-    sys.path[:] = path  # the script puts the repository's root first
-    return module

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,8 +19,8 @@ from export.runtime.engines.options import EngineConfig
 from export.runtime.parity.network import NetworkCheck
 from export.runtime.parity.rungs import Rung
 from tests.export import digits, summing
+from tests.scripts.loading import ROOT, exit_code, load_script
 
-ROOT = Path(__file__).resolve().parents[2]
 ABSENT = ("onnx", "rich", "PIL", "sklearn", "scipy", "matplotlib", "jinja2", "model_signing")
 
 
@@ -32,65 +30,66 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return summing.write(tmp_path_factory.mktemp("bundles") / "fp16")
 
 
-def run(folder: Path, *arguments: object, hide: bool) -> subprocess.CompletedProcess[str]:
-    """With a cache of its own; `hide`: where nothing but numpy, safetensors and ONNX Runtime can be imported."""
+def run(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """With a cache of its own, where nothing but numpy, safetensors and ONNX Runtime can be imported."""
     command = [sys.executable, ROOT / "scripts" / "verify.py", *map(str, arguments)]
-    hidden = digits.without_torch(folder / "hidden", *ABSENT) if hide else {}
+    hidden = digits.without_torch(folder / "hidden", *ABSENT)
     environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), **hidden}
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=environment)
+    process = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=3600, env=environment)
+    assert not (folder / "cache" / "resnet-deploy").exists()
+    return process
 
 
 def test_the_hook_hides_what_a_device_lacks(tmp_path: Path) -> None:
     environment = {**os.environ, **digits.without_torch(tmp_path / "hidden", *ABSENT)}
-    for module in ("torch", "triton", "tensorrt_rtx", *ABSENT):
+    for module in ("torch", "triton", "onnxscript", "tensorrt_rtx", *ABSENT):
         command = [sys.executable, "-c", f"import {module}"]
         assert b"is hidden" in subprocess.run(command, capture_output=True, env=environment).stderr, module
 
 
 def test_a_bundle_is_verified_with_what_a_device_has(bundle: Path, tmp_path: Path) -> None:
-    process = run(tmp_path, bundle, hide=True)
+    process = run(tmp_path, bundle)
     assert process.returncode == 0, process.stderr
     lines = process.stdout.splitlines()
     assert [line.split()[0] for line in lines[1:-1]] == ["eager", "onnx"]
     assert lines[-1] == f"{bundle}: whole, and every artefact computes what was exported; ready to deploy"
     assert [line.split("s  ")[1] for line in process.stderr.splitlines()] == ["check the files", "run model.onnx"]
-    assert not (tmp_path / "cache" / "resnet-deploy").exists()
 
 
-def refusal(process: subprocess.CompletedProcess[str]) -> str:
-    """The one line that is not about progress."""
-    (line,) = (line for line in process.stderr.splitlines() if " s  " not in line)
-    assert process.returncode == 2 and process.stdout == "" and line.startswith("verify.py: error: ")
+def the_refusal(code: object, out: str, error: str) -> str:
+    """The one line that is not about progress, of a script that ended with 2."""
+    (line,) = (line for line in error.splitlines() if " s  " not in line)
+    assert code == 2 and out == "" and line.startswith("verify.py: error: ")
     return line.removeprefix("verify.py: error: ")
 
 
+def refusal(process: subprocess.CompletedProcess[str]) -> str:
+    return the_refusal(process.returncode, process.stdout, process.stderr)
+
+
 def test_build_without_tensorrt_says_so(bundle: Path, tmp_path: Path) -> None:
-    line = refusal(run(tmp_path, bundle, "--build", hide=True))
+    line = refusal(run(tmp_path, bundle, "--build"))
     assert line.startswith("no tensorrt engine: tensorrt is not installed; ") and "no tensorrt-rtx engine: " in line
-    assert not (tmp_path / "cache" / "resnet-deploy").exists()
 
 
 @pytest.mark.skipif(not why_no_gpu("tensorrt"), reason="there is a GPU")
-def test_build_without_a_gpu_says_so_and_leaves_nothing(bundle: Path, tmp_path: Path) -> None:
+def test_build_without_a_gpu_says_so_and_leaves_nothing(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """TensorRT-RTX could build here, but nothing could verify what it built."""
     pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX")
-    line = refusal(run(tmp_path, bundle, "--build", hide=False))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    line = the_refusal(exit_code("verify", bundle, "--build"), *capsys.readouterr())
     assert line.endswith("no tensorrt-rtx engine: no NVIDIA GPU here")
     assert not (tmp_path / "cache" / "resnet-deploy").exists()
 
 
-@pytest.fixture
-def script() -> ModuleType:
-    """The script as a module, to be given builds that no machine here can make."""
-    spec = importlib.util.spec_from_file_location("verify_script", ROOT / "scripts" / "verify.py")
-    assert spec is not None and spec.loader is not None
-    module, path = importlib.util.module_from_spec(spec), sys.path.copy()
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path[:] = path
-    return module
+def test_without_the_library_of_signatures_the_extra_is_named(bundle: Path, tmp_path: Path) -> None:
+    line = refusal(run(tmp_path, bundle, "--public-key", "key.pem"))
+    assert line == "model_signing is not installed; install it with: pip install -e '.[sign]'"
 
+
+# Builds that no machine here can make.
 
 ENGINE = Path("/cache/b-tensorrt-12345678/model.trt.engine")
 
@@ -101,22 +100,19 @@ def built(origin: str, reason: str = "") -> DeviceBuild:
     return DeviceBuild(rung, ENGINE, origin, 5_000_000)
 
 
+NOT_IN_PLACE = "some/bundle: model.trt.engine as built here is WRONG and was not put in place; do not deploy"
 BUILDS = {
     "built": (built("built"), 0, f"{ENGINE}: built here, computes what was exported"),
     "kept": (built("kept"), 0, f"{ENGINE}: built here before, computes what was exported"),
     "restored": (built("restored"), 0, f"{ENGINE}: back again, built here before, computes what was exported"),
-    "wrong": (
-        built("built", "NaN"),
-        1,
-        "some/bundle: model.trt.engine as built here is WRONG and was not put in place; do not deploy",
-    ),
+    "wrong": (built("built", "NaN"), 1, NOT_IN_PLACE),
     "kept and wrong": (built("kept", "NaN"), 1, f"{ENGINE}: WRONG; do not deploy, remove {ENGINE.parent} and build"),
 }
 
 
 @pytest.mark.parametrize("case", BUILDS)
 def test_what_was_built_is_said_with_the_next_command(
-    case: str, script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     build, code, line = BUILDS[case]
     asked: list[Any] = []
@@ -125,25 +121,25 @@ def test_what_was_built_is_said_with_the_next_command(
         asked.extend(arguments[:2])
         return [], [build]
 
-    monkeypatch.setattr(script, "build_on_device", build_on_device)
-    assert script.main(["some/bundle", "--build", "--workspace", "64"]) == code
+    monkeypatch.setattr(load_script("verify"), "build_on_device", build_on_device)
+    assert exit_code("verify", "some/bundle", "--build", "--workspace", 64) == code
     assert asked == [Path("some/bundle"), EngineConfig(workspace_mib=64)]
     _, row, *said = capsys.readouterr().out.splitlines()
     assert row.startswith("tensorrt, built here  tensorrt 10.3.0") and ("NaN" in row) == bool(code) and " 5.0 " in row
     assert said[0].startswith(line)
     assert len(said) == (1 if code else 2) and (code or said[1].startswith("next: python scripts/evaluate.py"))
-    assert script.main(["some/bundle", "--build", "--json"]) == code
+    assert exit_code("verify", "some/bundle", "--build", "--json") == code
     record = json.loads(capsys.readouterr().out)
     assert record["passed"] is not bool(code) and record["rungs"][0]["file"] == str(ENGINE)
 
 
 def test_an_engine_of_this_machine_as_it_was_is_to_be_built_again(
-    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (tmp_path / "model.trt.engine").write_bytes(b"plan")
     outdated = Rung("tensorrt, built here", "", "fp16", str(tmp_path / "model.trt.engine"), not_run="another GPU")
-    monkeypatch.setattr(script, "verify_bundle", lambda *arguments: [outdated])
-    assert script.main([str(tmp_path)]) == 0
+    monkeypatch.setattr(load_script("verify"), "verify_bundle", lambda *arguments: [outdated])
+    assert exit_code("verify", tmp_path) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == f"next: the same command with --build, for {outdated.file}"
 
@@ -161,21 +157,13 @@ NONSENSE = {
 
 
 @pytest.mark.parametrize("case", NONSENSE)
-def test_nonsense_is_one_line_and_exit_2(
-    case: str, bundle: Path, script: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nonsense_is_one_line_and_exit_2(case: str, bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments, expected = NONSENSE[case]
-    try:
-        code = script.main([str(bundle), *arguments])
-    except SystemExit as exit:
-        code = exit.code
-    out, error = capsys.readouterr()
-    lines = [line for line in error.splitlines() if " s  " not in line]
-    assert code == 2 and out == "" and len(lines) == 1 and expected in lines[0]
+    assert expected in the_refusal(exit_code("verify", bundle, *arguments), *capsys.readouterr())
 
 
 def test_the_signature_is_checked_before_anything_else(
-    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(bundle: Path, key: Path) -> None:
         raise ExportError(f"{signature_path(bundle).name}: not the signature of {bundle} by {key}")
@@ -183,15 +171,10 @@ def test_the_signature_is_checked_before_anything_else(
     def read(*arguments: object) -> None:
         raise AssertionError("the bundle was read before its signature was checked")
 
-    monkeypatch.setattr(script, "check_signature", refuse)
+    monkeypatch.setattr(load_script("verify"), "check_signature", refuse)
     for name in ("verify_bundle", "build_on_device"):
-        monkeypatch.setattr(script, name, read)
+        monkeypatch.setattr(load_script("verify"), name, read)
     for flags in ([], ["--build"]):
-        assert script.main(["some/bundle", "--public-key", "key.pem", *flags]) == 2
-        last = capsys.readouterr().err.splitlines()[-1]
-        assert last == "verify.py: error: bundle.sig: not the signature of some/bundle by key.pem"
-
-
-def test_without_the_library_of_signatures_the_extra_is_named(bundle: Path, tmp_path: Path) -> None:
-    line = refusal(run(tmp_path, bundle, "--public-key", "key.pem", hide=True))
-    assert line == "model_signing is not installed; install it with: pip install -e '.[sign]'"
+        code = exit_code("verify", "some/bundle", "--public-key", "key.pem", *flags)
+        line = the_refusal(code, *capsys.readouterr())
+        assert line == "bundle.sig: not the signature of some/bundle by key.pem"

@@ -42,112 +42,69 @@ def said(caplog: pytest.LogCaptureFixture, level: int = logging.WARNING) -> list
 # folders
 
 
-def test_pictures_at_any_depth_are_taken_in_order(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_pictures(tmp_path / "cat" / "small" / "brown", 2)
-    write_pictures(tmp_path / "dog", 1)
-    write_pictures(tmp_path, 1)
-    found = names(open_calibration(str(tmp_path), PLAIN), tmp_path)
-    assert found == ["000.png", "cat/small/brown/000.png", "cat/small/brown/001.png", "dog/000.png"]
-    assert not said(caplog)
-
-
-def test_only_what_is_a_picture_by_its_name_is_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_pictures(tmp_path, 1)
-    picture = Image.open(tmp_path / "000.png")
+def test_of_a_folder_what_is_a_picture_by_its_name_is_taken_in_order(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At any depth, and without a word on what else there is: hidden, no file, no picture."""
+    root = write_pictures(tmp_path / ".hidden above" / "pictures", 1)
+    write_pictures(root / "cat" / "small" / "brown", 2)
     for name in ("b.JPG", "c.webp", "d.tiff"):
-        picture.save(tmp_path / name)
-    for name in ("notes.txt", "labels.csv", "png", "model.onnx"):
-        (tmp_path / name).write_text("x")
-    (tmp_path / "folder.png").mkdir()
-    assert names(open_calibration(str(tmp_path), PLAIN), tmp_path) == ["000.png", "b.JPG", "c.webp", "d.tiff"]
-    assert not said(caplog)
-
-
-def test_hidden_files_and_folders_are_left_out_without_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    root = tmp_path / ".hidden above" / "pictures"
-    write_pictures(root, 1)
+        Image.open(root / "000.png").save(root / "cat" / name)
     write_pictures(root / ".thumbnails", 1)
     write_pictures(root / "a" / ".cache" / "b", 1)
-    (root / "._000.png").write_text("resource fork")
-    assert names(open_calibration(str(root), PLAIN), root) == ["000.png"]
-    assert not said(caplog)
+    for name in ("._000.png", "notes.txt", "labels.csv", "png", "model.onnx"):
+        (root / name).write_text("x")
+    (root / "folder.png").mkdir()
+    (root / "link.png").symlink_to(root / "gone.png")
+    os.mkfifo(root / "pipe.png")  # which must not be waited for
+    brown = [f"cat/small/brown/{name}" for name in ("000.png", "001.png")]
+    found = names(open_calibration(str(root), PLAIN), root)
+    assert found == ["000.png", "cat/b.JPG", "cat/c.webp", "cat/d.tiff", *brown] and not said(caplog)
 
 
 def cut(path: Path) -> None:
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
+    os.truncate(path, path.stat().st_size // 2)
 
 
-BROKEN: dict[str, Callable[[Path], object]] = {
-    "text": lambda path: path.write_text("<html>"),
-    "empty": lambda path: path.write_bytes(b""),
-    "truncated": cut,
-    "a mode without a range": lambda path: Image.new("F", (8, 8)).save(path, "tiff"),
+# what may have become of a picture, and what is said of it
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "text": (lambda path: path.write_text("<html>"), "expected a picture ("),
+    "empty": (lambda path: path.write_bytes(b""), "expected a picture ("),
+    "truncated": (cut, "expected a picture ("),
+    "a mode without a range": (lambda path: Image.new("F", (8, 8)).save(path, "tiff"), "expected a picture ("),
+    "extreme proportions": (lambda path: Image.new("RGB", (1, 2000)).save(path), "expected a picture at most 200"),
 }
 
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_what_cannot_be_read_is_left_out_by_name(case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_pictures(tmp_path, 4, size=(40, 40))
-    BROKEN[case](tmp_path / "002.png")
+    change, expected = BROKEN[case]
+    change(tmp_path / "002.png")
     found = open_calibration(str(tmp_path), PLAIN)
     assert names(found, tmp_path) == ["000.png", "001.png", "003.png"] and len(found) == 3
     first, last = said(caplog)
-    assert first.startswith(f"left out: {tmp_path / '002.png'}: expected a picture (") and "\n" not in first
+    assert first.startswith(f"left out: {tmp_path / '002.png'}: {expected}") and "\n" not in first
     assert last == f"{tmp_path}: left out 1 of 4 pictures"
     assert np.isfinite(np.concatenate(list(found.batches(2)))).all()
 
 
-def test_a_picture_of_extreme_proportions_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_pictures(tmp_path, 2)
-    Image.new("RGB", (1, 2000)).save(tmp_path / "line.png")
-    assert names(open_calibration(str(tmp_path), PLAIN), tmp_path) == ["000.png", "001.png"]
-    assert said(caplog)[-1] == f"{tmp_path}: left out 1 of 3 pictures"
-
-
-def test_a_picture_of_extreme_proportions_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_pictures(tmp_path, 2)
-    Image.new("RGB", (1, 2000)).save(tmp_path / "line.png")
-    open_calibration(str(tmp_path), PLAIN)
-    assert str(tmp_path / "line.png") in said(caplog)[0]
-
-
-def test_a_pipe_called_a_picture_is_not_waited_for(tmp_path: Path) -> None:
-    write_pictures(tmp_path, 1)
-    os.mkfifo(tmp_path / "x.png")
-    assert names(open_calibration(str(tmp_path), PLAIN), tmp_path) == ["000.png"]
-
-
-def test_a_link_to_nowhere_is_no_picture(tmp_path: Path) -> None:
-    write_pictures(tmp_path, 1)
-    (tmp_path / "x.png").symlink_to(tmp_path / "gone.png")
-    assert names(open_calibration(str(tmp_path), PLAIN), tmp_path) == ["000.png"]
-
-
-def test_of_many_pictures_some_from_all_over_are_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("count", [1, 511, 512, 1100])
+def test_of_many_pictures_some_from_all_over_are_taken(
+    count: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Sorted by class, the first 512 would be of a few classes only."""
-    content = (write_pictures(tmp_path / "source", 1) / "000.png").read_bytes()
-    for i in range(1100):
-        folder = tmp_path / "pictures" / f"class{i // 110}"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{i:04}.png").write_bytes(content)
-    with caplog.at_level(logging.INFO, logger="resnet.data.calibration_pictures"):
-        found = open_calibration(str(tmp_path / "pictures"), PLAIN)
-    assert isinstance(found.pictures, tuple) and len(found) == len(set(found.pictures)) == 512
-    numbers = [int(path.stem) for path in found.pictures]
-    assert numbers[0] == 0 and numbers[-1] == 1099
-    assert {after - before for before, after in itertools.pairwise(numbers)} == {2, 3}
-    assert said(caplog, logging.INFO) == [f"{tmp_path / 'pictures'}: calibrating on 512 of 1100 pictures"]
-    assert not said(caplog)
-
-
-@pytest.mark.parametrize("count", [1, 2, 511, 512])
-def test_up_to_512_pictures_are_all_taken(count: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    content = (write_pictures(tmp_path / "source", 1) / "000.png").read_bytes()
-    (tmp_path / "pictures").mkdir()
+    source, folder = write_pictures(tmp_path / "source", 1) / "000.png", tmp_path / "pictures"
+    folder.mkdir()
     for i in range(count):
-        (tmp_path / "pictures" / f"{i:04}.png").write_bytes(content)
-    assert len(open_calibration(str(tmp_path / "pictures"), PLAIN)) == count and not said(caplog)
+        os.link(source, folder / f"{i:04}.png")
+    with caplog.at_level(logging.INFO, logger="resnet.data.calibration_pictures"):
+        found = open_calibration(str(folder), PLAIN)
+    numbers = [int(Path(name).stem) for name in names(found, folder)]
+    assert len(found) == len(numbers) == min(count, 512) and (numbers[0], numbers[-1]) == (0, count - 1)
+    assert {after - before for before, after in itertools.pairwise(numbers)} <= ({2, 3} if count > 512 else {1})
+    less = [f"{folder}: calibrating on 512 of 1100 pictures"] if count > 512 else []
+    assert said(caplog, logging.INFO) == less and not said(caplog)
 
 
 def test_pictures_that_accuracy_is_measured_on_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -158,34 +115,21 @@ def test_pictures_that_accuracy_is_measured_on_are_left_out(tmp_path: Path, capl
     found = open_calibration(str(tmp_path), PLAIN, measured)
     assert names(found, tmp_path) == ["a/000.png", "a/002.png"]
     assert said(caplog) == [f"{tmp_path}: left out 3 pictures that accuracy is measured on"]
+    message = refusal(tmp_path, measured=list((tmp_path / "a").iterdir()))
+    assert message.startswith(f"{tmp_path}: expected pictures to calibrate on")
 
 
-# what is refused
-
-
-def test_a_folder_without_a_readable_picture_is_refused(tmp_path: Path) -> None:
+def test_a_source_without_a_readable_picture_is_refused(tmp_path: Path) -> None:
     assert "expected pictures to calibrate on (.bmp, " in refusal(tmp_path)
     assert refusal(tmp_path).endswith("got 0, none readable")
     for i in range(3):
         (tmp_path / f"{i}.png").write_text("x")
     assert refusal(tmp_path).startswith(f"{tmp_path}: ") and refusal(tmp_path).endswith("got 3, none readable")
-
-
-def test_a_folder_of_measured_pictures_alone_is_refused(tmp_path: Path) -> None:
-    write_pictures(tmp_path, 2)
-    message = refusal(tmp_path, measured=list(tmp_path.iterdir()))
-    assert message.startswith(f"{tmp_path}: expected pictures to calibrate on")
-
-
-@pytest.mark.parametrize("name", ["nowhere", "digit", "cifar10"])
-def test_a_missing_folder_is_refused(name: str, tmp_path: Path) -> None:
-    source = tmp_path / name
-    assert refusal(source) == f"{source}: expected a folder of pictures to calibrate on (no such folder)"
-
-
-def test_a_single_picture_is_refused(tmp_path: Path) -> None:
-    path = write_pictures(tmp_path, 1) / "000.png"
-    assert refusal(path).startswith(f"{path}: expected ")
+    for name in ("nowhere", "digit", "cifar10"):
+        expected = f"{tmp_path / name}: expected a folder of pictures to calibrate on (no such folder)"
+        assert refusal(tmp_path / name) == expected
+    picture = write_pictures(tmp_path / "sound", 1) / "000.png"
+    assert refusal(picture).startswith(f"{picture}: expected ")
 
 
 # data sets
@@ -196,11 +140,12 @@ def rows(pictures: NDArray[np.uint8]) -> set[bytes]:
 
 
 def test_of_the_digits_only_those_to_train_on_are_taken() -> None:
-    found = open_calibration("digits", GREY)
-    splits = open_splits("digits")
+    found, splits = open_calibration("digits", GREY), open_splits("digits")
     assert isinstance(found.pictures, np.ndarray) and len(found) == 512
     assert np.array_equal(found.pictures, splits.train.pictures[np.linspace(0, 1294, 512).astype(int)])
     assert not rows(found.pictures) & (rows(splits.test.pictures) | rows(splits.validation.pictures))
+    expected = GREY([Image.fromarray(picture) for picture in found.pictures])
+    np.testing.assert_array_equal(np.concatenate(list(found.batches(100))), expected)
 
 
 @pytest.mark.parametrize("layout", ["archive", "folder", "folder around"])
@@ -218,31 +163,16 @@ def test_of_cifar_only_pictures_to_train_on_are_taken(layout: str, tmp_path: Pat
     assert rows(found.pictures) < rows(pictures[:30]) and not rows(found.pictures) & rows(pictures[30:])
 
 
-# batches
-
-
 @pytest.mark.parametrize("size", [1, 3, 7, 100])
 def test_batches_are_what_the_preprocessing_makes(size: int, tmp_path: Path) -> None:
-    write_pictures(tmp_path, 7, size=(9, 7))
-    found = open_calibration(str(tmp_path), PLAIN)
-    expected = PLAIN([Image.open(path) for path in sorted(tmp_path.iterdir())])
-    batches = list(found.batches(size))
-    assert [len(batch) for batch in batches] == [min(size, 7 - start) for start in range(0, 7, size)]
-    assert batches[0].dtype == np.float32 and batches[0].shape[1:] == (3, 6, 6)
-    np.testing.assert_array_equal(np.concatenate(batches), expected)
-    np.testing.assert_array_equal(np.concatenate(list(found.batches(size))), expected)  # the same in every call
-
-
-def test_batches_of_arrays_are_what_the_preprocessing_makes() -> None:
-    found = open_calibration("digits", GREY)
-    assert isinstance(found.pictures, np.ndarray)
-    expected = GREY([Image.fromarray(picture) for picture in found.pictures])
-    np.testing.assert_array_equal(np.concatenate(list(found.batches(100))), expected)
-
-
-def test_grey_and_colour_pictures_become_what_the_network_takes(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "colour", 5, size=(9, 7))
     write_pictures(tmp_path / "grey", 2, mode="L")
-    write_pictures(tmp_path / "colour", 2)
-    for preprocessing, channels in ((PLAIN, 3), (GREY, 1)):
-        (batch,) = open_calibration(str(tmp_path), preprocessing).batches(8)
-        assert batch.shape == (4, channels, *preprocessing.size) and np.isfinite(batch).all()
+    for preprocessing in (PLAIN, GREY):
+        found = open_calibration(str(tmp_path), preprocessing)
+        expected = preprocessing([Image.open(path) for path in sorted(tmp_path.rglob("*.png"))])
+        batches = list(found.batches(size))
+        assert [len(batch) for batch in batches] == [min(size, 7 - start) for start in range(0, 7, size)]
+        assert batches[0].dtype == np.float32
+        assert batches[0].shape[1:] == (preprocessing.channels, *preprocessing.size)
+        np.testing.assert_array_equal(np.concatenate(batches), expected)
+        np.testing.assert_array_equal(np.concatenate(list(found.batches(size))), expected)  # the same in every call

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.benchmark import Timer
 
 from resnet.data.labelled import LabelledImages, Splits
 from resnet.data.preprocessing import Preprocessing
@@ -67,7 +68,8 @@ def test_gradient_norms_are_those_of_autograd_and_leave_the_model_as_it_was() ->
     assert [*norms] == [name for name, module in model.named_modules() if hasattr(module, "stride") or name == "fc"]
     for name, norm in norms.items():
         weight = model.get_submodule(name).weight
-        assert norm == pytest.approx(weight.grad.norm().item(), rel=1e-4), name
+        # the same operations in the same order, but for the norm of one gradient
+        assert norm == pytest.approx(weight.grad.norm().item(), rel=weight.numel() ** 0.5 * 2**-23), name
 
 
 def test_before_training_the_gradients_of_a_deep_plain_network_are_spread_and_those_of_a_residual_one_are_not() -> None:
@@ -94,7 +96,7 @@ def test_the_shallowest_within_one_standard_error_is_recommended() -> None:
 
 def test_an_accuracy_of_all_is_not_certain() -> None:
     assert standard_error(1.0, 143) == pytest.approx((145 / 147 * 2 / 147 / 147) ** 0.5)
-    assert standard_error(0.5, 10_000) == pytest.approx(0.005, rel=1e-3)
+    assert standard_error(0.5, 10_000) == pytest.approx(0.5 / 10_004**0.5)
 
 
 def test_cost_counts_multiply_adds_and_weights() -> None:
@@ -105,9 +107,8 @@ def test_cost_counts_multiply_adds_and_weights() -> None:
     stage2 = 4 * 4 * 32 * (16 * 9 + 32 * 9 + 16)
     stage3 = 2 * 2 * 64 * (32 * 9 + 64 * 9 + 32)
     assert spent.macs == first + stage1 + stage2 + stage3 + 64 * 5
-    assert spent.parameters == sum(
-        p.numel() for p in create_model("resnet8", in_channels=1, num_classes=5).parameters()
-    )
+    model = create_model("resnet8", in_channels=1, num_classes=5)
+    assert spent.parameters == sum(p.numel() for p in model.parameters())
     assert spent.seconds > 0
 
 
@@ -142,7 +143,8 @@ def test_the_report_of_plain_against_residual_says_what_was_measured(stripes) ->
     assert page.startswith("# Plain against residual") and "![" in page and "| plain20 | 2.000 | 50.00 |" in page
 
 
-def test_the_report_of_depths_recommends(stripes) -> None:
+def test_the_report_of_depths_recommends(stripes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Timer, "blocked_autorange", lambda timer, **_: timer.timeit(1))  # no second for each
     report = depths_report([outcome("resnet8", 0.5), outcome("resnet14", 0.95)], *stripes)
     assert report.findings[0].startswith("Recommended: resnet14") and report.picture.startswith(PNG)
     assert report.rows[0][0] == "resnet8" and report.rows[0][3] == "1.00"
@@ -176,3 +178,5 @@ def test_every_experiment_can_be_asked_for() -> None:
     for experiment in EXPERIMENTS.values():
         trials = experiment.trials("resnet8", TrainingConfig())
         assert len({trial.label for trial in trials}) == len(trials)
+    depths = [trial.model for trial in EXPERIMENTS["depths"].trials("resnet8", TrainingConfig())]
+    assert depths == [f"resnet{depth}" for depth in (8, 14, 20, 32, 44, 56)]

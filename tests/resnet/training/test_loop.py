@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import fcntl
 import itertools
@@ -21,10 +22,12 @@ from resnet.data.labelled import Splits
 from resnet.data.preprocessing import Preprocessing
 from resnet.data.sources import open_splits, suggest_preprocessing
 from resnet.model_card import read_model_card
-from resnet.models import Bottleneck, create_model
+from resnet.models import create_model
 from resnet.training.loop import LOG_FILE, MODEL_FILE, STATE_FILE, train
 from resnet.training.recipe import TrainingConfig, TrainingError, augment, learning_rate, make_optimizer, training_step
 from resnet.weights import load_weights
+from tests.resnet.restatement import restated
+from tests.resnet.rounding import assert_equal_in_float64
 
 QUICK = TrainingConfig(epochs=3, batch_size=32, warmup_epochs=1, dropout=0.2, augment=("crop", "flip", "cutout"))
 
@@ -36,60 +39,6 @@ def digits() -> tuple[Splits, Preprocessing]:
     few = np.arange(128)
     small = Splits(splits.train.subset(few), splits.validation.subset(few[:64]), splits.test.subset(few[:64]))
     return small, suggest_preprocessing(small.train, (8, 8))
-
-
-# The network and the optimizer once more, from their formulas: sums of products and nothing from torch.nn.
-
-
-def conv(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-    """y[n, k, p, q] = sum over c, r, s of x[n, c, p * stride + r - padding, q * stride + s - padding] w[k, c, r, s]."""
-    n, c, h, w = x.shape
-    k, _, height, width = weight.shape
-    padded = x.new_zeros(n, c, h + 2 * padding, w + 2 * padding)
-    padded[:, :, padding : padding + h, padding : padding + w] = x
-    p, q = (h + 2 * padding - height) // stride + 1, (w + 2 * padding - width) // stride + 1
-    y = x.new_zeros(n, k, p, q)
-    for r in range(height):
-        for s in range(width):
-            tap = padded[:, :, r : r + (p - 1) * stride + 1 : stride, s : s + (q - 1) * stride + 1 : stride]
-            y = y + torch.einsum("ncpq,kc->nkpq", tap, weight[:, :, r, s])
-    return y
-
-
-def norm(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-    mean = x.mean((0, 2, 3), keepdim=True)
-    variance = ((x - mean) ** 2).mean((0, 2, 3), keepdim=True)
-    return gamma.view(1, -1, 1, 1) * (x - mean) / (variance + 1e-5).sqrt() + beta.view(1, -1, 1, 1)
-
-
-def relu(x: Tensor) -> Tensor:
-    return x * (x > 0)
-
-
-def residual_block(x: Tensor, p: dict[str, Tensor], name: str, stride: int, kernels: tuple[int, ...]) -> Tensor:
-    """relu(branch(x) + shortcut(x)); the stride is the first 3x3's."""
-    out = x
-    at = kernels.index(3)
-    for i, size in enumerate(kernels):
-        step = stride if i == at else 1
-        out = norm(
-            conv(out, p[f"{name}conv{i + 1}.weight"], step, size // 2),
-            p[f"{name}bn{i + 1}.weight"],
-            p[f"{name}bn{i + 1}.bias"],
-        )
-        if i < len(kernels) - 1:
-            out = relu(out)
-    if f"{name}downsample.0.weight" in p:
-        x = conv(x, p[f"{name}downsample.0.weight"], stride, 0)
-        x = norm(x, p[f"{name}downsample.1.weight"], p[f"{name}downsample.1.bias"])
-    return relu(out + x)
-
-
-def resnet8(x: Tensor, p: dict[str, Tensor]) -> Tensor:
-    x = relu(norm(conv(x, p["conv1.weight"], 1, 1), p["bn1.weight"], p["bn1.bias"]))
-    for stage, stride in ((1, 1), (2, 2), (3, 2)):
-        x = residual_block(x, p, f"layer{stage}.0.", stride, (3, 3))
-    return x.mean((2, 3)) @ p["fc.weight"].T + p["fc.bias"]
 
 
 def smoothed_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
@@ -109,40 +58,28 @@ def test_one_step_equals_a_restatement_of_network_loss_and_adam_in_float64() -> 
     images, labels = torch.randn(6, 2, 9, 11, dtype=torch.float64), torch.tensor([0, 3, 9, 3, 1, 7])
     config = TrainingConfig(label_smoothing=0.1, l1=1e-3, clip=0.5, learning_rate=1e-3)
     p = {name: parameter.detach().clone().requires_grad_() for name, parameter in model.named_parameters()}
-    expected_loss = smoothed_cross_entropy(resnet8(images, p), labels, 0.1)
+    logits = restated({**model.state_dict(), **p}, images, statistics={})
+    loss = smoothed_cross_entropy(logits, labels, 0.1)
     penalty = sum((v.abs().sum() for v in p.values() if v.ndim > 1), torch.zeros(()))
-    gradients = dict(zip(p, torch.autograd.grad(expected_loss + 1e-3 * penalty, list(p.values())), strict=True))
-    length = math.sqrt(sum(float((g**2).sum()) for g in gradients.values()))
+    gradients = dict(zip(p, torch.autograd.grad(loss + 1e-3 * penalty, list(p.values())), strict=True))
+    length = torch.stack([(g**2).sum() for g in gradients.values()]).sum().sqrt()
     assert length > 0.5, "the gradient must be long enough to be clipped"
+    expected = {"loss": loss.detach(), "logits": logits.detach(), "length": length}
+    expected |= {f"gradient of {name}": g * 0.5 / (length + 1e-6) for name, g in gradients.items()}
 
-    optimizer = make_optimizer(model, config)
-    loss, logits, gradient_norm = training_step(model, optimizer, images, labels, config)
+    def step(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        loss, logits, norm = training_step(model, make_optimizer(model, config), images, labels, config)
+        loss, norm = torch.tensor([loss, norm], dtype=torch.float64)
+        steps = {f"step of {name}": p.detach() - before[name] for name, p in model.named_parameters()}
+        gradients = {f"gradient of {name}": p.grad for name, p in model.named_parameters()}
+        return {"loss": loss, "logits": logits, "length": norm, **gradients, **steps}
 
-    assert loss == pytest.approx(expected_loss.item(), rel=1e-12)
-    assert gradient_norm == pytest.approx(length, rel=1e-10)
-    assert torch.allclose(logits, resnet8(images, p), rtol=0, atol=1e-11)
-    scale = 0.5 / (length + 1e-6)
-    for name, parameter in model.named_parameters():
-        g = gradients[name] * scale
-        assert torch.allclose(parameter.grad, g, rtol=1e-8, atol=1e-14), name
-        # Adam's first step: both moments are the gradient's own after correcting their bias.
-        update = config.learning_rate * g / (g.abs() + 1e-8)
-        assert torch.allclose(parameter, p[name] - update, rtol=0, atol=1e-7 * config.learning_rate), name
-
-
-@pytest.mark.parametrize("stride", [1, 2])
-def test_the_gradients_of_a_bottleneck_equal_a_restatement_in_float64(stride: int) -> None:
-    torch.manual_seed(1)
-    block = Bottleneck(8, 4, stride).double()
-    x = torch.randn(3, 8, 7, 6, dtype=torch.float64, requires_grad=True)
-    p = {name: parameter.detach().clone().requires_grad_() for name, parameter in block.named_parameters()}
-    y, expected = block(x), residual_block(x, p, "", stride, (1, 3, 1))
-    direction = torch.randn_like(y)
-    assert torch.allclose(y, expected, rtol=0, atol=1e-12)
-    got = torch.autograd.grad((y * direction).sum(), [x, *block.parameters()])
-    wanted = torch.autograd.grad((expected * direction).sum(), [x, *p.values()])
-    for name, g, w in zip(["x", *p], got, wanted, strict=True):
-        assert torch.allclose(g, w, rtol=1e-9, atol=1e-11), name
+    single, found = step(copy.deepcopy(model).float(), images.float()), step(model, images)
+    # Adam's first step: both moments are the gradient's own after correcting their bias.
+    taken = {name: found[f"gradient of {name}"] for name in p}
+    expected |= {f"step of {name}": -config.learning_rate * g / (g.abs() + 1e-8) for name, g in taken.items()}
+    assert_equal_in_float64(found, expected, single)
 
 
 def test_l2_reaches_weights_and_neither_biases_nor_batchnorm() -> None:
@@ -159,7 +96,8 @@ def test_decoupled_decay_shrinks_a_weight_without_gradient_by_rate_times_decay()
     optimizer = make_optimizer(weight, TrainingConfig(optimizer="adamw", l2=0.1, learning_rate=0.01))
     weight.weight.grad = torch.zeros_like(weight.weight)
     optimizer.step()
-    assert torch.allclose(weight.weight, before * (1 - 0.01 * 0.1), rtol=1e-12, atol=0)
+    eps = torch.finfo(torch.float64).eps  # two roundings on each side
+    assert torch.allclose(weight.weight, before * (1 - 0.01 * 0.1), rtol=4 * eps, atol=0)
 
 
 @pytest.mark.parametrize(("name", "kind"), [("adam", "Adam"), ("adamw", "AdamW"), ("sgd", "SGD")])
@@ -205,15 +143,17 @@ def test_it_learns_and_the_file_holds_what_it_learned(tmp_path: Path) -> None:
     splits = open_splits("digits")
     preprocessing = suggest_preprocessing(splits.train, (8, 8))
     result = train("resnet8", splits, preprocessing, TrainingConfig(epochs=6, warmup_epochs=1), tmp_path)
-    assert result.test_accuracy > 0.85
+    assert result.test_accuracy > 0.85  # far from the edge: it reaches 0.94 and more from any seed tried
     assert result.kept is result.epochs[-1]
     model = create_model("resnet8", in_channels=1).eval()
     load_weights(model, tmp_path / MODEL_FILE)
     images = torch.from_numpy(splits.test.inputs(range(len(splits.test)), preprocessing))
-    with torch.no_grad():
-        hits = (model(images).argmax(1).numpy() == splits.test.labels).mean()
+    with torch.no_grad():  # in the batches that training counts in: the same numbers, whatever the machine
+        found = torch.cat([model(batch).argmax(1) for batch in images.split(TrainingConfig().batch_size)]).numpy()
     card = read_model_card(tmp_path / MODEL_FILE)
-    assert card is not None and card.accuracy == result.test_accuracy == pytest.approx(hits)
+    assert card is not None and card.accuracy == result.test_accuracy == (found == splits.test.labels).sum() / len(
+        found
+    )
     assert (card.model, card.data, card.classes) == ("resnet8", "digits", tuple("0123456789"))
     rows = [*csv.DictReader((tmp_path / LOG_FILE).open())]
     assert [int(row["epoch"]) for row in rows] == [1, 2, 3, 4, 5, 6]
@@ -224,11 +164,28 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-@pytest.mark.parametrize("where", [(1, 2), (2, 1), (3, 4)], ids=["first-epoch", "epoch-begins", "last-step"])
-def test_an_interrupted_training_resumes_to_the_same_bits(digits, tmp_path: Path, where, optimizer: str) -> None:
+@pytest.fixture(scope="module")
+def whole(digits, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of trainings that nothing interrupted, by optimizer."""
+    folders = {optimizer: tmp_path_factory.mktemp(optimizer) for optimizer in ("adam", "sgd")}
+    for optimizer, folder in folders.items():
+        train("resnet8", *digits, replace(QUICK, optimizer=optimizer, l2=1e-3), folder)
+    return folders
+
+
+# optimizer, and the epoch and the step after which it stops
+INTERRUPTED = {
+    "first-epoch": ("adam", (1, 2)),
+    "epoch-begins": ("adam", (2, 1)),
+    "last-step": ("adam", (3, 4)),
+    "momentum": ("sgd", (3, 1)),
+}
+
+
+@pytest.mark.parametrize("case", INTERRUPTED)
+def test_an_interrupted_training_resumes_to_the_same_bits(digits, whole, tmp_path: Path, case: str) -> None:
+    optimizer, where = INTERRUPTED[case]
     config = replace(QUICK, optimizer=optimizer, l2=1e-3)
-    train("resnet8", *digits, config, tmp_path / "whole")
 
     def stop(epoch: int, step: int, steps: int) -> None:
         if (epoch, step) == where:
@@ -242,7 +199,7 @@ def test_an_interrupted_training_resumes_to_the_same_bits(digits, tmp_path: Path
     assert begun == (where[0] > 1)
     train("resnet8", *digits, config, tmp_path / "cut", resume=begun)
     for name in (MODEL_FILE, STATE_FILE, LOG_FILE):
-        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+        assert (tmp_path / "cut" / name).read_bytes() == (whole[optimizer] / name).read_bytes(), name
 
 
 def test_the_seed_decides_and_nothing_else_does(digits, tmp_path: Path) -> None:
@@ -270,11 +227,10 @@ def test_with_patience_the_last_of_the_best_epochs_is_kept(digits, tmp_path: Pat
 
 
 def test_a_loss_that_is_not_finite_ends_it_in_one_line(digits, tmp_path: Path) -> None:
-    with pytest.raises(
-        TrainingError, match=r"^the loss became \S+ in epoch 1, step \d+: expected a finite one.*rate"
-    ) as e:
+    expected = r"^the loss became \S+ in epoch 1, step \d+: expected a finite one.*rate"
+    with pytest.raises(TrainingError, match=expected) as caught:
         train("resnet8", *digits, replace(QUICK, learning_rate=1e30, warmup_epochs=0, clip=0.0), tmp_path)
-    assert "\n" not in str(e.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_folder_with_a_training_is_not_overwritten(digits, tmp_path: Path) -> None:
@@ -294,19 +250,16 @@ def test_what_a_killed_run_left_half_written_is_cleared(digits, tmp_path: Path) 
     assert not stale.exists()
 
 
-def test_nothing_to_resume(digits, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="nothing to resume"):
-        train("resnet8", *digits, QUICK, tmp_path / "new", resume=True)
-    assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"not safetensors", b"\x02\0\0\0\0\0\0\0{}"], ids=["empty", "text", "no-state"]
-)
-def test_a_broken_state_is_refused(digits, tmp_path: Path, content: bytes) -> None:
-    (tmp_path / STATE_FILE).write_bytes(content)
-    with pytest.raises(TrainingError, match="expected the state of a training"):
-        train("resnet8", *digits, QUICK, tmp_path, resume=True)
+@pytest.mark.parametrize("content", [None, b"", b"not safetensors", b"\x02\0\0\0\0\0\0\0{}"], ids=repr)
+def test_what_is_no_state_of_a_training_is_not_resumed(digits, tmp_path: Path, content: bytes | None) -> None:
+    folder = tmp_path / "new"
+    if content is not None:
+        folder.mkdir()
+        (folder / STATE_FILE).write_bytes(content)
+    expected = "nothing to resume" if content is None else "expected the state of a training"
+    with pytest.raises(TrainingError, match=expected):
+        train("resnet8", *digits, QUICK, folder, resume=True)
+    assert folder.exists() == (content is not None)
 
 
 def test_two_trainings_in_one_folder(digits, tmp_path: Path) -> None:
@@ -319,26 +272,14 @@ def test_two_trainings_in_one_folder(digits, tmp_path: Path) -> None:
         os.close(holder)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"epochs": 0},
-        {"batch_size": 1},
-        {"optimizer": "lion"},
-        {"learning_rate": 0.0},
-        {"learning_rate": math.nan},
-        {"warmup_epochs": 61},
-        {"label_smoothing": 1.0},
-        {"l2": -1.0},
-        {"l1": math.inf},
-        {"dropout": 1.0},
-        {"augment": ("mixup",)},
-        {"clip": -1.0},
-        {"patience": -1},
-        {"seed": -1},
-    ],
-    ids=lambda change: "-".join(change),
-)
-def test_settings_out_of_range_are_refused_by_name(change) -> None:
-    with pytest.raises(TrainingError, match=f"^{next(iter(change)).replace('_', '-')} must be .*, got "):
-        TrainingConfig(**change)
+OUT_OF_RANGE = [
+    *[("epochs", 0), ("batch_size", 1), ("optimizer", "lion"), ("learning_rate", 0.0), ("learning_rate", math.nan)],
+    *[("warmup_epochs", 61), ("label_smoothing", 1.0), ("l2", -1.0), ("l1", math.inf), ("dropout", 1.0)],
+    *[("augment", ("mixup",)), ("clip", -1.0), ("patience", -1), ("seed", -1)],
+]
+
+
+@pytest.mark.parametrize(("name", "value"), OUT_OF_RANGE, ids=[f"{name}-{value}" for name, value in OUT_OF_RANGE])
+def test_settings_out_of_range_are_refused_by_name(name: str, value: object) -> None:
+    with pytest.raises(TrainingError, match=f"^{name.replace('_', '-')} must be .*, got "):
+        TrainingConfig(**{name: value})
