@@ -237,11 +237,12 @@ MISFITS = {
     "empty": (lambda s: s.clear(), r"107 missing \(conv1.weight, "),
     "classes": (
         lambda s: s.update({"fc.weight": torch.ones(7, 64), "fc.bias": torch.ones(7)}),
-        r"7 classes, the model has 10 \(fc.weight: file \[7, 64\], model \[10, 64\]\); try --num-classes 7$",
+        r"7 classes, the model has 10 \(fc.weight: file \[7, 64\], model \[10, 64\]\); "
+        r"try create_model\(num_classes=7\)$",
     ),
     "channels": (
         lambda s: s.update({"conv1.weight": torch.ones(16, 1, 3, 3)}),
-        r"1 input channels, the model has 3 \(conv1.weight: .*\); try --in-channels 1$",
+        r"1 input channels, the model has 3 \(conv1.weight: .*\); try create_model\(in_channels=1\)$",
     ),
     "classes-and-channels": (
         lambda s: s.update(
@@ -251,7 +252,7 @@ MISFITS = {
                 "fc.bias": torch.ones(7),
             }
         ),
-        r"try --in-channels 1; .*try --num-classes 7$",
+        r"try create_model\(in_channels=1\); .*try create_model\(num_classes=7\)$",
     ),
     "other-fc": (
         lambda s: s.update({"fc.weight": torch.ones(7, 32)}),
@@ -290,7 +291,7 @@ def test_tensors_without_plain_data_are_refused(model, state, tmp_path, tensor):
 
 def test_other_architecture_is_refused(model, tmp_path):
     message = refusal(model, save(create_model("resnet32").state_dict(), tmp_path / "weights.pt"))
-    assert "72 unexpected (layer1.3.conv1.weight, " in message and "--num-classes" not in message
+    assert "72 unexpected (layer1.3.conv1.weight, " in message and "create_model" not in message
 
 
 CONTENT = {

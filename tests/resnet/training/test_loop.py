@@ -280,7 +280,7 @@ def test_a_loss_that_is_not_finite_ends_it_in_one_line(digits, tmp_path: Path) -
 def test_a_folder_with_a_training_is_not_overwritten(digits, tmp_path: Path) -> None:
     train("resnet8", *digits, replace(QUICK, epochs=1), tmp_path)
     before = (tmp_path / MODEL_FILE).read_bytes()
-    with pytest.raises(TrainingError, match="holds a training: go on with it by --resume"):
+    with pytest.raises(TrainingError, match="holds a training: go on with it by train"):
         train("resnet8", *digits, replace(QUICK, epochs=1, seed=1), tmp_path)
     with pytest.raises(TrainingError, match=r"another training.*seed 0 -> 1"):
         train("resnet8", *digits, replace(QUICK, epochs=1, seed=1), tmp_path, resume=True)
