@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import save_file
 
+from export.fusion import passes
+from export.terminal.commands import SCRIPTS
 from resnet.data.sources import open_test
 from resnet.models import create_model
+from tests.export import summing
+from tests.export.digits import without_torch
+from tests.scripts.loading import exit_code
 
 ROOT = Path(__file__).resolve().parents[2]
 DIGITS = str(ROOT / "resnet" / "checkpoints" / "resnet20-digits.safetensors")
@@ -159,8 +168,18 @@ NONSENSE = {
 }
 
 
+@pytest.fixture
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Scripts run in this process, in a folder of their own; what they set for the process is put back."""
+    monkeypatch.chdir(tmp_path)
+    level = logging.getLogger("resnet").level
+    yield
+    logging.getLogger("resnet").setLevel(level)
+
+
+@pytest.mark.usefixtures("_here")
 @pytest.mark.parametrize("case", NONSENSE)
-def test_nonsense_is_one_line_and_exit_2(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nonsense_is_one_line_and_exit_2(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments, expected = NONSENSE[case]
     if case == "missing engine package":
         pytest.importorskip("tensorrt_rtx")
@@ -172,19 +191,86 @@ def test_nonsense_is_one_line_and_exit_2(case: str, tmp_path: Path, monkeypatch:
             pytest.skip("the package is installed")
     (tmp_path / "corrupt.pt").write_bytes(b"PK\x03\x04 this is not a checkpoint")
     model = [] if "--model" in arguments else ["--model", "resnet20"]
-    process = run("export.py", *model, *arguments, cwd=tmp_path)
-    assert process.returncode == 2 and process.stdout == ""
-    refusal = [line for line in process.stderr.splitlines() if " s  " not in line]  # progress lines apart
+    code = exit_code("export", *model, *arguments)
+    said = capsys.readouterr()
+    assert code == 2 and said.out == ""
+    refusal = [line for line in said.err.splitlines() if " s  " not in line]  # progress lines apart
     assert len(refusal) == 1 and refusal[0].startswith("export.py: error: ") and expected in refusal[0]
     assert {path.name for path in tmp_path.iterdir()} == {"corrupt.pt"}
 
 
-@pytest.mark.parametrize("script", ["export.py", "verify.py"])
-def test_help(script: str, tmp_path: Path) -> None:
-    process = run(script, "--help", cwd=tmp_path)
-    assert process.returncode == 0 and "usage:" in process.stdout
+HELP_SECONDS = 0.5  # of processor time, the best of a few runs
+HELP_RUNS = 4
+
+
+@pytest.mark.parametrize("script", SCRIPTS.values())
+def test_help_is_quick_and_needs_python_alone(script: str, tmp_path: Path) -> None:
+    absent = ("numpy", "onnx", "onnxruntime", "rich", "safetensors", "PIL", "scipy", "sklearn", "matplotlib", "jinja2")
+    environment = {**os.environ, **without_torch(tmp_path, *absent)}
+    spent = []
+    while len(spent) < HELP_RUNS and min(spent, default=HELP_SECONDS) >= HELP_SECONDS:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = [sys.executable, ROOT / "scripts" / script, "--help"]
+        process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        assert process.returncode == 0 and process.stderr == "", process.stderr
+        assert process.stdout.startswith(f"usage: {script} ") and "--traceback" in process.stdout
+    assert min(spent) < HELP_SECONDS
 
 
 def test_verify_refuses_what_is_no_bundle(tmp_path: Path) -> None:
     process = run("verify.py", tmp_path, cwd=tmp_path)
     assert process.returncode == 2 and "expected a bundle" in process.stderr
+
+
+SMALL = ("--model", "resnet8", "--image-size", 16, "--engine", "none", "--batch", 2, "--output", "out")
+
+
+@pytest.fixture
+def planted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass with a fault."""
+
+    def broken_pass(graph_module: object) -> object:
+        return {}["of the pass"]
+
+    monkeypatch.setitem(passes.LEVELS, passes.DEFAULT_LEVEL, (broken_pass,))
+
+
+def kept_tracebacks(cache: Path) -> list[Path]:
+    return sorted((cache / "resnet-deploy" / "faults").glob("*"))
+
+
+@pytest.mark.usefixtures("_here", "planted")
+def test_a_fault_of_a_pass_is_exit_3_and_its_traceback_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever it raises: that of a library's ValueError is not the user's fault either."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    older = summing.write(tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in older.iterdir()}
+    assert exit_code("export", *SMALL) == 3
+    said = capsys.readouterr()
+    (path,) = kept_tracebacks(tmp_path / "cache")
+    assert said.out == "" and said.err.splitlines()[-1] == (
+        "export.py: fault: KeyError: 'of the pass': this is a fault of the program, not of its input; "
+        f"its traceback is in {path}"
+    )
+    assert "Traceback" not in said.err
+    assert path.stat().st_mode & 0o777 == 0o600 and path.parent.stat().st_mode & 0o777 == 0o700
+    content = path.read_text()
+    assert "in broken_pass" in content and content.endswith("KeyError: 'of the pass'\n")
+    assert {path.name: path.read_bytes() for path in older.iterdir()} == before
+    assert {path.name for path in tmp_path.iterdir()} == {"cache", "out"}
+
+
+@pytest.mark.usefixtures("_here", "planted")
+def test_a_traceback_is_printed_where_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert exit_code("export", *SMALL, "--traceback") == 3
+    said = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in said and "in broken_pass" in said
+    assert said.splitlines()[-1].endswith("; its traceback is above")
+    assert kept_tracebacks(tmp_path / "cache") == []
