@@ -233,9 +233,14 @@ MODELS: dict[str, ModelSpec] = {
 }
 
 
+_MOST = 2**31 - 1  # of anything that has an axis
+
+
 def _require_count(what: str, value: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ResNetError(f"{what} must be a whole number of at least 1, got {value!r}")
+    if value > _MOST:
+        raise ResNetError(f"{what} must be at most {_MOST}, got {value}")
 
 
 def create_model(

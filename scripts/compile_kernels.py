@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -99,7 +100,15 @@ def compile_for(
     except ModuleNotFoundError as error:
         raise ExportError(f"no package {error.name}, expected triton: Linux only") from error
 
+    if os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y"):
+        raise ExportError("TRITON_INTERPRET is set, expected it unset to compile the kernels")
     distinct = [problem for _, _, problem in problems]
+    try:
+        for name in targets:
+            for problem in distinct:
+                select_config(problem, TARGETS[name])
+    except ValueError as error:  # a batch that no kernel can number, or a tuned table that is damaged
+        raise ExportError(str(error)) from error
     kernels = compile_problems({TARGETS[name]: distinct for name in targets}, progress)
     launches: Counter[tuple[str, str, int]] = Counter()
     for name in targets:

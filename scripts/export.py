@@ -115,6 +115,7 @@ with importing("export"):
 
 DEFAULT_MODEL = "resnet50"
 PRETRAINED = "pretrained"  # as a value of --weights: the published file of that model
+MOST_IMAGES = 2**31 - 1  # of a batch
 CALIBRATION_IMAGES = 16
 CALIBRATION_SEED = 1  # other crops than those the result is checked on
 
@@ -293,6 +294,8 @@ def parse_batch(text: str) -> Batch:
         sizes = []
     if len(sizes) not in (1, 3):
         raise ExportError(f"--batch: expected MIN:OPT:MAX or one number, got {text!r}")
+    if max(sizes) > MOST_IMAGES:
+        raise ExportError(f"--batch: expected at most {MOST_IMAGES}, got {max(sizes)}")
     return Batch(sizes[0], sizes[len(sizes) // 2], sizes[-1])
 
 

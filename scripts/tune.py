@@ -81,10 +81,17 @@ def tune_models(args: argparse.Namespace, progress: Progress) -> tuple[list[tupl
     from kernels.launch import target_of
 
     device = torch.device("cuda", torch.cuda.current_device())
-    target = target_of(device)
+    try:
+        target = target_of(device)
+    except ValueError as error:  # an older GPU
+        raise ExportError(str(error)) from error
     progress("capture and fuse")
     problems = problems_of(args)
-    configs: dict[str, Config] = dict(tuned_table(target.name))
+    try:
+        configs: dict[str, Config] = dict(tuned_table(target.name))
+        start_from = {problem: heuristic_config(problem, target) for problem in problems}
+    except ValueError as error:  # a batch that no kernel can number, or a tuned table that is damaged
+        raise ExportError(str(error)) from error
     facts = describe_machine(torch.cuda.get_device_name(device))
     header: dict[str, str] = {name: facts[name] for name in ("gpu", "torch", "triton") if name in facts}
     header["date"] = datetime.date.today().isoformat()
@@ -93,7 +100,7 @@ def tune_models(args: argparse.Namespace, progress: Progress) -> tuple[list[tupl
         progress(f"{index + 1} of {len(problems)}: {problem_key(problem)}")
         measure = Measurement()
         config, seconds, count = tune(problem, target, measure)
-        start = measure(problem, heuristic_config(problem, target))
+        start = measure(problem, start_from[problem])
         rows.append((problem_key(problem), 1e6 * (start or 0), 1e6 * seconds, count))
         configs[problem_key(problem)] = config
         path = write_table(target.name, header, configs)  # after each: an interrupted run keeps what it found
