@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -31,7 +32,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(ROOT / name, source)
-    pip("wheel", source, "--no-deps", "--no-build-isolation", "--wheel-dir", folder)
+    pip(sys.executable, "wheel", source, "--no-deps", "--no-build-isolation", "--wheel-dir", folder)
     (path,) = folder.glob("*.whl")
     return path
 
@@ -45,7 +46,7 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("onnxruntime")
     bare = tmp_path_factory.mktemp("bare")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", bare], check=True)
-    pip("--python", bare / "bin" / "python", "install", "--no-deps", wheel)
+    pip(bare / "bin" / "python", "install", "--no-deps", "--no-index", wheel)
     (packages,) = bare.glob("lib/python*/site-packages")
     with zipfile.ZipFile(wheel) as archive:
         (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
@@ -58,8 +59,11 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return bare
 
 
-def pip(*arguments: object) -> None:
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *map(str, arguments)]
+def pip(python: str | Path, *arguments: object) -> None:
+    """This environment's pip, run by another's Python."""
+    spec = importlib.util.find_spec("pip")
+    assert spec is not None and spec.origin is not None
+    command = [python, Path(spec.origin).parent, "--disable-pip-version-check", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 

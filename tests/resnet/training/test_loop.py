@@ -23,7 +23,8 @@ from resnet.data.sources import open_splits, suggest_preprocessing
 from resnet.model_card import read_model_card
 from resnet.models import Bottleneck, create_model
 from resnet.training.loop import LOG_FILE, MODEL_FILE, STATE_FILE, train
-from resnet.training.recipe import TrainingConfig, TrainingError, augment, learning_rate, make_optimizer, training_step
+from resnet.training.recipe import augment, learning_rate, make_optimizer, training_step
+from resnet.training.settings import TrainingConfig, TrainingError
 from resnet.weights import load_weights
 
 QUICK = TrainingConfig(epochs=3, batch_size=32, warmup_epochs=1, dropout=0.2, augment=("crop", "flip", "cutout"))
