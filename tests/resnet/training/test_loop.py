@@ -341,5 +341,5 @@ def test_two_trainings_in_one_folder(digits, tmp_path: Path) -> None:
     ids=lambda change: "-".join(change),
 )
 def test_settings_out_of_range_are_refused_by_name(change) -> None:
-    with pytest.raises(TrainingError, match=f"^{next(iter(change)).replace('_', '-')} must be .*, got "):
+    with pytest.raises(TrainingError, match=rf"^TrainingConfig\.{next(iter(change))} must be .*, got "):
         TrainingConfig(**change)
