@@ -2,61 +2,91 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from export.base.batch import DEFAULT_BATCH, Batch, as_batch
 from export.base.errors import ExportError
 from export.base.precision import FORMATS, INT8
-from export.quantisation.calibration import DEFAULT_METHOD, METHODS
+from export.quantisation.methods import DEFAULT_METHOD, METHODS
 from export.runtime.engines.engine import FLAVOURS, Flavour, why_not_buildable
 from export.runtime.engines.options import DEFAULT_ENGINE, EngineConfig
 
-AUTO = "auto"
+AUTO = ("auto",)  # in place of the layers to keep: the fewest that do
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class ExportConfig:
     """What to export.
 
     Attributes:
         precision: `fp32`, `fp16`, `bf16` or `int8`.
-        batch: the batch sizes the artefacts accept; also (minimum, optimum, maximum) or one static size.
+        batch: the batch sizes the artefacts accept; given as one, as (minimum, optimum, maximum) or as one static size.
         engine: `none`, `tensorrt`, `tensorrt-rtx`, or `auto` for each that can be built here.
         engine_config: how engines are built.
-        calibration_method: int8 only; one of `export.quantisation.calibration.METHODS`.
+        calibration_method: int8 only; one of `export.quantisation.methods.METHODS`.
         keep_fp16: int8 only; layers, or modules that hold them, to keep in floating point: float16 for TensorRT,
-            float32 for CPUs. `auto` finds the fewest with which the accuracy is retained.
+            float32 for CPUs. `auto`, which is AUTO here, finds the fewest with which the accuracy is retained.
         keep_fp32: fp16 and bf16 only; layers, or modules that hold them, to keep in float32. `auto` finds the fewest
             with which the network is equal to the eager model.
     """
 
-    precision: str = "fp32"
-    batch: Batch | tuple[int, int, int] | int = DEFAULT_BATCH
-    engine: str = "auto"
-    engine_config: EngineConfig = DEFAULT_ENGINE
-    calibration_method: str = DEFAULT_METHOD
-    keep_fp16: tuple[str, ...] | str = ()
-    keep_fp32: tuple[str, ...] | str = ()
+    precision: str
+    batch: Batch
+    engine: str
+    engine_config: EngineConfig
+    calibration_method: str
+    keep_fp16: tuple[str, ...]
+    keep_fp32: tuple[str, ...]
 
-    def __post_init__(self) -> None:
-        if self.precision not in FORMATS:
-            raise ExportError(f"expected a precision of {', '.join(FORMATS)}, got {self.precision!r}")
-        if self.calibration_method not in METHODS:
+    def __init__(
+        self,
+        precision: str = "fp32",
+        batch: Batch | tuple[int, int, int] | int = DEFAULT_BATCH,
+        engine: str = "auto",
+        engine_config: EngineConfig = DEFAULT_ENGINE,
+        calibration_method: str = DEFAULT_METHOD,
+        keep_fp16: Collection[str] = (),
+        keep_fp32: Collection[str] = (),
+    ) -> None:
+        """Raises ExportError for values that no export has, and for what another precision takes."""
+        if precision not in FORMATS:
+            raise ExportError(f"expected a precision of {', '.join(FORMATS)}, got {precision!r}")
+        if calibration_method not in METHODS:
             expected = ", ".join(METHODS)
-            raise ExportError(f"expected a calibration method of {expected}, got {self.calibration_method!r}")
-        object.__setattr__(self, "batch", as_batch(self.batch))
-        if self.engine not in ("auto", "none", *FLAVOURS):
-            raise ExportError(f"expected an engine of auto, none, {', '.join(FLAVOURS)}, got {self.engine!r}")
-        for flag, names, precisions in (
-            ("--keep-fp16", self.keep_fp16, (INT8.name,)),
-            ("--keep-fp32", self.keep_fp32, ("fp16", "bf16")),
-        ):
-            if names and self.precision not in precisions:
-                raise ExportError(f"{flag} is for --{' and --'.join(precisions)}, got --{self.precision}")
-            if isinstance(names, str) and names != AUTO:
-                raise ExportError(f"{flag}: expected {AUTO} or a tuple of names, got {names!r}")
-            if AUTO in names and names != AUTO:
-                raise ExportError(f"{flag}: expected {AUTO} or names, got both: {' '.join(names)}")
+            raise ExportError(f"expected a calibration method of {expected}, got {calibration_method!r}")
+        if engine not in ("auto", "none", *FLAVOURS):
+            raise ExportError(f"expected an engine of auto, none, {', '.join(FLAVOURS)}, got {engine!r}")
+        narrowed = {
+            "precision": precision,
+            "batch": as_batch(batch),
+            "engine": engine,
+            "engine_config": engine_config,
+            "calibration_method": calibration_method,
+            "keep_fp16": _kept("keep_fp16", keep_fp16, precision, (INT8.name,)),
+            "keep_fp32": _kept("keep_fp32", keep_fp32, precision, ("fp16", "bf16")),
+        }
+        for name, value in narrowed.items():
+            object.__setattr__(self, name, value)
+
+
+def _kept(name: str, layers: Collection[str], precision: str, precisions: Collection[str]) -> tuple[str, ...]:
+    """The layers to keep in a wider type, or AUTO.
+
+    Raises:
+        ExportError: the precision is none of those with such layers; a string, or `auto` beside names.
+    """
+    field = f"ExportConfig.{name}"
+    if layers and precision not in precisions:
+        wanted = " and ".join(f"ExportConfig.precision={name!r}" for name in precisions)
+        raise ExportError(f"{field} is for {wanted}, got ExportConfig.precision={precision!r}")
+    if isinstance(layers, str):
+        if layers and layers not in AUTO:
+            raise ExportError(f"{field}: expected auto or a tuple of names, got {layers!r}")
+        return AUTO if layers else ()
+    if set(AUTO) <= set(layers) and tuple(layers) != AUTO:
+        raise ExportError(f"{field}: expected auto or names, got both: {' '.join(layers)}")
+    return tuple(layers)
 
 
 def choose_flavours(config: ExportConfig) -> tuple[list[Flavour], dict[str, str]]:
@@ -65,17 +95,17 @@ def choose_flavours(config: ExportConfig) -> tuple[list[Flavour], dict[str, str]
     Raises:
         ExportError: one that was asked for, or an option of engines, is not to be had here.
     """
-    asked, batch = config.engine_config, as_batch(config.batch)
+    asked = config.engine_config
     if config.engine == "none":
-        if asked.flags:
-            raise ExportError(f"{', '.join(asked.flags)}: expected an engine to build, got --engine none")
+        if asked.given:
+            raise ExportError(f"{', '.join(asked.given)}: expected an engine to build, got ExportConfig.engine='none'")
         return [], {}
     reasons = {}
     for name, flavour in FLAVOURS.items():
         if config.engine in ("auto", name):
-            why_not = asked.why_not(name, config.precision, batch)
+            why_not = asked.why_not(name, config.precision, config.batch)
             reasons[name] = why_not or why_not_buildable(flavour, asked.dla_core)
     skipped = {name: reason for name, reason in reasons.items() if reason}
-    if config.engine in skipped or (asked.flags and skipped.keys() == reasons.keys()):
-        raise ExportError("; ".join(f"--engine {name}: {reason}" for name, reason in skipped.items()))
+    if config.engine in skipped or (asked.given and skipped.keys() == reasons.keys()):
+        raise ExportError("; ".join(f"ExportConfig.engine={name!r}: {reason}" for name, reason in skipped.items()))
     return [FLAVOURS[name] for name in reasons if name not in skipped], skipped

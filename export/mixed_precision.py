@@ -30,7 +30,7 @@ def keep_float32(
     model: nn.Module,
     program: FusedProgram,
     precision: Precision,
-    names: Sequence[str] | str,
+    names: tuple[str, ...],
     images: NDArray,
     progress: Progress,
 ) -> FusedProgram:
@@ -52,10 +52,11 @@ def keep_float32(
     kept = (
         _fewest(model, program, precision, images, progress)
         if names == AUTO
-        else chosen("--keep-fp32", operators, names)
+        else chosen("ExportConfig.keep_fp32", operators, names)
     )
     if kept >= operators.keys():
-        raise ExportError(f"all {len(operators)} operators would be kept in float32, none is left: use --fp32")
+        every = f"all {len(operators)} operators would be kept in float32, none is left"
+        raise ExportError(f"{every}: use ExportConfig.precision='fp32'")
     return program.keeping(kept) if kept else program
 
 
@@ -65,7 +66,7 @@ def quantise_network(
     config: ExportConfig,
     calibration: Pictures,
     images: NDArray,
-    retains: Callable[[FusedProgram], bool],
+    retains: Callable[[FusedProgram], bool] | None,
     progress: Progress,
 ) -> Forms:
     """Calibrate, find what each layer costs in 8 bits and which stay in floating point, and write the files.
@@ -76,14 +77,14 @@ def quantise_network(
         config: the method of calibration, and what to keep.
         calibration: inputs whose activations set the scales.
         images: [N, C, H, W] float32, by which the costs are measured.
-        retains: says whether a quantised program keeps the accuracy.
+        retains: says whether a quantised program keeps the accuracy; without it `auto` keeps no layer.
         progress: called with what is being done.
 
     Raises:
         ExportError: a name that stands for no layer; nothing would be left to quantise; a range no scale can hold.
     """
     layers = {module_path(layer): () for layer in quantisable(program.master)}
-    kept = frozenset() if config.keep_fp16 == AUTO else chosen("--keep-fp16", layers, config.keep_fp16)
+    kept = frozenset() if config.keep_fp16 == AUTO else chosen("ExportConfig.keep_fp16", layers, config.keep_fp16)
     progress(f"calibrate on {len(calibration)} images")
     calibrated = calibrate(
         split_addition(program.master), calibration, config.calibration_method, program.batch, progress
@@ -91,14 +92,15 @@ def quantise_network(
     progress("quantise one layer at a time")
     shown = torch.from_numpy(operator_images(images, program.batch))
     costs = layer_costs(program.master, calibrated.ranges, shown, progress)
-    if config.keep_fp16 == AUTO:
+    if config.keep_fp16 == AUTO and retains is not None:
         progress("look for the fewest layers to keep in fp16")
         kept = fewest(
             [cost.name for cost in costs],
             lambda kept: all(map(retains, quantised_programs(program, calibrated, kept).values())),
         )
     if kept >= layers.keys():
-        raise ExportError(f"all {len(layers)} layers would be kept in fp16, nothing is left to quantise: use --fp16")
+        every = f"all {len(layers)} layers would be kept in fp16, nothing is left to quantise"
+        raise ExportError(f"{every}: use ExportConfig.precision='fp16'")
     return quantised_forms(program, example, calibrated, kept, tuple(costs), progress)
 
 
@@ -155,11 +157,11 @@ def _equal(model: nn.Module, program: FusedProgram, precision: Precision, oracle
     return bool(judge(execution, references, precision, precision.network_factor, operators))
 
 
-def chosen(flag: str, layers: Mapping[str, Collection[str]], patterns: Collection[str]) -> frozenset[str]:
+def chosen(field: str, layers: Mapping[str, Collection[str]], patterns: Collection[str]) -> frozenset[str]:
     """The layers that `patterns` stand for: by their own names, or those of modules they hold or are part of.
 
     Args:
-        flag: that the patterns were given with.
+        field: of the settings that holds the patterns.
         layers: name -> modules of the user's model that it computes.
         patterns: names of modules.
 
@@ -176,7 +178,7 @@ def chosen(flag: str, layers: Mapping[str, Collection[str]], patterns: Collectio
         if not named:
             near = difflib.get_close_matches(pattern, layers, n=3) or list(layers)[:3]
             hint = f"expected a layer, or a module with layers, such as {', '.join(near)}"
-            raise ExportError(f"{flag}: no layer is called {pattern!r}; {hint}")
+            raise ExportError(f"{field}: no layer is called {pattern!r}; {hint}")
         found |= named
     return frozenset(found)
 

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from export.base.batch import Batch, as_batch
+from export.base.batch import Batch
 from export.base.errors import ExportError
 from export.base.precision import FORMATS, INT8, PRECISIONS, Precision
 from export.base.progress import Progress, silent
@@ -51,7 +52,10 @@ from export.runtime.parity.ladder import (
 from export.runtime.parity.rungs import ParityReport
 from export.sample_inputs import crops, photographs
 
-_ADVICE = "lower --workspace, --batch or --optimization-level, or export with --engine none"
+_ADVICE = (
+    "lower EngineConfig.workspace_mib, ExportConfig.batch or EngineConfig.optimization_level, "
+    "or export with ExportConfig.engine='none'"
+)
 
 PARITY_IMAGES = 16
 
@@ -96,7 +100,7 @@ class _Job:
 
     @property
     def batch(self) -> Batch:
-        return as_batch(self.config.batch)
+        return self.config.batch
 
     @property
     def precision(self) -> Precision:
@@ -138,15 +142,15 @@ def export_bundle(
     """
     started, output = time.perf_counter(), Path(output)
     job = _Job(
-        model,
-        example,
-        config or ExportConfig(),
-        _images(model, example, images),
-        labelled,
-        calibration,
-        metadata or {},
-        command,
-        progress,
+        model=model,
+        example=example,
+        config=config or ExportConfig(),
+        images=_images(model, example, images),
+        labelled=labelled,
+        calibration=calibration,
+        metadata=metadata or {},
+        command=command,
+        progress=progress,
     )
     _check(job)
     flavours, skipped = choose_flavours(job.config)
@@ -204,11 +208,17 @@ def _check(job: _Job) -> None:
             raise ExportError(f"expected labelled inputs of shape {expected}, got {list(inputs.shape)} {inputs.dtype}")
     if job.precision is not INT8:
         if job.calibration is not None:
-            raise ExportError(f"--calibration is for --int8, got --{job.config.precision}")
+            raise ExportError(
+                "export_bundle(calibration=...) is for ExportConfig.precision='int8', "
+                f"got ExportConfig.precision={job.config.precision!r}"
+            )
     elif job.calibration is None or not len(job.calibration):
-        raise ExportError("int8 needs pictures to calibrate on, got none; give --calibration DIR")
+        raise ExportError("int8 needs pictures to calibrate on, got none; give export_bundle(calibration=...)")
     elif job.config.keep_fp16 == AUTO and job.labelled is None:
-        raise ExportError("--keep-fp16 auto needs labelled pictures to decide by, got none; give --data")
+        raise ExportError(
+            "ExportConfig.keep_fp16='auto' needs labelled pictures to decide by, got none; "
+            "give export_bundle(labelled=...)"
+        )
 
 
 def _meter(job: _Job, program: FusedProgram) -> Meter | None:
@@ -233,12 +243,14 @@ def _lower(job: _Job, program: FusedProgram, meter: Meter | None) -> tuple[Fused
             program = keep_float32(job.model, program, precision, config.keep_fp32, job.images, progress)
         return program, floating_forms(program, job.example, precision, progress)
 
-    def retains(quantised: FusedProgram) -> bool:
-        assert meter is not None  # `_check` has seen to it
-        names = output_names(quantised.graph_module)
-        return meter.retained(ProgramRunner(quantised, PRECISIONS["fp32"], names), INT8.name)
-
+    retains = None if meter is None else partial(_retains, meter)
     return program, quantise_network(program, job.example, config, job.calibration, job.images, retains, progress)
+
+
+def _retains(meter: Meter, quantised: FusedProgram) -> bool:
+    """Whether a network of 8 bits keeps the accuracy."""
+    names = output_names(quantised.graph_module)
+    return meter.retained(ProgramRunner(quantised, PRECISIONS["fp32"], names), INT8.name)
 
 
 def _measure(meter: Meter, forms: Forms, engines: list[Engine], report: ParityReport, precision: Precision) -> None:
@@ -306,7 +318,8 @@ def build_engines(
     engines = []
     for flavour in flavours:
         progress(f"build the {flavour.name} engine")
-        precision, batch = FORMATS[config.precision], as_batch(config.batch)
-        arguments = (flavour, precision, batch, image_shape, config.engine_config, kept, _ADVICE)
-        engines.append(build_engine(onnx_bytes, *arguments))
+        precision, options = FORMATS[config.precision], config.engine_config
+        engines.append(
+            build_engine(onnx_bytes, flavour, precision, config.batch, image_shape, options, kept, advice=_ADVICE)
+        )
     return engines

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from resnet.errors import ResNetError
 from resnet.models import BasicBlock, Bottleneck, CifarResNet, PlainBlock, ResNet
 
 # Convolutions start at a quarter of He's standard deviation. BatchNorm divides the scale out again, but the
@@ -48,11 +49,11 @@ def initialise(model: nn.Module, images: Tensor, seed: int = 0) -> nn.Module:
         seed: the result depends on model, images and seed alone, not on PyTorch's global generator or modes.
 
     Raises:
-        ValueError: another kind of model, or images of another form, before the model is changed; images that
+        ResNetError: another kind of model, or images of another form, before the model is changed; images that
             the network cannot tell apart.
     """
     if not isinstance(model, ResNet | CifarResNet):
-        raise ValueError(f"expected a ResNet or CifarResNet, got {type(model).__name__}")
+        raise ResNetError(f"expected a ResNet or CifarResNet, got {type(model).__name__}")
     _check_images(model, images)
     generator = torch.Generator(device="cpu").manual_seed(seed)
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
@@ -73,11 +74,11 @@ def initialise(model: nn.Module, images: Tensor, seed: int = 0) -> nn.Module:
 def _check_images(model: ResNet | CifarResNet, images: Tensor) -> None:
     channels, dtype = model.conv1.in_channels, model.conv1.weight.dtype
     if dtype != torch.float32 or images.dtype != torch.float32:
-        raise ValueError(f"expected float32, got a model in {dtype} and images in {images.dtype}")
+        raise ResNetError(f"expected float32, got a model in {dtype} and images in {images.dtype}")
     if images.dim() != 4 or images.shape[0] < 2 or images.shape[1] != channels:
-        raise ValueError(f"expected images [N >= 2, {channels}, H, W], got {list(images.shape)}")
+        raise ResNetError(f"expected images [N >= 2, {channels}, H, W], got {list(images.shape)}")
     if not images.isfinite().all():
-        raise ValueError("expected finite images, got NaN or Inf")
+        raise ResNetError("expected finite images, got NaN or Inf")
 
 
 def _normal(shape: torch.Size | tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -147,7 +148,7 @@ def _classifier(features: Tensor, classes: int, generator: torch.Generator) -> t
     mean = features.mean(dim=0)
     deviations = features - mean
     if not deviations.norm() > 1e-4 * features.norm():
-        raise ValueError("expected images that differ from each other, got the same features for all of them")
+        raise ResNetError("expected images that differ from each other, got the same features for all of them")
     chosen = _far_apart(deviations, min(_PROTOTYPES, classes))
     mixtures = _normal((classes, len(features)), generator) @ deviations
     weight = _MIXTURE_LENGTH * nn.functional.normalize(mixtures)

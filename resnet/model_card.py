@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from resnet.data.preprocessing import Preprocessing
+from resnet.errors import ResNetError
 from resnet.models import MODELS
 
 _KEY = "model_card"
@@ -38,15 +39,15 @@ class ModelCard:
         """Compare the card of the file `path` with the arguments of the same names; None was not given.
 
         Raises:
-            ValueError: one is not what the file holds.
+            ResNetError: one is not what the file holds.
         """
-        for flag, given, held in (
-            ("--model", model, self.model),
-            ("--num-classes", num_classes, len(self.classes)),
-            ("--in-channels", in_channels, self.preprocessing.channels),
+        for name, given, held in (
+            ("name", model, self.model),
+            ("num_classes", num_classes, len(self.classes)),
+            ("in_channels", in_channels, self.preprocessing.channels),
         ):
             if given is not None and given != held:
-                raise ValueError(f"{flag} {given}: {path} holds weights for {held}")
+                raise ResNetError(f"create_model({name}={given!r}): {path} holds weights for {held}")
 
     def to_metadata(self) -> dict[str, str]:
         """For the header of a safetensors file."""
@@ -65,7 +66,7 @@ def read_model_card(path: str | Path) -> ModelCard | None:
     """The card in a weights file; None where the file has none or is none, which `load_weights` will say better.
 
     Raises:
-        ValueError: the file has a card that cannot be understood.
+        ResNetError: the file has a card that cannot be understood.
     """
     if Path(path).suffix.lower() != ".safetensors" or not Path(path).is_file():
         return None
@@ -79,7 +80,7 @@ def read_model_card(path: str | Path) -> ModelCard | None:
     try:
         return _parse(json.loads(text))
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{path}: its model card cannot be understood ({error})") from error
+        raise ResNetError(f"{path}: its model card cannot be understood ({error})") from error
 
 
 def _parse(record: Mapping[str, Any]) -> ModelCard:
@@ -94,7 +95,7 @@ def _parse(record: Mapping[str, Any]) -> ModelCard:
         test_images=int(record["test_images"]),
     )
     if card.model not in MODELS:
-        raise ValueError(f"unknown model {card.model!r:.80}")
+        raise ResNetError(f"unknown model {card.model!r:.80}")
     if card.accuracy is not None and not 0 <= card.accuracy <= 1:
-        raise ValueError(f"expected an accuracy between 0 and 1, got {card.accuracy}")
+        raise ResNetError(f"expected an accuracy between 0 and 1, got {card.accuracy}")
     return card

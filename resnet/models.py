@@ -16,6 +16,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from resnet.errors import ResNetError
+
 
 def _conv3x3(in_channels: int, out_channels: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, groups=groups, bias=False)
@@ -231,9 +233,14 @@ MODELS: dict[str, ModelSpec] = {
 }
 
 
+_MOST = 2**31 - 1  # of anything that has an axis
+
+
 def _require_count(what: str, value: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{what} must be a whole number of at least 1, got {value!r}")
+        raise ResNetError(f"{what} must be a whole number of at least 1, got {value!r}")
+    if value > _MOST:
+        raise ResNetError(f"{what} must be at most {_MOST}, got {value}")
 
 
 def create_model(
@@ -248,11 +255,11 @@ def create_model(
         dropout: share of the classifier's inputs that training sets to 0.
 
     Raises:
-        ValueError: a name that is not in MODELS, with the nearest ones; a count that is not at least 1.
+        ResNetError: a name that is not in MODELS, with the nearest ones; a count that is not at least 1.
     """
     if name not in MODELS:
         nearest = difflib.get_close_matches(name, MODELS, n=3) or MODELS
-        raise ValueError(f"unknown model {name!r}; nearest: {', '.join(nearest)}")
+        raise ResNetError(f"unknown model {name!r}; nearest: {', '.join(nearest)}")
     spec = MODELS[name]
     if num_classes is None:
         num_classes = spec.num_classes

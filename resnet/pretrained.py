@@ -20,13 +20,15 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, HTTPSHandler, OpenerDirector, Request, build_opener
 
+from resnet.errors import ResNetError
+
 _HOSTS = frozenset({"download.pytorch.org"})
 _TIMEOUT = 30.0  # seconds without a byte, also to connect
 _CHUNK = 1 << 20
 _USER_AGENT = "resnet-deploy"  # some servers refuse urllib's own
 
 
-class DownloadError(ValueError):
+class DownloadError(ResNetError):
     """Published weights that cannot be had. The message is one line: what from where, why, and what to do instead."""
 
 
@@ -105,7 +107,7 @@ def download(
     except (OSError, HTTPException, ValueError) as error:
         raise DownloadError(
             f"weights of {name} not fetched from {published.url}: {_reason(error)}; "
-            "try again, or download that file elsewhere and give --weights PATH"
+            "try again, or download that file elsewhere and give load_weights(path=...)"
         ) from error
     return target
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet.data.files import write_atomically
+from resnet.errors import ResNetError
 
 _LOG = logging.getLogger(__name__)
 
@@ -30,18 +31,18 @@ _FORMATS = {".safetensors": "safetensors", ".pt": "torch", ".pth": "torch", ".ta
 _CONTAINERS = ("state_dict", "model_state_dict", "model", "state_dict_ema", "model_ema", "ema")
 # What DistributedDataParallel, wrapping modules and torch.compile put before every name.
 _PREFIXES = ("module.", "model.", "_orig_mod.")
-# Tensors whose shape holds a count the user chooses: axis, what it counts, the flag that sets it.
+# Tensors whose shape holds a count the user chooses: axis, what it counts, the argument of create_model that sets it.
 _SIZES = {
-    "fc.weight": (0, "classes", "--num-classes"),
-    "fc.bias": (0, "classes", "--num-classes"),
-    "conv1.weight": (1, "input channels", "--in-channels"),
+    "fc.weight": (0, "classes", "num_classes"),
+    "fc.bias": (0, "classes", "num_classes"),
+    "conv1.weight": (1, "input channels", "in_channels"),
 }
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _SAFE_TORCH = "2.10"  # before it, weights_only could be made to run code: CVE-2025-32434, CVE-2026-24747
 _SAVE_STATE_DICT = "save its tensors instead: torch.save(model.state_dict(), path)"
 
 
-class WeightsError(ValueError):
+class WeightsError(ResNetError):
     """Weights that cannot be used. The message is one line: the file, what was given, what was expected."""
 
     def __init__(self, file: Path, fault: str) -> None:
@@ -290,12 +291,13 @@ def _size_hint(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], miss
     for name in misshapen:
         if name not in _SIZES:
             return None
-        axis, what, flag = _SIZES[name]
+        axis, what, argument = _SIZES[name]
         theirs, ours = list(found[name].shape), list(expected[name].shape)
         if len(theirs) != len(ours) or [*ours[:axis], theirs[axis], *ours[axis + 1 :]] != theirs:
             return None
         count = f"weights for {theirs[axis]} {what}, the model has {ours[axis]}"
-        hints.setdefault(flag, f"{count} ({name}: file {theirs}, model {ours}); try {flag} {theirs[axis]}")
+        hint = f"{count} ({name}: file {theirs}, model {ours}); try create_model({argument}={theirs[axis]})"
+        hints.setdefault(argument, hint)
     return "; ".join(hints.values())
 
 

@@ -15,35 +15,13 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
+if not __package__:  # a file that is run, not a module of the installed package
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
 
+from export.base.precision import PRECISIONS
 from export.terminal.command_line import Parser, importing, run_script
-
-with importing("benchmark.py"):
-    import torch
-    from rich import box
-    from rich.table import Table
-    from torch import Tensor, nn
-
-    from export import Batch, ExportError, FusedProgram, fuse
-    from export.base.batch import DEFAULT_BATCH
-    from export.base.machine import describe_machine, machine_line
-    from export.base.precision import PRECISIONS
-    from export.benchmark.candidates import Subject, cpu_candidates, cuda_candidates, int8_candidate, plain_onnx
-    from export.benchmark.compare import CPU_CLOCK, CUDA_CLOCK, compare_providers, describe
-    from export.benchmark.roofline import floor_seconds, measure_ceilings, workloads
-    from export.forms import quantised_programs
-    from export.fusion.passes import DEFAULT_LEVEL, LEVELS, QUANTISED_LEVEL
-    from export.lowering.onnx_file import lower_onnx
-    from export.pipeline import PARITY_IMAGES
-    from export.quantisation.calibration import WANTED_IMAGES, Calibration, InMemory, calibrate
-    from export.quantisation.scheme import CPU
-    from export.quantisation.split_addition import split_addition
-    from export.sample_inputs import crops, photographs
-    from export.terminal.console import Progress, print_table
-    from resnet.initialise import initialise
-    from resnet.models import MODELS, create_model
-
+from export.terminal.commands import typed
+from export.terminal.flags import in_flags
 
 DEFAULTS = {"cpu": ("fp32", [1, 8]), "cuda": ("fp16", [1, 8, 32, 128])}
 CALIBRATION_IMAGES = 16
@@ -63,7 +41,7 @@ Result = dict[str, Any]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog="benchmark.py", description=__doc__)
+    parser = Parser("benchmark", __doc__)
     parser.add_argument("--model", nargs="+", default=["resnet50"], metavar="NAME", help="default resnet50")
     parser.add_argument("--device", choices=DEFAULTS, help="default cuda where there is a GPU, else cpu")
     parser.add_argument("--precision", choices=PRECISIONS, help="default fp32 on a CPU, fp16 on a GPU and for --floors")
@@ -76,14 +54,43 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON to a file too")
     args = parser.parse_args(argv)
-    args.command = " ".join(["python scripts/benchmark.py", *(sys.argv[1:] if argv is None else argv)])
+    args.command = " ".join([typed("benchmark"), *(sys.argv[1:] if argv is None else argv)])
     return args
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and a wrong flag are answered before the imports below, which take seconds
+
+with importing("benchmark"):
+    import torch
+    from rich import box
+    from rich.table import Table
+    from torch import Tensor, nn
+
+    from export import Batch, ExportError, FusedProgram, fuse
+    from export.base.batch import DEFAULT_BATCH
+    from export.base.machine import describe_machine, machine_line
+    from export.benchmark.candidates import Subject, cpu_candidates, cuda_candidates, int8_candidate, plain_onnx
+    from export.benchmark.compare import CPU_CLOCK, CUDA_CLOCK, compare_providers, describe
+    from export.benchmark.roofline import floor_seconds, measure_ceilings, workloads
+    from export.forms import quantised_programs
+    from export.fusion.passes import DEFAULT_LEVEL, LEVELS, QUANTISED_LEVEL
+    from export.lowering.onnx_file import lower_onnx
+    from export.pipeline import PARITY_IMAGES
+    from export.quantisation.calibration import WANTED_IMAGES, Calibration, InMemory, calibrate
+    from export.quantisation.scheme import CPU
+    from export.quantisation.split_addition import split_addition
+    from export.sample_inputs import crops, photographs
+    from export.terminal.console import Progress, print_table
+    from resnet.errors import ResNetError
+    from resnet.initialise import initialise
+    from resnet.models import MODELS, create_model
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # of absent packages
-    return run_script("benchmark.py", lambda: benchmark(args))
+    return run_script("benchmark", args, benchmark, refusals=(ResNetError,))
 
 
 def benchmark(args: argparse.Namespace) -> int:
@@ -105,9 +112,9 @@ def benchmark(args: argparse.Namespace) -> int:
         "results": results,
     }
     if args.output:
-        args.output.write_text(json.dumps(record, indent=2) + "\n")
+        args.output.write_text(in_flags(json.dumps(record, indent=2)) + "\n")
     if args.json:
-        print(json.dumps(record))
+        print(in_flags(json.dumps(record)))
     else:
         last_line = show(record)
         if args.output:
@@ -236,7 +243,7 @@ def show_comparison(record: Result) -> str:
         return (
             f"the machine was busy: eager's times spread by {spread:.1f} times; run this again with nothing beside it"
         )
-    return f"next: python scripts/export.py --model {first['model']} --precision {first['precision']}"
+    return f"next: {typed('export')} --model {first['model']} --precision {first['precision']}"
 
 
 def show_rows(result: Result) -> None:
@@ -264,7 +271,7 @@ def show_rows(result: Result) -> None:
     print_table(table)
     for row in result["rows"]:
         if row["reason"]:
-            print(f"{row['provider']}: {row['status']}: {row['reason']}")
+            print(f"{row['provider']}: {row['status']}: {in_flags(row['reason'])}")
 
 
 def floors(name: str, args: argparse.Namespace, progress: Progress) -> list[Result]:
@@ -304,7 +311,7 @@ def show_floors(record: Result) -> str:
     saved = bytes_of["a"] / bytes_of[DEFAULT_LEVEL]
     return (
         f"{last['model']} moves {saved:.1f} times fewer activations at {DEFAULT_LEVEL} than eager; "
-        f"next: python scripts/benchmark.py --model {last['model']}"
+        f"next: {typed('benchmark')} --model {last['model']}"
     )
 
 
@@ -355,7 +362,7 @@ def show_export_step(record: Result) -> str:
         for row in result["rows"]:
             table.add_row(row["step"], f"{row['median_s']:.2f}", f"{row['times_torch']:.2f}")
         print_table(table)
-    return f"next: python scripts/export.py --model {record['results'][-1]['model']}"
+    return f"next: {typed('export')} --model {record['results'][-1]['model']}"
 
 
 if __name__ == "__main__":

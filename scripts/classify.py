@@ -7,11 +7,26 @@ import json
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
+if not __package__:  # a file that is run, not a module of the installed package
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
 
 from export.terminal.command_line import Parser, importing, run_script
+from export.terminal.commands import program
+from export.terminal.flags import in_flags
 
-with importing("classify.py"):
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser("classify", __doc__)
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder written by export.py")
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="picture files")
+    parser.add_argument("--json", action="store_true", help="the result as one JSON object on stdout")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and a wrong flag are answered before the imports below, which take seconds
+
+with importing("classify"):
     import numpy as np
     from numpy.typing import NDArray
 
@@ -19,22 +34,15 @@ with importing("classify.py"):
     from export.runtime.bundle.contents import Bundle, open_bundle
     from export.terminal.console import print_predictions
     from resnet.data.preprocessing import Preprocessing, open_picture
+    from resnet.errors import ResNetError
 
 
 TOP = 5
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog="classify.py", description=__doc__)
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder written by export.py")
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="picture files")
-    parser.add_argument("--json", action="store_true", help="the result as one JSON object on stdout")
-    return parser.parse_args(argv)
-
-
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    return run_script("classify.py", lambda: classify(args))
+    return run_script("classify", args, classify, refusals=(ResNetError,))
 
 
 def classify(args: argparse.Namespace) -> int:
@@ -45,7 +53,7 @@ def classify(args: argparse.Namespace) -> int:
     labels = names or [f"class {i}" for i in range(count)]
     for path, row in zip(args.images, logits, strict=True):
         if not np.isfinite(row).all():
-            sys.stderr.write(f"classify.py: {path}: {artefact.file} returns NaN or Inf for this picture\n")
+            sys.stderr.write(f"{program('classify')}: {path}: {artefact.file} returns NaN or Inf for this picture\n")
             return 1
     records = [
         {
@@ -68,7 +76,7 @@ def run(bundle: Bundle, paths: list[Path]) -> tuple[Artefact, NDArray]:
     preprocessing = Preprocessing.from_json(bundle.preprocessing)
     bundle.check_input((preprocessing.channels, *preprocessing.size))
     size, logits = bundle.batch.maximum, []
-    with running_first(bundle, lambda reason: print(reason, file=sys.stderr)) as (artefact, infer):
+    with running_first(bundle, lambda reason: print(in_flags(reason), file=sys.stderr)) as (artefact, infer):
         sys.stderr.write(f"{bundle.path / artefact.file} on {artefact.runtime}\n")
         for start in range(0, len(paths), size):
             outputs = infer(preprocessing([open_picture(path) for path in paths[start : start + size]]))

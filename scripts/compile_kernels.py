@@ -4,37 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
+if not __package__:  # a file that is run, not a module of the installed package
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
 
+from export.base.precision import PRECISIONS
 from export.terminal.command_line import Parser, importing, run_script
-
-with importing("compile_kernels.py"):
-    import torch
-    from rich import box
-    from rich.table import Table
-
-    from export import ExportError, fuse
-    from export.base.precision import PRECISIONS
-    from export.benchmark.workload import fused_workload
-    from export.terminal.console import Progress, print_table
-    from kernels.configs.targets import TARGETS
-    from kernels.problems import Problem
-    from resnet.models import MODELS, create_model
-
-
-WIDTH = 160  # of the tables where there is no terminal
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog="compile_kernels.py", description=__doc__)
-    parser.add_argument(
-        "--targets", nargs="+", choices=TARGETS, default=list(TARGETS), metavar="SM", help="default all"
-    )
+    parser = Parser("compile", __doc__)
+    parser.add_argument("--targets", nargs="+", metavar="SM", help="default all")
     parser.add_argument("--model", nargs="+", default=["resnet50"], metavar="NAME", help="default resnet50")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32, 128], metavar="N", help="default 1 8 32 128")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp16", help="default fp16")
@@ -42,26 +27,50 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+if __name__ == "__main__":
+    parse_args()  # --help and a wrong flag are answered before the imports below, which take seconds
+
+with importing("compile"):
+    import torch
+    from rich import box
+    from rich.table import Table
+
+    from export import ExportError, fuse
+    from export.benchmark.workload import fused_workload
+    from export.terminal.console import Progress, print_table
+    from kernels.configs.targets import TARGETS
+    from kernels.problems import Problem
+    from resnet.errors import ResNetError
+    from resnet.models import MODELS, create_model
+
+
+WIDTH = 160  # of the tables where there is no terminal
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    return run_script("compile_kernels.py", lambda: compile_kernels(args))
+    return run_script("compile", args, compile_kernels, refusals=(ResNetError,))
 
 
 def compile_kernels(args: argparse.Namespace) -> int:
     """Compile and show what was found; the exit code, which is 1 where a kernel is at fault."""
+    targets = args.targets or list(TARGETS)
+    for target in targets:
+        if target not in TARGETS:
+            raise ExportError(f"--targets: expected some of {', '.join(TARGETS)}, got {target!r}")
     with Progress() as progress:
         problems = [problem for name in args.model for problem in problems_of(name, args, progress)]
-        kernels, launches = compile_for(args.targets, problems, progress)
+        kernels, launches = compile_for(targets, problems, progress)
     faulty = [kernel for kernel in kernels if kernel["faults"]]
     if args.json:
         print(json.dumps({"passed": not faulty, "kernels": kernels, "launches": launches}))
         return 1 if faulty else 0
-    for target in args.targets:
+    for target in targets:
         print_kernels(target, [kernel for kernel in kernels if kernel["target"] == target])
-    print_launches(args.targets, launches)
+    print_launches(targets, launches)
     for kernel in faulty:
         print(f"{kernel['target']} {kernel['problem']}: {'; '.join(kernel['faults'])}")
-    print(f"{len(kernels)} kernels for {len(args.targets)} targets: {len(faulty) or 'none'} at fault")
+    print(f"{len(kernels)} kernels for {len(targets)} targets: {len(faulty) or 'none'} at fault")
     return 1 if faulty else 0
 
 
@@ -91,7 +100,15 @@ def compile_for(
     except ModuleNotFoundError as error:
         raise ExportError(f"no package {error.name}, expected triton: Linux only") from error
 
+    if os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y"):
+        raise ExportError("TRITON_INTERPRET is set, expected it unset to compile the kernels")
     distinct = [problem for _, _, problem in problems]
+    try:
+        for name in targets:
+            for problem in distinct:
+                select_config(problem, TARGETS[name])
+    except ValueError as error:  # a batch that no kernel can number, or a tuned table that is damaged
+        raise ExportError(str(error)) from error
     kernels = compile_problems({TARGETS[name]: distinct for name in targets}, progress)
     launches: Counter[tuple[str, str, int]] = Counter()
     for name in targets:

@@ -8,18 +8,15 @@ import shlex
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
+if not __package__:  # a file that is run, not a module of the installed package
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
 
 from export.terminal.command_line import Parser, importing, run_script
-
-with importing("convert.py"):
-    from resnet.model_card import read_model_card
-    from resnet.models import create_model
-    from resnet.weights import load_weights, save_weights
+from export.terminal.commands import typed
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog="convert.py", description=__doc__)
+    parser = Parser("convert", __doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=".safetensors, .pt, .pth or .pth.tar")
     parser.add_argument("output", metavar="OUTPUT.safetensors", help="replaced if it is a file")
     parser.add_argument("--model", required=True, metavar="NAME", help="what the weights are for")
@@ -28,11 +25,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+if __name__ == "__main__":
+    parse_args()  # --help and a wrong flag are answered before the imports below, which take seconds
+
+with importing("convert"):
+    from resnet.errors import ResNetError
+    from resnet.model_card import read_model_card
+    from resnet.models import create_model
+    from resnet.weights import load_weights, save_weights
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("resnet").setLevel(logging.INFO)
-    return run_script("convert.py", lambda: convert(args))
+    return run_script("convert", args, convert, refusals=(ResNetError,))
 
 
 def convert(args: argparse.Namespace) -> int:
@@ -52,11 +59,11 @@ def convert(args: argparse.Namespace) -> int:
 
 def next_command(args: argparse.Namespace) -> str:
     """How to export what was written: with the counts that were given, because export needs the same."""
-    command = ["python", "scripts/export.py", "--model", args.model, "--weights", args.output]
+    command = ["--model", args.model, "--weights", args.output]
     for flag, count in (("--num-classes", args.num_classes), ("--in-channels", args.in_channels)):
         if count is not None:
             command += [flag, str(count)]
-    return shlex.join([*command, "--fp16"])
+    return f"{typed('export')} {shlex.join([*command, '--fp16'])}"
 
 
 if __name__ == "__main__":

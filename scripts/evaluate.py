@@ -14,28 +14,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)  # not scripts/, where `export` would be a script
+if not __package__:  # a file that is run, not a module of the installed package
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
 
 from export.terminal.command_line import Parser, importing, run_script
-
-with importing("evaluate.py"):
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from export.base.batch import Arrays
-    from export.base.errors import ExportError, MissingDependency, first_line
-    from export.runtime.artefacts import Artefact, artefacts, running
-    from export.runtime.bundle.contents import Bundle, open_bundle
-    from export.runtime.parity.accuracy import Accuracy, class_indices, measure
-    from export.terminal.console import images_bar, print_evaluation
-    from resnet.data.labelled import LabelledImages, LabelledInputs
-    from resnet.data.preprocessing import Preprocessing
-    from resnet.data.sources import open_test
+from export.terminal.flags import in_flags
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog="evaluate.py", description=__doc__)
+    parser = Parser("evaluate", __doc__)
     parser.add_argument("bundles", nargs="+", type=Path, metavar="BUNDLE", help="folders written by export.py")
     parser.add_argument(
         "data", metavar="DATA", help="digits, an archive of CIFAR-10 or CIFAR-100, or a folder of class folders"
@@ -48,6 +35,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--json", action="store_true", help="the result as one JSON object on stdout")
     return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and a wrong flag are answered before the imports below, which take seconds
+
+with importing("evaluate"):
+    import numpy as np
+    from numpy.typing import NDArray
+
+    import export
+    from export.base.batch import Arrays
+    from export.base.errors import ExportError, MissingDependency, first_line
+    from export.runtime.artefacts import Artefact, artefacts, running
+    from export.runtime.bundle.contents import Bundle, open_bundle
+    from export.runtime.parity.accuracy import Accuracy, class_indices, measure
+    from export.terminal.console import images_bar, print_evaluation
+    from resnet.data.labelled import LabelledImages, LabelledInputs
+    from resnet.data.preprocessing import Preprocessing
+    from resnet.data.sources import open_test
+    from resnet.errors import ResNetError
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,7 @@ class Subject:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    return run_script("evaluate.py", lambda: evaluate(args))
+    return run_script("evaluate", args, evaluate, refusals=(ResNetError,))
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -88,11 +95,11 @@ def evaluate(args: argparse.Namespace) -> int:
     if args.json:
         records = [{"bundle": bundle, "artefact": file, **found.to_json()} for bundle, file, found in measured]
         skipped = [{"bundle": bundle, "artefact": file, "reason": reason} for bundle, file, reason in waiting]
-        print(json.dumps({"data": args.data, "measured": records, "not_run": skipped}))
+        print(in_flags(json.dumps({"data": args.data, "measured": records, "not_run": skipped})))
         return 0
     print_evaluation(measured)
     for bundle, file, reason in waiting:
-        print(f"{Path(bundle) / file} not run: {reason}")
+        print(f"{Path(bundle) / file} not run: {in_flags(reason)}")
     return 0
 
 
@@ -126,10 +133,18 @@ def run(subjects: Sequence[Subject], measure_one: Measure) -> tuple[Measured, Wa
 
 
 def measure_here(subject: Subject, artefact: Artefact, progress: Callable[[int], None]) -> Accuracy:
-    bundle, labelled = subject.bundle, subject.labelled
-    facts = (artefact.form, artefact.runtime, bundle.precision.name)
+    bundle, precision = subject.bundle, subject.bundle.precision.name
     with running(bundle, artefact) as infer:
-        return measure(*facts, infer, labelled, subject.indices, bundle.batch.maximum, progress)
+        return measure(
+            artefact.form,
+            artefact.runtime,
+            precision,
+            infer,
+            subject.labelled,
+            subject.indices,
+            bundle.batch.maximum,
+            progress,
+        )
 
 
 def import_ray() -> Any:
@@ -148,7 +163,8 @@ def cluster_measure(ray: Any, data: str, trained_on: set[str]) -> Measure:
     One worker per machine, which uses all its cores; for an engine, one per GPU. The batches are those of
     `measure_here`, and what is added up is whole numbers. The seconds include the start of the workers.
     """
-    modules = [str(ROOT / room) for room in ("export", "kernels", "resnet")]
+    home = Path(str(export.__file__)).resolve().parent.parent
+    modules = [str(home / room) for room in ("export", "kernels", "resnet")]
     ray.init(runtime_env={"py_modules": modules}, log_to_driver=False, logging_level=logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -202,7 +218,7 @@ class Counter:
         correct, refusal = [0] * len(ranges["start"]), ""
         try:
             correct = [self._count(int(i), int(j)) for i, j in zip(ranges["start"], ranges["stop"], strict=True)]
-        except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        except (ExportError, ResNetError, OSError, MemoryError) as error:
             refusal = f"{socket.gethostname()}: {first_line(error)}"
         refusals = np.array([refusal] * len(correct))
         return {"images": ranges["stop"] - ranges["start"], "correct": np.array(correct), "refusal": refusals}
@@ -226,7 +242,7 @@ class Counter:
                 raise ExportError(f"{what} is not what it is on the driver: expected a shared folder")
         artefact = next((artefact for artefact in artefacts(subject.bundle) if artefact.file == self._file), None)
         if artefact is None:  # another machine of the cluster, which built no engine of its own
-            raise ExportError(f"{self._file} is not on this machine: python scripts/verify.py {self._path} --build")
+            raise ExportError(f"{self._file} is not on this machine: build_on_device({str(self._path)!r})")
         return subject, stack.enter_context(running(subject.bundle, artefact)), stack
 
 

@@ -11,48 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be this file
+if not __package__:  # a file that is run, not a module of the installed package
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be this file
 
+from export.quantisation.methods import DEFAULT_METHOD, METHODS
+from export.runtime.engines.options import TARGETS, EngineConfig
 from export.terminal.command_line import Parser, importing, run_script
-
-with importing("export.py"):
-    import numpy as np
-    import torch
-    from torch import Tensor
-
-    from export import Batch, ExportConfig, ExportError, ExportResult, export_bundle
-    from export.base.batch import as_batch
-    from export.config import AUTO
-    from export.pipeline import PARITY_IMAGES
-    from export.quantisation.calibration import DEFAULT_METHOD, METHODS
-    from export.runtime.engines.options import TARGETS, EngineConfig
-    from export.sample_inputs import crops, photographs
-    from export.terminal.console import Progress, print_accuracy, print_quantisation, print_rungs
-    from resnet.data.calibration_pictures import PictureInputs, open_calibration
-    from resnet.data.labelled import LabelledInputs
-    from resnet.data.preprocessing import (
-        IMAGENET_MEAN,
-        IMAGENET_STD,
-        Preprocessing,
-        imagenet_preprocessing,
-        open_picture,
-    )
-    from resnet.data.sources import open_test
-    from resnet.initialise import initialise
-    from resnet.model_card import read_model_card
-    from resnet.models import MODELS, create_model
-    from resnet.pretrained import download
-    from resnet.weights import load_weights
-
-
-DEFAULT_MODEL = "resnet50"
-PRETRAINED = "pretrained"  # as a value of --weights: the published file of that model
-CALIBRATION_IMAGES = 16
-CALIBRATION_SEED = 1  # other crops than those the result is checked on
+from export.terminal.commands import typed
+from export.terminal.flags import in_flags
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog="export.py", description=__doc__)
+    parser = Parser("export", __doc__)
     parser.add_argument("--model", metavar="NAME", help="default: what the weights say they are for, else resnet50")
     parser.add_argument(
         "--weights", metavar="PATH|pretrained", help=".safetensors, .pt, .pth or .pth.tar; absent: seeded, untrained"
@@ -112,12 +82,50 @@ def add_engine_arguments(parser: Parser) -> None:
     parser.add_argument("--dla", type=int, metavar="CORE", help="the deep-learning accelerator of a Jetson Orin")
 
 
+if __name__ == "__main__":
+    parse_args()  # --help and a wrong flag are answered before the imports below, which take seconds
+
+with importing("export"):
+    import numpy as np
+    import torch
+    from torch import Tensor
+
+    from export import Batch, ExportConfig, ExportError, ExportResult, export_bundle
+    from export.pipeline import PARITY_IMAGES
+    from export.sample_inputs import crops, photographs
+    from export.terminal.console import Progress, print_accuracy, print_quantisation, print_rungs
+    from resnet.data.calibration_pictures import PictureInputs, open_calibration
+    from resnet.data.labelled import LabelledInputs
+    from resnet.data.preprocessing import (
+        IMAGENET_MEAN,
+        IMAGENET_STD,
+        MOST_PIXELS,
+        Preprocessing,
+        imagenet_preprocessing,
+        open_picture,
+    )
+    from resnet.data.sources import open_test
+    from resnet.errors import ResNetError
+    from resnet.initialise import initialise
+    from resnet.model_card import read_model_card
+    from resnet.models import MODELS, create_model
+    from resnet.pretrained import download
+    from resnet.weights import load_weights
+
+
+DEFAULT_MODEL = "resnet50"
+PRETRAINED = "pretrained"  # as a value of --weights: the published file of that model
+MOST_IMAGES = 2**31 - 1  # of a batch
+CALIBRATION_IMAGES = 16
+CALIBRATION_SEED = 1  # other crops than those the result is checked on
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    args.command = shlex.join(["python", "scripts/export.py", *(sys.argv[1:] if argv is None else argv)])
+    args.command = f"{typed('export')} {shlex.join(sys.argv[1:] if argv is None else argv)}".rstrip()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("resnet").setLevel(logging.INFO)
-    return run_script("export.py", lambda: export(args))
+    return run_script("export", args, export, refusals=(ResNetError,))
 
 
 def export(args: argparse.Namespace) -> int:
@@ -133,13 +141,13 @@ def run(args: argparse.Namespace, source: Source, progress: Progress) -> ExportR
     """Make the model and export it."""
     check_int8_arguments(args)
     config = ExportConfig(
-        args.precision,
-        parse_batch(args.batch),
-        args.engine,
-        engine_config(args),
-        args.calibration_method or DEFAULT_METHOD,
-        AUTO if args.keep_fp16 == [AUTO] else tuple(args.keep_fp16),
-        AUTO if args.keep_fp32 == [AUTO] else tuple(args.keep_fp32),
+        precision=args.precision,
+        batch=parse_batch(args.batch),
+        engine=args.engine,
+        engine_config=engine_config(args),
+        calibration_method=args.calibration_method or DEFAULT_METHOD,
+        keep_fp16=args.keep_fp16,
+        keep_fp32=args.keep_fp32,
     )
     model = create_model(source.model, num_classes=source.num_classes, in_channels=source.in_channels)
     labelled = open_labelled(args, source)
@@ -286,7 +294,9 @@ def parse_batch(text: str) -> Batch:
         sizes = []
     if len(sizes) not in (1, 3):
         raise ExportError(f"--batch: expected MIN:OPT:MAX or one number, got {text!r}")
-    return Batch(*sizes) if len(sizes) == 3 else as_batch(sizes[0])
+    if max(sizes) > MOST_IMAGES:
+        raise ExportError(f"--batch: expected at most {MOST_IMAGES}, got {max(sizes)}")
+    return Batch(sizes[0], sizes[len(sizes) // 2], sizes[-1])
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -297,6 +307,8 @@ def parse_size(text: str) -> tuple[int, int]:
         sizes = []
     if len(sizes) not in (1, 2) or min(sizes) < 1:
         raise ExportError(f"--image-size: expected H or HxW in pixels, got {text!r}")
+    if max(sizes) > MOST_PIXELS:
+        raise ExportError(f"--image-size: expected at most {MOST_PIXELS} pixels, got {text!r}")
     return sizes[0], sizes[-1]
 
 
@@ -317,7 +329,7 @@ def summarise(args: argparse.Namespace, source: Source, result: ExportResult) ->
             "seconds": round(result.seconds, 1),
             **report.to_json(),
         }
-        print(json.dumps(record))
+        print(in_flags(json.dumps(record)))
         return
     print_rungs(report.rungs, result.files)
     print(f"{len(coverage.fused)} fused operators; left: {', '.join(op.name for op in coverage.left) or 'none'}")
@@ -329,7 +341,7 @@ def summarise(args: argparse.Namespace, source: Source, result: ExportResult) ->
         if rung.operators is not None and rung.operators.unchecked:
             print(f"{rung.name}: no operator criterion for {', '.join(rung.operators.unchecked)}")
     for name, reason in result.skipped.items():
-        print(f"{name} engine not built: {reason}")
+        print(f"{name} engine not built: {in_flags(reason)}")
     if report.quantisation is not None:
         print_quantisation(report.quantisation)
     if report.accuracy:
@@ -340,9 +352,9 @@ def summarise(args: argparse.Namespace, source: Source, result: ExportResult) ->
         print(f"weak evidence: {weakness}")
     if args.weights is None:
         print("UNTRAINED weights: this checks the export, not the network; give --weights to deploy")
-    print(f"{report.verdict} ({report.images} images, {result.seconds:.0f} s)")
+    print(f"{in_flags(report.verdict)} ({report.images} images, {result.seconds:.0f} s)")
     if result:
-        print(f"{result.output} written; next: python scripts/verify.py {result.output}")
+        print(f"{result.output} written; next: {typed('verify')} {result.output}")
     else:
         print(f"nothing written to {result.output}")
 

@@ -16,30 +16,13 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
+if not __package__:  # a file that is run, not a module of the installed package
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
 
+from export.base.errors import ExportError
 from export.terminal.command_line import Parser, importing, run_script
-
-with importing("train.py"):
-    import torch
-    from rich import box
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.table import Table
-
-    from export.base.machine import describe_machine, machine_line
-    from export.terminal.console import print_table
-    from resnet.data.files import write_atomically
-    from resnet.data.labelled import Splits
-    from resnet.data.preprocessing import Preprocessing
-    from resnet.data.sources import open_splits, suggest_preprocessing, suggest_size
-    from resnet.models import MODELS, create_model
-    from resnet.training import plots
-    from resnet.training.experiments import run_trial
-    from resnet.training.loop import LOG_FILE, MODEL_FILE, Epoch, train
-    from resnet.training.recipe import AUGMENTATIONS, OPTIMIZERS, TrainingConfig
-    from resnet.training.reports import EXPERIMENTS
-
+from export.terminal.commands import typed
+from resnet.training.settings import AUGMENTATIONS, OPTIMIZERS, QUESTIONS, TrainingConfig
 
 WORK = Path("build/train")
 CURVES_FILE = "curves.png"
@@ -47,8 +30,8 @@ DEFAULTS = TrainingConfig()
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog="train.py", description=__doc__)
-    parser.add_argument("experiment", nargs="?", metavar="|".join(EXPERIMENTS), help="default: train --model once")
+    parser = Parser("train", __doc__)
+    parser.add_argument("experiment", nargs="?", metavar="|".join(QUESTIONS), help="default: train --model once")
     parser.add_argument("--model", metavar="NAME", help="default resnet20; compare and depths have their own")
     parser.add_argument(
         "--data", default="digits", metavar="digits|PATH", help="CIFAR's archive or a folder of class folders"
@@ -91,8 +74,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on with what was interrupted")
     parser.add_argument("--json", action="store_true", help="the result as one JSON object on stdout")
     args = parser.parse_args(argv)
-    if args.experiment not in (None, *EXPERIMENTS):
-        parser.error(f"unknown experiment {args.experiment!r}, expected one of {', '.join(EXPERIMENTS)}")
+    if args.experiment not in (None, *QUESTIONS):
+        parser.error(f"unknown experiment {args.experiment!r}, expected one of {', '.join(QUESTIONS)}")
     if args.model and args.experiment in ("compare", "depths"):
         parser.error(f"--model {args.model}: {args.experiment} trains models of its own")
     args.model = args.model or "resnet20"
@@ -100,11 +83,35 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+if __name__ == "__main__":
+    parse_args()  # --help and a wrong flag are answered before the imports below, which take seconds
+
+with importing("train"):
+    import torch
+    from rich import box
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.table import Table
+
+    from export.base.machine import describe_machine, machine_line
+    from export.terminal.console import print_table
+    from resnet.data.files import write_atomically
+    from resnet.data.labelled import Splits
+    from resnet.data.preprocessing import Preprocessing
+    from resnet.data.sources import open_splits, suggest_preprocessing, suggest_size
+    from resnet.errors import ResNetError
+    from resnet.models import MODELS, create_model
+    from resnet.training import plots
+    from resnet.training.experiments import run_trial
+    from resnet.training.loop import LOG_FILE, MODEL_FILE, Epoch, train
+    from resnet.training.reports import EXPERIMENTS
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     interrupted = "interrupted; the same command with --resume goes on after the last whole epoch"
-    return run_script("train.py", lambda: train_or_answer(args), interrupted)
+    return run_script("train", args, train_or_answer, (ResNetError,), interrupted)
 
 
 def train_or_answer(args: argparse.Namespace) -> int:
@@ -132,7 +139,7 @@ class Job:
 def prepare(args: argparse.Namespace) -> Job:
     """Everything is checked before anything is written."""
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: expected an NVIDIA GPU, PyTorch finds none")
+        raise ExportError("--device cuda: expected an NVIDIA GPU, PyTorch finds none")
     settings = {field.name: getattr(args, field.name) for field in fields(TrainingConfig)}
     settings["augment"] = args.augment or ()
     config = TrainingConfig(**settings)
@@ -143,7 +150,7 @@ def prepare(args: argparse.Namespace) -> Job:
     designed = MODELS[args.model].image_size
     size = suggest_size(splits.train, designed) if args.image_size is None else args.image_size
     if size < 8:
-        raise ValueError(f"--image-size: expected at least 8 pixels, got {size}")
+        raise ExportError(f"--image-size: expected at least 8 pixels, got {size}")
     return Job(
         splits,
         suggest_preprocessing(splits.train, (size, size)),
@@ -206,7 +213,7 @@ def train_once(args: argparse.Namespace, job: Job, display: Display) -> dict[str
             f" {len(result.epochs)}, {result.seconds:.0f} s"
         )
         print(f"{output} holds {MODEL_FILE}, {LOG_FILE}, {CURVES_FILE}")
-        print(f"next: {shlex.join(['python', 'scripts/export.py', '--weights', str(weights), '--data', args.data])}")
+        print(f"next: {typed('export')} {shlex.join(['--weights', str(weights), '--data', args.data])}")
     return {
         "model": args.model,
         "data": splits.train.name,
@@ -235,7 +242,7 @@ def run_experiment(args: argparse.Namespace, job: Job, display: Display) -> dict
         )  # fmt: skip
         outcomes.append(outcome)
     report = experiment.report(outcomes, splits, job.preprocessing)
-    provenance = (f"`python scripts/train.py {args.command.removesuffix(' --resume')}`", conditions(job.device))
+    provenance = (f"`{typed('train')} {args.command.removesuffix(' --resume')}`", conditions(job.device))
     record = {
         "title": report.title,
         "findings": report.findings,

@@ -9,11 +9,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
+if not __package__:  # a file that is run, not a module of the installed package
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
 
 from export.terminal.command_line import Parser, importing, run_script
+from export.terminal.commands import typed
 
-with importing("tune.py"):
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser("tune", __doc__)
+    parser.add_argument("--model", nargs="+", default=["resnet50"], metavar="NAME", help="default resnet50")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32, 128], metavar="N", help="default 1 8 32 128")
+    parser.add_argument("--precision", choices=("fp16", "bf16"), default="fp16", help="default fp16")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and a wrong flag are answered before the imports below, which take seconds
+
+with importing("tune"):
     import torch
     from rich import box
     from rich.table import Table
@@ -29,20 +43,13 @@ with importing("tune.py"):
     from kernels.configs.tuning import tune
     from kernels.oracle import Inputs, make_inputs, operator_call, oracle, p1_failures
     from kernels.problems import Problem, with_batch
+    from resnet.errors import ResNetError
     from resnet.models import MODELS, create_model
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog="tune.py", description=__doc__)
-    parser.add_argument("--model", nargs="+", default=["resnet50"], metavar="NAME", help="default resnet50")
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32, 128], metavar="N", help="default 1 8 32 128")
-    parser.add_argument("--precision", choices=("fp16", "bf16"), default="fp16", help="default fp16")
-    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    return run_script("tune.py", lambda: tune_and_show(args))
+    return run_script("tune", args, tune_and_show, refusals=(ResNetError,))
 
 
 def tune_and_show(args: argparse.Namespace) -> int:
@@ -52,7 +59,7 @@ def tune_and_show(args: argparse.Namespace) -> int:
     with Progress() as progress:
         rows, path = tune_models(args, progress)
     print_rows(rows)
-    print(f"{path} written; next: python scripts/benchmark.py --device cuda --model {args.model[0]}")
+    print(f"{path} written; next: {typed('benchmark')} --device cuda --model {args.model[0]}")
     return 0
 
 
@@ -74,10 +81,17 @@ def tune_models(args: argparse.Namespace, progress: Progress) -> tuple[list[tupl
     from kernels.launch import target_of
 
     device = torch.device("cuda", torch.cuda.current_device())
-    target = target_of(device)
+    try:
+        target = target_of(device)
+    except ValueError as error:  # an older GPU
+        raise ExportError(str(error)) from error
     progress("capture and fuse")
     problems = problems_of(args)
-    configs: dict[str, Config] = dict(tuned_table(target.name))
+    try:
+        configs: dict[str, Config] = dict(tuned_table(target.name))
+        start_from = {problem: heuristic_config(problem, target) for problem in problems}
+    except ValueError as error:  # a batch that no kernel can number, or a tuned table that is damaged
+        raise ExportError(str(error)) from error
     facts = describe_machine(torch.cuda.get_device_name(device))
     header: dict[str, str] = {name: facts[name] for name in ("gpu", "torch", "triton") if name in facts}
     header["date"] = datetime.date.today().isoformat()
@@ -86,7 +100,7 @@ def tune_models(args: argparse.Namespace, progress: Progress) -> tuple[list[tupl
         progress(f"{index + 1} of {len(problems)}: {problem_key(problem)}")
         measure = Measurement()
         config, seconds, count = tune(problem, target, measure)
-        start = measure(problem, heuristic_config(problem, target))
+        start = measure(problem, start_from[problem])
         rows.append((problem_key(problem), 1e6 * (start or 0), 1e6 * seconds, count))
         configs[problem_key(problem)] = config
         path = write_table(target.name, header, configs)  # after each: an interrupted run keeps what it found

@@ -7,21 +7,16 @@ import json
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
+if not __package__:  # a file that is run, not a module of the installed package
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
 
 from export.terminal.command_line import Parser, Steps, importing, print_columns, run_script
-
-with importing("verify.py"):
-    from export.base.errors import ExportError
-    from export.runtime.build import DeviceBuild, build_on_device
-    from export.runtime.bundle.signature import check_signature
-    from export.runtime.engines.options import EngineConfig
-    from export.runtime.parity.rungs import RUNG_HEADINGS, Rung
-    from export.runtime.verify import verify_bundle
+from export.terminal.commands import typed
+from export.terminal.flags import in_flags
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog="verify.py", description=__doc__)
+    parser = Parser("verify", __doc__)
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder written by export.py")
     parser.add_argument(
         "--build",
@@ -47,16 +42,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+if __name__ == "__main__":
+    parse_args()  # --help and a wrong flag are answered before the imports below, which take seconds
+
+with importing("verify"):
+    from export.base.errors import ExportError
+    from export.runtime.build import DeviceBuild, build_on_device
+    from export.runtime.bundle.signature import check_signature
+    from export.runtime.engines.options import EngineConfig
+    from export.runtime.parity.rungs import RUNG_HEADINGS, Rung
+    from export.runtime.verify import verify_bundle
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    return run_script("verify.py", lambda: verify(args))
+    return run_script("verify", args, verify)
 
 
 def verify(args: argparse.Namespace) -> int:
     """Check the bundle, build its engines if asked, and say what was found; the exit code, 1 for what is not equal."""
     config = EngineConfig(args.workspace, args.optimization_level)
-    if config.flags and not args.build:
-        raise ExportError(f"{', '.join(config.flags)}: expected --build, which is what takes it")
+    if config.given and not args.build:
+        raise ExportError(f"{', '.join(config.given)}: expected --build, which is what takes it")
     builds: list[DeviceBuild] = []
     with Steps() as progress:
         if args.public_key is not None:
@@ -70,7 +77,8 @@ def verify(args: argparse.Namespace) -> int:
     passed = all(rungs)
     if args.json:
         built = [{"file": str(build.file), "origin": build.origin, "passed": bool(build)} for build in builds]
-        print(json.dumps({"passed": passed, "rungs": [rung.to_json() for rung in rungs], "builds": built}))
+        record = {"passed": passed, "rungs": [rung.to_json() for rung in rungs], "builds": built}
+        print(in_flags(json.dumps(record)))
         return 0 if passed else 1
     sizes = {str(build.file): build.size for build in builds}
     print_columns(RUNG_HEADINGS, [rung.cells(sizes.get(rung.file) or size(args.bundle, rung)) for rung in rungs])
@@ -113,7 +121,7 @@ def say_built(bundle: Path, builds: list[DeviceBuild]) -> None:
         else:
             print(f"{build.file}: WRONG; do not deploy, remove {build.file.parent} and build again")
     if all(builds):
-        print(f"next: python scripts/evaluate.py {bundle} DATA, for its accuracy on labelled pictures")
+        print(f"next: {typed('evaluate')} {bundle} DATA, for its accuracy on labelled pictures")
 
 
 if __name__ == "__main__":

@@ -40,13 +40,20 @@ RULE: dict[str, tuple[str, ...]] = {
     "kernels.operators": ("kernels.problems", "kernels.launch"),  # which a call on a GPU imports, and nothing before
     "kernels.jit": (),
     "kernels.problems": (),
-    "resnet.training": ("resnet.weights", "resnet.model_card", "resnet.initialise", "resnet.models", "resnet.data"),
-    **dict.fromkeys(("resnet.weights", "resnet.model_card", "resnet.initialise"), ("resnet.models", "resnet.data")),
-    "resnet.pretrained": (),
-    "resnet.models": (),
-    "resnet.data": (),
+    "resnet.training": (
+        *("resnet.weights", "resnet.model_card", "resnet.initialise"),
+        *("resnet.models", "resnet.data", "resnet.errors"),
+    ),
+    **dict.fromkeys(
+        ("resnet.weights", "resnet.model_card", "resnet.initialise"), ("resnet.models", "resnet.data", "resnet.errors")
+    ),
+    **dict.fromkeys(("resnet.pretrained", "resnet.models", "resnet.data"), ("resnet.errors",)),
+    "resnet.errors": (),
 }
-WITHOUT_TORCH = ("export.base", "export.runtime", "export.report", "export.terminal", "resnet.data")
+WITHOUT_TORCH = (
+    *("export.base", "export.runtime", "export.report", "export.terminal", "export.quantisation.methods"),
+    *("resnet.data", "resnet.errors", "resnet.training.settings"),
+)
 HIDDEN = ("torch", "triton", "onnxscript")
 
 

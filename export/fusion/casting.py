@@ -104,8 +104,8 @@ def _cast_between(graph_module: fx.GraphModule, types: _Types) -> None:
 def _refuse(tensor: Tensor, dtype: torch.dtype, name: str, node: fx.Node | None) -> NoReturn:
     peak, limit = tensor.abs().max().item(), torch.finfo(dtype).max
     layer = module_path(next(iter(node.users))) if node is not None and node.users else name
-    advice = f"; --keep-fp32 {layer} leaves the layer in float32" if dtype.itemsize == 2 else ""
-    raise ExportError(f"{layer}: {name} reaches {peak:.4g}: expected at most {limit:.4g}, the range of {dtype}{advice}")
+    kept = f"; ExportConfig.keep_fp32=({layer!r},) leaves the layer in float32" if dtype.itemsize == 2 else ""
+    raise ExportError(f"{layer}: {name} reaches {peak:.4g}: expected at most {limit:.4g}, the range of {dtype}{kept}")
 
 
 def _with_type(dtype: torch.dtype, value: Any) -> Any:

@@ -42,12 +42,17 @@ class CudaGraphProgram:
     """
 
     def __init__(self, program: FusedProgram, precision: Precision, device: torch.device | str = "cuda") -> None:
-        """Raises ExportError without Triton, or for a weight outside the range of the precision."""
+        """Raises ExportError without Triton, on a GPU before sm_80, or for a weight outside the range of the type."""
         try:
             from kernels import launch
         except ModuleNotFoundError as error:
             raise ExportError("triton is not installed; install it with: pip install 'triton>=3.6'") from error
         self.precision, self.device = precision, torch.device(device)
+        try:
+            if self.device.type == "cuda":
+                launch.target_of(self.device)
+        except ValueError as error:
+            raise ExportError(str(error)) from error
         self._batch, self._image_shape = program.batch, program.image_shape
         graph_module = program.at(precision).to(self.device)
         self._weight_bytes = sum(t.numel() * t.element_size() for t in graph_module.state_dict().values())

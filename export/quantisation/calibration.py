@@ -22,13 +22,12 @@ from export.fusion.capture import plain_torch
 from export.fusion.casting import converted
 from export.fusion.nodes import module_path, source_name
 from export.quantisation import calibration_cache
+from export.quantisation.methods import DEFAULT_METHOD, METHODS
 from export.quantisation.quantise import is_input, quantised_values
 from export.quantisation.scheme import CPU, Range
 
 _LOG = logging.getLogger(__name__)
 
-METHODS = ("percentile", "entropy", "minmax")
-DEFAULT_METHOD = METHODS[0]
 WANTED_IMAGES = 100
 _PERCENTILE = 99.99
 _BINS = 2048

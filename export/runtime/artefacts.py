@@ -64,7 +64,7 @@ def built_artefact(bundle: Bundle, built: BuiltEngine) -> Artefact:
     engine, flavour = built.engine, built.engine.flavour
     obstacle = why_outdated(built, bundle.onnx_sha256)
     if obstacle:
-        obstacle += f"; build it again: python scripts/verify.py {bundle.path} --build"
+        obstacle += f"; build it again: build_on_device({str(bundle.path)!r})"
     file = str(engine_place(bundle.path, flavour) / flavour.file_name)
     return Artefact(f"{flavour.name}, built here", file, f"{flavour.name} {engine.version}", obstacle, engine)
 

@@ -19,6 +19,7 @@ from rich.text import Text
 from export.runtime.onnx_session import CPU_ONNX_FILE
 from export.runtime.parity.accuracy import Accuracy
 from export.runtime.parity.rungs import RUNG_HEADINGS, Quantisation
+from export.terminal.flags import in_flags
 
 if TYPE_CHECKING:
     from export.runtime.parity.rungs import Rung
@@ -171,5 +172,6 @@ def print_rungs(rungs: Sequence[Rung], files: Mapping[str, int]) -> None:
     for heading in RUNG_HEADINGS:
         table.add_column(heading, justify="left" if heading in ("form", "runtime", "verdict") else "right")
     for rung in rungs:
-        table.add_row(*rung.cells(files.get(rung.file, 0)), style="" if rung else "red")
+        cells = map(in_flags, rung.cells(files.get(rung.file, 0)))
+        table.add_row(*cells, style="" if rung else "red")
     print_table(table)

@@ -16,6 +16,7 @@ from resnet.data.files import is_hidden
 from resnet.data.labelled import DataError
 from resnet.data.preprocessing import Preprocessing, open_picture
 from resnet.data.sources import PICTURE_SUFFIXES, open_splits
+from resnet.errors import ResNetError
 
 _MOST = 512  # more cost time and change little
 _LOG = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ def _spread(count: int) -> list[int]:
 def _readable(file: Path, preprocessing: Preprocessing) -> bool:
     try:
         picture = open_picture(file)
-    except ValueError as error:  # which names the file
+    except ResNetError as error:  # which names the file
         _LOG.warning("left out: %s", error)
         return False
     try:

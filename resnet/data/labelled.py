@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from resnet.data.preprocessing import Preprocessing, open_picture
+from resnet.errors import ResNetError
 
 
-class DataError(ValueError):
+class DataError(ResNetError):
     """Data that cannot be used. The message is one line: what was given, what was expected."""
 
 
@@ -49,7 +50,7 @@ class LabelledImages:
             return Image.fromarray(picture)
         try:
             return open_picture(picture)
-        except ValueError as error:
+        except ResNetError as error:
             raise DataError(str(error)) from error
 
     def subset(self, indices: NDArray[np.int64]) -> LabelledImages:

@@ -15,12 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from resnet.errors import ResNetError
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 _COLOURS = {1: "grey", 3: "RGB"}
 _MODES = {1: "L", 3: "RGB"}  # Pillow's names of the same
 _LARGEST = 1e6  # deviations are above its inverse; NaN and Inf fail the comparison too
-_MOST_PIXELS = 2**15  # of a side
+MOST_PIXELS = 2**15  # of a side
 _LONGEST = 200  # what lies outside the middle is scaled too, in memory
 _FIXED = {"interpolation": "bilinear", "scale": "x / 255", "layout": "NCHW"}
 
@@ -36,7 +38,7 @@ class Preprocessing:
         std: per channel, above 0, and like the means within what float32 inputs can show.
 
     Raises:
-        ValueError: values that describe no preprocessing.
+        ResNetError: values that describe no preprocessing.
     """
 
     size: tuple[int, int]
@@ -46,14 +48,14 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         if min(self.size) < 1 or any(r < s for r, s in zip(self.resize, self.size, strict=True)):
-            raise ValueError(f"expected a size of at least 1x1 and a resize that covers it, got {self}")
-        if max(self.resize) > _MOST_PIXELS:
-            raise ValueError(f"expected sizes of at most {_MOST_PIXELS} pixels, got {self}")
+            raise ResNetError(f"expected a size of at least 1x1 and a resize that covers it, got {self}")
+        if max(self.resize) > MOST_PIXELS:
+            raise ResNetError(f"expected sizes of at most {MOST_PIXELS} pixels, got {self}")
         if len(self.mean) not in _COLOURS or len(self.std) != len(self.mean):
-            raise ValueError(f"expected mean and std of 1 or 3 channels, got {self.mean} and {self.std}")
+            raise ResNetError(f"expected mean and std of 1 or 3 channels, got {self.mean} and {self.std}")
         sound = all(abs(m) < _LARGEST for m in self.mean) and all(1 / _LARGEST < s < _LARGEST for s in self.std)
         if not sound:
-            raise ValueError(f"expected finite means and positive deviations, got {self.mean} and {self.std}")
+            raise ResNetError(f"expected finite means and positive deviations, got {self.mean} and {self.std}")
 
     @property
     def channels(self) -> int:
@@ -68,7 +70,7 @@ class Preprocessing:
         """The scaled and cut picture, [H, W, C].
 
         Raises:
-            ValueError: a picture of extreme proportions, or one that `eight_bits` refuses.
+            ResNetError: a picture of extreme proportions, or one that `eight_bits` refuses.
         """
         picture = eight_bits(picture).convert(_MODES[self.channels])
         (height, width), (cover_height, cover_width) = self.size, self.resize
@@ -78,7 +80,7 @@ class Preprocessing:
         else:
             scaled = (cover_height * picture.width // picture.height, cover_height)
         if max(scaled) > _LONGEST * max(cover_height, cover_width):
-            raise ValueError(f"expected a picture at most {_LONGEST} times as long as wide, got {picture.size}")
+            raise ResNetError(f"expected a picture at most {_LONGEST} times as long as wide, got {picture.size}")
         if picture.size != scaled:
             picture = picture.resize(scaled, Image.Resampling.BILINEAR)
         left, top = round((picture.width - width) / 2), round((picture.height - height) / 2)
@@ -109,19 +111,19 @@ class Preprocessing:
         """The inverse of `to_json`.
 
         Raises:
-            ValueError: not such a record, or one with steps that this version does not know.
+            ResNetError: not such a record, or one with steps that this version does not know.
         """
         if not isinstance(record, Mapping):
-            raise ValueError(f"expected the description of a preprocessing, got {record!r:.80}")
+            raise ResNetError(f"expected the description of a preprocessing, got {record!r:.80}")
         try:
             (height, width), (cover_height, cover_width) = record["size"], record["resize"]
             size, resize = (int(height), int(width)), (int(cover_height), int(cover_width))
             mean, std = (tuple(float(value) for value in record[key]) for key in ("mean", "std"))
             description = cls(size, resize, mean, std)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f"expected the description of a preprocessing, got {record!r:.200} ({error})") from error
+            raise ResNetError(f"expected the description of a preprocessing, got {record!r:.200} ({error})") from error
         if description.to_json() != record:
-            raise ValueError(f"unknown steps in the preprocessing {record!r:.200}, expected {description.to_json()}")
+            raise ResNetError(f"unknown steps in the preprocessing {record!r:.200}, expected {description.to_json()}")
         return description
 
 
@@ -129,29 +131,29 @@ def open_picture(path: str | Path) -> Image.Image:
     """Read a picture from a file, with 8 bits per channel.
 
     Raises:
-        ValueError: the file is missing, is no picture or is cut short; names it.
+        ResNetError: the file is missing, is no picture or is cut short; names it.
     """
     if not Path(path).is_file():  # opening a pipe would wait for whoever writes to it
-        raise ValueError(f"{path}: expected a picture (no such file)")
+        raise ResNetError(f"{path}: expected a picture (no such file)")
     try:
         with Image.open(path) as picture:
             picture.load()
             return eight_bits(picture)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise ValueError(f"{path}: expected a picture ({reason})") from error
+        raise ResNetError(f"{path}: expected a picture ({reason})") from error
 
 
 def eight_bits(picture: Image.Image) -> Image.Image:
     """The picture with 8 bits per channel: of 16-bit grey the upper ones, where Pillow's conversion would clip.
 
     Raises:
-        ValueError: a mode without a fixed range, or one that Pillow does not convert.
+        ResNetError: a mode without a fixed range, or one that Pillow does not convert.
     """
     if picture.mode.startswith("I"):  # 32 bits are how older versions of Pillow open 16
         return Image.fromarray((np.asarray(picture).clip(0, 65535) >> 8).astype(np.uint8))
     if picture.mode in ("F", "LAB"):
-        raise ValueError(f"expected a picture with 8 or 16 bits per channel, got Pillow's mode {picture.mode}")
+        raise ResNetError(f"expected a picture with 8 or 16 bits per channel, got Pillow's mode {picture.mode}")
     return picture
 
 

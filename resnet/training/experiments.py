@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from resnet.data.labelled import Splits
 from resnet.data.preprocessing import Preprocessing
 from resnet.training.loop import STATE_FILE, Epoch, seeded_model, train
-from resnet.training.recipe import TrainingConfig
+from resnet.training.settings import TrainingConfig
 
 COMPARED_DEPTHS = (20, 32, 56)
 DEPTHS = (8, 14, 20, 32, 44, 56)

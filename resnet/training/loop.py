@@ -23,11 +23,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from resnet.data.files import write_atomically
-from resnet.data.labelled import DataError, LabelledImages, Splits
+from resnet.data.labelled import LabelledImages, Splits
 from resnet.data.preprocessing import Preprocessing
+from resnet.errors import ResNetError
 from resnet.model_card import ModelCard
 from resnet.models import CifarResNet, ResNet, create_model
-from resnet.training.recipe import TrainingConfig, TrainingError, augment, learning_rate, make_optimizer, training_step
+from resnet.training.recipe import augment, learning_rate, make_optimizer, training_step
+from resnet.training.settings import TrainingConfig, TrainingError
 from resnet.weights import save_weights
 
 MODEL_FILE = "model.safetensors"
@@ -121,9 +123,14 @@ def train(
     with _locked(folder):
         training = _Training(name, splits, preprocessing, config, device)
         if resume:
-            training.restore(_read_state(folder / STATE_FILE, facts))
+            state = _read_state(folder / STATE_FILE, facts)
+            try:
+                training.restore(state)
+            except (RuntimeError, ValueError, KeyError) as error:  # of torch, which finds tensors of another model
+                reason = str(error).partition("\n")[0]
+                raise TrainingError(f"{folder / STATE_FILE}: expected the state of a training ({reason})") from error
         elif any((folder / name).exists() for name in (STATE_FILE, MODEL_FILE)):
-            raise TrainingError(f"{folder} holds a training: go on with it by --resume, or remove it first")
+            raise TrainingError(f"{folder} holds a training: go on with it by train(resume=True), or remove it first")
         while not training.finished:
             training.run_epoch(on_step)
             write_atomically(folder / LOG_FILE, _log(training.epochs))
@@ -183,7 +190,7 @@ class _Training:
                 if not math.isfinite(loss):
                     raise TrainingError(
                         f"the loss became {loss} in epoch {number}, step {step}: expected a finite one;"
-                        f" lower --learning-rate (it was {rate:.2g})"
+                        f" lower TrainingConfig.learning_rate (it was {rate:.2g})"
                     )
                 losses += loss * len(labels)
                 hits += int((logits.argmax(1) == labels).sum())
@@ -218,12 +225,13 @@ class _Training:
 
     def restore(self, state: tuple[dict[str, Tensor], list[Epoch]]) -> None:
         tensors, self.epochs = state
-        self.model.load_state_dict(_without_prefix(tensors, "model."))
-        self.kept_weights = _without_prefix(tensors, "kept.")
         moments: dict[int, dict[str, Tensor]] = {}
         for key, value in _without_prefix(tensors, "optimizer.").items():
             index, _, name = key.partition(".")
             moments.setdefault(int(index), {})[name] = value
+        self.kept_weights = _without_prefix(tensors, "kept.")
+        self.model.load_state_dict(self.kept_weights)  # which must fit as well
+        self.model.load_state_dict(_without_prefix(tensors, "model."))
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
 
     def _batches(self, data: LabelledImages, indices: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -231,7 +239,7 @@ class _Training:
         lists = [chunk.tolist() for chunk in indices]
         loader = DataLoader(_Inputs(data, self._preprocessing), sampler=lists, batch_size=None, num_workers=workers)
         for batch in loader:
-            if isinstance(batch, DataError):
+            if isinstance(batch, ResNetError):
                 raise batch
             yield batch
 
@@ -243,10 +251,10 @@ class _Inputs(Dataset):
     def __init__(self, data: LabelledImages, preprocessing: Preprocessing) -> None:
         self._data, self._preprocessing = data, preprocessing
 
-    def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor] | DataError:
+    def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor] | ResNetError:
         try:
             images = self._data.inputs(indices, self._preprocessing)
-        except DataError as error:
+        except ResNetError as error:
             return error
         return torch.from_numpy(images), torch.from_numpy(self._data.labels[indices])
 

@@ -22,7 +22,7 @@ from resnet.training.experiments import (
     regulariser_trials,
     standard_error,
 )
-from resnet.training.recipe import TrainingConfig
+from resnet.training.settings import QUESTIONS, TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -201,11 +201,12 @@ def regularisers_report(outcomes: Sequence[Outcome], splits: Splits, preprocessi
     )
 
 
-EXPERIMENTS: Mapping[str, Experiment] = {
-    "compare": Experiment(lambda model, config: compare_trials(config), compare_report),
-    "depths": Experiment(lambda model, config: depth_trials(config), depths_report),
-    "regularisers": Experiment(regulariser_trials, regularisers_report),
-}
+_EXPERIMENTS = (
+    Experiment(lambda model, config: compare_trials(config), compare_report),
+    Experiment(lambda model, config: depth_trials(config), depths_report),
+    Experiment(regulariser_trials, regularisers_report),
+)
+EXPERIMENTS: Mapping[str, Experiment] = dict(zip(QUESTIONS, _EXPERIMENTS, strict=True))
 
 
 def _trunk(gradients: Mapping[str, float]) -> list[float]:

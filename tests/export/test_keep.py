@@ -84,13 +84,13 @@ CHOICES: dict[str, tuple[Collection[str], Collection[str]]] = {
 @pytest.mark.parametrize("case", CHOICES)
 def test_layers_are_chosen_by_name_or_by_what_they_are_part_of(case: str) -> None:
     patterns, expected = CHOICES[case]
-    assert chosen("--keep-fp32", LAYERS, patterns) == frozenset(expected)
+    assert chosen("ExportConfig.keep_fp32", LAYERS, patterns) == frozenset(expected)
 
 
 @pytest.mark.parametrize("name", ["layer", "layer1.", "layer1.0.conv", "conv", "", "layer2", "0", "FC"])
 def test_a_name_of_no_layer_is_answered_with_those_there_are(name: str) -> None:
     with pytest.raises(ExportError) as caught:
-        chosen("--keep-fp32", LAYERS, ["fc", name])
+        chosen("ExportConfig.keep_fp32", LAYERS, ["fc", name])
     message = str(caught.value)
-    assert message.startswith(f"--keep-fp32: no layer is called {name!r}; expected a layer")
+    assert message.startswith(f"ExportConfig.keep_fp32: no layer is called {name!r}; expected a layer")
     assert any(layer in message for layer in LAYERS) and "\n" not in message

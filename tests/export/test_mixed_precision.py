@@ -17,6 +17,7 @@ from export import Batch, ExportConfig, ExportError, ExportResult, export_bundle
 from export.base.precision import PRECISIONS
 from export.criteria.references import run_references
 from export.runtime.parity.ladder import reference_rungs
+from export.terminal.flags import in_flags
 from tests.export import digits
 
 BLOCK = "layer2.1"
@@ -65,7 +66,7 @@ def test_an_overflow_is_named_with_its_layer_and_both_values(
     assert rungs["fused"].verdict == f"{BLOCK}.conv1: overflow"
     start = f"not equal to the eager model: fused: {BLOCK}.conv1 (conv2d_bias_act): overflow at ["
     assert result.report.verdict.startswith(start)
-    assert result.report.verdict.endswith("; --keep-fp32 auto finds the layers to leave in fp32")
+    assert in_flags(result.report.verdict).endswith("; --keep-fp32 auto finds the layers to leave in fp32")
     recorded = next(rung for rung in result.report.to_json()["rungs"] if rung["name"] == "fused")
     broken = next(check for check in recorded["operators"]["checked"] if check["reason"])
     assert broken["name"] == f"{BLOCK}.conv1" and broken["fault"]["kind"] == "overflow"
@@ -250,5 +251,5 @@ def test_what_cannot_be_kept_is_refused(case: str, trained_digits: tuple[nn.Modu
     precision, kept, message = REFUSED[case]
     with pytest.raises(ExportError) as caught:
         export(*trained_digits, tmp_path / "b", precision, kept)
-    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert message in in_flags(str(caught.value)) and "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []

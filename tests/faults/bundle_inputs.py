@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from export.base.errors import ExportError
 from export.runtime.artefacts import artefacts
 from export.runtime.bundle.contents import open_bundle
 from export.runtime.bundle.folder import MANIFEST
@@ -26,6 +27,7 @@ from export.runtime.onnx_session import ONNX_FILE, open_file
 from export.runtime.parity.accuracy import class_indices
 from export.runtime.verify import verify_bundle
 from resnet.data.preprocessing import Preprocessing
+from resnet.errors import ResNetError
 from tests.faults.mutations import damaged_bytes, damaged_json, damaged_onnx, damaged_safetensors, deep_recursion
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -126,10 +128,10 @@ def replace(bundle: Path, name: str, content: bytes) -> None:
 
 
 def refused_or(function: Callable[[], object]) -> str:
-    """`refused` for an ExportError or another ValueError of one line, else what the result is worth."""
+    """`refused` for a refusal of one line, else what the result is worth."""
     try:
         return "passed" if function() else "failed"
-    except ValueError as error:
+    except (ExportError, ResNetError) as error:
         lines = str(error).splitlines()
         if len(lines) != 1:
             raise AssertionError(f"expected one line, got {len(lines)}: {str(error)[:100]}") from error

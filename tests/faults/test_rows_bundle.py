@@ -147,7 +147,9 @@ def test_row_26_int8_without_pictures_to_calibrate_on_is_refused(
     resnet8: nn.Module, images: Tensor, tmp_path: Path
 ) -> None:
     config = ExportConfig("int8", (1, 2, 4), "none")
-    with pytest.raises(ExportError, match=r"^int8 needs pictures to calibrate on, got none; give --calibration DIR$"):
+    with pytest.raises(
+        ExportError, match=r"^int8 needs pictures to calibrate on, got none; give export_bundle\(calibration=\.\.\.\)$"
+    ):
         export_bundle(resnet8, EXAMPLE, tmp_path / "b", config, images=images)
     preprocessing = Preprocessing((16, 16), (16, 16), (0.5,) * 3, (0.5,) * 3)
     (tmp_path / "empty").mkdir()
@@ -209,7 +211,7 @@ def test_row_27_an_engine_of_another_version_is_refused_with_the_command_that_fi
         assert artefact.file == "model.onnx"
     (rung,) = [rung for rung in verify_bundle(opened.path) if rung.file == ENGINE]
     assert rung.not_run == engine.obstacle
-    assert "python scripts/" in engine.obstacle, "no command that fixes it"
+    assert "build_on_device(" in engine.obstacle, "no command that fixes it"
 
 
 @pytest.mark.usefixtures("with_gpu")
@@ -222,7 +224,7 @@ def test_row_27_an_engine_of_another_gpu_is_refused_with_the_command_that_fixes_
     assert next(artefact for artefact in artefacts(opened) if artefact.engine).obstacle == ""
     monkeypatch.setattr(tensorrt_engine, "gpu_name", lambda extra: here)
     engine = next(artefact for artefact in artefacts(opened) if artefact.engine)
-    assert engine.obstacle.startswith(f"built on {built_on}, here is {here}; build one here: python scripts/verify.py")
+    assert engine.obstacle.startswith(f"built on {built_on}, here is {here}; build one here: build_on_device(")
     with pytest.raises(ExportError, match=r"model\.rtx\.engine cannot run here: built on"), running(opened, engine):
         pass
 
@@ -265,7 +267,8 @@ def test_row_28_an_engine_build_that_dies_leaves_the_old_bundle_and_says_what_to
     before = snapshot(output)
     with pytest.raises(ExportError) as error:
         export_bundle(resnet8, EXAMPLE, output, ExportConfig("fp32", (1, 2, 4), "tensorrt"), images=images)
-    advice = "lower --workspace, --batch or --optimization-level, or export with --engine none"
+    advice = "lower EngineConfig.workspace_mib, ExportConfig.batch or EngineConfig.optimization_level, "
+    advice += "or export with ExportConfig.engine='none'"
     assert str(error.value) == f"building the tensorrt engine {expected}: {advice}"
     assert snapshot(output) == before and [path.name for path in output.parent.iterdir()] == ["bundle"]
 

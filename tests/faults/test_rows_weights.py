@@ -97,7 +97,7 @@ def test_row_06_weights_outside_the_fp16_range_are_refused_by_the_name_of_the_la
     assert str(error.value).startswith(expected) and "expected at most 6.55e+04" in str(error.value)
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
     layer = expected.partition(":")[0]
-    assert f"--keep-fp32 {layer} leaves" in str(error.value)
+    assert f"ExportConfig.keep_fp32=({layer!r},) leaves" in str(error.value)
     program = fuse(model, example, Batch(1, 2, 4)).keeping({layer})
     assert {weight.dtype for weight in program.at(PRECISIONS["fp16"]).state_dict().values()} == {
         torch.float16,
@@ -108,7 +108,8 @@ def test_row_06_weights_outside_the_fp16_range_are_refused_by_the_name_of_the_la
 MISFITS: dict[str, tuple[Callable[[State], object], str]] = {
     "classes": (
         lambda s: s.update({"fc.weight": torch.ones(7, 64), "fc.bias": torch.ones(7)}),
-        r"weights for 7 classes, the model has 10 \(fc.weight: file \[7, 64\], model \[10, 64\]\); try --num-classes 7",
+        r"weights for 7 classes, the model has 10 \(fc.weight: file \[7, 64\], model \[10, 64\]\); "
+        r"try create_model\(num_classes=7\)",
     ),
     "channels": (
         lambda s: s.update({"conv1.weight": torch.ones(16, 1, 3, 3)}),

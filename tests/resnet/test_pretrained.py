@@ -138,7 +138,7 @@ def refusal(cache: Path) -> str:
         download(NAME, cache)
     message = str(caught.value)
     assert message.isprintable() and message.startswith(f"weights of {NAME} not fetched from {PUBLISHED[NAME].url}: ")
-    assert message.endswith("give --weights PATH")
+    assert message.endswith("give load_weights(path=...)")
     assert not (cache / FILE).exists()
     return message
 
@@ -328,7 +328,7 @@ def test_offline_is_one_line_with_a_way_out(cache: Path, monkeypatch: pytest.Mon
         publish(monkeypatch, f"https://{host}/{FILE}")
         message = refusal(cache)
     assert message.endswith(
-        f"{FILE}: Connection refused; try again, or download that file elsewhere and give --weights PATH"
+        f"{FILE}: Connection refused; try again, or download that file elsewhere and give load_weights(path=...)"
     )
 
 

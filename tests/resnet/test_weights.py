@@ -214,13 +214,16 @@ MISFITS = {
     ),
     "classes": (
         changed(**SEVEN_CLASSES),
-        r"7 classes, the model has 10 \(fc.weight: file \[7, 64\], model \[10, 64\]\); try --num-classes 7$",
+        r"7 classes, the model has 10 \(fc.weight: file \[7, 64\], model \[10, 64\]\); try create_model\(num_classes=7\)$",
     ),
     "channels": (
         changed(**ONE_CHANNEL),
-        r"1 input channels, the model has 3 \(conv1.weight: .*\); try --in-channels 1$",
+        r"1 input channels, the model has 3 \(conv1.weight: .*\); try create_model\(in_channels=1\)$",
     ),
-    "classes-and-channels": (changed(**ONE_CHANNEL, **SEVEN_CLASSES), r"try --in-channels 1; .*try --num-classes 7$"),
+    "classes-and-channels": (
+        changed(**ONE_CHANNEL, **SEVEN_CLASSES),
+        r"try create_model\(in_channels=1\); .*try create_model\(num_classes=7\)$",
+    ),
     "other-fc": (changed(fc__weight=torch.ones(7, 32)), r"1 misshapen \(fc.weight: file \[7, 32\]"),
     "nan": (lambda s: s["layer2.0.bn1.bias"].fill_(float("nan")), r"NaN or Inf in layer2.0.bn1.bias;"),
     "inf": (lambda s: s["fc.weight"][3, 5:6].fill_(-float("inf")), r"NaN or Inf in fc.weight;"),

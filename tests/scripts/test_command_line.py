@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import logging
+import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +16,13 @@ from typing import Any
 import pytest
 from safetensors.torch import save_file
 
+from export.fusion import passes
+from export.terminal.commands import SCRIPTS
 from resnet.data.sources import open_test
 from resnet.models import create_model
+from tests.export import summing
+from tests.export.digits import without_torch
+from tests.scripts.loading import exit_code
 
 ROOT = Path(__file__).resolve().parents[2]
 DIGITS = str(ROOT / "resnet" / "checkpoints" / "resnet20-digits.safetensors")
@@ -21,6 +31,16 @@ DIGITS = str(ROOT / "resnet" / "checkpoints" / "resnet20-digits.safetensors")
 def run(script: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, ROOT / "scripts" / script, *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def run_here(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """The same in this process, which has imported everything already; what it sets for the process is put back."""
+    out, err, level = io.StringIO(), io.StringIO(), logging.getLogger("resnet").level
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = exit_code(script, *arguments)
+    logging.getLogger("resnet").setLevel(level)
+    assert isinstance(code, int)
+    return subprocess.CompletedProcess([script], code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +76,8 @@ def test_verify_passes_and_then_names_the_changed_file(exported: tuple[Path, sub
 
 
 def test_json_is_one_object_on_stdout(tmp_path: Path) -> None:
-    process = run(
-        "export.py", "--model", "resnet20", "--bf16", "--batch", 4, "--engine", "none", "--json", "--output", "out",
-        cwd=tmp_path,
-    )  # fmt: skip
+    output = ("--engine", "none", "--json", "--output", tmp_path / "out")
+    process = run_here("export", "--model", "resnet20", "--bf16", "--batch", 4, *output)
     summary = json.loads(process.stdout)
     assert process.returncode == 0 and summary["passed"] is True and summary["precision"] == "bf16"
     assert summary["trained"] is False and summary["fused"] == 20 and not summary["skipped"]
@@ -70,11 +88,12 @@ def test_weights_from_a_file(tmp_path: Path) -> None:
     """Weights nobody calibrated load, and the evidence they give is refused as too weak."""
     weights = tmp_path / "weights.safetensors"
     save_file(create_model("resnet20", num_classes=7).state_dict(), weights)
-    common = ("export.py", "--model", "resnet20", "--weights", weights, "--engine", "none", "--output", "out")
-    process = run(*common, "--num-classes", 7, cwd=tmp_path)
+    output = ("--engine", "none", "--output", tmp_path / "out")
+    common = ("export", "--model", "resnet20", "--weights", weights, *output)
+    process = run_here(*common, "--num-classes", 7)
     assert process.returncode == 1
     assert "no verdict, the evidence is too weak" in process.stdout and not (tmp_path / "out").exists()
-    process = run(*common, cwd=tmp_path)
+    process = run_here(*common)
     assert process.returncode == 2 and "--num-classes 7" in process.stderr
 
 
@@ -84,7 +103,8 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, di
     folder = tmp_path_factory.mktemp("digits")
     summaries = {}
     for precision in ("fp32", "fp16", "bf16"):
-        process = run("export.py", "--weights", DIGITS, f"--{precision}", "--engine", "none", "--json", cwd=folder)
+        output = ("--engine", "none", "--json", "--output", folder / precision)
+        process = run_here("export", "--weights", DIGITS, f"--{precision}", *output)
         assert process.returncode == 0, process.stderr
         summaries[precision] = json.loads(process.stdout)
     return folder, summaries
@@ -105,8 +125,7 @@ def test_the_accuracy_of_the_model_that_ships_survives_every_precision(
 
 def test_evaluate_puts_the_precisions_side_by_side(digits: tuple[Path, dict[str, dict[str, Any]]]) -> None:
     folder, summaries = digits
-    bundles = [f"build/resnet20-{precision}" for precision in summaries]
-    process = run("evaluate.py", *bundles, "digits", "--json", cwd=folder)
+    process = run_here("evaluate", *(folder / precision for precision in summaries), "digits", "--json")
     measured = json.loads(process.stdout)["measured"]
     assert [row["precision"] for row in measured] == ["fp32", "fp16", "bf16"]
     assert [row["correct"] for row in measured] == [s["accuracy"][-1]["correct"] for s in summaries.values()]
@@ -117,7 +136,7 @@ def test_classify_names_what_it_sees(digits: tuple[Path, dict[str, dict[str, Any
     paths = [tmp_path / f"{i}.png" for i in range(1, 359, 60)]
     for path in paths:
         held_out.picture(int(path.stem)).save(path)
-    process = run("classify.py", digits[0] / "build" / "resnet20-fp16", *paths, "--json", cwd=tmp_path)
+    process = run_here("classify", digits[0] / "fp16", *paths, "--json")
     assert process.returncode == 0, process.stderr
     found = [image["predictions"][0]["label"] for image in json.loads(process.stdout)["images"]]
     assert found == [held_out.classes[held_out.labels[int(path.stem)]] for path in paths]
@@ -162,6 +181,7 @@ NONSENSE = {
 @pytest.mark.parametrize("case", NONSENSE)
 def test_nonsense_is_one_line_and_exit_2(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments, expected = NONSENSE[case]
+    monkeypatch.chdir(tmp_path)
     if case == "missing engine package":
         pytest.importorskip("tensorrt_rtx")
         try:
@@ -172,19 +192,81 @@ def test_nonsense_is_one_line_and_exit_2(case: str, tmp_path: Path, monkeypatch:
             pytest.skip("the package is installed")
     (tmp_path / "corrupt.pt").write_bytes(b"PK\x03\x04 this is not a checkpoint")
     model = [] if "--model" in arguments else ["--model", "resnet20"]
-    process = run("export.py", *model, *arguments, cwd=tmp_path)
+    process = run_here("export", *model, *arguments)
     assert process.returncode == 2 and process.stdout == ""
     refusal = [line for line in process.stderr.splitlines() if " s  " not in line]  # progress lines apart
     assert len(refusal) == 1 and refusal[0].startswith("export.py: error: ") and expected in refusal[0]
     assert {path.name for path in tmp_path.iterdir()} == {"corrupt.pt"}
 
 
-@pytest.mark.parametrize("script", ["export.py", "verify.py"])
-def test_help(script: str, tmp_path: Path) -> None:
-    process = run(script, "--help", cwd=tmp_path)
-    assert process.returncode == 0 and "usage:" in process.stdout
+HELP_SECONDS = 0.5  # of processor time, the best of a few runs
+HELP_RUNS = 4
+
+
+@pytest.mark.parametrize("script", SCRIPTS.values())
+def test_help_is_quick_and_needs_python_alone(script: str, tmp_path: Path) -> None:
+    absent = ("numpy", "onnx", "onnxruntime", "rich", "safetensors", "PIL", "scipy", "sklearn", "matplotlib", "jinja2")
+    environment = {**os.environ, **without_torch(tmp_path, *absent)}
+    spent = []
+    while len(spent) < HELP_RUNS and min(spent, default=HELP_SECONDS) >= HELP_SECONDS:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = [sys.executable, ROOT / "scripts" / script, "--help"]
+        process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        assert process.returncode == 0 and process.stderr == "", process.stderr
+        assert process.stdout.startswith(f"usage: {script} ") and "--traceback" in process.stdout
+    assert min(spent) < HELP_SECONDS
 
 
 def test_verify_refuses_what_is_no_bundle(tmp_path: Path) -> None:
-    process = run("verify.py", tmp_path, cwd=tmp_path)
+    process = run_here("verify", tmp_path)
     assert process.returncode == 2 and "expected a bundle" in process.stderr
+
+
+SMALL = ("--model", "resnet8", "--image-size", 16, "--engine", "none", "--batch", 2, "--output")
+
+
+@pytest.fixture
+def planted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass with a fault."""
+
+    def broken_pass(graph_module: object) -> object:
+        return {}["of the pass"]
+
+    monkeypatch.setitem(passes.LEVELS, passes.DEFAULT_LEVEL, (broken_pass,))
+
+
+def kept_tracebacks(cache: Path) -> list[Path]:
+    return sorted((cache / "resnet-deploy" / "faults").glob("*"))
+
+
+@pytest.mark.usefixtures("planted")
+def test_a_fault_of_a_pass_is_exit_3_and_its_traceback_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it raises: that of a library's ValueError is not the user's fault either."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    older = summing.write(tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in older.iterdir()}
+    process = run_here("export", *SMALL, older)
+    (path,) = kept_tracebacks(tmp_path / "cache")
+    assert process.returncode == 3 and process.stdout == ""
+    assert process.stderr.splitlines()[-1] == (
+        "export.py: fault: KeyError: 'of the pass': this is a fault of the program, not of its input; "
+        f"its traceback is in {path}"
+    )
+    assert "Traceback" not in process.stderr
+    assert path.stat().st_mode & 0o777 == 0o600 and path.parent.stat().st_mode & 0o777 == 0o700
+    content = path.read_text()
+    assert "in broken_pass" in content and content.endswith("KeyError: 'of the pass'\n")
+    assert {path.name: path.read_bytes() for path in older.iterdir()} == before
+    assert {path.name for path in tmp_path.iterdir()} == {"cache", "out"}
+
+
+@pytest.mark.usefixtures("planted")
+def test_a_traceback_is_printed_where_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    process = run_here("export", *SMALL, tmp_path / "out", "--traceback")
+    said = process.stderr
+    assert process.returncode == 3 and "Traceback (most recent call last)" in said and "in broken_pass" in said
+    assert said.splitlines()[-1].endswith("; its traceback is above")
+    assert kept_tracebacks(tmp_path / "cache") == []

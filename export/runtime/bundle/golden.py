@@ -37,6 +37,10 @@ def load_golden(content: bytes) -> References:
         oracle = networks.pop(_ORACLE)
         if not networks or any(outputs.keys() != oracle.keys() for outputs in networks.values()):
             raise KeyError("outputs of unfused networks")
+        for outputs in networks.values():
+            for output, values in outputs.items():
+                if values.shape != oracle[output].shape or values.shape[:1] != images.shape[:1]:
+                    raise KeyError(f"outputs of one shape for all inputs, got {output} {list(values.shape)}")
         return References(images, networks, oracle)
     except (SafetensorError, KeyError) as error:
         raise ExportError(f"{GOLDEN_FILE}: expected inputs and reference outputs ({first_line(error)})") from error

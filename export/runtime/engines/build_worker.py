@@ -83,13 +83,13 @@ def _configure(trt: ModuleType, options: Any, config: EngineConfig) -> None:
     if config.hardware_compatible:
         options.hardware_compatibility_level = level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
         if options.hardware_compatibility_level != level:  # what cannot be done is ignored in silence
-            raise ExportError(f"--hardware-compatible: {trt.__version__} builds for this GPU alone")
+            raise ExportError(f"EngineConfig.hardware_compatible: {trt.__version__} builds for this GPU alone")
     if config.targets:
         options.num_compute_capabilities = len(config.targets)
         for index, target in enumerate(config.targets):
             capability = trt.ComputeCapability.__members__.get(target.replace("sm_", "SM"))
             if capability is None or not options.set_compute_capability(capability, index):
-                raise ExportError(f"--targets: TensorRT-RTX {trt.__version__} does not build for {target}")
+                raise ExportError(f"EngineConfig.targets: TensorRT-RTX {trt.__version__} does not build for {target}")
 
 
 def _use_dla(trt: ModuleType, options: Any, network: Any, types: Collection[str], core: int) -> None:
@@ -97,22 +97,24 @@ def _use_dla(trt: ModuleType, options: Any, network: Any, types: Collection[str]
     options.default_device_type = trt.DeviceType.DLA
     options.DLA_core = core
     if options.DLA_core != core:  # what cannot be done is ignored in silence
-        raise ExportError(f"--dla {core}: {trt.__version__} has no such deep-learning accelerator")
+        raise ExportError(f"EngineConfig.dla_core={core}: {trt.__version__} has no such deep-learning accelerator")
     options.set_flag(trt.BuilderFlag.GPU_FALLBACK)  # casts and the pooling to one pixel
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         if layer.name in types and not options.can_run_on_DLA(layer):
-            raise ExportError(f"--dla: {layer.name} cannot run on the deep-learning accelerator")
+            raise ExportError(f"EngineConfig.dla_core: {layer.name} cannot run on the deep-learning accelerator")
 
 
 def _timing_cache(options: Any, path: Path) -> Any:
     try:
         content = path.read_bytes() if path.exists() else b""
     except OSError as error:
-        raise ExportError(f"--timing-cache: {path} cannot be read: {error.strerror}") from error
+        raise ExportError(f"EngineConfig.timing_cache: {path} cannot be read: {error.strerror}") from error
     cache = options.create_timing_cache(content)
     if cache is None or not options.set_timing_cache(cache, False):
-        raise ExportError(f"--timing-cache: {path} is not of this device and this version of TensorRT; remove it")
+        raise ExportError(
+            f"EngineConfig.timing_cache: {path} is not of this device and this version of TensorRT; remove it"
+        )
     return cache
 
 
@@ -124,7 +126,7 @@ def _write(path: Path, content: bytes) -> None:
         beside.replace(path)
     except OSError as error:
         beside.unlink(missing_ok=True)
-        raise ExportError(f"--timing-cache: {path} cannot be written: {error.strerror}") from error
+        raise ExportError(f"EngineConfig.timing_cache: {path} cannot be written: {error.strerror}") from error
 
 
 def _kernels(trt: ModuleType, logger: Any, plan: bytes, config: EngineConfig, shape: tuple[int, ...]) -> list[Kernel]:

@@ -19,8 +19,8 @@ from export.runtime.engines.cuda_runtime import compute_capability, gpu_name, wh
 from export.runtime.engines.options import DEFAULT_ENGINE, DEFAULT_TARGETS, TARGETS, EngineConfig
 
 _BUILDER = "export.runtime.engines.build_worker"
-_ADVICE = "lower --workspace or --optimization-level"
-_REMEDY = "build one here: python scripts/verify.py BUNDLE --build"
+_ADVICE = "lower EngineConfig.workspace_mib or EngineConfig.optimization_level"
+_REMEDY = "build one here: build_on_device(BUNDLE)"
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,8 @@ def why_not_buildable(flavour: Flavour, dla_core: int | None = None) -> str:
     if dla_core is not None:
         cores = run_in_child("counting accelerators", "", f"{_BUILDER}:count_dla_cores", flavour)
         if dla_core >= cores:
-            return f"--dla {dla_core}: this device has {cores} deep-learning accelerators that TensorRT can use"
+            found = f"this device has {cores} deep-learning accelerators that TensorRT can use"
+            return f"EngineConfig.dla_core={dla_core}: {found}"
     return ""
 
 
@@ -143,7 +144,7 @@ def why_not_served(flavour: Flavour, targets: Sequence[str] = ()) -> str:
         return ""
     if target not in TARGETS and not newer:
         return f"{flavour.name} does not serve the GPU here: {here}"
-    remedy = "without --targets" if newer else f"with --targets {target}"
+    remedy = "without EngineConfig.targets" if newer else f"with EngineConfig.targets=({target!r},)"
     return f"built for {', '.join(served)}, here is {here}; export again {remedy}"
 
 

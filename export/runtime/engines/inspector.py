@@ -118,13 +118,13 @@ def prove_kernels(kernels: Sequence[Kernel], types: Mapping[str, str], dla: bool
         ExportError: a kernel computes in another type, or a layer does not run where it was asked to; names it.
     """
     if dla and not any(kernel.on_dla for kernel in kernels):
-        raise ExportError("--dla: nothing of the engine runs on the deep-learning accelerator")
+        raise ExportError("EngineConfig.dla_core: nothing of the engine runs on the deep-learning accelerator")
     shown = 0
     for kernel in kernels:
         if not kernel.product or kernel.on_dla:
             continue
         if dla:
-            raise ExportError(f"--dla: {kernel.name} runs on the GPU")
+            raise ExportError(f"EngineConfig.dla_core: {kernel.name} runs on the GPU")
         named = kernel.layers & types.keys()
         expected = {types[name] for name in named} if named else set(types.values())
         shown += bool(kernel.types)

@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from export.base.batch import Batch
 from export.base.errors import ExportError
+
+if TYPE_CHECKING:
+    from export.base.batch import Batch
 
 TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
 DEFAULT_TARGETS = TARGETS[1:]  # of TensorRT-RTX, where none are asked for
 _LEVELS = range(6)
-_FLAGS = {
-    "workspace_mib": "--workspace",
-    "optimization_level": "--optimization-level",
-    "timing_cache": "--timing-cache",
-    "version_compatible": "--version-compatible",
-    "hardware_compatible": "--hardware-compatible",
-    "targets": "--targets",
-    "dla_core": "--dla",
-}
-_TAKEN = {
-    "tensorrt": tuple(name for name in _FLAGS if name != "targets"),
-    "tensorrt-rtx": ("workspace_mib", "optimization_level", "targets"),
-}
+_RTX_TAKES = ("workspace_mib", "optimization_level", "targets")
 
 
 @dataclass(frozen=True)
@@ -53,40 +43,43 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         if self.workspace_mib is not None and self.workspace_mib < 1:
-            raise ExportError(f"--workspace: expected at least 1 MiB, got {self.workspace_mib}")
+            raise ExportError(f"EngineConfig.workspace_mib: expected at least 1 MiB, got {self.workspace_mib}")
         if self.optimization_level is not None and self.optimization_level not in _LEVELS:
-            raise ExportError(f"--optimization-level: expected 0 to {_LEVELS[-1]}, got {self.optimization_level}")
+            expected = f"expected 0 to {_LEVELS[-1]}"
+            raise ExportError(f"EngineConfig.optimization_level: {expected}, got {self.optimization_level}")
         if self.dla_core is not None and self.dla_core < 0:
-            raise ExportError(f"--dla: expected the number of a core, 0 or more, got {self.dla_core}")
+            raise ExportError(f"EngineConfig.dla_core: expected the number of a core, 0 or more, got {self.dla_core}")
         for target in self.targets:
             if target not in TARGETS:
                 raise ExportError(
-                    f"--targets: TensorRT-RTX builds for {', '.join(TARGETS)}, not for Orin (sm_87), "
+                    f"EngineConfig.targets: TensorRT-RTX builds for {', '.join(TARGETS)}, not for Orin (sm_87), "
                     f"H100 and H200 (sm_90) or Thor (sm_110); got {target!r}"
                 )
         if len(set(self.targets)) < len(self.targets):
-            raise ExportError(f"--targets: expected each GPU once, got {' '.join(self.targets)}")
+            raise ExportError(f"EngineConfig.targets: expected each GPU once, got {' '.join(self.targets)}")
         path = self.timing_cache
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise ExportError(f"--timing-cache: expected a file in a folder that exists, got {path}")
+            raise ExportError(f"EngineConfig.timing_cache: expected a file in a folder that exists, got {path}")
 
     @property
-    def flags(self) -> list[str]:
-        """What is asked for, as on the command line."""
-        return [_FLAGS[name] for name in self._given()]
+    def given(self) -> list[str]:
+        """What is asked for, by the names of the fields as messages have them."""
+        return _named(self._given())
 
     def why_not(self, flavour: str, precision: str, batch: Batch) -> str:
         """Why a flavour cannot build what is asked, empty where it can as far as is known without building."""
-        foreign = [_FLAGS[name] for name in self._given() if name not in _TAKEN[flavour]]
+        taken = _RTX_TAKES if flavour == "tensorrt-rtx" else [f.name for f in fields(self) if f.name != "targets"]
+        foreign = [name for name in self._given() if name not in taken]
         if foreign:
-            taken = ", ".join(_FLAGS[name] for name in _TAKEN[flavour])
-            return f"does not take {', '.join(foreign)}; it takes {taken}"
+            return f"does not take {', '.join(_named(foreign))}; it takes {', '.join(_named(taken))}"
         if self.hardware_compatible and platform.machine() == "aarch64":
-            return "--hardware-compatible: engines for other GPUs are not built on Jetson or aarch64"
+            return "EngineConfig.hardware_compatible: engines for other GPUs are not built on Jetson or aarch64"
         if self.dla_core is not None and precision not in ("fp16", "int8"):
-            return f"--dla: expected --fp16 or --int8, got --{precision}"
+            expected = "expected ExportConfig.precision='fp16' or ExportConfig.precision='int8'"
+            return f"EngineConfig.dla_core: {expected}, got ExportConfig.precision={precision!r}"
         if self.dla_core is not None and not batch.static:
-            return f"--dla: expected a static batch, such as --batch {batch.optimum}, got --batch {batch}"
+            expected = f"expected a static batch, such as ExportConfig.batch={batch.optimum}"
+            return f"EngineConfig.dla_core: {expected}, got ExportConfig.batch={batch}"
         return ""
 
     def to_json(self) -> dict[str, Any]:
@@ -100,6 +93,10 @@ class EngineConfig:
 
     def _given(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
+
+def _named(names: Iterable[str]) -> list[str]:
+    return [f"EngineConfig.{name}" for name in names]
 
 
 DEFAULT_ENGINE = EngineConfig()

@@ -12,7 +12,7 @@ from export.runtime.engines.engine import Engine
 from export.runtime.runner import Runner
 
 _DEVICE_ENGINE = "export.runtime.engines.run_worker:DeviceEngine"
-_ADVICE = "export with a smaller --batch"
+_ADVICE = "export with a smaller ExportConfig.batch"
 
 
 class TensorRTRunner(Runner):

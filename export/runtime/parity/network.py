@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from export.base.errors import ExportError
+
 _DECIDED_SHARE = 0.95
 _LARGEST_ERROR = 0.5  # beyond it an output of zeros would be as good: the precision does not represent the network
 _INTEGER_FLOOR = 1e-3  # share of integer values, such as an argmax per pixel, that a near tie may change
@@ -74,13 +76,13 @@ def compare(
         A check for every name in the oracle, and a failed one for every output the oracle does not have.
 
     Raises:
-        ValueError: the oracle has no output, or holds a NaN or Inf.
+        ExportError: the oracle has no output, or holds a NaN or Inf.
     """
     if not oracle:
-        raise ValueError("expected an oracle with at least one output")
+        raise ExportError("expected an oracle with at least one output")
     for name, reference in oracle.items():
         if not np.isfinite(reference).all():
-            raise ValueError(f"the float64 model returns NaN or Inf in {name}: nothing can be compared with it")
+            raise ExportError(f"the float64 model returns NaN or Inf in {name}: nothing can be compared with it")
     checks = {}
     for name, reference in oracle.items():
         if name not in candidate:

@@ -219,12 +219,12 @@ class ParityReport:
         if self.quantisation is not None:
             equal, unequal = "every value of 8 bits is what its scales say", "wrong in 8 bits"
             if lost and not self.quantisation.kept:
-                lost += "; --keep-fp16 auto finds the layers to leave in fp16"
+                lost += "; ExportConfig.keep_fp16='auto' finds the layers to leave in fp16"
         else:
             equal, unequal = "equal to the eager model", "not equal to the eager model"
             narrow = self.precision in ("fp16", "bf16") and not self.kept
             if narrow and any(rung.out_of_range for rung in unequal_rungs):
-                failed[0] += "; --keep-fp32 auto finds the layers to leave in fp32"
+                failed[0] += "; ExportConfig.keep_fp32='auto' finds the layers to leave in fp32"
         if failed and self.quantisation is None:
             return f"{unequal}: {failed[0]}{lost and f'; {lost}'}"
         if lost:

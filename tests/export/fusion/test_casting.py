@@ -97,7 +97,8 @@ def test_a_weight_outside_the_range_names_its_layer_and_what_to_do() -> None:
         model[2].weight[1, 1] = 1e5
     program = fuse(model, torch.zeros(1, 3, 8, 8), BATCH)
     message = (
-        r"^2: .*weight reaches 1e\+05: expected at most 6\.55e\+04, .*; --keep-fp32 2 leaves the layer in float32$"
+        r"^2: .*weight reaches 1e\+05: expected at most 6\.55e\+04, .*; "
+        r"ExportConfig\.keep_fp32=\('2',\) leaves the layer in float32$"
     )
     with pytest.raises(ExportError, match=message):
         converted(program.master, torch.float16)

@@ -231,8 +231,8 @@ def test_an_engine_built_here_comes_before_that_of_the_bundle(
     assert (listed.file, file.file) == (RTX_FILE, ONNX_FILE)
     machine = {"version": "1.2.3", "gpu": "another"}
     here, *_ = artefacts(bundle)
-    expected = "built by tensorrt-rtx 1.2.3 for RTX; here is tensorrt-rtx 1.2.3 for another; build it again: python "
-    assert here.obstacle == f"{expected}scripts/verify.py {bundle.path} --build"
+    expected = "built by tensorrt-rtx 1.2.3 for RTX; here is tensorrt-rtx 1.2.3 for another; build it again: "
+    assert here.obstacle == f"{expected}build_on_device({str(bundle.path)!r})"
     with pytest.raises(ExportError, match=f"^{place / RTX_FILE} cannot run here: built by"), running(bundle, here):
         pass
 

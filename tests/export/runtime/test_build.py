@@ -164,7 +164,7 @@ def test_the_bundle_lists_it_first_and_verifies_it(builder: Builder, tmp_path: P
     first, onnx = artefacts(open_bundle(path))
     assert (first.file, onnx.file) == (str(file), ONNX_FILE)
     assert first.obstacle == (
-        f"built from another model.onnx; build it again: python scripts/verify.py {path} --build"
+        f"built from another model.onnx; build it again: build_on_device({str(path)!r})"
     )  # fmt: skip
     assert next(rung for rung in verify_bundle(path) if rung.file == str(file)).not_run == first.obstacle
 
@@ -236,7 +236,7 @@ def test_another_machine_is_another_engine(
         "built by tensorrt 10.3.0 for Orin, compute capability 8.7, 16 multiprocessors, driver for CUDA 12.6; "
         "here is tensorrt "
     )
-    assert obstacle.endswith(f"; build it again: python scripts/verify.py {path} --build")
+    assert obstacle.endswith(f"; build it again: build_on_device({str(path)!r})")
     assert build(path).origin == "built" and number(file.parent) == 2
     assert not artefacts(open_bundle(path))[0].obstacle
 

@@ -28,8 +28,8 @@ from resnet.training.experiments import (
     standard_error,
 )
 from resnet.training.loop import Epoch
-from resnet.training.recipe import TrainingConfig
 from resnet.training.reports import EXPERIMENTS, compare_report, depths_report, regularisers_report
+from resnet.training.settings import TrainingConfig
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

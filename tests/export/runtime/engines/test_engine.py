@@ -129,7 +129,7 @@ def test_a_builder_that_dies_is_one_line_that_says_what_to_lower(
         build_engine(b"", deadly, FP16, BATCH, SHAPE)
     assert str(error.value) == (
         "building the tensorrt engine was ended by SIGKILL (most likely out of memory): "
-        "lower --workspace or --optimization-level"
+        "lower EngineConfig.workspace_mib or EngineConfig.optimization_level"
     )
 
 
@@ -157,10 +157,15 @@ GPUS: dict[str, tuple[Flavour, EngineConfig, tuple[int, int], str]] = {
     "RTX on Ada": (RTX, EngineConfig(), (8, 9), ""),
     "RTX on Blackwell": (RTX, EngineConfig(), (12, 0), ""),
     "RTX on what is newer": (RTX, EngineConfig(), (13, 0), ""),
-    "RTX on Turing": (RTX, EngineConfig(), (7, 5), "export again with --targets sm_75"),
+    "RTX on Turing": (RTX, EngineConfig(), (7, 5), "export again with EngineConfig.targets=('sm_75',)"),
     "RTX for Turing": (RTX, EngineConfig(targets=("sm_75",)), (7, 5), ""),
     "RTX for Turing on Ada": (RTX, EngineConfig(targets=("sm_75",)), (8, 9), "built for sm_75, here is GPU; export "),
-    "RTX for Ada on what is newer": (RTX, EngineConfig(targets=("sm_89",)), (13, 0), "export again without --targets"),
+    "RTX for Ada on what is newer": (
+        RTX,
+        EngineConfig(targets=("sm_89",)),
+        (13, 0),
+        "again without EngineConfig.targets",
+    ),
     "RTX on Orin": (RTX, EngineConfig(), (8, 7), "tensorrt-rtx does not serve the GPU here: GPU"),
     "RTX on H100": (RTX, EngineConfig(), (9, 0), "tensorrt-rtx does not serve the GPU here: GPU"),
     "RTX on Thor": (RTX, EngineConfig(), (11, 0), "tensorrt-rtx does not serve the GPU here: GPU"),
@@ -281,17 +286,17 @@ def test_a_timing_cache_is_read_and_written(tmp_path: Path) -> None:
     options.set_timing_cache = lambda cache, mismatch: False
     with pytest.raises(ExportError, match="cache is not of this device and this version of TensorRT; remove it"):
         build_worker._timing_cache(options, path)
-    with pytest.raises(ExportError, match=r"--timing-cache: .* cannot be read: Is a directory"):
+    with pytest.raises(ExportError, match=r"EngineConfig.timing_cache: .* cannot be read: Is a directory"):
         build_worker._timing_cache(options, tmp_path)
-    with pytest.raises(ExportError, match=r"--timing-cache: .* cannot be written: "):
+    with pytest.raises(ExportError, match=r"EngineConfig.timing_cache: .* cannot be written: "):
         build_worker._write(tmp_path / "no" / "folder", b"")
 
 
 def test_what_the_package_ignores_in_silence_is_refused(full: SimpleNamespace) -> None:
     """TensorRT-RTX, which builds here, takes both values and forgets them."""
-    with pytest.raises(ExportError, match=r"^--hardware-compatible: [\d.]+ builds for this GPU alone$"):
+    with pytest.raises(ExportError, match=r"^EngineConfig.hardware_compatible: [\d.]+ builds for this GPU alone$"):
         build_full(qdq.network(), EngineConfig(hardware_compatible=True))
-    with pytest.raises(ExportError, match=r"^--dla 1: [\d.]+ has no such deep-learning accelerator$"):
+    with pytest.raises(ExportError, match=r"^EngineConfig.dla_core=1: [\d.]+ has no such deep-learning accelerator$"):
         build_full(qdq.network(), EngineConfig(dla_core=1), Batch(4, 4, 4))
 
 
@@ -308,12 +313,13 @@ def test_a_layer_that_the_accelerator_cannot_run_is_refused_by_name() -> None:
     build_worker._use_dla(trt, chosen, network, {"stage1.conv1", "fc"}, 1)
     assert (chosen.default_device_type, chosen.DLA_core) == (trt.DeviceType.DLA, 1)
     assert flags == [trt.BuilderFlag.GPU_FALLBACK]
-    with pytest.raises(ExportError, match=r"^--dla: fc cannot run on the deep-learning accelerator$"):
+    with pytest.raises(ExportError, match=r"^EngineConfig.dla_core: fc cannot run on the deep-learning accelerator$"):
         build_worker._use_dla(trt, options({"stage1.conv1"}), network, {"stage1.conv1", "fc"}, 1)
 
 
 def test_a_core_that_is_not_there_is_refused_before_any_work() -> None:
-    assert why_not_buildable(RTX, 0) == "--dla 0: this device has 0 deep-learning accelerators that TensorRT can use"
+    found = "this device has 0 deep-learning accelerators that TensorRT can use"
+    assert why_not_buildable(RTX, 0) == f"EngineConfig.dla_core=0: {found}"
 
 
 def test_a_full_tensorrt_builds_on_the_device_only(monkeypatch: pytest.MonkeyPatch) -> None:

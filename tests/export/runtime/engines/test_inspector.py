@@ -188,9 +188,9 @@ def test_every_layer_must_be_on_the_accelerator() -> None:
     }
     reformat = engine("10", "HALF")[0]
     prove_kernels(read_kernels(text([reformat, loadable])), types, dla=True)
-    with pytest.raises(ExportError, match=r"--dla: fc_myl0_3 runs on the GPU"):
+    with pytest.raises(ExportError, match=r"EngineConfig\.dla_core: fc_myl0_3 runs on the GPU"):
         prove_kernels(read_kernels(text([reformat, loadable, product("10", "fc", "HALF", "HALF")])), types, dla=True)
-    with pytest.raises(ExportError, match="--dla: nothing of the engine runs on"):
+    with pytest.raises(ExportError, match=r"EngineConfig\.dla_core: nothing of the engine runs on"):
         prove_kernels(read_kernels(text([reformat])), types, dla=True)
 
 

@@ -75,7 +75,7 @@ def test_an_engine_that_does_not_load_leaves_no_process() -> None:
 
 
 def test_a_crash_is_one_line() -> None:
-    expected = r"^running the tensorrt engine was ended by SIGABRT: export with a smaller --batch$"
+    expected = r"^running the tensorrt engine was ended by SIGABRT: export with a smaller ExportConfig.batch$"
     with TensorRTRunner(engine(plan(behaviour="crash")), NAMES) as runner, pytest.raises(ExportError, match=expected):
         runner.infer({"input": images(2)})
 

@@ -1,0 +1,93 @@
+"""What the library names, fields and arguments, is what a person at a terminal types; and it names nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from export import ExportConfig, export_bundle
+from export.runtime.engines.options import EngineConfig
+from export.terminal.command_line import Parser
+from export.terminal.flags import FLAGS, in_flags
+from resnet.models import create_model
+from resnet.training.loop import train
+from resnet.training.settings import TrainingConfig
+from resnet.weights import load_weights
+from tests.scripts.loading import load_script
+
+ROOT = Path(__file__).resolve().parents[3]
+NAMED = {
+    named.__name__: named
+    for named in (ExportConfig, EngineConfig, TrainingConfig, export_bundle, create_model, load_weights, train)
+}
+
+MESSAGES = {
+    "ExportConfig.keep_fp32='auto' finds the layers": "--keep-fp32 auto finds the layers",
+    "ExportConfig.keep_fp32=('layer2.1.conv1',) leaves": "--keep-fp32 layer2.1.conv1 leaves",
+    "is for ExportConfig.precision='int8', got ExportConfig.precision='fp16'": "is for --int8, got --fp16",
+    "lower EngineConfig.workspace_mib, ExportConfig.batch or EngineConfig.optimization_level, or": (
+        "lower --workspace, --batch or --optimization-level, or"
+    ),
+    "EngineConfig.dla_core=2: this device has": "--dla 2: this device has",
+    "ExportConfig.batch=8, got ExportConfig.batch=1:8:32": "--batch 8, got --batch 1:8:32",
+    "give export_bundle(calibration=...)": "give --calibration DIR",
+    "give export_bundle(labelled=...)": "give --data",
+    "go on by train(resume=True), or": "go on by --resume, or",
+    "try create_model(num_classes=7); try create_model(in_channels=1)": "try --num-classes 7; try --in-channels 1",
+    "create_model(name='a (b)'): x": "--model a (b): x",
+    "again: build_on_device('/a b/c')": "again: python scripts/verify.py /a b/c --build",
+    "here: build_on_device(BUNDLE)": "here: python scripts/verify.py BUNDLE --build",
+    "nn.Conv2d(bias=True), x.y=3, ExportConfig.nothing='x', train(epochs=3)": None,
+}
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+def test_messages(message: str) -> None:
+    expected = MESSAGES[message] or message
+    assert in_flags(message) == expected
+    assert json.loads(in_flags(json.dumps({"reason": message}))) == {"reason": expected}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_the_table_names_what_there_is(name: str) -> None:
+    owner, argument = re.split(r"[.(]", name.rstrip(")"))
+    named = NAMED[owner]
+    fields = {field.name for field in dataclasses.fields(named)} if inspect.isclass(named) else ()
+    assert argument in (fields or inspect.signature(named).parameters)
+    assert FLAGS[name].partition(" ")[0] in known_flags("train" if owner in ("TrainingConfig", "train") else "export")
+
+
+def known_flags(script: str) -> set[str]:
+    seen: list[argparse.Action] = []
+
+    def note(parser: Parser, arguments: object) -> None:
+        seen.extend(parser._actions)
+        raise SystemExit
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Parser, "parse_args", note)
+        load_script(script).parse_args([])
+    return {flag for action in seen for flag in action.option_strings}
+
+
+def test_every_setting_has_a_flag() -> None:
+    for owner in (ExportConfig, EngineConfig, TrainingConfig):
+        names = {f"{owner.__name__}.{field.name}" for field in dataclasses.fields(owner)}
+        assert names - FLAGS.keys() <= {"ExportConfig.engine_config"}
+
+
+def test_the_library_names_no_flag_and_no_script() -> None:
+    sources = [path for room in ("export", "resnet") for path in (ROOT / room).rglob("*.py")]
+    for path in sources:
+        if (ROOT / "export" / "terminal") in path.parents:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert not re.search(r"(?<![\w-])--[a-z]|python scripts/", node.value), f"{path}: {node.value!r}"
