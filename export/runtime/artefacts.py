@@ -45,9 +45,8 @@ def artefacts(bundle: Bundle) -> list[Artefact]:
     """
     found = _built_here(bundle)
     for engine in bundle.engines:
-        name = engine.flavour.name
-        runtime = f"{name} {engine.version}"
-        found.append(Artefact(name, engine.flavour.file_name, runtime, why_not_runnable(engine), engine))
+        name, file = engine.flavour.name, engine.flavour.file_name
+        found.append(Artefact(name, file, f"{name} {engine.version}", why_not_runnable(engine), engine))
     for file, form in ONNX_FORMS.items():
         if file in bundle.contents:
             runtime, obstacle = _onnx_obstacle(runs_rounded(bundle.precision.name, file))
