@@ -18,7 +18,7 @@ from export.base.errors import ExportError, first_line
 from export.base.precision import Precision
 from export.fusion.program import FusedProgram
 from export.lowering.cuda_graph import CudaGraphProgram
-from export.lowering.runners import EagerRunner, named_arrays
+from export.lowering.runners import EagerRunner, arrays
 from export.runtime.runner import Interface, TimedRunner
 
 WARM_UP = 3  # runs; the compiler's CUDA graph is recorded in the second
@@ -43,7 +43,7 @@ class ModuleRunner(TimedRunner):
 
     def _run(self, x: NDArray) -> Arrays:
         self.load(x)
-        return named_arrays(self.interface.outputs, self.step())
+        return self._named(arrays(self.step()))
 
 
 class CompiledRunner(ModuleRunner):
@@ -116,4 +116,4 @@ class FusedRunner(TimedRunner):
         self._graph.replay()
 
     def _run(self, x: NDArray) -> Arrays:
-        return named_arrays(self.interface.outputs, self._graphs(torch.from_numpy(x).cuda()))
+        return self._named(arrays(self._graphs(torch.from_numpy(x).cuda())))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import onnx
@@ -48,7 +48,7 @@ class EagerRunner(Runner):
                 outputs = self._copy(torch.from_numpy(x).to(self._dtype, copy=True))
             except RuntimeError as error:
                 raise ExportError(f"the eager model does not run in {self._dtype}: {first_line(error)}") from error
-        return named_arrays(self.interface.outputs, outputs)
+        return self._named(arrays(outputs))
 
 
 class UnfusedRunner(Runner):
@@ -78,7 +78,7 @@ class UnfusedRunner(Runner):
     def _run(self, x: NDArray) -> Arrays:
         with plain_torch():
             outputs = self._graph_module(torch.from_numpy(x).to(self._precision.dtype, copy=True))
-        return named_arrays(self.interface.outputs, outputs)
+        return self._named(arrays(outputs))
 
 
 class ProgramRunner(Runner):
@@ -113,7 +113,7 @@ class ProgramRunner(Runner):
 
     def _run(self, x: NDArray) -> Arrays:
         with plain_torch():
-            return named_arrays(self.interface.outputs, self._call(self._input(x)))
+            return self._named(arrays(self._call(self._input(x))))
 
     def trace(self, inputs: Mapping[str, NDArray]) -> dict[str, Tensor]:
         self._interpreter.values = {}
@@ -154,8 +154,8 @@ class OnnxRuntimeRunner(OnnxRunner):
         return {node: torch.from_numpy(values[value]) for node, value in places.items()}
 
 
-def named_arrays(names: Iterable[str], outputs: Any) -> Arrays:
-    """The tensors in what a model returns, in order, as arrays: float64 as it is, narrower ones as float32."""
+def arrays(outputs: Any) -> list[NDArray]:
+    """The tensors in what a model returns, in order: float64 as it is, narrower ones as float32."""
     leaves = [y.detach() for y in pytree.tree_leaves(outputs)]
     wide = [y.float() if y.is_floating_point() and y.dtype != torch.float64 else y for y in leaves]
-    return dict(zip(names, (y.cpu().numpy() for y in wide), strict=True))
+    return [y.cpu().numpy() for y in wide]

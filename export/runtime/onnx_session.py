@@ -109,7 +109,7 @@ class OnnxRunner(TimedRunner):
 
     def _run(self, x: NDArray) -> Arrays:
         self.load(x)
-        return dict(zip(self.interface.outputs, self.step(), strict=True))
+        return self._named(self.step())
 
     def _compute(self, session: Any, names: Sequence[str], inputs: Mapping[str, NDArray]) -> list[NDArray]:
         """The values of these names, in order; raises ExportError where ONNX Runtime does."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -99,6 +99,13 @@ class Runner(ABC):
             raise ExportError(f"{self}: expected inputs of shape {expected}, got {list(images.shape)}")
         if images.dtype != np.float32:
             raise ExportError(f"{self}: expected inputs of type float32, got {images.dtype}")
+
+    def _named(self, values: Sequence[NDArray]) -> Arrays:
+        """What a runtime gives without names, in the order of the outputs; raises ExportError where one is missing."""
+        names = self.interface.outputs
+        if len(values) != len(names):
+            raise ExportError(f"{self} gives {len(values)} outputs: expected {', '.join(names)}")
+        return dict(zip(names, values, strict=True))
 
     def _checked(self, outputs: Arrays, count: int) -> Arrays:
         """All outputs of `count` images, no floating-point type narrower than float32."""

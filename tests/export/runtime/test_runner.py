@@ -81,7 +81,9 @@ def test_what_the_network_does_not_take_is_not_run(defect: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["FLOAT", "FLOAT16"])
-def test_an_onnx_file_runs_by_its_own_names_and_says_why_it_does_not(kind: str) -> None:
+def test_an_onnx_file_runs_by_its_own_names_and_says_why_it_does_not(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     number = getattr(onnx.TensorProto, kind)
     x, y = (onnx.helper.make_tensor_value_info(name, number, ["n", 1, 4, 4]) for name in ("pixels", "twice"))
     shape = onnx.numpy_helper.from_array(np.array([2, 1, 4, 4]), "shape")
@@ -96,6 +98,9 @@ def test_an_onnx_file_runs_by_its_own_names_and_says_why_it_does_not(kind: str) 
         assert first.dtype == np.float32 and (first == 2).all() and (second == 6).all()
         with pytest.raises(ExportError, match=r"^onnx does not run: .*ONNXRuntimeError"):
             runner.infer({"input": X[:1]})
+        monkeypatch.setattr(runner, "step", lambda: [])
+        with pytest.raises(ExportError, match=r"^onnx gives 0 outputs: expected twice"):
+            runner.infer({"input": X})
     with (
         OnnxRunner(content.SerializeToString, Interface.of(["logits"]), input_name="pixels") as runner,
         pytest.raises(ExportError, match=r"^onnx does not run: .*logits"),
