@@ -43,9 +43,9 @@ def golden_references(bundle: Bundle) -> References:
 def run_artefact(bundle: Bundle, artefact: Artefact, references: References, progress: Progress) -> Rung:
     """Run the golden inputs through an artefact, if this machine can, and compare."""
     progress(f"run {artefact.file}")
-    precision, obstacle = bundle.precision, artefact.obstacle
-    if obstacle:
-        return Rung(artefact.form, artefact.runtime, precision.name, artefact.file, not_run=obstacle)
+    precision = bundle.precision
+    if artefact.obstacle:
+        return Rung(artefact.form, artefact.runtime, precision.name, artefact.file, not_run=artefact.obstacle)
     outcome = attempt(artefact_runner(bundle, artefact), "", precision, references.images, bundle.batch)
     factor = ENGINE_FACTOR if artefact.engine else precision.network_factor
     return judge_attempt(outcome, references, precision, factor)

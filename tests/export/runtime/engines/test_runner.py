@@ -7,12 +7,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from export import Batch, ExportError
+from export import ExportError
 from export.base.precision import PRECISIONS
 from export.benchmark.timing import Clock, cuda_turn, measure
 from export.runtime.engines.engine import FLAVOURS, Engine, Flavour
 from export.runtime.engines.runner import TensorRTRunner
-from export.runtime.parity.ladder import execute
 from export.runtime.runner import Interface
 from tests.export.runtime.engines.fake_tensorrt import FLAVOUR, plan
 
@@ -52,14 +51,6 @@ def test_an_engine_runs_and_is_timed_in_its_own_process() -> None:
         found = runner.infer({"input": images(4)})
         np.testing.assert_allclose(found["output"], images(4).sum(axis=(2, 3)), rtol=1e-6)
     assert not alive(runner) and runner._child._process.returncode == 0
-
-
-def test_it_climbs_the_ladder_like_any_runner() -> None:
-    x = images(20)
-    execution = execute(runner_of(plan()), x, Batch(1, 4, 8))
-    for outputs in (execution.straight, execution.reversed):
-        np.testing.assert_allclose(outputs["output"], x.sum(axis=(2, 3)), rtol=1e-6)
-    assert execution.file == "m.engine" and not execution.changed_input
 
 
 def test_an_engine_that_does_not_load_leaves_no_process() -> None:
