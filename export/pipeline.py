@@ -50,6 +50,7 @@ from export.runtime.parity.ladder import (
     reference_rungs,
 )
 from export.runtime.parity.rungs import ParityReport
+from export.runtime.runner import Interface
 from export.sample_inputs import crops, photographs
 
 _ADVICE = (
@@ -262,7 +263,7 @@ def _measure(meter: Meter, forms: Forms, engines: list[Engine], report: ParityRe
             meter.measure(candidate.runner, precision.name)
     for engine in engines:
         if engine.flavour.name in ran:
-            meter.measure(TensorRTRunner(engine, names), precision.name)
+            meter.measure(TensorRTRunner(engine, Interface.of(names)), precision.name)
 
 
 def _compare(job: _Job, program: FusedProgram, forms: Forms, engines: list[Engine]) -> tuple[ParityReport, References]:
@@ -277,7 +278,7 @@ def _compare(job: _Job, program: FusedProgram, forms: Forms, engines: list[Engin
         progress(f"run the {candidate.runner.name} form")
         executions.append(execute(candidate.runner, images, program.batch))
     outcomes = [
-        attempt(TensorRTRunner(engine, names), why_not_runnable(engine), precision, images, program.batch)
+        attempt(TensorRTRunner(engine, Interface.of(names)), why_not_runnable(engine), precision, images, program.batch)
         for engine in engines
     ]
     progress("run the eager model")

@@ -6,12 +6,8 @@ import argparse
 import datetime
 import json
 import logging
-import os
-import platform
-import statistics
 import sys
-import time
-from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +20,7 @@ from export.terminal.commands import typed
 from export.terminal.flags import in_flags
 
 DEFAULTS = {"cpu": ("fp32", [1, 8]), "cuda": ("fp16", [1, 8, 32, 128])}
-CALIBRATION_IMAGES = 16
-CALIBRATION_SEED = 1  # other crops than those the providers are checked on
-INPUT_SEEDS = (2, 3, 4, 5)  # of the batches in rotation while the clock runs
-BUSY = 1.5  # between the 80 % and the 20 % quantile of eager's times; an idle machine shows 1.0 to 1.1
-EXPORT_STEP_ROUNDS = 3
-LEVEL_NAMES = {
-    "a": "eager",
-    "i": "vendor's convolutions, each with one pointwise kernel",
-    "b": "convolution + bias + residual + ReLU",
-    "c1": "b; stem with its pool; head",
-    "c2": "c1; projection in the block's last convolution",
-    "c3": "c2; 3x3 and 1x1 back to back",
-}
+INITIALISING_IMAGES = 16
 Result = dict[str, Any]
 
 
@@ -63,25 +47,17 @@ if __name__ == "__main__":
 
 with importing("benchmark"):
     import torch
-    from rich import box
-    from rich.table import Table
     from torch import Tensor, nn
 
-    from export import Batch, ExportError, FusedProgram, fuse
-    from export.base.batch import DEFAULT_BATCH
-    from export.base.machine import describe_machine, machine_line
-    from export.benchmark.candidates import Subject, cpu_candidates, cuda_candidates, int8_candidate, plain_onnx
-    from export.benchmark.compare import CPU_CLOCK, CUDA_CLOCK, compare_providers, describe
-    from export.benchmark.roofline import floor_seconds, measure_ceilings, workloads
-    from export.forms import quantised_programs
-    from export.fusion.passes import DEFAULT_LEVEL, LEVELS, QUANTISED_LEVEL
-    from export.lowering.onnx_file import lower_onnx
+    from export import ExportError
+    from export.base.machine import describe_machine
+    from export.benchmark.compare import CALIBRATION_SEED, compare_on
+    from export.benchmark.export_step import time_export_step
+    from export.benchmark.floors import count_floors
     from export.pipeline import PARITY_IMAGES
-    from export.quantisation.calibration import WANTED_IMAGES, Calibration, InMemory, calibrate
-    from export.quantisation.scheme import CPU
-    from export.quantisation.split_addition import split_addition
     from export.sample_inputs import crops, photographs
-    from export.terminal.console import Progress, print_table
+    from export.terminal.benchmark_tables import print_comparison, print_export_step, print_floors
+    from export.terminal.console import Progress
     from resnet.errors import ResNetError
     from resnet.initialise import initialise
     from resnet.models import MODELS, create_model
@@ -95,11 +71,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def benchmark(args: argparse.Namespace) -> int:
     """Measure, write and show what the arguments ask for; the exit code."""
-    measure, show = compare, show_comparison
+    measure, show = compare, print_comparison
     if args.floors:
-        measure, show = floors, show_floors
+        measure, show = floors, print_floors
     elif args.export_step:
-        measure, show = export_step, show_export_step
+        measure, show = export_step, print_export_step
     check_arguments(args)
     with Progress() as progress:
         results = [result for name in args.model for result in measure(name, args, progress)]
@@ -148,7 +124,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 def seeded_model(name: str) -> nn.Module:
     """UNTRAINED, with calibrated BatchNorm: its outputs depend on the image, so that a wrong provider shows."""
     model = create_model(name)
-    return initialise(model, photographs_for(name, CALIBRATION_IMAGES, CALIBRATION_SEED)).eval()
+    return initialise(model, photographs_for(name, INITIALISING_IMAGES, CALIBRATION_SEED)).eval()
 
 
 def photographs_for(name: str, count: int, seed: int = 0) -> Tensor:
@@ -158,211 +134,24 @@ def photographs_for(name: str, count: int, seed: int = 0) -> Tensor:
 
 def compare(name: str, args: argparse.Namespace, progress: Progress) -> list[Result]:
     """One result per batch size: every provider checked, and timed if it is right."""
-    precision, cuda, largest = PRECISIONS[args.precision], args.device == "cuda", max(args.batch)
     progress(f"initialise {name}")
     model, images = seeded_model(name), photographs_for(name, PARITY_IMAGES)
-    programs = fused(
-        model,
-        images,
-        Batch(1, min(8, largest), largest),
-        LEVELS if cuda else (DEFAULT_LEVEL, QUANTISED_LEVEL),
-        progress,
-    )
-    progress("run the eager model in float64")
-    subject = Subject.of(model, programs, precision, images)
-    common: Result = {"model": name, "weights": "UNTRAINED: seed 0", "device": args.device, "precision": precision.name}
-    if cuda:
-        # For all providers alike: cuDNN looks for its fastest algorithm, and float32 means float32.
-        torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False
-        progress("measure the ceilings of the device")
-        ceilings = measure_ceilings(precision)
-        common |= {"peak_tflops": ceilings.flops / 1e12, "bandwidth_gb_s": ceilings.bandwidth / 1e9}
-        candidates, clock = cuda_candidates(subject), CUDA_CLOCK
-    else:
-        common["threads"] = torch.get_num_threads()
-        progress("calibrate 8 bits")
-        quantised = quantised_programs(programs[QUANTISED_LEVEL], calibrated(name, programs, progress), ())[CPU]
-        threads = torch.get_num_threads()
-        candidates = [*cpu_candidates(subject, threads), int8_candidate(subject, quantised, threads)]
-        clock = CPU_CLOCK
-    results = []
-    for batch in args.batch:
-        inputs, levels = [photographs_for(name, batch, seed) for seed in INPUT_SEEDS], {}
-        if cuda:
-            inputs = [x.to("cuda", precision.dtype, memory_format=torch.channels_last) for x in inputs]
-            works = workloads(programs, precision, batch)
-            levels = {level: floor_seconds(found, ceilings) for level, found in works.items()}
-        rows = compare_providers(candidates, subject, batch, inputs, clock, progress)
-        results.append({**common, "batch": batch, "rows": describe(rows, batch, levels)})
-    return results
-
-
-def calibrated(name: str, programs: Mapping[str, FusedProgram], progress: Progress) -> Calibration:
-    pictures = InMemory(photographs_for(name, WANTED_IMAGES, CALIBRATION_SEED).numpy())
-    program = programs[QUANTISED_LEVEL]
-    return calibrate(split_addition(program.master), pictures, batch=program.batch, progress=progress)
-
-
-def fused(
-    model: nn.Module, images: Tensor, batch: Batch, levels: Iterable[str], progress: Progress
-) -> dict[str, FusedProgram]:
-    programs = {}
-    for level in levels:
-        progress(f"capture and fuse, level {level}")
-        programs[level] = fuse(model, images, batch, level)
-    return programs
-
-
-def show_comparison(record: Result) -> str:
-    """Print a table per batch size; returns the line a person can act on."""
-    results = record["results"]
-    first = results[0]
-    print(machine_line(record["machine"]))
-    if first["device"] == "cuda":
-        print(
-            f"measured here: {first['peak_tflops']:.0f} TFLOP/s in {first['precision']}, "
-            f"{first['bandwidth_gb_s']:.0f} GB/s; S is the floor of a level's kernels at these rates"
-        )
-        print("every input is on the device in channels_last and copying it is not timed; cudnn.benchmark on, TF32 off")
-    else:
-        print(f"{first['threads']} threads for torch and for ONNX Runtime alike")
-    print(
-        "error ratio: a provider's error against the float64 model over that of unfused operators; too large, not timed"
-    )
-    for result in results:
-        show_rows(result)
-    wrong = dict.fromkeys(row["provider"] for result in results for row in result["rows"] if row["status"] == "failed")
-    if wrong:
-        return f"FAILED, not equal to the eager model or broken: {', '.join(wrong)}; do not deploy that"
-    best, spread = [], max(result["rows"][0]["p80_ms"] / result["rows"][0]["p20_ms"] for result in results)
-    for result in results:
-        row = min((row for row in result["rows"] if "median_ms" in row), key=lambda row: row["median_ms"])
-        best.append(f"{result['model']} batch {result['batch']}: {row['provider']}, {row['times_eager']:.2f} x eager")
-    print(f"fastest: {'; '.join(best)}")
-    if spread > BUSY:
-        return (
-            f"the machine was busy: eager's times spread by {spread:.1f} times; run this again with nothing beside it"
-        )
-    return f"next: {typed('export')} --model {first['model']} --precision {first['precision']}"
-
-
-def show_rows(result: Result) -> None:
-    title = f"{result['model']}, {result['precision']}, batch {result['batch']}, {result['device']}"
-    columns = {
-        "median ms": ("median_ms", ".3f"),
-        "20 %": ("p20_ms", ".3f"),
-        "80 %": ("p80_ms", ".3f"),
-        "img/s": ("images_per_second", ",.0f" if result["device"] == "cuda" else ".1f"),
-        "x eager": ("times_eager", ".2f"),
-        "x compile": ("times_compiled", ".2f"),
-        "S ms": ("floor_ms", ".3f"),
-        "time / S": ("over_floor", ".2f"),
-        "error ratio": ("error_ratio", ".2f"),
-    }
-    if result["device"] == "cpu":
-        del columns["S ms"], columns["time / S"]
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("provider")
-    for heading in columns:
-        table.add_column(heading, justify="right")
-    for row in result["rows"]:
-        cells = [format(row[key], spec) if row.get(key) is not None else "" for key, spec in columns.values()]
-        table.add_row(row["provider"], *cells, style="red" if row["status"] == "failed" else "")
-    print_table(table)
-    for row in result["rows"]:
-        if row["reason"]:
-            print(f"{row['provider']}: {row['status']}: {in_flags(row['reason'])}")
+    draw, precision = partial(photographs_for, name), PRECISIONS[args.precision]
+    results = compare_on(args.device, model, images, draw, precision, args.batch, progress)
+    return [{"model": name, "weights": "UNTRAINED: seed 0", **result} for result in results]
 
 
 def floors(name: str, args: argparse.Namespace, progress: Progress) -> list[Result]:
     """What one image costs at each level of fusion, counted from the program."""
     progress(f"create {name}")
-    precision, model = PRECISIONS[args.precision], create_model(name).eval()
-    programs = fused(model, photographs_for(name, 1), DEFAULT_BATCH, LEVELS, progress)
-    rows = []
-    for level, works in workloads(programs, precision, 1).items():
-        rows.append(
-            {
-                "level": level,
-                "flops": sum(work.flops for work in works),
-                "weight_bytes": sum(work.weight_bytes for work in works),
-                "activation_bytes": sum(work.activation_bytes for work in works),
-                "kernels": len(works),
-            }
-        )
-    return [{"model": name, "precision": precision.name, "rows": rows}]
-
-
-def show_floors(record: Result) -> str:
-    for result in record["results"]:
-        title = f"{result['model']}, {result['precision']}, one image: what its kernels must compute, read and write"
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-        table.add_column("level")
-        table.add_column("")
-        for heading in ("GFLOP", "weights MB", "activations MB", "kernels"):
-            table.add_column(heading, justify="right")
-        for row in result["rows"]:
-            numbers = (row["flops"] / 1e9, row["weight_bytes"] / 1e6, row["activation_bytes"] / 1e6)
-            formatted = [format(number, spec) for number, spec in zip(numbers, (".2f", ".1f", ".1f"), strict=True)]
-            table.add_row(row["level"], LEVEL_NAMES[row["level"]], *formatted, str(row["kernels"]))
-        print_table(table)
-    last = record["results"][-1]
-    bytes_of = {row["level"]: row["activation_bytes"] for row in last["rows"]}
-    saved = bytes_of["a"] / bytes_of[DEFAULT_LEVEL]
-    return (
-        f"{last['model']} moves {saved:.1f} times fewer activations at {DEFAULT_LEVEL} than eager; "
-        f"next: {typed('benchmark')} --model {last['model']}"
-    )
+    model, precision = create_model(name).eval(), PRECISIONS[args.precision]
+    return [{"model": name, **count_floors(model, photographs_for(name, 1), precision, progress)}]
 
 
 def export_step(name: str, args: argparse.Namespace, progress: Progress) -> list[Result]:
-    """Time a bare torch.onnx.export, this project's ONNX step, and fusion with it, in turn."""
+    """How long writing the ONNX file takes."""
     progress(f"initialise {name}")
-    model, images = seeded_model(name), photographs_for(name, 4)
-    program = fuse(model, images)
-
-    def bare() -> None:
-        plain_onnx(model, images, DEFAULT_BATCH)
-
-    def ours(precision: str) -> Callable[[], None]:
-        def step() -> None:
-            lower_onnx(program, images, PRECISIONS[precision], {}).serialize()
-
-        return step
-
-    def with_fusion() -> None:
-        lower_onnx(fuse(model, images), images, PRECISIONS["fp16"], {}).serialize()
-
-    steps = {
-        "torch.onnx.export": bare,
-        "ONNX step, fp32": ours("fp32"),
-        "ONNX step, fp16": ours("fp16"),
-        "capture, fuse and ONNX step, fp16": with_fusion,
-    }
-    seconds: dict[str, list[float]] = {label: [] for label in steps}
-    for label, step in steps.items():
-        progress(f"warm up {label}")
-        step()
-    for number in range(EXPORT_STEP_ROUNDS):
-        for label, step in steps.items():
-            progress(f"round {number + 1}: {label}")
-            started = time.perf_counter()
-            step()
-            seconds[label].append(time.perf_counter() - started)
-    medians = {label: statistics.median(values) for label, values in seconds.items()}
-    bare_median = medians["torch.onnx.export"]
-    rows = [{"step": label, "median_s": m, "times_torch": m / bare_median} for label, m in medians.items()]
-    return [{"model": name, "rounds": EXPORT_STEP_ROUNDS, "rows": rows}]
-
-
-def show_export_step(record: Result) -> str:
-    for result in record["results"]:
-        facts = f"{os.cpu_count()} CPUs, {platform.machine()}, torch {torch.__version__}"
-        table = Table("step", "median s", "ratio", title=f"{result['model']}, {result['rounds']} rounds; {facts}")
-        for row in result["rows"]:
-            table.add_row(row["step"], f"{row['median_s']:.2f}", f"{row['times_torch']:.2f}")
-        print_table(table)
-    return f"next: {typed('export')} --model {record['results'][-1]['model']}"
+    return [{"model": name, **time_export_step(seeded_model(name), photographs_for(name, 4), progress)}]
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def run_in_batches(
     A batch that would be smaller than the minimum is filled up with images that are dropped again.
 
     Args:
-        infer: runs one batch, {"input": [N, C, H, W]} -> {output name: [N, ...]}.
+        infer: of a runner: one batch, {"input": [N, C, H, W]} -> {output name: [N, ...]}.
         images: [N, C, H, W], at least one.
     """
     size = min(max(size, batch.minimum), batch.maximum)
@@ -65,10 +65,5 @@ def run_in_batches(
         if len(part) < batch.minimum:
             filled = np.resize(part, (batch.minimum, *part.shape[1:]))
         outputs = infer({"input": filled})
-        for name, values in outputs.items():
-            if values.ndim == 0 or len(values) != len(filled):
-                raise ExportError(
-                    f"{name} has shape {list(values.shape)}: expected [{len(filled)}, ...], the batch first"
-                )
         parts.append({name: values[: len(part)] for name, values in outputs.items()})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +14,7 @@ from torch import Tensor, nn
 from export.base.batch import Batch
 from export.base.errors import ExportError, first_line
 from export.base.precision import INT8, PRECISIONS, Precision
-from export.benchmark.providers import (
-    EngineProvider,
-    FusedProvider,
-    GraphProvider,
-    ModuleProvider,
-    OnnxProvider,
-    Provider,
-)
+from export.benchmark.runners import CompiledRunner, FusedRunner, GraphRunner, ModuleRunner
 from export.criteria.references import run_references, run_simulations
 from export.fusion.capture import eager_copy
 from export.fusion.passes import DEFAULT_LEVEL
@@ -28,7 +22,10 @@ from export.fusion.program import FusedProgram, output_names
 from export.lowering.onnx_file import lower_onnx
 from export.quantisation.scheme import CPU
 from export.runtime.engines.engine import FLAVOURS, Flavour, build_engine, why_not_buildable
+from export.runtime.engines.runner import TensorRTRunner
+from export.runtime.onnx_session import OnnxRunner
 from export.runtime.parity.ladder import ENGINE_FACTOR, References
+from export.runtime.runner import INPUT, Interface, TimedRunner
 
 COMPILED = "torch.compile"
 
@@ -40,7 +37,7 @@ class Subject:
     Attributes:
         model: in eval mode.
         programs: level of fusion -> the fused program.
-        precision: what every provider computes in.
+        precision: what all of them compute in.
         references: the float64 model's outputs on the parity images, and those of the unfused operators.
     """
 
@@ -67,6 +64,15 @@ class Subject:
     def image_shape(self) -> tuple[int, ...]:
         return self.programs[DEFAULT_LEVEL].image_shape
 
+    def interface(self, batch: int) -> Interface:
+        """Of the network at one batch size."""
+        return Interface.of(self.names, self.image_shape, Batch(batch, batch, batch))
+
+    @functools.cached_property
+    def onnx_file(self) -> bytes:
+        """Of this project."""
+        return _lowered(self.programs[DEFAULT_LEVEL], self.precision)
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -74,7 +80,7 @@ class Candidate:
 
     Attributes:
         name: what the table calls it.
-        make: batch size -> provider; raises ExportError where it cannot run here.
+        make: batch size -> what runs it, not yet loaded; raises ExportError where it cannot run here.
         factor: k of the network criterion.
         level: of `workloads`, whose floor its time is compared with; empty for none.
         references: what it is compared with where that is not the subject's: a quantised network is held to the same
@@ -82,7 +88,7 @@ class Candidate:
     """
 
     name: str
-    make: Callable[[int], Provider]
+    make: Callable[[int], TimedRunner]
     factor: float
     level: str = ""
     references: References | None = None
@@ -90,36 +96,31 @@ class Candidate:
 
 def cpu_candidates(subject: Subject, threads: int) -> list[Candidate]:
     """The model as a user runs it comes first: what the others are compared with."""
-    dtype, shape, names, factor = subject.precision.dtype, *_common(subject)
+    dtype, names, factor = subject.precision.dtype, subject.names, subject.precision.network_factor
     model = eager_copy(subject.model, dtype)
     channels_last = eager_copy(subject.model, dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def x(batch: int, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
-        return torch.zeros(batch, *shape, dtype=dtype).contiguous(memory_format=layout)
-
-    @functools.cache
-    def our_file() -> bytes:
-        program = subject.programs[DEFAULT_LEVEL]
-        return lower_onnx(program, torch.zeros(1, *shape), subject.precision, {}).serialize()
+        return torch.zeros(batch, *subject.image_shape, dtype=dtype).contiguous(memory_format=layout)
 
     @functools.cache
     def plain_file() -> bytes:
         batch = subject.programs[DEFAULT_LEVEL].batch
-        return plain_onnx(model, x(min(2, batch.maximum)), batch)  # 2: torch.export takes a 1 for a fixed size
+        return plain_onnx(model, x(min(2, batch.maximum)), batch, names)  # 2: torch.export takes a 1 for a fixed size
 
-    def onnx(file: Callable[[], bytes]) -> Callable[[int], Provider]:
-        return lambda batch: OnnxProvider(file(), (batch, *shape), threads, names)
+    def onnx(read: Callable[[], bytes]) -> Callable[[int], TimedRunner]:
+        return lambda n: OnnxRunner(read, subject.interface(n), threads=threads)
 
     return [
-        Candidate("eager", lambda n: ModuleProvider(model, x(n), names), factor),
+        Candidate("eager", lambda n: ModuleRunner(model, x(n), names), factor),
         Candidate(
             "eager channels_last",
-            lambda n: ModuleProvider(channels_last, x(n, torch.channels_last), names),
+            lambda n: ModuleRunner(channels_last, x(n, torch.channels_last), names),
             factor,
         ),
-        Candidate(COMPILED, lambda n: _compiled(model, x(n), names), factor),
+        Candidate(COMPILED, lambda n: CompiledRunner(model, x(n), names), factor),
         Candidate("onnxruntime, plain export", onnx(plain_file), factor),
-        Candidate("onnxruntime, our file", onnx(our_file), factor),
+        Candidate("onnxruntime, our file", onnx(lambda: subject.onnx_file), factor),
     ]
 
 
@@ -128,10 +129,10 @@ def int8_candidate(subject: Subject, quantised: FusedProgram, threads: int) -> C
 
     @functools.cache
     def file() -> bytes:
-        return lower_onnx(quantised, torch.zeros(1, *subject.image_shape), CPU.arithmetic, {}).serialize()
+        return _lowered(quantised, CPU.arithmetic)
 
-    def make(batch: int) -> Provider:
-        return OnnxProvider(file(), (batch, *subject.image_shape), threads, subject.names)
+    def make(batch: int) -> TimedRunner:
+        return OnnxRunner(file, subject.interface(batch), threads=threads)
 
     references = run_simulations(subject.references, {"simulated": (quantised, PRECISIONS["fp32"])})
     return Candidate("onnxruntime, our int8 file", make, INT8.network_factor, references=references)
@@ -139,48 +140,36 @@ def int8_candidate(subject: Subject, quantised: FusedProgram, threads: int) -> C
 
 def cuda_candidates(subject: Subject) -> list[Candidate]:
     """The eager model, channels_last, comes first: what the others are compared with."""
-    precision = subject.precision
-    shape, names, factor = _common(subject)
+    precision, names, factor = subject.precision, subject.names, subject.precision.network_factor
     layout = torch.channels_last
     model = eager_copy(subject.model, precision.dtype).to("cuda", memory_format=layout)  # type: ignore[call-overload]
 
     def x(batch: int) -> Tensor:
-        return torch.zeros(batch, *shape, dtype=precision.dtype, device="cuda").contiguous(memory_format=layout)
+        zeros = torch.zeros(batch, *subject.image_shape, dtype=precision.dtype, device="cuda")
+        return zeros.contiguous(memory_format=layout)
 
-    def recorded(batch: int) -> Provider:
-        buffer = x(batch)
-        return GraphProvider(lambda: model(buffer), buffer, names)
-
-    def compiled(batch: int) -> Provider:
+    def compiled(batch: int) -> TimedRunner:
         buffer = x(batch)
         torch._dynamo.mark_static_address(buffer)  # its CUDA graph reads it in place, as the others do
-        return _compiled(model, buffer, names, mode="max-autotune")
+        return CompiledRunner(model, buffer, names, mode="max-autotune")
 
-    @functools.cache
-    def our_file() -> bytes:
-        return lower_onnx(subject.programs[DEFAULT_LEVEL], torch.zeros(1, *shape), precision, {}).serialize()
+    def fused(level: str) -> Callable[[int], TimedRunner]:
+        return lambda batch: FusedRunner(subject.programs[level], precision, batch, names)
 
-    def fused(level: str) -> Callable[[int], Provider]:
-        return lambda batch: FusedProvider(subject.programs[level], precision, batch, names)
-
-    def engine(flavour: Flavour) -> Callable[[int], Provider]:
-        return lambda batch: _engine(flavour, our_file, precision, (batch, *shape), names)
+    def engine(flavour: Flavour) -> Callable[[int], TimedRunner]:
+        return lambda batch: _engine(flavour, subject, batch)
 
     return [
-        Candidate("eager", lambda n: ModuleProvider(model, x(n), names), factor, "a"),
-        Candidate("eager in a CUDA graph", recorded, factor, "a"),
+        Candidate("eager", lambda n: ModuleRunner(model, x(n), names), factor, "a"),
+        Candidate("eager in a CUDA graph", lambda n: GraphRunner(model, x(n), names), factor, "a"),
         Candidate(f"{COMPILED} max-autotune", compiled, factor, "i"),
         *(Candidate(f"ours {level}", fused(level), factor, level) for level in subject.programs),
         *(Candidate(name, engine(flavour), ENGINE_FACTOR) for name, flavour in FLAVOURS.items()),
     ]
 
 
-def _common(subject: Subject) -> tuple[tuple[int, ...], tuple[str, ...], float]:
-    return subject.image_shape, subject.names, subject.precision.network_factor
-
-
-def plain_onnx(model: nn.Module, images: Tensor, batch: Batch) -> bytes:
-    """What torch alone makes of the unfused model, in the type of `images`.
+def plain_onnx(model: nn.Module, images: Tensor, batch: Batch, names: Sequence[str]) -> bytes:
+    """What torch alone makes of the unfused model, in the type of `images`; `names` of its outputs.
 
     Raises:
         ExportError: torch.onnx.export refuses the model.
@@ -189,38 +178,31 @@ def plain_onnx(model: nn.Module, images: Tensor, batch: Batch) -> bytes:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            exported = torch.onnx.export(
-                model, (images,), dynamo=True, opset_version=18, dynamic_shapes=dynamic, verbose=False
+            exported: Any = torch.onnx.export(
+                model,
+                (images,),
+                dynamo=True,
+                opset_version=18,
+                dynamic_shapes=dynamic,
+                verbose=False,
+                input_names=[INPUT],
+                output_names=list(names),
             )
     except torch.onnx.errors.OnnxExporterError as error:
         raise ExportError(f"torch.onnx.export: {first_line(error.__cause__ or error)}") from error
-    assert exported is not None
     content: bytes = exported.model_proto.SerializeToString()
     return content
 
 
-def _compiled(model: nn.Module, x: Tensor, names: tuple[str, ...], mode: str = "default") -> Provider:
-    """Compiled for the one shape of `x`."""
-    torch.compiler.reset()  # what was compiled for another batch size neither counts as a limit nor stays in memory
-    provider = ModuleProvider(torch.compile(model, mode=mode, dynamic=False), x, names)
-    try:
-        provider.step()
-    except Exception as error:  # a compiler fails in many ways, a missing C++ compiler among them
-        raise ExportError(first_line(error)) from error
-    return provider
+def _lowered(program: FusedProgram, precision: Precision) -> bytes:
+    return lower_onnx(program, torch.zeros(1, *program.image_shape), precision, {}).serialize()
 
 
-def _engine(
-    flavour: Flavour,
-    file: Callable[[], bytes],
-    precision: Precision,
-    shape: tuple[int, ...],
-    names: tuple[str, ...],
-) -> Provider:
+def _engine(flavour: Flavour, subject: Subject, batch: int) -> TimedRunner:
     """An engine for one batch size."""
     reason = why_not_buildable(flavour)
     if reason:
         raise ExportError(reason)
-    batch, channels, height, width = shape
-    built = build_engine(file(), flavour, precision, Batch(batch, batch, batch), (channels, height, width))
-    return EngineProvider(built, names)
+    static, (channels, height, width) = Batch(batch, batch, batch), subject.image_shape
+    engine = build_engine(subject.onnx_file, flavour, subject.precision, static, (channels, height, width))
+    return TensorRTRunner(engine, subject.interface(batch))

@@ -1,100 +1,116 @@
-"""Ways of running one network, side by side: held against the float64 model, then taking turns on the clock."""
+"""Ways of running one network, side by side: held against the float64 model, and timed if they are right."""
 
 from __future__ import annotations
 
-import itertools
-import math
 import statistics
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from export.base.batch import Batch, run_in_batches
 from export.base.errors import ExportError, first_line
-from export.benchmark.candidates import COMPILED, Candidate, Subject
-from export.benchmark.providers import WARM_UP, EngineProvider, Provider
+from export.base.precision import Precision
+from export.base.progress import Progress, silent
+from export.benchmark.candidates import COMPILED, Candidate, Subject, cpu_candidates, cuda_candidates, int8_candidate
+from export.benchmark.floors import fused_at
+from export.benchmark.roofline import floor_seconds, measure_ceilings, workloads
+from export.benchmark.timing import CPU_CLOCK, CUDA_CLOCK, Clock, measure
+from export.fusion.passes import DEFAULT_LEVEL, LEVELS, QUANTISED_LEVEL
+from export.fusion.program import FusedProgram, QuantisedProgram
+from export.quantisation.calibration import WANTED_IMAGES, InMemory, calibrate
+from export.quantisation.quantise import quantise
+from export.quantisation.scheme import CPU
+from export.quantisation.split_addition import split_addition
 from export.runtime.parity.network import NetworkCheck, compare, finite
+from export.runtime.runner import Runner, TimedRunner
 
 QUANTILES = (0.2, 0.5, 0.8)
-_IDLE_SECONDS = 0.05  # after a run the threads of a CPU runtime spin for a while, which would slow the next one
+CALIBRATION_SEED = 1  # other images than those the candidates are checked on
+INPUT_SEEDS = (2, 3, 4, 5)  # of the batches in rotation while the clock runs
 
 
-@dataclass(frozen=True)
-class Clock:
-    """How a device is timed.
+def compare_on(
+    device: str,
+    model: nn.Module,
+    images: Tensor,
+    draw: Callable[[int, int], Tensor],
+    precision: Precision,
+    batches: Sequence[int],
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """Check and time every way of running a model that a device has.
 
-    Attributes:
-        turn: runs a provider so many times on inputs in rotation; returns the seconds of each run.
-        rounds: turns of each provider.
-        seconds: timed per provider, about.
+    Args:
+        device: `cpu` or `cuda`.
+        model: in eval mode.
+        images: [N, C, H, W], float32, that everything is checked on.
+        draw: (how many, seed) -> other images of that shape, to be timed on and to calibrate with.
+        precision: what they compute in.
+        batches: images per run.
+        progress: called with the name of each step as it begins.
+
+    Returns:
+        One record per batch size, for JSON.
     """
-
-    turn: Callable[[Provider, Iterator[Tensor], int], list[float]]
-    rounds: int
-    seconds: float
-
-
-def cpu_turn(provider: Provider, inputs: Iterator[Tensor], count: int) -> list[float]:
-    """After a pause and a run that does not count, time `count` runs by the wall clock."""
-    time.sleep(_IDLE_SECONDS)
-    provider.load(next(inputs))
-    provider.step()
-    seconds = []
-    for _ in range(count):
-        provider.load(next(inputs))
-        started = time.perf_counter()
-        provider.step()
-        seconds.append(time.perf_counter() - started)
-    return seconds
+    cuda, largest = device == "cuda", max(batches)
+    levels = LEVELS if cuda else (DEFAULT_LEVEL, QUANTISED_LEVEL)
+    programs = fused_at(levels, model, images, Batch(1, min(8, largest), largest), progress)
+    progress("run the eager model in float64")
+    subject = Subject.of(model, programs, precision, images)
+    on_device = _on_cuda if cuda else _on_cpu
+    return on_device(subject, draw, batches, progress)
 
 
-def cuda_turn(provider: Provider, inputs: Iterator[Tensor], count: int) -> list[float]:
-    """Time `count` runs by CUDA events, each behind a run on the same input that does not count.
-
-    While the device is busy with that one, the timed one is launched: its time is the device's, unless launching takes
-    longer than running, as it does for an eager model and a small batch. An engine runs elsewhere and is timed there in
-    the same way, on one input a turn.
-    """
-    if isinstance(provider, EngineProvider):
-        provider.load(next(inputs))
-        return provider.turn(count)
-    events = []
-    for _ in range(count):
-        provider.load(next(inputs))
-        provider.step()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        provider.step()
-        end.record()
-        events.append((start, end))
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) / 1e3 for start, end in events]
+def _on_cuda(
+    subject: Subject, draw: Callable[[int, int], Tensor], batches: Sequence[int], progress: Progress
+) -> list[dict[str, Any]]:
+    # For all alike: cuDNN looks for its fastest algorithm, and float32 means float32.
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False
+    progress("measure the ceilings of the device")
+    precision, ceilings = subject.precision, measure_ceilings(subject.precision)
+    facts = {"peak_tflops": ceilings.flops / 1e12, "bandwidth_gb_s": ceilings.bandwidth / 1e9}
+    candidates, results = cuda_candidates(subject), []
+    for batch in batches:
+        inputs = [
+            draw(batch, seed).to("cuda", precision.dtype, memory_format=torch.channels_last) for seed in INPUT_SEEDS
+        ]
+        works = workloads(subject.programs, precision, batch)
+        floors = {level: floor_seconds(found, ceilings) for level, found in works.items()}
+        rows = compare_candidates(candidates, subject, batch, inputs, CUDA_CLOCK, progress)
+        results.append(_result("cuda", precision, facts, batch, describe(rows, batch, floors)))
+    return results
 
 
-CPU_CLOCK = Clock(cpu_turn, rounds=10, seconds=3.0)
-CUDA_CLOCK = Clock(cuda_turn, rounds=20, seconds=1.0)
+def _on_cpu(
+    subject: Subject, draw: Callable[[int, int], Tensor], batches: Sequence[int], progress: Progress
+) -> list[dict[str, Any]]:
+    progress("calibrate 8 bits")
+    quantised, threads = _quantised(subject.programs[QUANTISED_LEVEL], draw, progress), torch.get_num_threads()
+    candidates, results = [*cpu_candidates(subject, threads), int8_candidate(subject, quantised, threads)], []
+    for batch in batches:
+        inputs = [draw(batch, seed) for seed in INPUT_SEEDS]
+        rows = compare_candidates(candidates, subject, batch, inputs, CPU_CLOCK, progress)
+        results.append(_result("cpu", subject.precision, {"threads": threads}, batch, describe(rows, batch, {})))
+    return results
 
 
-def measure(providers: Mapping[str, Provider], inputs: Sequence[Tensor], clock: Clock) -> dict[str, list[float]]:
-    """Seconds of every run: the providers take turns, and each round another one begins."""
-    rotation = {name: itertools.cycle(inputs) for name in providers}
-    counts = {}
-    for name, provider in providers.items():
-        once = statistics.median(clock.turn(provider, rotation[name], WARM_UP))
-        counts[name] = max(1, math.ceil(clock.seconds / clock.rounds / once))
-    seconds: dict[str, list[float]] = {name: [] for name in providers}
-    order = deque(providers)
-    for _ in range(clock.rounds):
-        for name in order:
-            seconds[name] += clock.turn(providers[name], rotation[name], counts[name])
-        order.rotate(-1)
-    return seconds
+def _quantised(program: FusedProgram, draw: Callable[[int, int], Tensor], progress: Progress) -> FusedProgram:
+    """The program in 8 bits, as ONNX Runtime wants it."""
+    master = split_addition(program.master)
+    pictures = InMemory(draw(WANTED_IMAGES, CALIBRATION_SEED).numpy())
+    calibration = calibrate(master, pictures, batch=program.batch, progress=progress)
+    return QuantisedProgram(program, quantise(master, calibration.ranges, CPU, ()))
+
+
+def _result(
+    device: str, precision: Precision, facts: Mapping[str, Any], batch: int, rows: list[dict[str, Any]]
+) -> dict[str, Any]:
+    return {"device": device, "precision": precision.name, **facts, "batch": batch, "rows": rows}
 
 
 @dataclass(frozen=True)
@@ -121,13 +137,13 @@ class Row:
         return not self.failed
 
 
-def compare_providers(
+def compare_candidates(
     candidates: Sequence[Candidate],
     subject: Subject,
     batch: int,
     inputs: Sequence[Tensor],
     clock: Clock,
-    progress: Callable[[str], None] = lambda step: None,
+    progress: Progress = silent,
 ) -> list[Row]:
     """Check every candidate, time those that are right, and check them again.
 
@@ -137,40 +153,56 @@ def compare_providers(
         inputs: batches on the device, in rotation.
         progress: called with the name of each step as it begins.
     """
-    rows, providers = {}, {}
-    for candidate in candidates:
-        progress(f"batch {batch}: prepare and check {candidate.name}")
-        row = Row(candidate.name, candidate.level)
-        try:
-            provider = candidate.make(batch)
-            row = _checked(row, check(provider, candidate, subject, batch))
-        except ExportError as error:
-            row = replace(row, reason=first_line(error))
-        except Exception as error:  # what one provider does must not cost the others their result
-            row = replace(row, reason=f"{type(error).__name__}: {first_line(error)}", failed=True)
-        rows[candidate.name] = row
-        if row.check is not None and row:
-            providers[candidate.name] = provider
-    progress(f"batch {batch}: time {len(providers)} providers in {clock.rounds} rounds")
-    seconds = measure(providers, inputs, clock)
-    progress(f"batch {batch}: check again")
-    for candidate in candidates:
-        if candidate.name in providers:
-            row = replace(rows[candidate.name], seconds=tuple(seconds[candidate.name]))
-            again = check(providers[candidate.name], candidate, subject, batch, backwards=True)
-            rows[candidate.name] = _checked(row, again)
+    rows, runners = {}, {}
+    with ExitStack() as stack:
+        for candidate in candidates:
+            progress(f"batch {batch}: prepare and check {candidate.name}")
+            with ExitStack() as own:
+                row, runner = _prepared(candidate, subject, batch, own)
+                if runner is not None:
+                    runners[candidate.name] = runner
+                    stack.push(own.pop_all())
+            rows[candidate.name] = row
+        progress(f"batch {batch}: time {len(runners)} providers in {clock.rounds} rounds")
+        seconds = measure(runners, inputs, clock)
+        progress(f"batch {batch}: check again")
+        for candidate in candidates:
+            if candidate.name in runners:
+                row = replace(rows[candidate.name], seconds=tuple(seconds[candidate.name]))
+                again = check(runners[candidate.name], candidate, subject, batch, backwards=True)
+                rows[candidate.name] = _checked(row, again)
     return list(rows.values())
 
 
-def check(
-    provider: Provider, candidate: Candidate, subject: Subject, batch: int, backwards: bool = False
-) -> NetworkCheck:
-    """The worst of a provider's outputs on the parity images, in batches of the size that is timed.
+def _prepared(candidate: Candidate, subject: Subject, batch: int, stack: ExitStack) -> tuple[Row, TimedRunner | None]:
+    """What is known of a candidate before it is timed, and its runner, loaded in `stack`, where it is to be timed."""
+    row = Row(candidate.name, candidate.level)
+    try:
+        runner = stack.enter_context(candidate.make(batch))
+    except ExportError as error:  # not for this machine
+        return replace(row, reason=first_line(error)), None
+    except Exception as error:
+        return _broken(row, error), None
+    try:
+        row = _checked(row, check(runner, candidate, subject, batch))
+    except Exception as error:
+        return _broken(row, error), None
+    return row, runner if row else None
+
+
+def _broken(row: Row, error: Exception) -> Row:
+    """What one of them does must not cost the others their result."""
+    kind = "" if isinstance(error, ExportError) else f"{type(error).__name__}: "
+    return replace(row, reason=kind + first_line(error), failed=True)
+
+
+def check(runner: Runner, candidate: Candidate, subject: Subject, batch: int, backwards: bool = False) -> NetworkCheck:
+    """The worst of a runner's outputs on the parity images, in batches of the size that is timed.
 
     `backwards` gives the images in reverse order: an output left over from an earlier run differs.
     """
     r, order = candidate.references or subject.references, slice(None, None, -1 if backwards else 1)
-    found = run_in_batches(provider.infer, r.images[order].copy(), Batch(batch, batch, batch), batch)
+    found = run_in_batches(runner.infer, r.images[order].copy(), Batch(batch, batch, batch), batch)
     outputs = {name: values[order] for name, values in found.items()}
     checks = compare(outputs, list(r.rounded.values()), r.oracle, candidate.factor, subject.precision.network_floor)
     return max(checks.values(), key=_severity)

@@ -83,7 +83,7 @@ class _Counter(fx.Interpreter):
     def __init__(self, graph_module: fx.GraphModule) -> None:
         super().__init__(graph_module.to("meta"))
         self.found: list[Work] = []
-        self._node: fx.Node | None = None
+        self._node: fx.Node
 
     def run_node(self, n: fx.Node) -> Any:
         self._node = n
@@ -92,7 +92,6 @@ class _Counter(fx.Interpreter):
     def call_function(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         result = super().call_function(target, args, kwargs)
         node = self._node
-        assert node is not None
         if not moves_data(node):
             count = _fused if target in FUSED_OPERATORS else _COUNTS.get(target, _pointwise)
             self.found.append(count(module_path(node), schema_name(node), args, result))

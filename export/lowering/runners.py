@@ -1,4 +1,4 @@
-"""Runners of the forms that PyTorch or ONNX Runtime executes."""
+"""Runners of the forms that PyTorch executes, and of an ONNX file that shows its intermediate values."""
 
 from __future__ import annotations
 
@@ -21,16 +21,8 @@ from export.fusion.interpreter import GraphInterpreter
 from export.fusion.program import FusedProgram
 from export.lowering.cuda_graph import CudaGraphProgram
 from export.lowering.onnx_file import OnnxFile
-from export.runtime.onnx_session import (
-    ONNX_FILE,
-    ONNX_FORMS,
-    import_onnxruntime,
-    open_file,
-    open_session,
-    rounded_copy,
-    runs_rounded,
-)
-from export.runtime.runner import Runner
+from export.runtime.onnx_session import ONNX_FILE, ONNX_FORMS, OnnxRunner, open_session, rounded_copy, runs_rounded
+from export.runtime.runner import INPUT, Interface, Runner
 
 
 class EagerRunner(Runner):
@@ -40,7 +32,8 @@ class EagerRunner(Runner):
     runtime = f"torch {torch.__version__}"
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, output_names: tuple[str, ...]) -> None:
-        self._model, self._dtype, self._output_names = model, dtype, output_names
+        super().__init__(Interface.of(output_names))
+        self._model, self._dtype = model, dtype
 
     def __enter__(self) -> Self:
         self._copy = eager_copy(self._model, self._dtype)
@@ -49,14 +42,13 @@ class EagerRunner(Runner):
     def __exit__(self, *error: object) -> None:
         del self._copy
 
-    def infer(self, inputs: Mapping[str, NDArray]) -> Arrays:
+    def _run(self, x: NDArray) -> Arrays:
         with plain_torch():
-            x = torch.from_numpy(inputs["input"]).to(self._dtype, copy=True)
             try:
-                outputs = pytree.tree_leaves(self._copy(x))
+                outputs = self._copy(torch.from_numpy(x).to(self._dtype, copy=True))
             except RuntimeError as error:
                 raise ExportError(f"the eager model does not run in {self._dtype}: {first_line(error)}") from error
-        return _named(self._output_names, outputs)
+        return self._named(arrays(outputs))
 
 
 class UnfusedRunner(Runner):
@@ -73,8 +65,8 @@ class UnfusedRunner(Runner):
         output_names: tuple[str, ...],
     ) -> None:
         """`graph_module` is the program's captured or its folded graph."""
-        self.name, self._program, self._unfused = name, program, graph_module
-        self._precision, self._output_names = precision, output_names
+        super().__init__(Interface.of(output_names, program.image_shape, program.batch))
+        self.name, self._program, self._unfused, self._precision = name, program, graph_module, precision
 
     def __enter__(self) -> Self:
         self._graph_module = self._program.unfused_at(self._unfused, self._precision)
@@ -83,10 +75,10 @@ class UnfusedRunner(Runner):
     def __exit__(self, *error: object) -> None:
         del self._graph_module
 
-    def infer(self, inputs: Mapping[str, NDArray]) -> Arrays:
-        x = torch.from_numpy(inputs["input"]).to(self._precision.dtype, copy=True)
+    def _run(self, x: NDArray) -> Arrays:
         with plain_torch():
-            return _named(self._output_names, pytree.tree_leaves(self._graph_module(x)))
+            outputs = self._graph_module(torch.from_numpy(x).to(self._precision.dtype, copy=True))
+        return self._named(arrays(outputs))
 
 
 class ProgramRunner(Runner):
@@ -101,7 +93,8 @@ class ProgramRunner(Runner):
         operators: Mapping[Callable, Callable] | None = None,
     ) -> None:
         """On the CPU, `operators` replaces some operators, such as by their Triton launchers in the interpreter."""
-        self._program, self._precision, self._output_names = program, precision, output_names
+        super().__init__(Interface.of(output_names, program.image_shape, program.batch))
+        self._program, self._precision = program, precision
         self._device, self._operators = device, dict(operators or {})
         self.name, package = ("triton", "triton") if device != "cpu" or operators else ("fused", "torch")
         self.runtime = f"{package} {importlib.metadata.version(package)}"
@@ -118,43 +111,31 @@ class ProgramRunner(Runner):
     def __exit__(self, *error: object) -> None:
         del self._interpreter, self._call
 
-    def infer(self, inputs: Mapping[str, NDArray]) -> Arrays:
+    def _run(self, x: NDArray) -> Arrays:
         with plain_torch():
-            return _named(self._output_names, pytree.tree_leaves(self._call(self._input(inputs))))
+            return self._named(arrays(self._call(self._input(x))))
 
     def trace(self, inputs: Mapping[str, NDArray]) -> dict[str, Tensor]:
         self._interpreter.values = {}
         with plain_torch():
-            self._interpreter.run(self._input(inputs))
+            self._interpreter.run(self._input(inputs[INPUT]))
         values, self._interpreter.values = self._interpreter.values, None
         return {name: value.cpu() for name, value in values.items()}
 
-    def _input(self, inputs: Mapping[str, NDArray]) -> Tensor:
-        return torch.from_numpy(inputs["input"]).to(self._device, self._precision.dtype, copy=True)
+    def _input(self, x: NDArray) -> Tensor:
+        return torch.from_numpy(x).to(self._device, self._precision.dtype, copy=True)
 
 
-class OnnxRuntimeRunner(Runner):
-    """The ONNX file in ONNX Runtime on the CPU."""
+class OnnxRuntimeRunner(OnnxRunner):
+    """An ONNX file of this project, which knows where the values of the fused graph are in it."""
 
     def __init__(
         self, file: OnnxFile, precision: Precision, artefact: str = ONNX_FILE, rounded: bool | None = None
     ) -> None:
         """`artefact` is the name of the file in the bundle; `rounded` as in `open_file`, by default by precision."""
-        self._file, self.file = file, artefact
-        self._rounded = runs_rounded(precision.name, artefact) if rounded is None else rounded
-        self.name = ONNX_FORMS[artefact]
-
-    def __enter__(self) -> Self:
-        self.runtime = f"onnxruntime {import_onnxruntime().__version__}"
-        self._session = open_file(self._file.serialize(), self._rounded)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        del self._session
-
-    def infer(self, inputs: Mapping[str, NDArray]) -> Arrays:
-        values = self._session.run(list(self._file.output_names), dict(inputs))
-        return dict(zip(self._file.output_names, values, strict=True))
+        rounded = runs_rounded(precision.name, artefact) if rounded is None else rounded
+        super().__init__(file.serialize, Interface.of(file.output_names), rounded)
+        self._onnx_file, self.name, self.file = file, ONNX_FORMS[artefact], artefact
 
     def trace(self, inputs: Mapping[str, NDArray]) -> dict[str, Tensor]:
         """Read from a throw-away copy of the file that outputs its intermediate values.
@@ -162,18 +143,19 @@ class OnnxRuntimeRunner(Runner):
         The copy rounds after every node: left to itself, ONNX Runtime drops a rounding where two casts
         follow each other, and the values would not be those a 16-bit device computes.
         """
-        copy = rounded_copy(self._file.model)
+        copy, places = rounded_copy(self._onnx_file.model), self._onnx_file.values
         outputs = {value.name for value in copy.graph.output}
-        names = list(dict.fromkeys(value for value in self._file.values.values() if value != "input"))
+        names = list(dict.fromkeys(value for value in places.values() if value != INPUT))
         if not names:
             return {}
         copy.graph.output.extend(onnx.helper.make_empty_tensor_value_info(v) for v in names if v not in outputs)
-        values = dict(zip(names, open_session(copy.SerializeToString()).run(names, dict(inputs)), strict=True)) | dict(
-            inputs
-        )
-        return {node: torch.from_numpy(values[value]) for node, value in self._file.values.items()}
+        found = self._compute(open_session(copy.SerializeToString()), names, inputs)
+        values = dict(zip(names, found, strict=True)) | dict(inputs)
+        return {node: torch.from_numpy(values[value]) for node, value in places.items()}
 
 
-def _named(names: tuple[str, ...], outputs: list[Tensor]) -> Arrays:
-    arrays = [(y.double() if y.dtype == torch.float64 else y.float()) if y.is_floating_point() else y for y in outputs]
-    return dict(zip(names, (y.detach().cpu().numpy() for y in arrays), strict=True))
+def arrays(outputs: Any) -> list[NDArray]:
+    """The tensors in what a model returns, in order: float64 as it is, narrower ones as float32."""
+    leaves = [y.detach() for y in pytree.tree_leaves(outputs)]
+    wide = [y.float() if y.is_floating_point() and y.dtype != torch.float64 else y for y in leaves]
+    return [y.cpu().numpy() for y in wide]

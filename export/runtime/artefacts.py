@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from numpy.typing import NDArray
 
 from export.base.batch import Arrays, run_in_batches
-from export.base.errors import ExportError, first_line
+from export.base.errors import ExportError
 from export.runtime.bundle.contents import Bundle
 from export.runtime.engine_store import BuiltEngine, engine_place, read_place, why_outdated
 from export.runtime.engines.engine import FLAVOURS, Engine, why_not_runnable
 from export.runtime.engines.runner import TensorRTRunner
-from export.runtime.onnx_session import ONNX_FORMS, import_onnx, import_onnxruntime, open_file, runs_rounded
-from export.runtime.runner import Runner
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from export.runtime.onnx_session import ONNX_FORMS, OnnxRunner, import_onnx, import_onnxruntime, runs_rounded
+from export.runtime.runner import Interface, Runner
 
 
 @dataclass(frozen=True)
@@ -49,9 +45,8 @@ def artefacts(bundle: Bundle) -> list[Artefact]:
     """
     found = _built_here(bundle)
     for engine in bundle.engines:
-        name = engine.flavour.name
-        runtime = f"{name} {engine.version}"
-        found.append(Artefact(name, engine.flavour.file_name, runtime, why_not_runnable(engine), engine))
+        name, file = engine.flavour.name, engine.flavour.file_name
+        found.append(Artefact(name, file, f"{name} {engine.version}", why_not_runnable(engine), engine))
     for file, form in ONNX_FORMS.items():
         if file in bundle.contents:
             runtime, obstacle = _onnx_obstacle(runs_rounded(bundle.precision.name, file))
@@ -90,6 +85,20 @@ def _onnx_obstacle(rounded: bool) -> tuple[str, str]:
     return runtime, ""
 
 
+def artefact_runner(bundle: Bundle, artefact: Artefact) -> Runner:
+    """What runs an artefact of a bundle, one batch at a time; nothing is loaded yet."""
+    interface = Interface(bundle.outputs, bundle.image_shape, bundle.batch)
+    runner: Runner
+    if artefact.engine is not None:
+        runner = TensorRTRunner(artefact.engine, interface)
+    else:
+        rounded, content = runs_rounded(bundle.precision.name, artefact.file), bundle.contents[artefact.file]
+        runner = OnnxRunner(lambda: content, interface, rounded, bundle.input_name)
+    runner.name, runner.runtime, runner.file = artefact.form, artefact.runtime, artefact.file
+    runner.path = str(bundle.path / artefact.file)
+    return runner
+
+
 @contextmanager
 def running(bundle: Bundle, artefact: Artefact) -> Iterator[Callable[[NDArray], Arrays]]:
     """Load an artefact and give the function that runs it.
@@ -102,18 +111,11 @@ def running(bundle: Bundle, artefact: Artefact) -> Iterator[Callable[[NDArray], 
     """
     if artefact.obstacle:
         raise ExportError(f"{bundle.path / artefact.file} cannot run here: {artefact.obstacle}")
-    with _loaded(bundle, artefact) as run:
+    with artefact_runner(bundle, artefact) as runner:
 
         def infer(images: NDArray) -> Arrays:
-            if images.shape[1:] != bundle.image_shape or not len(images):
-                expected = f"[N, *{list(bundle.image_shape)}]"
-                raise ExportError(f"{bundle.path}: expected inputs of shape {expected}, got {list(images.shape)}")
-            outputs = run_in_batches(run, images, bundle.batch, bundle.batch.maximum)
-            for name, values in outputs.items():
-                if values.shape[1:] != bundle.outputs[name][1:]:
-                    shapes = f"has shape {list(values.shape)}: the manifest says {list(bundle.outputs[name])}"
-                    raise ExportError(f"{bundle.path / artefact.file}: {name} {shapes}")
-            return outputs
+            runner.check_images(images)
+            return run_in_batches(runner.infer, images, bundle.batch, bundle.batch.maximum)
 
         yield infer
 
@@ -140,42 +142,3 @@ def running_first(
             yield artefact, infer
             return
     raise ExportError("; ".join(reasons))
-
-
-@contextmanager
-def _loaded(bundle: Bundle, artefact: Artefact) -> Iterator[Callable[[Mapping[str, NDArray]], Arrays]]:
-    """What runs one batch, as a runner's `infer` does."""
-    names = tuple(bundle.outputs)
-    if artefact.engine is not None:
-        with TensorRTRunner(artefact.engine, names) as runner:
-            yield runner.infer
-    else:
-        session = open_file(bundle.contents[artefact.file], runs_rounded(bundle.precision.name, artefact.file))
-
-        def run(inputs: Mapping[str, NDArray]) -> Arrays:
-            try:
-                values = session.run(list(names), {bundle.input_name: inputs["input"]})
-            except Exception as error:  # its exceptions share no base class
-                raise ExportError(f"{bundle.path / artefact.file} does not run: {first_line(error)}") from error
-            return dict(zip(names, values, strict=True))
-
-        yield run
-
-
-class ArtefactRunner(Runner):
-    """An artefact of a bundle."""
-
-    def __init__(self, bundle: Bundle, artefact: Artefact) -> None:
-        self._bundle, self._artefact = bundle, artefact
-        self.name, self.runtime, self.file = artefact.form, artefact.runtime, artefact.file
-
-    def __enter__(self) -> Self:
-        self._stack = ExitStack()
-        self._run = self._stack.enter_context(_loaded(self._bundle, self._artefact))
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
-
-    def infer(self, inputs: Mapping[str, NDArray]) -> Arrays:
-        return self._run(inputs)

@@ -109,8 +109,9 @@ def _built(
     bundle: Bundle, flavour: Flavour, config: EngineConfig, key: dict[str, Any], progress: Progress
 ) -> BuiltEngine:
     progress(f"build the {flavour.name} engine")
-    facts = (flavour, bundle.precision, bundle.batch, bundle.image_shape, config, bundle.kept)
-    return BuiltEngine(build_engine(bundle.contents[ONNX_FILE], *facts), key)
+    content = bundle.contents[ONNX_FILE]
+    engine = build_engine(content, flavour, bundle.precision, bundle.batch, bundle.image_shape, config, bundle.kept)
+    return BuiltEngine(engine, key)
 
 
 def _verified(

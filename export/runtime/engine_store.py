@@ -127,14 +127,22 @@ def write_place(staging: Path, place: Path, engines: Sequence[BuiltEngine]) -> N
         engine, flavour = built.engine, built.engine.flavour
         files[prefix + flavour.file_name] = engine.plan
         files[prefix + flavour.layers_name] = (json.dumps(engine.layers, indent=1) + "\n").encode()
-        known = {"convolutions": engine.convolutions, "build_seconds": round(engine.seconds, 2)}
-        records.append({"key": dict(built.key), **known})
+        record = {"key": dict(built.key), "convolutions": engine.convolutions}
+        records.append(record | {"build_seconds": round(engine.seconds, 2)})
     publish(staging, place, files, {"engines": records})
 
 
 def _read(prefix: str, facts: Mapping[str, Any], contents: Mapping[str, bytes]) -> BuiltEngine:
     key = facts["key"]
-    flavour, config = FLAVOURS[key["flavour"]], EngineConfig.from_json(key["options"])
-    plan, layers = contents[prefix + flavour.file_name], json.loads(contents[prefix + flavour.layers_name])
-    known = (key["version"], FORMATS[key["precision"]], facts["convolutions"], facts["build_seconds"])
-    return BuiltEngine(Engine(flavour, plan, *known, config, tuple(layers)), key)
+    flavour = FLAVOURS[key["flavour"]]
+    engine = Engine(
+        flavour=flavour,
+        plan=contents[prefix + flavour.file_name],
+        version=key["version"],
+        precision=FORMATS[key["precision"]],
+        convolutions=facts["convolutions"],
+        seconds=facts["build_seconds"],
+        config=EngineConfig.from_json(key["options"]),
+        layers=tuple(json.loads(contents[prefix + flavour.layers_name])),
+    )
+    return BuiltEngine(engine, key)

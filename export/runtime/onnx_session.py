@@ -1,16 +1,20 @@
-"""ONNX Runtime on the CPU: the same session for the export and for the device."""
+"""ONNX Runtime on the CPU: the same session and the same runner for the export, for the device and for the clock."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from export.base.batch import Arrays
 from export.base.errors import ExportError, MissingDependency, first_line
+from export.runtime.runner import INPUT, Interface, TimedRunner
 
 ONNX_FILE = "model.onnx"
 CPU_ONNX_FILE = "model.cpu.onnx"  # beside it in int8, where one file cannot suit every runtime
@@ -18,6 +22,7 @@ ONNX_FORMS = {CPU_ONNX_FILE: "onnx cpu", ONNX_FILE: "onnx"}  # what ONNX Runtime
 
 if TYPE_CHECKING:
     import onnx
+    from typing_extensions import Self
 
 
 def import_onnxruntime() -> Any:
@@ -57,8 +62,66 @@ def runs_rounded(precision: str, file: str) -> bool:
     return precision == "bf16" or (precision == "int8" and file == ONNX_FILE)
 
 
-def open_file(content: bytes, rounded: bool) -> Any:
-    """A session for an exported file, or for its `rounded_copy`.
+class OnnxRunner(TimedRunner):
+    """An ONNX file in ONNX Runtime on the CPU. Its session lives between enter and exit."""
+
+    name, runtime = "onnx", "onnxruntime"
+
+    def __init__(
+        self,
+        read: Callable[[], bytes],
+        interface: Interface,
+        rounded: bool = False,
+        input_name: str = INPUT,
+        threads: int = 0,
+    ) -> None:
+        """Nothing is read yet.
+
+        Args:
+            read: gives the file.
+            interface: its outputs by their names in the file.
+            rounded: as in `open_file`.
+            input_name: of its one input.
+            threads: that run an operator; 0 leaves it to ONNX Runtime.
+        """
+        super().__init__(interface)
+        self._read, self._rounded, self._input_name, self._threads = read, rounded, input_name, threads
+
+    def __enter__(self) -> Self:
+        self.runtime = f"onnxruntime {import_onnxruntime().__version__}"
+        self._session = open_file(self._read(), self._rounded, self._threads)
+        narrow = {entry.name for entry in self._session.get_inputs() if entry.type == "tensor(float16)"}
+        self._x: NDArray = np.empty(0, np.float16 if self._input_name in narrow else np.float32)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        del self._session, self._x
+
+    def load(self, x: NDArray) -> None:
+        """Copy the batch to where it stays; `x` may be a tensor on the CPU."""
+        x = np.asarray(x)
+        if self._x.shape != x.shape:
+            self._x = np.empty(x.shape, self._x.dtype)
+        np.copyto(self._x, x, casting="same_kind")
+
+    def step(self) -> list[NDArray]:
+        return self._compute(self._session, list(self.interface.outputs), {self._input_name: self._x})
+
+    def _run(self, x: NDArray) -> Arrays:
+        self.load(x)
+        return self._named(self.step())
+
+    def _compute(self, session: Any, names: Sequence[str], inputs: Mapping[str, NDArray]) -> list[NDArray]:
+        """The values of these names, in order; raises ExportError where ONNX Runtime does."""
+        try:
+            values: list[NDArray] = session.run(names, inputs)
+        except Exception as error:  # its exceptions share no base class
+            raise ExportError(f"{self} does not run: {first_line(error)}") from error
+        return values
+
+
+def open_file(content: bytes, rounded: bool, threads: int = 0) -> Any:
+    """A session for an exported file, or for its `rounded_copy`; `threads` as in `OnnxRunner`.
 
     Raises:
         MissingDependency: ONNX Runtime is not installed.
@@ -70,13 +133,14 @@ def open_file(content: bytes, rounded: bool) -> Any:
             content = rounded_copy(onnx.load_model_from_string(content)).SerializeToString()
         except Exception as error:  # of protobuf, or of shape inference
             raise ExportError(f"expected an ONNX file ({first_line(error)})") from error
-    return open_session(content)
+    return open_session(content, threads)
 
 
-def open_session(content: bytes) -> Any:
+def open_session(content: bytes, threads: int = 0) -> Any:
     """A session for the file as it is; raises as `open_file` does."""
     options = import_onnxruntime().SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = threads
     return _session(content, options)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from export.base.errors import ExportError
 from export.base.progress import Progress, silent
-from export.runtime.artefacts import Artefact, ArtefactRunner, artefacts
+from export.runtime.artefacts import Artefact, artefact_runner, artefacts
 from export.runtime.bundle.contents import Bundle, open_bundle
 from export.runtime.bundle.golden import GOLDEN_FILE, load_golden
 from export.runtime.parity.ladder import ENGINE_FACTOR, References, attempt, judge_attempt, reference_rungs
@@ -43,7 +43,9 @@ def golden_references(bundle: Bundle) -> References:
 def run_artefact(bundle: Bundle, artefact: Artefact, references: References, progress: Progress) -> Rung:
     """Run the golden inputs through an artefact, if this machine can, and compare."""
     progress(f"run {artefact.file}")
-    runner = ArtefactRunner(bundle, artefact)
-    outcome = attempt(runner, artefact.obstacle, bundle.precision, references.images, bundle.batch)
-    factor = ENGINE_FACTOR if artefact.engine else bundle.precision.network_factor
-    return judge_attempt(outcome, references, bundle.precision, factor)
+    precision = bundle.precision
+    if artefact.obstacle:
+        return Rung(artefact.form, artefact.runtime, precision.name, artefact.file, not_run=artefact.obstacle)
+    outcome = attempt(artefact_runner(bundle, artefact), "", precision, references.images, bundle.batch)
+    factor = ENGINE_FACTOR if artefact.engine else precision.network_factor
+    return judge_attempt(outcome, references, precision, factor)

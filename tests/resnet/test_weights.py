@@ -214,7 +214,8 @@ MISFITS = {
     ),
     "classes": (
         changed(**SEVEN_CLASSES),
-        r"7 classes, the model has 10 \(fc.weight: file \[7, 64\], model \[10, 64\]\); try create_model\(num_classes=7\)$",
+        r"7 classes, the model has 10 \(fc.weight: file \[7, 64\], model \[10, 64\]\);"
+        r" try create_model\(num_classes=7\)$",
     ),
     "channels": (
         changed(**ONE_CHANNEL),

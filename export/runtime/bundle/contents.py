@@ -95,20 +95,26 @@ def open_bundle(path: str | Path) -> Bundle:
         )
     try:
         precision = FORMATS[manifest["precision"]]
-        batch = Batch(*(_whole(manifest["batch"][key]) for key in ("min", "opt", "max")))
+        batch = manifest["batch"]
         (entry,) = manifest["inputs"]
         _, channels, height, width = entry["shape"]
-        input_name = str(entry["name"])
         outputs = {str(output["name"]): tuple(output["shape"]) for output in manifest["outputs"]}
-        engines = tuple(_engine(name, facts, contents, precision) for name, facts in manifest["engines"].items())
         if not outputs or not isinstance(manifest["model"], dict) or ONNX_FILE not in contents:
             raise ValueError(f"expected outputs, a model and {ONNX_FILE}")
-        image_shape = (_whole(channels), _whole(height), _whole(width))
-        kept = frozenset(map(str, manifest["kept"]))
+        return Bundle(
+            path=path,
+            manifest=manifest,
+            contents=contents,
+            precision=precision,
+            batch=Batch(minimum=_whole(batch["min"]), optimum=_whole(batch["opt"]), maximum=_whole(batch["max"])),
+            input_name=str(entry["name"]),
+            image_shape=(_whole(channels), _whole(height), _whole(width)),
+            outputs=outputs,
+            engines=tuple(_engine(name, facts, contents, precision) for name, facts in manifest["engines"].items()),
+            kept=frozenset(map(str, manifest["kept"])),
+        )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _foreign(path, error) from error
-    known = (precision, batch, input_name, image_shape, outputs, engines, kept)
-    return Bundle(path, manifest, contents, *known)
+        raise ExportError(f"{path}: not a bundle of this project ({type(error).__name__}: {error})") from error
 
 
 def _whole(value: object) -> int:
@@ -117,17 +123,20 @@ def _whole(value: object) -> int:
     return value
 
 
-def _foreign(path: Path, error: Exception) -> ExportError:
-    return ExportError(f"{path}: not a bundle of this project ({type(error).__name__}: {error})")
-
-
 def _engine(name: str, facts: Mapping[str, Any], contents: Mapping[str, bytes], precision: Precision) -> Engine:
     """An engine from the bytes that were checked: only under the name its flavour has in a bundle."""
     flavour = FLAVOURS[facts["flavour"]]
     if flavour.file_name != name:
         raise ValueError(f"{name!r} is not the name of an engine of {flavour.name}")
-    config = EngineConfig.from_json(facts.get("options", {}))
     if not isinstance(facts["version"], str):
         raise TypeError(f"expected the version of an engine, got {facts['version']!r:.80}")
-    known = (facts["version"], precision, facts["convolutions"], facts["build_seconds"])
-    return Engine(flavour, contents[name], *known, config, gpu=str(facts["gpu"] or ""))
+    return Engine(
+        flavour=flavour,
+        plan=contents[name],
+        version=facts["version"],
+        precision=precision,
+        convolutions=facts["convolutions"],
+        seconds=facts["build_seconds"],
+        config=EngineConfig.from_json(facts.get("options", {})),
+        gpu=str(facts["gpu"] or ""),
+    )

@@ -2,46 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
 from export.base.batch import Arrays
 from export.base.process import Child
 from export.runtime.engines.engine import Engine
-from export.runtime.runner import Runner
+from export.runtime.runner import INPUT, Interface, TimedRunner
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _DEVICE_ENGINE = "export.runtime.engines.run_worker:DeviceEngine"
 _ADVICE = "export with a smaller ExportConfig.batch"
 
 
-class TensorRTRunner(Runner):
+class TensorRTRunner(TimedRunner):
     """An engine on the first CUDA device. Its process lives between enter and exit."""
 
-    def __init__(self, engine: Engine, output_names: tuple[str, ...]) -> None:
-        self._engine, self._output_names = engine, output_names
+    def __init__(self, engine: Engine, interface: Interface) -> None:
+        super().__init__(interface)
+        self._engine = engine
         self.name, self.file = engine.flavour.name, engine.flavour.file_name
         self.runtime = f"{engine.flavour.name} {engine.version}"
 
-    def __enter__(self) -> TensorRTRunner:
-        engine = self._engine
-        self._child = Child(f"running the {self.name} engine", _ADVICE)
+    def __enter__(self) -> Self:
+        engine, names = self._engine, tuple(self.interface.outputs)
+        self._child = Child(f"running the {engine.flavour.name} engine", _ADVICE)
         self._child.__enter__()
         try:
-            self._child.hold(_DEVICE_ENGINE, engine.flavour, engine.plan, engine.config, self._output_names)
+            self._child.hold(_DEVICE_ENGINE, engine.flavour, engine.plan, engine.config, names)
         except BaseException as error:
             self._child.__exit__(type(error), error, None)
             raise
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._child.__exit__(*error)  # type: ignore[arg-type]
+    def __exit__(self, *error: Any) -> None:
+        self._child.__exit__(*error)
 
-    def infer(self, inputs: Mapping[str, NDArray]) -> Arrays:
-        found: Arrays = self._child.call("infer", {"input": inputs["input"]})
+    def load(self, x: NDArray) -> None:
+        """`x` is float32 and contiguous: its way to the device is not part of what `time` says."""
+        self._x = x
+
+    def step(self) -> Arrays:
+        found: Arrays = self._child.call("infer", {INPUT: self._x})
         return found
 
-    def time(self, inputs: Mapping[str, NDArray], count: int) -> list[float]:
-        """Seconds of each of `count` runs on one batch, by the device's clock; its input is on the device already."""
-        seconds: list[float] = self._child.call("time", {"input": inputs["input"]}, count)
+    def time(self, count: int) -> list[float]:
+        """Seconds of each of `count` runs on what was loaded, by the device's clock; all of it is on the device."""
+        seconds: list[float] = self._child.call("time", {INPUT: self._x}, count)
         return seconds
+
+    def _run(self, x: NDArray) -> Arrays:
+        self.load(x)
+        return self.step()

@@ -161,7 +161,7 @@ def measure(
         progress(images)
     if not images or images != len(labelled):
         raise ExportError(f"expected {len(labelled) or 'some'} labelled pictures, got {images}")
-    return Accuracy(form, runtime, precision, images, correct, seconds)
+    return Accuracy(form=form, runtime=runtime, precision=precision, images=images, correct=correct, seconds=seconds)
 
 
 def lost_accuracy(accuracy: Sequence[Accuracy]) -> str:
@@ -226,5 +226,5 @@ class Meter:
 
         progress(f"measure accuracy: {runner.name}")
         with runner:
-            sizes = (self._batch.maximum, report)
-            return measure(runner.name, runner.runtime, precision, infer, self._labelled, self._indices, *sizes)
+            size, labelled, indices = self._batch.maximum, self._labelled, self._indices
+            return measure(runner.name, runner.runtime, precision, infer, labelled, indices, size, report)

@@ -17,7 +17,7 @@ from export.base.precision import Precision
 from export.runtime.parity.checks import OperatorChecks
 from export.runtime.parity.network import NetworkCheck, compare
 from export.runtime.parity.rungs import Rung
-from export.runtime.runner import Runner
+from export.runtime.runner import INPUT, Runner
 
 # Two draws of rounding the weights, which were seen to differ by up to 2.5; a broken fold is off by far more.
 FOLDED_FACTOR = 4.0
@@ -74,14 +74,21 @@ def execute(runner: Runner, images: NDArray, batch: Batch) -> Execution:
     """Run a form twice over the images, the second time backwards and in smaller batches."""
     untouched = images.copy()
     with runner:
-        trace = runner.trace({"input": operator_images(images, batch)})
+        trace = runner.trace({INPUT: operator_images(images, batch)})
         started = time.perf_counter()
         straight = run_in_batches(runner.infer, images, batch, len(images))
         seconds = (time.perf_counter() - started) / len(images)
         backwards = run_in_batches(runner.infer, images[::-1].copy(), batch, max(1, len(images) // 2 - 1))
-    put_back = {name: values[::-1] for name, values in backwards.items()}
-    changed = not np.array_equal(images, untouched)
-    return Execution(runner.name, runner.runtime, runner.file, straight, put_back, trace, changed, seconds)
+    return Execution(
+        name=runner.name,
+        runtime=runner.runtime,
+        file=runner.file,
+        straight=straight,
+        reversed={name: values[::-1] for name, values in backwards.items()},
+        trace=trace,
+        changed_input=not np.array_equal(images, untouched),
+        seconds=seconds,
+    )
 
 
 def operator_images(images: NDArray, batch: Batch) -> NDArray:
@@ -122,7 +129,13 @@ def judge(
     if execution.changed_input:
         outputs["(input)"] = NetworkCheck.refused(factor, "the input was written to")
     return Rung(
-        execution.name, execution.runtime, precision.name, execution.file, outputs, operators, seconds=execution.seconds
+        name=execution.name,
+        runtime=execution.runtime,
+        precision=precision.name,
+        file=execution.file,
+        outputs=outputs,
+        operators=operators,
+        seconds=execution.seconds,
     )
 
 

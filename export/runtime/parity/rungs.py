@@ -10,9 +10,7 @@ from export.runtime.parity.accuracy import Accuracy, lost_accuracy
 from export.runtime.parity.checks import OUT_OF_RANGE, OperatorChecks
 from export.runtime.parity.network import NetworkCheck, finite
 
-RUNG_HEADINGS = (
-    *("form", "runtime", "operators", "error", "eager error", "ratio", "top-1", "MB", "ms/image", "verdict"),
-)
+RUNG_HEADINGS = ("form", "runtime", "operators", "error", "eager error", "ratio", "top-1", "MB", "ms/image", "verdict")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,9 @@ from export.runtime.bundle.folder import MANIFEST, publish, read_verified, stage
 from export.runtime.engine_store import engine_place
 from export.runtime.engines.engine import FLAVOURS, Engine, Flavour
 from export.runtime.engines.options import DEFAULT_ENGINE, EngineConfig
+from export.runtime.engines.runner import TensorRTRunner
 from export.runtime.onnx_session import ONNX_FILE
+from export.runtime.runner import Interface
 from export.runtime.verify import verify_bundle
 from tests.export import summing
 from tests.export.runtime.engines import fake_tensorrt
@@ -51,10 +53,11 @@ class Builder:
         return Engine(flavour, plan, version, precision, 21, 1.234, facts[2], layers)
 
 
-class Runner:
-    """Stands in for `TensorRTRunner`."""
+class Runner(TensorRTRunner):
+    """Without a device and a process."""
 
-    def __init__(self, engine: Engine, names: tuple[str, ...]) -> None:
+    def __init__(self, engine: Engine, interface: Interface) -> None:
+        super().__init__(engine, interface)
         self._off = json.loads(engine.plan)["off"]
 
     def __enter__(self) -> Runner:
@@ -65,8 +68,8 @@ class Runner:
     def __exit__(self, *error: object) -> None:
         return None
 
-    def infer(self, inputs: Mapping[str, NDArray]) -> Arrays:
-        return {"output": inputs["input"].sum((2, 3)) + np.float32(self._off)}
+    def _run(self, x: NDArray) -> Arrays:
+        return {"output": x.sum((2, 3)) + np.float32(self._off)}
 
 
 @pytest.fixture(autouse=True)
@@ -196,8 +199,8 @@ def test_an_engine_that_is_wrong_by_now_is_built_anew_on_the_way_back(
     summing.write(path)
 
     class FirstWrong(Runner):
-        def __init__(self, engine: Engine, names: tuple[str, ...]) -> None:
-            super().__init__(engine, names)
+        def __init__(self, engine: Engine, interface: Interface) -> None:
+            super().__init__(engine, interface)
             self._off = 0.5 if json.loads(engine.plan)["number"] == 1 else 0.0
 
     monkeypatch.setattr("export.runtime.artefacts.TensorRTRunner", FirstWrong)
@@ -285,7 +288,7 @@ def test_an_engine_in_place_that_fails_is_refused_and_stays(builder: Builder, ca
     path = summing.write(tmp_path / "b")
     build(path)
     before = tree(cache)
-    monkeypatch.setattr(Runner, "infer", lambda self, inputs: {"output": inputs["input"].mean((2, 3))})
+    monkeypatch.setattr(Runner, "_run", lambda self, x: {"output": x.mean((2, 3))})
     found = build(path)
     assert not found and found.origin == "kept" and tree(cache) == before
 

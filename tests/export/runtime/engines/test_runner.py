@@ -7,17 +7,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from export import Batch, ExportError
-from export.base.batch import run_in_batches
+from export import ExportError
 from export.base.precision import PRECISIONS
-from export.benchmark.compare import Clock, cuda_turn, measure
-from export.benchmark.providers import EngineProvider
-from export.runtime.engines.engine import FLAVOURS, Engine
+from export.benchmark.timing import Clock, cuda_turn, measure
+from export.runtime.engines.engine import FLAVOURS, Engine, Flavour
 from export.runtime.engines.runner import TensorRTRunner
-from export.runtime.parity.ladder import execute
+from export.runtime.runner import Interface
 from tests.export.runtime.engines.fake_tensorrt import FLAVOUR, plan
-
-NAMES = ("output",)
 
 
 @pytest.fixture(autouse=True)
@@ -27,8 +23,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def engine(content: bytes) -> Engine:
-    return Engine(FLAVOUR, content, "10.3.0", PRECISIONS["fp16"], 3, 1.0)
+def runner_of(content: bytes, flavour: Flavour = FLAVOUR) -> TensorRTRunner:
+    return TensorRTRunner(Engine(flavour, content, "10.3.0", PRECISIONS["fp16"], 3, 1.0), Interface.of(["output"]))
 
 
 def images(count: int) -> NDArray[np.float32]:
@@ -39,36 +35,26 @@ def alive(runner: TensorRTRunner) -> bool:
     return runner._child._process.poll() is None
 
 
-def test_an_engine_runs_in_its_own_process() -> None:
-    runner = TensorRTRunner(engine(plan()), NAMES)
+def test_an_engine_runs_and_is_timed_in_its_own_process() -> None:
+    runner = runner_of(plan())
     assert (runner.name, runner.runtime, runner.file) == ("tensorrt", "tensorrt 10.3.0", "m.engine")
     with runner:
         for count in (2, 8, 2):
             found = runner.infer({"input": images(count)})
             np.testing.assert_allclose(found["output"], images(count).sum(axis=(2, 3)), rtol=1e-6)
-        assert runner.time({"input": images(4)}, 3) == [1e-3] * 3
-        assert alive(runner)
+        refusal = r"takes inputs of shape \(1, 3, 4, 4\) to \(8, 3, 4, 4\), got \(9, 3, 4"
+        with pytest.raises(ExportError, match=refusal):
+            runner.infer({"input": images(9)})
+        inputs = [torch.from_numpy(images(4)).half() for _ in range(2)]
+        seconds = measure({"tensorrt": runner}, inputs, Clock(cuda_turn, rounds=2, seconds=0.004))
+        assert seconds["tensorrt"] == [1e-3] * 4 and alive(runner)
+        found = runner.infer({"input": images(4)})
+        np.testing.assert_allclose(found["output"], images(4).sum(axis=(2, 3)), rtol=1e-6)
     assert not alive(runner) and runner._child._process.returncode == 0
 
 
-def test_it_climbs_the_ladder_like_any_runner() -> None:
-    x = images(20)
-    execution = execute(TensorRTRunner(engine(plan()), NAMES), x, Batch(1, 4, 8))
-    for outputs in (execution.straight, execution.reversed):
-        np.testing.assert_allclose(outputs["output"], x.sum(axis=(2, 3)), rtol=1e-6)
-    assert execution.file == "m.engine" and not execution.changed_input
-
-
-def test_a_refused_batch_leaves_it_running() -> None:
-    with TensorRTRunner(engine(plan()), NAMES) as runner:
-        with pytest.raises(ExportError, match=r"takes inputs of shape \(1, 3, 4, 4\) to \(8, 3, 4, 4\), got \(9, 3, 4"):
-            runner.infer({"input": images(9)})
-        found = run_in_batches(runner.infer, images(9), Batch(1, 4, 8), 8)
-        assert found["output"].shape == (9, 3)
-
-
 def test_an_engine_that_does_not_load_leaves_no_process() -> None:
-    runner = TensorRTRunner(engine(b"no plan"), NAMES)
+    runner = runner_of(b"no plan")
     with pytest.raises(ExportError, match="the engine does not load on this device: bad magic"), runner:
         raise AssertionError("entered")
     assert not alive(runner)
@@ -76,25 +62,13 @@ def test_an_engine_that_does_not_load_leaves_no_process() -> None:
 
 def test_a_crash_is_one_line() -> None:
     expected = r"^running the tensorrt engine was ended by SIGABRT: export with a smaller ExportConfig.batch$"
-    with TensorRTRunner(engine(plan(behaviour="crash")), NAMES) as runner, pytest.raises(ExportError, match=expected):
+    with runner_of(plan(behaviour="crash")) as runner, pytest.raises(ExportError, match=expected):
         runner.infer({"input": images(2)})
-
-
-def test_a_provider_is_timed_where_it_runs() -> None:
-    inputs = [torch.from_numpy(images(4)).half() for _ in range(2)]
-    provider = EngineProvider(engine(plan()), NAMES)
-    process = provider._runner._child._process
-    seconds = measure({"tensorrt": provider}, inputs, Clock(cuda_turn, rounds=2, seconds=0.004))
-    assert seconds["tensorrt"] == [1e-3] * 4
-    found = provider.infer({"input": images(4)})
-    np.testing.assert_allclose(found["output"], images(4).sum(axis=(2, 3)), rtol=1e-6)
-    del provider
-    assert process.poll() == 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_a_real_engine_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    real = Engine(FLAVOURS["tensorrt-rtx"], b"plan", "1", PRECISIONS["fp16"], 3, 1.0)
-    with pytest.raises(ExportError, match=r"^the GPU refuses: cudaError\w+$"), TensorRTRunner(real, NAMES):
+    runner = runner_of(b"plan", FLAVOURS["tensorrt-rtx"])
+    with pytest.raises(ExportError, match=r"^the GPU refuses: cudaError\w+$"), runner:
         raise AssertionError("entered")
