@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import csv
-import fcntl
 import itertools
 import math
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -287,13 +285,6 @@ def test_a_folder_with_a_training_is_not_overwritten(digits, tmp_path: Path) -> 
     assert (tmp_path / MODEL_FILE).read_bytes() == before
 
 
-def test_what_a_killed_run_left_half_written_is_cleared(digits, tmp_path: Path) -> None:
-    stale = tmp_path / f".{STATE_FILE}.0a1b2c3d.partial"
-    stale.write_bytes(b"half")
-    train("resnet8", *digits, replace(QUICK, epochs=1), tmp_path)
-    assert not stale.exists()
-
-
 def test_nothing_to_resume(digits, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="nothing to resume"):
         train("resnet8", *digits, QUICK, tmp_path / "new", resume=True)
@@ -307,16 +298,6 @@ def test_a_broken_state_is_refused(digits, tmp_path: Path, content: bytes) -> No
     (tmp_path / STATE_FILE).write_bytes(content)
     with pytest.raises(TrainingError, match="expected the state of a training"):
         train("resnet8", *digits, QUICK, tmp_path, resume=True)
-
-
-def test_two_trainings_in_one_folder(digits, tmp_path: Path) -> None:
-    holder = os.open(tmp_path, os.O_RDONLY)
-    fcntl.flock(holder, fcntl.LOCK_EX)
-    try:
-        with pytest.raises(TrainingError, match="another training is writing there"):
-            train("resnet8", *digits, QUICK, tmp_path)
-    finally:
-        os.close(holder)
 
 
 @pytest.mark.parametrize(
