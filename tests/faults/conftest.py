@@ -64,7 +64,7 @@ def export_again(
 
         return call
 
-    slow = ("check_model", "fuse", "floating_forms", "_compare")
+    slow = ("check_model", "fuse", "floating_forms", "_compare", "describe_graph", "render")
     replacements = {name: once(name, getattr(pipeline, name)) for name in slow}
     example = torch.zeros(1, 3, SIZE, SIZE)
 

@@ -2,8 +2,8 @@
 
 The child is a fresh interpreter with limits on memory, processor time and the size of files. An audit hook sees what
 Python code asks the system for: a file opened for writing or changed outside the child's own folder, another program
-and a connection are escapes. The parent watches the processor time of every single input. So a crash, a hang, an escape and an
-exception that is no refusal all end as one line that names the input.
+and a connection are escapes. The parent watches what processor time each input takes. So a crash, a hang, an escape
+and an exception that is no refusal all end as one line that names the input.
 """
 
 from __future__ import annotations

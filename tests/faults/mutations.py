@@ -60,7 +60,7 @@ def _damaged(generator: random.Random, value: Any) -> Any:
         elif kind < 0.75:
             del container[key]
         elif kind < 0.85:
-            container[key] = nested(generator.choice((1, 2, 2, 50, 50, 100, 100, 200, 200, 900)))
+            container[key] = nested(900 if generator.random() < 0.03 else generator.choice((1, 2, 50, 200)))
             break  # what is added deep inside is long once it is indented
         elif kind < 0.92 and isinstance(container, dict):
             container[str(generator.choice(NASTY))[:6000]] = container.pop(key)

@@ -69,7 +69,7 @@ def emptied(folder: Path) -> Path:
 NOTHING, OLDER, KILLED = "into nothing", "over an older one", "over an older one, beside what an earlier kill left"
 # At least so many kills of each.
 KILLS = {
-    ("bundle", NOTHING): 30, ("bundle", OLDER): 40, ("bundle", KILLED): 45, ("engines", KILLED): 35,
+    ("bundle", NOTHING): 30, ("bundle", KILLED): 45, ("engines", KILLED): 35,
     ("export", OLDER): 30, ("weights", OLDER): 5, ("weights", KILLED): 5, ("training", NOTHING): 20,
     ("training", KILLED): 12, ("calibration", NOTHING): 5, ("calibration", KILLED): 5,
 }  # fmt: skip
@@ -255,7 +255,7 @@ def test_the_last_step_fails(
         assert writer.read(folder) == OLD and names(folder) <= writer.names
 
 
-RACERS, RACES = range(1, 7), 10
+RACERS, RACES = range(1, 7), 5
 
 
 @pytest.mark.parametrize("name", WRITERS)

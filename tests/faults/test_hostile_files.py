@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import ast
-import json
 import os
-import pickle
 import re
 import socket
 import stat
-import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
-import torch
-from torch import nn
 from torch.torch_version import TorchVersion
 
 from export import ExportError, verify_bundle
@@ -30,65 +26,30 @@ from export.runtime.bundle.folder import MANIFEST
 from export.runtime.bundle.golden import GOLDEN_FILE
 from export.runtime.onnx_session import ONNX_FILE, open_file
 from resnet import pretrained
-from resnet.models import create_model
 from resnet.pretrained import PUBLISHED, DownloadError, PublishedFile, download
-from resnet.weights import WeightsError, load_weights
-from tests.faults.bundle_inputs import a_picture, canonical, class_folders, copied, replace, run, script, with_own_hash
+from tests import children
+from tests.faults.bundle_inputs import a_picture, class_folders, copied, forge, replace, run, script
 from tests.faults.mutations import nested
-from tests.faults.weights_inputs import CANARY, CODE, Payload
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(path for room in ("export", "kernels", "resnet", "scripts") for path in (ROOT / room).rglob("*.py"))
 
 
-def pinned(package: str) -> str:
-    """The least version of a package that the project takes."""
-    found = re.search(rf'"{package}>=([0-9.]+)"', (ROOT / "pyproject.toml").read_text())
-    assert found, package
-    return found[1]
-
-
-@pytest.mark.parametrize("call", CODE, ids=lambda call: call[0].__name__)
-def test_security_1_a_pickle_with_code_is_refused_without_running_it(
-    call: tuple[Callable[..., object], tuple[object, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    state: dict[str, Any] = dict(create_model("resnet8").state_dict())
-    for content in (Payload(*call), {**state, "fc.bias": Payload(*call)}, {"state_dict": state, "x": Payload(*call)}):
-        for zipped in (True, False):
-            torch.save(content, "weights.pt", _use_new_zipfile_serialization=zipped)
-            with pytest.raises(WeightsError, match=r"a pickle that needs code .*, not run; save its tensors instead"):
-                load_weights(create_model("resnet8"), "weights.pt")
-    Path("bare.pt").write_bytes(pickle.dumps(Payload(*call)))
-    with pytest.raises(WeightsError):
-        load_weights(create_model("resnet8"), "bare.pt")
-    assert not Path(CANARY).exists()
-
-
-def test_security_1_pytorch_is_new_enough_and_an_older_one_opens_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert TorchVersion(pinned("torch")) >= "2.10" and TorchVersion(torch.__version__) >= pinned("torch")
-    path = tmp_path / "weights.pt"
-    torch.save(create_model("resnet8").state_dict(), path)
-    monkeypatch.setattr(torch, "__version__", TorchVersion("2.9.1"))
-    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("opened"))
-    with pytest.raises(WeightsError, match=r"expected >= 2\.10"):
-        load_weights(create_model("resnet8"), path)
-
-
-def test_security_2_onnx_is_new_enough_and_the_weights_are_inside(bundle: Path) -> None:
-    least, here = (tuple(map(int, v.split(".")[:2])) for v in (pinned("onnx"), version("onnx")))
-    assert here >= least >= (1, 21)
+def test_the_versions_without_known_holes_are_asked_for(bundle: Path) -> None:
+    """Of PyTorch, which unpickles, and of ONNX, which opened files by name; what is exported names none."""
+    project = (ROOT / "pyproject.toml").read_text()
+    for package, least in (("torch", "2.10"), ("onnx", "1.21")):
+        (pinned,) = re.findall(rf'"{package}>=([0-9.]+)"', project)
+        assert TorchVersion(version(package)) >= TorchVersion(pinned) >= TorchVersion(least), package
     model = onnx.load(bundle / ONNX_FILE, load_external_data=False)
     assert len(model.graph.initializer) > 10
-    assert all(tensor.data_location == onnx.TensorProto.DEFAULT for tensor in model.graph.initializer)
-    assert not any(tensor.external_data for tensor in model.graph.initializer)
+    for tensor in model.graph.initializer:
+        assert tensor.data_location == onnx.TensorProto.DEFAULT and not tensor.external_data
 
 
 @pytest.mark.parametrize("rounded", [False, True])
 @pytest.mark.parametrize("place", ["beside", "current folder", "above", "absolute"])
-def test_security_2_external_data_is_refused(
+def test_external_data_is_refused(
     place: str, rounded: bool, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a file that is there and fits, so that nothing but the rule can refuse it."""
@@ -119,6 +80,7 @@ def test_security_2_external_data_is_refused(
             pass
 
 
+@cache
 def imports_and_calls(path: Path) -> set[str]:
     """Every dotted name that a file imports or calls."""
     tree = ast.parse(path.read_text())
@@ -131,12 +93,12 @@ def imports_and_calls(path: Path) -> set[str]:
     return names
 
 
-def test_security_2_no_hub_is_used() -> None:
+def test_no_hub_is_used() -> None:
     names = {name for path in SOURCES for name in imports_and_calls(path)}
     assert "onnx" in names and not [name for name in names if ".hub" in name or name.startswith("hub")]
 
 
-def test_security_3_a_plan_is_loaded_only_from_a_manifest_that_verifies(
+def test_a_plan_is_loaded_only_from_a_manifest_that_verifies(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("export.runtime.artefacts.TensorRTRunner", lambda *_: pytest.fail("a plan was loaded"))
@@ -151,34 +113,24 @@ def test_security_3_a_plan_is_loaded_only_from_a_manifest_that_verifies(
     with pytest.raises(ExportError, match=r"manifest\.json: changed since it was written"):
         verify_bundle(forged)
     elsewhere = copied(bundle, tmp_path / "elsewhere")
-    manifest = json.loads((elsewhere / MANIFEST).read_text())
-    del manifest["manifest_sha256"]
-    manifest["engines"] = {"/tmp/model.rtx.engine": {"flavour": "tensorrt-rtx", "version": "1"}}
-    (elsewhere / MANIFEST).write_bytes(canonical(with_own_hash(manifest)))
+    facts = {"flavour": "tensorrt-rtx", "version": "1"}
+    forge(elsewhere, lambda manifest: manifest.update(engines={"/tmp/model.rtx.engine": facts}))
     with pytest.raises(ExportError, match="not a bundle of this project"):
         verify_bundle(elsewhere)
 
 
 SMUGGLED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "unlisted": (lambda b: (b / "evil.so").write_bytes(b""), r"evil\.so: not listed in manifest\.json"),
     "hidden": (lambda b: (b / ".evil").write_bytes(b""), r"\.evil: not listed in manifest\.json"),
-    "folder": (lambda b: (b / "evil").mkdir(), "evil: expected a plain file"),
     "pipe": (lambda b: os.mkfifo(b / "evil"), "evil: expected a plain file"),
     "symlink": (
         lambda b: ((b / ONNX_FILE).rename(b.parent / "m"), (b / ONNX_FILE).symlink_to(b.parent / "m")),
         r"model\.onnx: expected a plain file",
     ),
-    "manifest a symlink": (
-        lambda b: ((b / MANIFEST).rename(b.parent / "m"), (b / MANIFEST).symlink_to(b.parent / "m")),
-        "expected a bundle",
-    ),
-    "missing": (lambda b: (b / GOLDEN_FILE).unlink(), r"golden\.safetensors: missing"),
-    "size": (lambda b: (b / GOLDEN_FILE).write_bytes(b"x"), r"golden\.safetensors: 1 bytes, expected \d+"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", SMUGGLED)
-def test_security_4_what_the_manifest_does_not_say_is_refused(case: str, bundle: Path, tmp_path: Path) -> None:
+def test_what_the_manifest_does_not_say_is_refused(case: str, bundle: Path, tmp_path: Path) -> None:
     smuggle, expected = SMUGGLED[case]
     changed = copied(bundle, tmp_path)
     smuggle(changed)
@@ -189,12 +141,9 @@ def test_security_4_what_the_manifest_does_not_say_is_refused(case: str, bundle:
 @pytest.mark.parametrize(
     "name", ["../secret", "/etc/hostname", "a/b", "..", ".", "", MANIFEST, "a\x00b", "x" * 300, "a\nb"]
 )
-def test_security_4_names_are_names_in_the_folder(name: str, bundle: Path, tmp_path: Path) -> None:
+def test_names_are_names_in_the_folder(name: str, bundle: Path, tmp_path: Path) -> None:
     changed = copied(bundle, tmp_path)
-    manifest = json.loads((changed / MANIFEST).read_text())
-    del manifest["manifest_sha256"]
-    manifest["files"][name] = {"bytes": 0, "sha256": "0" * 64}
-    (changed / MANIFEST).write_bytes(canonical(with_own_hash(manifest)))
+    forge(changed, lambda manifest: manifest["files"].update({name: {"bytes": 0, "sha256": "0" * 64}}))
     with pytest.raises(ExportError) as error:
         open_bundle(changed)
     assert len(str(error.value).splitlines()) == 1 and repr(name)[1:-1] in str(error.value)
@@ -218,13 +167,10 @@ FORGED: dict[str, Callable[[dict[str, Any]], object]] = {
 
 
 @pytest.mark.parametrize("case", FORGED)
-def test_security_4_a_forged_manifest_is_refused_by_every_script(case: str, bundle: Path, tmp_path: Path) -> None:
+def test_a_forged_manifest_is_refused_by_every_script(case: str, bundle: Path, tmp_path: Path) -> None:
     """Those that fuzzing found, or that it comes by too rarely. What it can be made to say is in one line."""
     changed = copied(bundle, tmp_path)
-    manifest = json.loads((changed / MANIFEST).read_text())
-    del manifest["manifest_sha256"]
-    FORGED[case](manifest)
-    (changed / MANIFEST).write_bytes(canonical(with_own_hash(manifest)))
+    forge(changed, FORGED[case])
     classify, evaluate = script("classify"), script("evaluate")
     commands = {classify: a_picture(tmp_path / "picture.png"), evaluate: class_folders(tmp_path / "data")}
     worked = {run(module, [str(changed), str(argument)]) for module, argument in commands.items()}
@@ -232,30 +178,21 @@ def test_security_4_a_forged_manifest_is_refused_by_every_script(case: str, bund
     run(script("verify"), [str(changed)])
 
 
-ADDRESSES = ("http://download.pytorch.org/x", "https://evil.example/x", "https://download.pytorch.org.evil.example/x",
-    "https://download.pytorch.org@evil.example/x", "https://download.pytorch.org:8443/x", "file:///etc/passwd",
-    "ftp://download.pytorch.org/x")  # fmt: skip
-
-
-@pytest.mark.parametrize("address", ADDRESSES)
-def test_security_5_nothing_is_asked_of_other_addresses(
-    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Redirects, lengths and hashes are in tests/resnet/test_pretrained.py, with a server that lies."""
+@pytest.mark.parametrize(
+    "address",
+    ["https://download.pytorch.org@evil.example/x", "https://download.pytorch.org:8443/x", "file:///etc/passwd"],
+)
+def test_nothing_is_asked_of_other_addresses(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More of them, redirects, lengths and hashes are in tests/resnet/test_pretrained.py, with a server that lies."""
     monkeypatch.setattr(socket, "create_connection", lambda *_, **__: pytest.fail("connected"))
     monkeypatch.setattr(pretrained, "PUBLISHED", {"resnet18": PublishedFile(address, "0" * 64, 10)})
     with pytest.raises(DownloadError, match=r"expected https://download\.pytorch\.org"):
         download("resnet18", tmp_path / "cache")
-    assert [path.name for path in (tmp_path / "cache").iterdir() if path.name.endswith(".pth")] == []
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.name.endswith(".pth")]
+    assert all(10**7 < file.max_bytes < 10**9 for file in PUBLISHED.values())
 
 
-def test_security_5_every_published_file_has_a_whole_hash_and_a_size() -> None:
-    for file in PUBLISHED.values():
-        assert file.url.startswith("https://download.pytorch.org/")
-        assert re.fullmatch("[0-9a-f]{64}", file.sha256) and 10**7 < file.max_bytes < 10**9
-
-
-def test_security_6_caches_are_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_caches_are_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = private_folder("engines")
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700 and folder.parent.parent == tmp_path
@@ -275,7 +212,7 @@ def test_security_6_caches_are_private(tmp_path: Path, monkeypatch: pytest.Monke
         private_folder("engines")
 
 
-def test_security_6_the_runtime_keeps_no_records_and_sends_none(bundle: Path, tmp_path: Path) -> None:
+def test_the_runtime_keeps_no_records_and_sends_none(bundle: Path, tmp_path: Path) -> None:
     """Some versions of ONNX Runtime store what they were used for in the user's cache and send it to their makers."""
     program = (
         "import sys, time; sys.path[:0] = [sys.argv[1]]\n"
@@ -284,14 +221,15 @@ def test_security_6_the_runtime_keeps_no_records_and_sends_none(bundle: Path, tm
     )
     environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
     environment |= {"XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", program, str(ROOT), str(bundle)], check=True, env=environment)
+    done = children.run([sys.executable, "-c", program, ROOT, bundle], env=environment)
+    assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 FORBIDDEN = {"os.system", "os.popen", "eval", "exec", "pickle.loads", "subprocess.getoutput", "os.execv", "__import__"}
 
 
-def test_security_7_no_shell_and_arguments_as_lists() -> None:
+def test_no_shell_and_arguments_as_lists() -> None:
     started = 0
     for path in SOURCES:
         assert not imports_and_calls(path) & FORBIDDEN, path
@@ -301,22 +239,3 @@ def test_security_7_no_shell_and_arguments_as_lists() -> None:
                 started += 1
                 assert isinstance(call.args[0], ast.List | ast.Name), f"{path}: {ast.unparse(call)}"
     assert started >= 2
-
-
-@pytest.mark.parametrize("name", ["../../evil", "/tmp/evil", "$(touch evil)", "; touch evil", "a\x00b", "\n"])
-def test_security_7_names_become_neither_paths_nor_code(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resnet8: nn.Module
-) -> None:
-    """Of models, classes and data sets; and of pictures, which are only opened."""
-    inside = tmp_path / "inside"
-    inside.mkdir()
-    monkeypatch.chdir(inside)
-    for module, arguments in (
-        ("export", ["--model", name]),
-        ("train", ["--model", name]),
-        ("train", ["--data", name]),
-        ("convert", ["a.pt", "b.safetensors", "--model", name]),
-        ("classify", ["bundle", name]),
-    ):
-        assert run(script(module), arguments) == "exit code 2"
-    assert list(tmp_path.rglob("*")) == [inside]
