@@ -38,8 +38,8 @@ WORK = {
 VALUES = (
     "", " ", "0", "-1", "1", "2", "8", "16", "1:2:4", "4:2:1", "::", "1:", "0:0:0", "16x16", "x", "16x", "-16x16",
     "99999999", "9" * 30, "9" * 5000, "1e3", "1.5", "nan", "inf", "-inf", "0x10", "1_6", "\u0661\u0666", "\xb2", "\n",
-    "a\nb", "a\x00b", "\x1b[2J", "\udcff", "\u202e", "%s", "{}", "$(id)", "`id`", ";id", "../../evil", "/tmp/evil", "$(touch evil)",
-    "; touch evil", "--", "-", "---", "-h=1", "=",
+    "a\nb", "a\x00b", "\x1b[2J", "\udcff", "\u202e", "%s", "{}", "$(id)", "`id`", ";id", "../../evil", "/tmp/evil",
+    "$(touch evil)", "; touch evil", "--", "-", "---", "-h=1", "=",
     "--help=1", "resnet8", "resnet9", "ResNet8", "resnet", "fp16", "fp8", "auto", "none", "tensorrt", "tensorrt-rtx",
     "cpu", "cuda", "digits", "pretrained", "sm_86", "sm_90", "sm_86 sm_89", "conv1", "compare", "depths", "crop",
     "sgd", "adam", "x" * 5000, "percentile", "entropy", "minmax",

@@ -70,14 +70,10 @@ def kills(function: Callable[[], object], check: Check) -> int:
 
     Args:
         function: runs in a forked child each time; must do the same steps when it starts from the same files.
-        check: called here after each kill with a description of the moment; looks at what is left, and puts things
-            back for the next run.
+        check: is told the moment of each kill; looks at what is left, and puts things back for the next run.
 
     Returns:
         How many kills there were. Skips the test where the system does not allow tracing.
-
-    Raises:
-        AssertionError: the function failed in the child.
     """
     count = 0
     while (moment := _run_until(function, count + 1)) is not None:

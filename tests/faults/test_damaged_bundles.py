@@ -69,7 +69,7 @@ def test_what_is_no_bundle_is_never_overwritten(case: str, tmp_path: Path) -> No
 
 BUILT_ON = "A, compute capability 8.6, 16 multiprocessors"
 ENGINES = {
-    "version": ("1.2.2", None, "built by tensorrt-rtx 1.2.2, 1.2.3 is installed.*python scripts/"),
+    "version": ("1.2.4", BUILT_ON, "built by tensorrt-rtx 1.2.4, 1.2.3 is installed.*python scripts/"),
     "GPU": ("1.2.3", "B", f"built on B, here is {BUILT_ON}; build one here: python scripts/verify.py"),
     "none": ("1.2.3", BUILT_ON, ""),
 }

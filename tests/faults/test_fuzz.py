@@ -17,8 +17,8 @@ from tests.faults.weights_inputs import weights_files
 
 # How many of each there are, and what share of them must at least come to what: none is all sound or all refused.
 INPUTS: dict[str, tuple[Callable[..., Any], int, dict[str, float]]] = {
-    "manifests": (manifests, 2200, {"refused": 1 / 3, "passed": 1 / 10}),
-    "golden files": (golden_files, 1900, {"refused": 1 / 150, "failed": 1 / 150, "passed": 1 / 150}),
+    "manifests": (manifests, 2000, {"refused": 1 / 3, "passed": 1 / 10}),
+    "golden files": (golden_files, 2100, {"refused": 1 / 150, "failed": 1 / 150, "passed": 1 / 150}),
     "onnx files": (onnx_files, 1500, {"refused": 1 / 20, "failed": 1 / 20, "passed": 1 / 20}),
     "command lines": (command_lines, 2500, {"exit code 2": 1 / 2, "exit code 0": 1 / 100}),
     "weights files": (weights_files, 2000, {"refused": 1 / 2, "passed": 1 / 50}),
