@@ -17,7 +17,7 @@ import onnx
 import pytest
 from torch.torch_version import TorchVersion
 
-from export import ExportError, verify_bundle
+from export import ExportError
 from export.base.private_cache import private_folder
 from export.runtime.artefacts import artefacts, running
 from export.runtime.bundle.contents import open_bundle
@@ -91,46 +91,6 @@ def imports_and_calls(path: Path) -> set[str]:
     return names
 
 
-def test_a_plan_is_loaded_only_from_a_manifest_that_verifies(
-    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("export.runtime.artefacts.TensorRTRunner", lambda *_: pytest.fail("a plan was loaded"))
-    foreign = copied(bundle, tmp_path / "foreign")
-    (foreign / "model.rtx.engine").write_bytes(b"plan")
-    with pytest.raises(ExportError, match=r"model\.rtx\.engine: not listed in manifest\.json"):
-        verify_bundle(foreign)
-    forged = copied(bundle, tmp_path / "forged")
-    replace(forged, "model.rtx.engine", b"plan")
-    text = (forged / MANIFEST).read_text().replace('"engines": {}', '"engines": {"model.rtx.engine": {}}')
-    (forged / MANIFEST).write_text(text)
-    with pytest.raises(ExportError, match=r"manifest\.json: changed since it was written"):
-        verify_bundle(forged)
-    elsewhere = copied(bundle, tmp_path / "elsewhere")
-    facts = {"flavour": "tensorrt-rtx", "version": "1"}
-    forge(elsewhere, lambda manifest: manifest.update(engines={"/tmp/model.rtx.engine": facts}))
-    with pytest.raises(ExportError, match="not a bundle of this project"):
-        verify_bundle(elsewhere)
-
-
-SMUGGLED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "hidden": (lambda b: (b / ".evil").write_bytes(b""), r"\.evil: not listed in manifest\.json"),
-    "pipe": (lambda b: os.mkfifo(b / "evil"), "evil: expected a plain file"),
-    "symlink": (
-        lambda b: ((b / ONNX_FILE).rename(b.parent / "m"), (b / ONNX_FILE).symlink_to(b.parent / "m")),
-        r"model\.onnx: expected a plain file",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", SMUGGLED)
-def test_what_the_manifest_does_not_say_is_refused(case: str, bundle: Path, tmp_path: Path) -> None:
-    smuggle, expected = SMUGGLED[case]
-    changed = copied(bundle, tmp_path)
-    smuggle(changed)
-    with pytest.raises(ExportError, match=expected):
-        verify_bundle(changed)
-
-
 @pytest.mark.parametrize(
     "name", ["../secret", "/etc/hostname", "a/b", "..", ".", "", MANIFEST, "a\x00b", "x" * 300, "a\nb"]
 )
@@ -155,6 +115,7 @@ FORGED: dict[str, Callable[[dict[str, Any]], object]] = {
     "no name": lambda m: m["inputs"][0].pop("name"),
     "format": lambda m: m.update(format="2\n3"),
     "size of pictures": lambda m: m["model"]["preprocessing"].update(resize=[10**30, 10**30]),
+    "plan elsewhere": lambda m: m.update(engines={"/tmp/model.rtx.engine": {"flavour": "tensorrt-rtx", "version": "1"}}),
     "nested": lambda m: m.update(more=nested(980)),
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,6 +83,8 @@ def test_every_flipped_bit_is_noticed_and_the_file_named(bundle: Path, name: str
 TAMPERED: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing file": (lambda b: (b / "a.bin").unlink(), "a.bin: missing"),
     "unlisted file": (lambda b: (b / "evil.so").write_bytes(b""), "evil.so: not listed"),
+    "hidden file": (lambda b: (b / ".evil").write_bytes(b""), r"\.evil: not listed"),
+    "pipe": (lambda b: os.mkfifo(b / "evil"), "evil: expected a plain file"),
     "truncated": (lambda b: (b / "a.bin").write_bytes(b"old"), "a.bin: 3 bytes, expected 300"),
     "link": (lambda b: ((b / "b.bin").unlink(), (b / "b.bin").symlink_to("a.bin")), "b.bin: expected a plain file"),
     "folder": (lambda b: (b / "sub").mkdir(), "sub: expected a plain file"),
