@@ -115,7 +115,7 @@ FORGED: dict[str, Callable[[dict[str, Any]], object]] = {
     "no name": lambda m: m["inputs"][0].pop("name"),
     "format": lambda m: m.update(format="2\n3"),
     "size of pictures": lambda m: m["model"]["preprocessing"].update(resize=[10**30, 10**30]),
-    "plan elsewhere": lambda m: m.update(engines={"/tmp/model.rtx.engine": {"flavour": "tensorrt-rtx", "version": "1"}}),
+    "plan elsewhere": lambda m: m.update(engines={"/tmp/x.engine": {"flavour": "tensorrt-rtx", "version": "1"}}),
     "nested": lambda m: m.update(more=nested(980)),
 }  # fmt: skip
 
