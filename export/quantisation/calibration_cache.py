@@ -37,8 +37,13 @@ def write(key: str, ranges: dict[str, Range]) -> None:
         return
     try:
         with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as stream:
-            json.dump(ranges, stream)
-        os.replace(stream.name, folder / f"{key}.json")
+            try:
+                json.dump(ranges, stream)
+                stream.flush()
+                os.replace(stream.name, folder / f"{key}.json")
+            except BaseException:
+                os.unlink(stream.name)
+                raise
     except OSError as error:
         _LOG.debug("calibration not cached: %s", error)
 

@@ -106,7 +106,9 @@ def train(
         on_epoch: called after each epoch.
 
     Raises:
-        TrainingError: a folder that is in use, holds another training or nothing to resume; a loss that is not finite.
+        TrainingError: a folder that is in use, holds another training or nothing to resume; a loss that is not finite;
+            a log that cannot be written.
+        WeightsError: weights, or what a later run needs, cannot be written; what was there is there.
         DataError: a picture that cannot be read.
     """
     folder, started = Path(folder), time.perf_counter()
@@ -133,7 +135,7 @@ def train(
             raise TrainingError(f"{folder} holds a training: go on with it by train(resume=True), or remove it first")
         while not training.finished:
             training.run_epoch(on_step)
-            write_atomically(folder / LOG_FILE, _log(training.epochs))
+            _write_log(folder / LOG_FILE, training.epochs)
             save_weights(folder / STATE_FILE, *training.state(facts))
             on_epoch(training.epochs[-1])
         training.model.load_state_dict(training.kept_weights)
@@ -299,14 +301,17 @@ def _read_state(path: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Tensor]
     return tensors, epochs
 
 
-def _log(epochs: list[Epoch]) -> bytes:
+def _write_log(path: Path, epochs: list[Epoch]) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["epoch", *(field.name for field in fields(Epoch)[1:])])
     for epoch in epochs:
         number, *values = asdict(epoch).values()
         writer.writerow([number, *(f"{value:.6g}" for value in values)])
-    return text.getvalue().encode()
+    try:
+        write_atomically(path, text.getvalue().encode())
+    except OSError as error:
+        raise TrainingError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 @contextmanager

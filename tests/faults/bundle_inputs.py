@@ -41,12 +41,9 @@ READ = ("format", "model", "precision", "batch", "inputs", "outputs", "engines",
 
 def manifests(source: Path, folder: Path) -> TryOne:
     """Those that are read go through a script, too. The bundle says that it holds an engine."""
-    bundle = copied(source, folder)
-    replace(bundle, ENGINE, b"a plan that no version of TensorRT wrote")
+    bundle = with_engine(source, folder, "0.0.0.1")
     manifest = json.loads((bundle / MANIFEST).read_text())
     del manifest["manifest_sha256"]
-    facts = {"flavour": "tensorrt-rtx", "version": "0.0.0.1", "convolutions": 9, "build_seconds": 1.0, "gpu": None}
-    manifest["engines"] = {ENGINE: {**facts, "options": {"version_compatible": True, "targets": ["sm_86"]}}}
     commands = {
         script("verify"): [str(bundle)],
         script("classify"): [str(bundle), str(a_picture(folder / "picture.png"))],
@@ -118,13 +115,29 @@ def canonical(value: Any) -> bytes:
         return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
+def forge(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the manifest of a bundle, which stays whole."""
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    del manifest["manifest_sha256"]
+    change(manifest)
+    (bundle / MANIFEST).write_bytes(canonical(with_own_hash(manifest)))
+
+
 def replace(bundle: Path, name: str, content: bytes) -> None:
     """Another content for a file of a bundle, which stays whole."""
     (bundle / name).write_bytes(content)
-    manifest = json.loads((bundle / MANIFEST).read_text())
-    del manifest["manifest_sha256"]
-    manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (bundle / MANIFEST).write_bytes(canonical(with_own_hash(manifest)))
+    entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    forge(bundle, lambda manifest: manifest["files"].update({name: entry}))
+
+
+def with_engine(source: Path, folder: Path, version: str, gpu: str | None = None) -> Path:
+    """A copy with an engine that says it was built by that version of TensorRT-RTX, and on that GPU."""
+    bundle = copied(source, folder)
+    replace(bundle, ENGINE, b"a plan that no version of TensorRT wrote")
+    facts = {"flavour": "tensorrt-rtx", "version": version, "convolutions": 9, "build_seconds": 1.0, "gpu": gpu}
+    options = {"version_compatible": True, "targets": ["sm_86"]}
+    forge(bundle, lambda manifest: manifest.update(engines={ENGINE: {**facts, "options": options}}))
+    return bundle
 
 
 def refused_or(function: Callable[[], object]) -> str:

@@ -9,6 +9,7 @@ import argparse
 import os
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 
 from export.base.errors import ExportError
 from export.terminal.command_line import Parser
+from resnet.data import sources
 from resnet.models import MODELS, create_model
 from tests.faults.bundle_inputs import TryOne, a_picture, class_folders, run, script
 
@@ -36,7 +38,8 @@ WORK = {
 VALUES = (
     "", " ", "0", "-1", "1", "2", "8", "16", "1:2:4", "4:2:1", "::", "1:", "0:0:0", "16x16", "x", "16x", "-16x16",
     "99999999", "9" * 30, "9" * 5000, "1e3", "1.5", "nan", "inf", "-inf", "0x10", "1_6", "\u0661\u0666", "\xb2", "\n",
-    "a\nb", "a\x00b", "\x1b[2J", "\udcff", "\u202e", "%s", "{}", "$(id)", "`id`", ";id", "--", "-", "---", "-h=1", "=",
+    "a\nb", "a\x00b", "\x1b[2J", "\udcff", "\u202e", "%s", "{}", "$(id)", "`id`", ";id", "../../evil", "/tmp/evil",
+    "$(touch evil)", "; touch evil", "--", "-", "---", "-h=1", "=",
     "--help=1", "resnet8", "resnet9", "ResNet8", "resnet", "fp16", "fp8", "auto", "none", "tensorrt", "tensorrt-rtx",
     "cpu", "cuda", "digits", "pretrained", "sm_86", "sm_90", "sm_86 sm_89", "conv1", "compare", "depths", "crop",
     "sgd", "adam", "x" * 5000, "percentile", "entropy", "minmax",
@@ -61,6 +64,7 @@ NEAR = ("--mdoel", "--Fp16", "--f", "--", "-x", "--no-json", "--json=1", "--batc
 def command_lines(source: Path, folder: Path) -> TryOne:
     make_files(source, folder)
     torch.set_num_threads(1)
+    sources._STATISTICS_PICTURES = 8  # each training that is prepared measures so many digits
     scripts = [(module, actions_of(module)) for module in (confined(name, names) for name, names in WORK.items())]
 
     def try_one(index: int) -> str:
@@ -81,15 +85,32 @@ def confined(name: str, work: tuple[str, ...]) -> ModuleType:
     def refuse(*_: object, **__: object) -> Any:
         raise ExportError("the arguments are good, and the work is not done")
 
+    made = once(create_model)
+
     def small(model: str, **arguments: Any) -> torch.nn.Module:
-        return create_model("resnet8" if model in MODELS else model, **arguments)
+        return made("resnet8", **arguments) if model in MODELS else create_model(model, **arguments)
 
     module = script(name)
     for function in work:
         setattr(module, function, refuse)
     if hasattr(module, "create_model"):
         module.create_model = small
+    if hasattr(module, "crops"):
+        module.crops = once(module.crops)
     return module
+
+
+def once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, called once for all arguments behind the first that are the same, and once for each device."""
+    made: dict[str, Any] = {}
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        key = f"{arguments[1:]} {named} {torch.get_default_device()}"
+        if key not in made:
+            made[key] = function(*arguments, **named)
+        return made[key]
+
+    return call
 
 
 def actions_of(module: ModuleType) -> list[argparse.Action]:

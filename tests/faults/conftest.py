@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,15 @@ METADATA = {
     "classes": [f"class {index}" for index in range(10)],
     "data": "nothing",
 }
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads are not forked: a forked child that computes with more than one waits for the others for ever."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +64,7 @@ def export_again(
 
         return call
 
-    slow = ("check_model", "fuse", "floating_forms", "_compare")
+    slow = ("check_model", "fuse", "floating_forms", "_compare", "describe_graph", "render")
     replacements = {name: once(name, getattr(pipeline, name)) for name in slow}
     example = torch.zeros(1, 3, SIZE, SIZE)
 

@@ -2,8 +2,8 @@
 
 The child is a fresh interpreter with limits on memory, processor time and the size of files. An audit hook sees what
 Python code asks the system for: a file opened for writing or changed outside the child's own folder, another program
-and a connection are escapes. The parent watches the clock of every single input. So a crash, a hang, an escape and an
-exception that is no refusal all end as one line that names the input.
+and a connection are escapes. The parent watches what processor time each input takes. So a crash, a hang, an escape
+and an exception that is no refusal all end as one line that names the input.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,15 +23,17 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from tests.children import CLOCK_SECONDS, CPU_SECONDS, limit_cpu
+from tests.effort import TIMES
+
 # Takes the child's folder, which starts empty, and gives the function that takes the number of an input, makes that
 # input from nothing but its number, tries it, and returns a word for what happened. What it raises is a fault.
 Target = Callable[[Path], Callable[[int], str]]
 
-SECONDS = 20.0  # for one input; loading a runtime takes the first one some of it
-_START_SECONDS = 120.0
+SECONDS = 20.0  # of processor time for one input; loading a runtime takes the first one some of it
+_START_SECONDS = 300.0
 _MEMORY = 3 << 30  # beyond what the imports take
 _FILE_SIZE = 64 << 20
-_CPU_SECONDS = 600
 _MOST_FAULTS = 25
 
 # What libraries keep or build goes into the child's folder.
@@ -63,13 +66,14 @@ class Outcome:
         return sum(self.words.values()) + len(self.faults)
 
 
-def fuzz(target: Target, count: int, seconds: float = SECONDS) -> Outcome:
+def fuzz(target: Target, count: int, seconds: float = SECONDS, clock: float = CLOCK_SECONDS) -> Outcome:
     """Try inputs 0 to `count` - 1; stops early where very many are faults.
 
     Args:
         target: a function of a module, so that a fresh interpreter finds it.
         count: of inputs.
-        seconds: how long one may take.
+        seconds: of processor time that one may take.
+        clock: seconds that one may take which waits for something and uses none.
     """
     outcome, start = Outcome(), 0
     context = multiprocessing.get_context("spawn")
@@ -80,7 +84,7 @@ def fuzz(target: Target, count: int, seconds: float = SECONDS) -> Outcome:
         child.start()
         there.close()
         try:
-            start = _watch(child, here, outcome, start, seconds)
+            start = _watch(child, here, outcome, start, seconds, clock)
         finally:
             child.kill()
             child.join()
@@ -88,27 +92,40 @@ def fuzz(target: Target, count: int, seconds: float = SECONDS) -> Outcome:
     return outcome
 
 
-def _watch(child: Any, here: Connection, outcome: Outcome, start: int, seconds: float) -> int:
+def _watch(child: Any, here: Connection, outcome: Outcome, start: int, seconds: float, clock: float) -> int:
     """Read what a child says until it ends; the first input that was not tried yet."""
-    index, wait = start, _START_SECONDS
+    index, limits = start, (_START_SECONDS, CLOCK_SECONDS)
     try:
-        while here.poll(wait):
+        while not (hangs := _hangs(child.pid, here, *limits)):
             kind, value = here.recv()
             if kind == "done":
                 return int(value)
             if kind == "trying":
-                index, wait = int(value), seconds
+                index, limits = int(value), (seconds, clock)
             elif kind == "word":
                 outcome.words[value] = outcome.words.get(value, 0) + 1
             else:
                 outcome.faults.append(f"input {index}: {value}")
+        outcome.faults.append(f"input {index}: {hangs}")
     except EOFError:
-        child.join(seconds)
-        ended = signal.Signals(-child.exitcode).name if (child.exitcode or 0) < 0 else f"exit code {child.exitcode}"
+        child.join()
+        ended = signal.Signals(-child.exitcode).name if child.exitcode < 0 else f"exit code {child.exitcode}"
         outcome.faults.append(f"input {index}: the process ended with {ended}")
-    else:
-        outcome.faults.append(f"input {index}: still busy after {wait:.0f} s")
     return index + 1
+
+
+def _hangs(pid: int, here: Connection, seconds: float, clock: float) -> str:
+    """Wait until a child says something, and return nothing; or how it hangs."""
+    began, deadline = None, time.monotonic() + clock
+    while not here.poll(0.5):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        used = sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+        began = used if began is None else began
+        if used - began > seconds:
+            return f"still busy after {seconds:.0f} s of processor time"
+        if time.monotonic() > deadline:
+            return f"still waiting after {clock:.0f} s"
+    return ""
 
 
 def _child(target: Target, folder: Path, start: int, stop: int, there: Connection) -> None:
@@ -144,7 +161,7 @@ def _limit() -> None:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     most = pages * resource.getpagesize() + _MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    resource.setrlimit(resource.RLIMIT_CPU, (_CPU_SECONDS, _CPU_SECONDS))
+    limit_cpu(CPU_SECONDS * TIMES)
     resource.setrlimit(resource.RLIMIT_FSIZE, (_FILE_SIZE, _FILE_SIZE))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 

@@ -26,10 +26,12 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+
+from tests.children import CLOCK_SECONDS, limit_cpu
 
 Check = Callable[[str], None]
 
@@ -37,7 +39,6 @@ _TRACEME, _SYSCALL, _SETOPTIONS, _GET_SYSCALL_INFO = 0, 24, 0x4200, 0x420E
 _MARK_SYSCALLS, _DIE_WITH_TRACER = 0x1, 0x100000
 _SYSCALL_STOP = signal.SIGTRAP | 0x80
 _ENTRY = 1
-_SECONDS = 60.0  # no function takes that long
 _WRITES = ("write", "pwrite64", "writev", "pwritev", "pwritev2", "sendfile", "copy_file_range")
 _OPENS = ("open", "openat", "creat", "openat2")
 _END = "exit_group"
@@ -69,14 +70,10 @@ def kills(function: Callable[[], object], check: Check) -> int:
 
     Args:
         function: runs in a forked child each time; must do the same steps when it starts from the same files.
-        check: called here after each kill with a description of the moment; looks at what is left, and puts things
-            back for the next run.
+        check: is told the moment of each kill; looks at what is left, and puts things back for the next run.
 
     Returns:
         How many kills there were. Skips the test where the system does not allow tracing.
-
-    Raises:
-        AssertionError: the function failed in the child.
     """
     count = 0
     while (moment := _run_until(function, count + 1)) is not None:
@@ -84,6 +81,25 @@ def kills(function: Callable[[], object], check: Check) -> int:
         check(f"kill {count}, {moment}")
     assert count, "the function took no steps"
     return count
+
+
+def unflushed(function: Callable[[], object]) -> list[str]:
+    """What `function` gives its final name before its bytes are on the disk: a power failure would leave it empty.
+
+    A file counts from its first write to its flush, and is named where it, or a folder it lies in, is renamed.
+    """
+    dirty: set[str] = set()
+    found: list[str] = []
+    with _traced(function) as child:
+        for name, arguments in _entries(child):
+            if name in _WRITES and _is_step(child, name, arguments):
+                dirty.add(os.readlink(f"/proc/{child}/fd/{arguments[0]}"))
+            elif name in ("fsync", "fdatasync"):
+                dirty.discard(os.readlink(f"/proc/{child}/fd/{arguments[0]}"))
+            elif name.startswith("rename"):
+                source = _text(child, arguments[0 if name == "rename" else 1])
+                found += [path for path in sorted(dirty) if f"{path}/".startswith(f"{source}/")]
+    return found
 
 
 def kill_once(function: Callable[[], object], moment: int) -> str:
@@ -118,11 +134,8 @@ def random_kills(function: Callable[[], object], check: Check, times: int, seed:
 
 def _run_until(function: Callable[[], object], last: int) -> str | None:
     """Run `function` in a traced child and kill it at moment `last`; what that was, or None where it ended before."""
-    child = _fork(function, traced=True)
-    with _ended(child), _time_limit(child):
-        os.waitpid(child, 0)
-        _request(_SETOPTIONS, child, 0, _MARK_SYSCALLS | _DIE_WITH_TRACER)
-        seen = 0
+    seen = 0
+    with _traced(function) as child:
         for name, arguments in _entries(child):
             if not _is_step(child, name, arguments):
                 continue
@@ -137,6 +150,24 @@ def _run_until(function: Callable[[], object], last: int) -> str | None:
     return None
 
 
+@contextmanager
+def _traced(function: Callable[[], object]) -> Iterator[int]:
+    """A forked child that is about to begin and stops at each system call; it is killed at the end of the block."""
+    child = _fork(function, traced=True)
+    # One that waits for a thread, which was not forked with it, would wait for ever and use no processor time.
+    timer = threading.Timer(CLOCK_SECONDS, os.kill, (child, signal.SIGKILL))
+    timer.start()
+    try:
+        os.waitpid(child, 0)
+        _request(_SETOPTIONS, child, 0, _MARK_SYSCALLS | _DIE_WITH_TRACER)
+        yield child
+    finally:
+        timer.cancel()
+        with suppress(ProcessLookupError, ChildProcessError):  # it ended by itself
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+
 def _fork(function: Callable[[], object], traced: bool = False) -> int:
     child = os.fork()
     if child:
@@ -146,6 +177,7 @@ def _fork(function: Callable[[], object], traced: bool = False) -> int:
         if traced and _libc.ptrace(_TRACEME, 0, None, None) != 0:
             code = 2
         else:
+            limit_cpu()
             if traced:
                 os.kill(os.getpid(), signal.SIGSTOP)
             function()
@@ -202,27 +234,10 @@ def _write_half(child: int, arguments: tuple[int, ...]) -> None:
         os.close(target)
 
 
-@contextmanager
-def _ended(child: int) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        try:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-        except (ProcessLookupError, ChildProcessError):
-            pass  # it ended by itself
-
-
-@contextmanager
-def _time_limit(child: int) -> Iterator[None]:
-    """Kill a child that hangs, as one does that waits for a thread which was not forked with it."""
-    timer = threading.Timer(_SECONDS, os.kill, (child, signal.SIGKILL))
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+def _text(child: int, address: int) -> str:
+    """The path that a call was given, as the child's memory has it."""
+    with open(f"/proc/{child}/mem", "rb", buffering=0) as memory:
+        return os.pread(memory.fileno(), 4096, address).partition(b"\0")[0].decode()
 
 
 def _wait_for_success(child: int) -> None:

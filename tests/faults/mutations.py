@@ -17,7 +17,7 @@ NASTY: tuple[Any, ...] = (
     10**400, "", "a", "0", "-1", "1e9", "NaN", "input", "batch", "\n", "a\nb", "\x00", "a\x00b", "\x1b[31m", ".", "..",
     "../x", "../../etc/passwd", "/etc/passwd", "manifest.json", "model.onnx", "model.rtx.engine", "tensorrt-rtx",
     "tensorrt", "CON", "é", "\u202e", "\ud800", "²", "a" * 300, "x" * 5000, "%s%n", "{0}", "$(id)", "`id`", [], {},
-    [[]], [None], [0], [1, 2, 3], ["batch", 3, 16, 16], [1e400] * 4, [0] * 1000, {"a": 1}, {"": {}}, [{}] * 3,
+    [[]], [None], [0], [1, 2, 3], ["batch", 3, 16, 16], [1e400] * 4, [0] * 300, {"a": 1}, {"": {}}, [{}] * 3,
     {"flavour": "tensorrt-rtx"}, {"flavour": []}, "fp16", "int8", 4, 16, 10**9, 10**12,
 )  # fmt: skip
 
@@ -60,12 +60,12 @@ def _damaged(generator: random.Random, value: Any) -> Any:
         elif kind < 0.75:
             del container[key]
         elif kind < 0.85:
-            container[key] = nested(generator.choice((1, 2, 50, 200, 900)))
+            container[key] = nested(900 if generator.random() < 0.03 else generator.choice((1, 2, 50, 200)))
             break  # what is added deep inside is long once it is indented
         elif kind < 0.92 and isinstance(container, dict):
             container[str(generator.choice(NASTY))[:6000]] = container.pop(key)
-        elif isinstance(container, list) and len(container) <= 1000:
-            container.extend(copy.deepcopy(container) * generator.choice((1, 100)))
+        elif isinstance(container, list) and len(container) <= 300:
+            container.extend(copy.deepcopy(container) * generator.choice((1, 30)))
         else:
             container[key] = copy.deepcopy(generator.choice(found)[0])
     return value

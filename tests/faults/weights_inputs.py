@@ -48,7 +48,7 @@ class Payload:
         return self._call
 
 
-def weights_files(folder: Path) -> TryOne:
+def weights_files(_: Path, folder: Path) -> TryOne:
     torch.set_num_threads(1)  # of tensors this small more cost time
     torch.manual_seed(0)
     model = create_model("resnet8")

@@ -20,7 +20,6 @@ from export.base.precision import FORMATS
 from export.runtime import build as build_module
 from export.runtime.artefacts import artefacts
 from export.runtime.build import DeviceBuild, build_on_device
-from export.runtime.bundle import folder
 from export.runtime.bundle.contents import open_bundle
 from export.runtime.bundle.folder import MANIFEST, publish, read_verified, staged
 from export.runtime.engine_store import engine_place
@@ -303,34 +302,6 @@ def test_a_build_that_dies_leaves_nothing(builder: Builder, cache: Path, tmp_pat
     with pytest.raises(ExportError, match="ended by SIGKILL"):
         build(path)
     assert not [*cache.iterdir()]
-
-
-def test_a_full_disk_leaves_what_was_there(
-    builder: Builder, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = summing.write(tmp_path / "b")
-    build(path)
-    before = tree(cache)
-    summing.write(path, "second")
-
-    def full(path: Path, content: bytes) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(folder, "_write", full)
-    with pytest.raises(ExportError, match="cannot be written: No space left on device"):
-        build(path)
-    assert tree(cache) == before
-
-
-def test_what_a_killed_build_left_is_cleaned(builder: Builder, cache: Path, tmp_path: Path) -> None:
-    path = summing.write(tmp_path / "b")
-    place = engine_place(path, FLAVOURS["tensorrt"])
-    staging = cache / f".{place.name}.staging"
-    cache.mkdir(parents=True, mode=0o700)
-    staging.mkdir()
-    (staging / ENGINE).write_bytes(b"half")
-    (cache / f".{place.name}.lock").touch()
-    assert build(path) and [*cache.iterdir()] == [place] and tree(place).keys() == {ENGINE, LAYERS, MANIFEST}
 
 
 def test_the_second_of_two_builds_says_so(builder: Builder, tmp_path: Path) -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import csv
-import fcntl
 import itertools
 import math
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -244,13 +242,6 @@ def test_a_folder_with_a_training_is_not_overwritten(digits, tmp_path: Path) -> 
     assert (tmp_path / MODEL_FILE).read_bytes() == before
 
 
-def test_what_a_killed_run_left_half_written_is_cleared(digits, tmp_path: Path) -> None:
-    stale = tmp_path / f".{STATE_FILE}.0a1b2c3d.partial"
-    stale.write_bytes(b"half")
-    train("resnet8", *digits, replace(QUICK, epochs=1), tmp_path)
-    assert not stale.exists()
-
-
 @pytest.mark.parametrize("content", [None, b"", b"not safetensors", b"\x02\0\0\0\0\0\0\0{}"], ids=repr)
 def test_what_is_no_state_of_a_training_is_not_resumed(digits, tmp_path: Path, content: bytes | None) -> None:
     folder = tmp_path / "new"
@@ -261,16 +252,6 @@ def test_what_is_no_state_of_a_training_is_not_resumed(digits, tmp_path: Path, c
     with pytest.raises(TrainingError, match=expected):
         train("resnet8", *digits, QUICK, folder, resume=True)
     assert folder.exists() == (content is not None)
-
-
-def test_two_trainings_in_one_folder(digits, tmp_path: Path) -> None:
-    holder = os.open(tmp_path, os.O_RDONLY)
-    fcntl.flock(holder, fcntl.LOCK_EX)
-    try:
-        with pytest.raises(TrainingError, match="another training is writing there"):
-            train("resnet8", *digits, QUICK, tmp_path)
-    finally:
-        os.close(holder)
 
 
 OUT_OF_RANGE = [

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import resource
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,6 +83,8 @@ def test_every_flipped_bit_is_noticed_and_the_file_named(bundle: Path, name: str
 TAMPERED: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing file": (lambda b: (b / "a.bin").unlink(), "a.bin: missing"),
     "unlisted file": (lambda b: (b / "evil.so").write_bytes(b""), "evil.so: not listed"),
+    "hidden file": (lambda b: (b / ".evil").write_bytes(b""), r"\.evil: not listed"),
+    "pipe": (lambda b: os.mkfifo(b / "evil"), "evil: expected a plain file"),
     "truncated": (lambda b: (b / "a.bin").write_bytes(b"old"), "a.bin: 3 bytes, expected 300"),
     "link": (lambda b: ((b / "b.bin").unlink(), (b / "b.bin").symlink_to("a.bin")), "b.bin: expected a plain file"),
     "folder": (lambda b: (b / "sub").mkdir(), "sub: expected a plain file"),
@@ -170,79 +169,6 @@ def test_a_path_below_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(ExportError, match="cannot be written"):
         write(tmp_path / "file" / "bundle", NEW)
-
-
-def test_two_exports_into_one_folder(bundle: Path) -> None:
-    with staged(bundle) as staging:
-        with pytest.raises(ExportError, match="another process is writing"):
-            write(bundle, OLD)
-        publish(staging, bundle, NEW, {})
-    assert set(read_verified(bundle)[1]) == set(NEW)
-
-
-def _write_and_die(output: Path, when: int) -> None:
-    """Write the new bundle, killed at the `when`-th call that changes the disk."""
-    calls = 0
-
-    def counted(function: Callable) -> Callable:  # type: ignore[type-arg]
-        def call(*args: object, **kwargs: object) -> object:
-            nonlocal calls
-            calls += 1
-            if calls == when:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
-
-        return call
-
-    import export.runtime.bundle.folder
-
-    os.fsync = counted(os.fsync)
-    Path.rename = counted(Path.rename)  # type: ignore[method-assign]
-    Path.mkdir = counted(Path.mkdir)  # type: ignore[method-assign]
-    export.runtime.bundle.folder._exchange = counted(export.runtime.bundle.folder._exchange)
-    export.runtime.bundle.folder.shutil.rmtree = counted(export.runtime.bundle.folder.shutil.rmtree)
-    write(output, NEW)
-
-
-@pytest.mark.parametrize("existing", [True, False], ids=["over an old bundle", "into nothing"])
-def test_killed_at_any_moment_leaves_a_whole_bundle_or_none(tmp_path: Path, existing: bool) -> None:
-    context = multiprocessing.get_context("fork")
-    outcomes = set()
-    for when in range(1, 40):
-        output = tmp_path / str(when) / "bundle"
-        output.parent.mkdir()
-        if existing:
-            write(output, OLD)
-        process = context.Process(target=_write_and_die, args=(output, when))
-        process.start()
-        process.join()
-        names = frozenset(read_verified(output)[1]) if output.exists() else None
-        outcomes.add(names)
-        write(output, NEW)  # what the killed export left does not stand in the way
-        assert [path.name for path in output.parent.iterdir()] == ["bundle"]
-        if process.exitcode == 0:
-            break
-    assert process.exitcode == 0, "the export never finished"
-    assert outcomes == {frozenset(OLD) if existing else None, frozenset(NEW)}
-
-
-def _write_with_limit(output: Path) -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        write(output, NEW)
-    except ExportError as error:
-        assert "cannot be written" in str(error) and "\n" not in str(error)
-        os._exit(7)
-
-
-def test_a_full_disk_leaves_the_old_bundle(bundle: Path) -> None:
-    before = files(bundle)
-    process = multiprocessing.get_context("fork").Process(target=_write_with_limit, args=(bundle,))
-    process.start()
-    process.join()
-    assert process.exitcode == 7
-    assert files(bundle) == before and [path.name for path in bundle.parent.iterdir()] == ["bundle"]
 
 
 def test_the_manifest_is_readable(bundle: Path) -> None:
