@@ -55,19 +55,20 @@ def classify(args: argparse.Namespace) -> int:
         if not np.isfinite(row).all():
             sys.stderr.write(f"{program('classify')}: {path}: {artefact.file} returns NaN or Inf for this picture\n")
             return 1
-    records = [
-        {
-            "path": str(path),
-            "runtime": artefact.runtime,
-            "predictions": [{"class": i, "label": labels[i], "probability": p} for i, p in most_probable(row)],
-        }
-        for path, row in zip(args.images, logits, strict=True)
-    ]
+    results = [(str(path), most_probable(row)) for path, row in zip(args.images, logits, strict=True)]
     if args.json:
+        records = [
+            {
+                "path": path,
+                "runtime": artefact.runtime,
+                "predictions": [{"class": i, "label": labels[i], "probability": p} for i, p in best],
+            }
+            for path, best in results
+        ]
         print(json.dumps({"images": records}))
         return 0
-    for record in records:
-        print_predictions(record["path"], [(found["label"], found["probability"]) for found in record["predictions"]])
+    for path, best in results:
+        print_predictions(path, [(labels[i], p) for i, p in best])
     return 0
 
 

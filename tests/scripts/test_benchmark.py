@@ -335,11 +335,19 @@ def test_a_busy_machine_is_told_so() -> None:
 
 def test_export_step(script: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
+
+    def noted(name: str, result: object) -> Callable[..., object]:
+        def call(*_: object) -> object:
+            calls.append(name)
+            return result
+
+        return call
+
     program, file = SimpleNamespace(graph_module=None), SimpleNamespace(serialize=lambda: calls.append("serialize"))
     monkeypatch.setattr(script, "seeded_model", lambda name: None)
     monkeypatch.setattr(export_step, "output_names", lambda graph_module: ("output",))
     for name, result in {"plain_onnx": b"", "fuse": program, "lower_onnx": file}.items():
-        monkeypatch.setattr(export_step, name, lambda *_, name=name, result=result: calls.append(name) or result)
+        monkeypatch.setattr(export_step, name, noted(name, result))
     assert script.main(["--model", "resnet8", "--export-step"]) == 0
     once = ["plain_onnx", *["lower_onnx", "serialize"] * 2, "fuse", "lower_onnx", "serialize"]
     assert calls == ["fuse", *once * (1 + export_step.ROUNDS)]

@@ -38,7 +38,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def test_probabilities_without_pytorch(bundle: Path, pictures: list[Path], network: nn.Module, tmp_path: Path) -> None:
-    command = [sys.executable, ROOT / "scripts" / "classify.py", bundle, *pictures, "--json"]
+    command = [sys.executable, str(ROOT / "scripts" / "classify.py"), str(bundle), *map(str, pictures), "--json"]
     environment = {**os.environ, **digits.without_torch(tmp_path / "hidden")}
     process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=3600, env=environment)
     assert process.returncode == 0, process.stderr

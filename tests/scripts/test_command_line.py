@@ -11,7 +11,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from safetensors.torch import save_file
@@ -29,7 +29,7 @@ DIGITS = str(ROOT / "resnet" / "checkpoints" / "resnet20-digits.safetensors")
 
 
 def run(script: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, ROOT / "scripts" / script, *map(str, arguments)]
+    command = [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
@@ -207,10 +207,10 @@ HELP_RUNS = 4
 def test_help_is_quick_and_needs_python_alone(script: str, tmp_path: Path) -> None:
     absent = ("numpy", "onnx", "onnxruntime", "rich", "safetensors", "PIL", "scipy", "sklearn", "matplotlib", "jinja2")
     environment = {**os.environ, **without_torch(tmp_path, *absent)}
-    spent = []
+    spent: list[float] = []
     while len(spent) < HELP_RUNS and min(spent, default=HELP_SECONDS) >= HELP_SECONDS:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        command = [sys.executable, ROOT / "scripts" / script, "--help"]
+        command = [sys.executable, str(ROOT / "scripts" / script), "--help"]
         process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
@@ -231,8 +231,8 @@ SMALL = ("--model", "resnet8", "--image-size", 16, "--engine", "none", "--batch"
 def planted(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pass with a fault."""
 
-    def broken_pass(graph_module: object) -> object:
-        return {}["of the pass"]
+    def broken_pass(graph_module: object) -> NoReturn:
+        raise KeyError("of the pass")
 
     monkeypatch.setitem(passes.LEVELS, passes.DEFAULT_LEVEL, (broken_pass,))
 

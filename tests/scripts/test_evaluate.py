@@ -26,7 +26,7 @@ NAMES = ("fp32", "fp16", "bf16", "static", "swapped", "engine")
 
 def run(bundles: Path, *arguments: object, hidden: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     """In a process that cannot import PyTorch, Triton, ONNX Script or what is hidden."""
-    command = [sys.executable, ROOT / "scripts" / "evaluate.py", *map(str, arguments)]
+    command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), *map(str, arguments)]
     environment = {**os.environ, **digits.without_torch(bundles.parent / "hidden", *hidden)}
     return subprocess.run(command, cwd=bundles, capture_output=True, text=True, timeout=3600, env=environment)
 

@@ -21,7 +21,7 @@ CASES = [
 @pytest.mark.parametrize(("script", "package"), CASES, ids=["-".join(case) for case in CASES])
 def test_a_missing_package_is_one_line(script: str, package: str, tmp_path: Path) -> None:
     environment = {**os.environ, **digits.without_torch(tmp_path / "hidden", package)}
-    command = [sys.executable, ROOT / "scripts" / f"{script}.py", "bundle", "picture.png"]
+    command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), "bundle", "picture.png"]
     process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=3600, env=environment)
     assert process.returncode == 2 and process.stdout == "" and process.stderr.count("\n") == 1
     assert process.stderr.startswith(f"{script}.py: error: {package} is not installed here: ")

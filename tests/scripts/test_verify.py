@@ -32,7 +32,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     """With a cache of its own, where nothing but numpy, safetensors and ONNX Runtime can be imported."""
-    command = [sys.executable, ROOT / "scripts" / "verify.py", *map(str, arguments)]
+    command = [sys.executable, str(ROOT / "scripts" / "verify.py"), *map(str, arguments)]
     hidden = digits.without_torch(folder / "hidden", *ABSENT)
     environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), **hidden}
     process = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=3600, env=environment)
