@@ -91,12 +91,12 @@ def confined(name: str, work: tuple[str, ...]) -> ModuleType:
         return made("resnet8", **arguments) if model in MODELS else create_model(model, **arguments)
 
     module = script(name)
-    for function in work:
-        setattr(module, function, refuse)
-    if hasattr(module, "create_model"):
-        module.create_model = small
-    if hasattr(module, "crops"):
-        module.crops = once(module.crops)
+    names = vars(module)
+    names |= dict.fromkeys(work, refuse)
+    if "create_model" in names:
+        names["create_model"] = small
+    if "crops" in names:
+        names["crops"] = once(names["crops"])
     return module
 
 

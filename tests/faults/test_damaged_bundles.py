@@ -49,7 +49,7 @@ def test_a_flipped_bit_in_any_file_is_refused_by_its_name(
 
 
 OCCUPIED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "hidden file": (lambda p: (p.mkdir(), (p / ".git").mkdir()), "exists and is not a bundle"),
+    "hidden file": (lambda p: (p / ".git").mkdir(parents=True), "exists and is not a bundle"),
     "link": (lambda p: p.symlink_to(p.parent.parent), "exists and is not a folder"),
     "broken link": (lambda p: p.symlink_to("nowhere"), "exists and is not a folder"),
     "pipe": (os.mkfifo, "exists and is not a folder"),

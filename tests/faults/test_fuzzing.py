@@ -57,7 +57,11 @@ def test_every_misdeed_is_seen_and_named() -> None:
 
 
 def waits(folder: Path) -> Callable[[int], str]:
-    return lambda index: str(time.sleep(1000))
+    def try_one(index: int) -> str:
+        time.sleep(1000)
+        return "fine"
+
+    return try_one
 
 
 def test_one_that_waits_for_ever_is_seen() -> None:

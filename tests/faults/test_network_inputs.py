@@ -40,8 +40,8 @@ def test_a_variance_of_0_is_folded_in_float64_and_noted(x: Tensor) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)).eval()
     assert fuse(model, x).coverage.notes == ()
-    model[1].running_mean.normal_(0, 0.5)
-    model[1].running_var[3] = 0
+    model.get_buffer("1.running_mean").normal_(0, 0.5)
+    model.get_buffer("1.running_var")[3] = 0
     program = fused_equal(model, x)
     program.at(PRECISIONS["fp16"])
     note = "1: running_var is 0 in 1 of 8 channels, which are multiplied by up to 316.2"
@@ -57,8 +57,8 @@ class Styles(nn.Module):
         self.style = style
         self.conv = nn.Conv2d(3, 3, 3, padding=1)
         self.bn = nn.BatchNorm2d(3)
-        self.bn.running_mean.normal_()
-        self.bn.running_var.uniform_(0.5, 2)
+        self.bn.get_buffer("running_mean").normal_()
+        self.bn.get_buffer("running_var").uniform_(0.5, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import os
 import re
 import resource
@@ -27,7 +28,7 @@ from tests.faults.writers import WRITERS, Writer, bundle_files, read_bundle, wri
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [
-    sys.executable, ROOT / "scripts" / "export.py", "--model", "resnet8", "--image-size", "16", "--engine", "none",
+    sys.executable, str(ROOT / "scripts" / "export.py"), "--model", "resnet8", "--image-size", "16", "--engine", "none",
     "--batch", "1:2:4",
 ]  # fmt: skip
 OLD, NEW = 0, 1
@@ -141,7 +142,7 @@ def test_killed_at_any_time(tmp_path: Path, record_property: Callable[[str, Any]
 @everyone
 def test_flushed_before_it_is_in_its_place(name: str, writer: Writer, tmp_path: Path) -> None:
     for version in (OLD, NEW):
-        found = unflushed(lambda version=version: writer.write(tmp_path, version))
+        found = unflushed(functools.partial(writer.write, tmp_path, version))
         assert bool(found) == (not writer.flushes), found
         writer.write(tmp_path, version)
 
@@ -302,7 +303,7 @@ def test_real_exports_two_at_once_killed_and_out_of_space(bundle: Path, tmp_path
     output = tmp_path / "parent" / "bundle"
     shutil.copytree(bundle, output)
     before = {path.name: path.read_bytes() for path in output.iterdir()}
-    command = [*COMMAND, "--output", output]
+    command = [*COMMAND, "--output", str(output)]
 
     first = start(command)
     while not (output.parent / ".bundle.staging").exists() and first.poll() is None:
