@@ -1,8 +1,8 @@
 """Initialised networks: good evidence for comparisons, and dependent on nothing but model, images and seed."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 import pytest
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from resnet.initialise import initialise
 from resnet.models import MODELS, BasicBlock, Bottleneck, create_model
+from tests.resnet.conftest import Photographs
 
 
 @dataclass
@@ -35,9 +36,10 @@ def gather(model: nn.Module, images: Tensor) -> Evidence:
     shortcut: dict[nn.Module, float] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.BatchNorm2d):
-            scale = module.weight / torch.sqrt(module.running_var + module.eps)
-            found.folded_bias.append(float((module.bias - module.running_mean * scale).abs().max()))
-            if (module.running_mean == 0).any() or (module.running_var == 1).any():
+            mean, variance = module.get_buffer("running_mean"), module.get_buffer("running_var")
+            scale = module.weight / torch.sqrt(variance + module.eps)
+            found.folded_bias.append(float((module.bias - mean * scale).abs().max()))
+            if (mean == 0).any() or (variance == 1).any():
                 found.default_statistics.append(name)
         elif isinstance(module, nn.ReLU):
             module.register_forward_hook(lambda _, args, out: found.active.append(float((out > 0).double().mean())))
@@ -77,7 +79,7 @@ SIZES |= dict.fromkeys(("resnet20", "resnet110", "plain20", "plain110"), 32)
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_initialised_network_is_good_evidence_on_other_images(photographs, name):
+def test_initialised_network_is_good_evidence_on_other_images(photographs: Photographs, name: str) -> None:
     model = initialise(create_model(name), photographs.crops(16, SIZES[name], seed=1))
     found = gather(model, photographs.crops(8, SIZES[name], seed=2))
     assert weaknesses(found) == []
@@ -89,22 +91,24 @@ def test_initialised_network_is_good_evidence_on_other_images(photographs, name)
     assert found.margin > 0.3 or SIZES[name] == 32
 
 
-def test_fresh_network_is_not(photographs):
+def test_fresh_network_is_not(photographs: Photographs) -> None:
     found = gather(create_model("resnet18").eval(), photographs.crops(8, 96, seed=2))
     assert {"default statistics", "no folded bias", "logits hardly depend on the image"} <= set(weaknesses(found))
 
 
-def test_the_usual_random_classifier_leaves_the_best_two_logits_close(photographs):
-    model = initialise(create_model("resnet18"), photographs.crops(16, 64, seed=1))
+def test_the_usual_random_classifier_leaves_the_best_two_logits_close(photographs: Photographs) -> None:
+    model = create_model("resnet18")
+    initialise(model, photographs.crops(16, 64, seed=1))
     with torch.no_grad():
         nn.init.normal_(model.fc.weight, generator=torch.Generator().manual_seed(0))
     assert gather(model, photographs.crops(24, 64, seed=2)).margin < 0.3
 
 
 @pytest.mark.parametrize(("name", "size"), [("resnet18", 96), ("resnet20", 32), ("plain20", 32)])
-def test_statistics_are_those_of_the_images(photographs, name, size):
-    images, inputs, eps = photographs.crops(8, size, seed=1), {}, torch.finfo(torch.float32).eps
-    model = initialise(create_model(name), images)
+def test_statistics_are_those_of_the_images(photographs: Photographs, name: str, size: int) -> None:
+    images, eps, model = photographs.crops(8, size, seed=1), torch.finfo(torch.float32).eps, create_model(name)
+    inputs: dict[nn.Module, Tensor] = {}
+    initialise(model, images)
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     for module in (*norms, model.fc):
         module.register_forward_pre_hook(lambda m, args: inputs.__setitem__(m, args[0].double()))
@@ -114,17 +118,17 @@ def test_statistics_are_those_of_the_images(photographs, name, size):
         x = inputs[norm].transpose(0, 1).flatten(1)
         mean, square = x.mean(dim=1), x.square().mean(dim=1)
         rounding = eps * x.shape[1] ** 0.5 * square  # of a sum in float32; counting N - 1 instead of N is more
-        assert ((norm.running_var - x.var(dim=1, correction=0)).abs() <= rounding).all()
-        assert ((norm.running_mean - mean).abs() <= eps * (x.shape[1] * square).sqrt()).all()
+        assert ((norm.get_buffer("running_var") - x.var(dim=1, correction=0)).abs() <= rounding).all()
+        assert ((norm.get_buffer("running_mean") - mean).abs() <= eps * (x.shape[1] * square).sqrt()).all()
     features = inputs[model.fc]
     products = features.abs() @ model.fc.weight.detach().double().abs().T
     rounding = eps * features.shape[1] ** 0.5 * float(products.max())
     assert float(y.mean(dim=0).abs().max()) <= rounding and abs(float(y.std()) - 1) <= rounding
     if name == "resnet18":  # variances are small enough to show a wrong eps
-        assert max(norm.running_var.median() for norm in norms) < 0.5
+        assert max(norm.get_buffer("running_var").median() for norm in norms) < 0.5
 
 
-def test_leaves_nothing_behind(photographs):
+def test_leaves_nothing_behind(photographs: Photographs) -> None:
     model = create_model("resnet20").train()
     assert initialise(model, photographs.crops(8, 32, seed=1)) is model
     assert not any(m.training for m in model.modules())
@@ -137,7 +141,7 @@ def bits(model: nn.Module) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def reference(photographs):
+def reference(photographs: Photographs) -> dict[str, bytes]:
     return bits(initialise(create_model("resnet20"), photographs.crops(8, 32, seed=1), seed=3))
 
 
@@ -151,7 +155,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-AMBIENT = {
+AMBIENT: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "nothing": torch.enable_grad,
     "default-dtype": lambda: default_dtype(torch.float64),
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
@@ -162,7 +166,9 @@ AMBIENT = {
 
 
 @pytest.mark.parametrize("ambient", AMBIENT)
-def test_depends_on_nothing_but_its_arguments(photographs, reference, ambient):
+def test_depends_on_nothing_but_its_arguments(
+    photographs: Photographs, reference: dict[str, bytes], ambient: str
+) -> None:
     model = create_model("resnet20")
     images = photographs.crops(8, 32, seed=1)
     with AMBIENT[ambient]():
@@ -172,7 +178,7 @@ def test_depends_on_nothing_but_its_arguments(photographs, reference, ambient):
     assert bits(model) == reference
 
 
-def test_leaves_images_and_global_generator_alone(photographs):
+def test_leaves_images_and_global_generator_alone(photographs: Photographs) -> None:
     images = photographs.crops(8, 32, seed=1)
     kept, model, state = images.clone(), create_model("resnet20"), torch.get_rng_state()
     initialise(model, images)
@@ -180,13 +186,13 @@ def test_leaves_images_and_global_generator_alone(photographs):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_seeds_differ(photographs, reference):
+def test_seeds_differ(photographs: Photographs, reference: dict[str, bytes]) -> None:
     other = bits(initialise(create_model("resnet20"), photographs.crops(8, 32, seed=1), seed=4))
     assert all(other[n] != reference[n] for n in other if not n.endswith("num_batches_tracked"))
 
 
 @pytest.mark.parametrize(("classes", "count"), [(1, 7), (2, 2), (5, 7), (300, 2)])
-def test_any_class_count_and_few_images(photographs, classes, count):
+def test_any_class_count_and_few_images(photographs: Photographs, classes: int, count: int) -> None:
     images = photographs.crops(count, 32, seed=1)[:, :1]
     model = initialise(create_model("resnet20", num_classes=classes, in_channels=1), images)
     with torch.no_grad():
@@ -210,7 +216,7 @@ BAD_IMAGES = {
 
 
 @pytest.mark.parametrize("case", BAD_IMAGES)
-def test_bad_images_are_refused_before_the_model_is_changed(case):
+def test_bad_images_are_refused_before_the_model_is_changed(case: str) -> None:
     images, message = BAD_IMAGES[case]
     model = create_model("resnet20")
     before = bits(model)
@@ -219,7 +225,7 @@ def test_bad_images_are_refused_before_the_model_is_changed(case):
     assert bits(model) == before and model.training
 
 
-def test_repeated_images_make_no_equal_classes(photographs):
+def test_repeated_images_make_no_equal_classes(photographs: Photographs) -> None:
     images = photographs.crops(3, 32, seed=1).repeat(4, 1, 1, 1)
     model = initialise(create_model("resnet20"), images)
     with torch.no_grad():
@@ -227,12 +233,12 @@ def test_repeated_images_make_no_equal_classes(photographs):
     assert (best[:, 0] - best[:, 1]).min() > 0.05
 
 
-def test_equal_images_are_refused():
+def test_equal_images_are_refused() -> None:
     with pytest.raises(ValueError, match="images that differ"):
         initialise(create_model("resnet20"), IMAGES[:1].repeat(4, 1, 1, 1))
 
 
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), create_model("resnet20").half()], ids=["other", "half"])
-def test_other_models_are_refused(model):
+def test_other_models_are_refused(model: nn.Module) -> None:
     with pytest.raises(ValueError, match=r"expected (a ResNet|float32)"):
         initialise(model, IMAGES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def write(path: Path, metadata: dict[str, str] | None) -> Path:
 
 
 @pytest.mark.parametrize("case", CARDS)
-def test_round_trip(case, tmp_path):
+def test_round_trip(case: str, tmp_path: Path) -> None:
     metadata = CARDS[case].to_metadata()
     assert metadata == dataclasses.replace(CARDS[case]).to_metadata() and all(type(v) is str for v in metadata.values())
     for name in ("model.safetensors", "MODEL.SAFETENSORS"):
@@ -41,7 +42,7 @@ def test_round_trip(case, tmp_path):
 
 
 # a name, and what is there: nothing that holds a card
-NO_CARDS = {
+NO_CARDS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "no-metadata": ("model.safetensors", lambda path: write(path, None)),
     "other-metadata": ("model.safetensors", lambda path: write(path, {"format": "pt"})),
     "pickle": ("model.pth", lambda path: torch.save(TENSORS, path)),
@@ -54,7 +55,7 @@ NO_CARDS = {
 
 
 @pytest.mark.parametrize("case", NO_CARDS)
-def test_files_without_a_card(case, tmp_path):
+def test_files_without_a_card(case: str, tmp_path: Path) -> None:
     name, make = NO_CARDS[case]
     make(tmp_path / name)
     assert read_model_card(tmp_path / name) is None
@@ -84,7 +85,7 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("case", TEXTS)
-def test_texts_that_are_no_cards_are_refused(case, tmp_path):
+def test_texts_that_are_no_cards_are_refused(case: str, tmp_path: Path) -> None:
     refusal(tmp_path / "model.safetensors", TEXTS[case])
 
 
@@ -93,7 +94,7 @@ def record(**changes: Any) -> dict[str, Any]:
 
 
 # changes to a sound card, and the words that must say so
-MALFORMED = {
+MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown-model": ({"model": "resnet21"}, "unknown model 'resnet21'"),
     "model-number": ({"model": 20}, "unknown model 20"),
     "model-list": ({"model": ["resnet20"]}, "unhashable"),
@@ -115,13 +116,13 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("case", MALFORMED)
-def test_malformed_cards_are_refused(case, tmp_path):
+def test_malformed_cards_are_refused(case: str, tmp_path: Path) -> None:
     changes, expected = MALFORMED[case]
     assert expected in refusal(tmp_path / "model.safetensors", json.dumps(record(**changes)))
 
 
 @pytest.mark.parametrize("key", record())
-def test_cards_with_a_missing_entry_are_refused(key, tmp_path):
+def test_cards_with_a_missing_entry_are_refused(key: str, tmp_path: Path) -> None:
     entries = record()
     del entries[key]
     assert f"('{key}')" in refusal(tmp_path / "model.safetensors", json.dumps(entries))

@@ -2,12 +2,13 @@
 
 import copy
 import hashlib
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from resnet.models import MODELS, create_model
+from resnet.models import MODELS, CifarResNet, ResNet, create_model
 from tests.resnet.restatement import restated
 from tests.resnet.rounding import assert_equal_in_float64
 
@@ -37,19 +38,19 @@ PARAMETERS = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _nothing_allocated():
+def _nothing_allocated() -> Iterator[None]:
     """Models are built without memory unless a test asks for another device."""
     with torch.device("meta"):
         yield
 
 
 @pytest.mark.parametrize("name", PUBLISHED_TENSORS)
-def test_tensors_are_those_of_timm_and_torchvision(name):
+def test_tensors_are_those_of_timm_and_torchvision(name: str) -> None:
     lines = "\n".join(f"{key} {list(tensor.shape)}" for key, tensor in create_model(name).state_dict().items())
     assert hashlib.sha256(lines.encode()).hexdigest()[:16] == PUBLISHED_TENSORS[name]
 
 
-def test_parameters_of_the_small_ones():
+def test_parameters_of_the_small_ones() -> None:
     found = {name: sum(p.numel() for p in create_model(name).parameters()) for name in {*MODELS} - {*PUBLISHED_TENSORS}}
     counts = {f"{family}{depth}": pair[i] for depth, pair in PARAMETERS.items() for i, family in enumerate(FAMILIES)}
     assert found == counts
@@ -60,7 +61,7 @@ NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 @pytest.mark.parametrize(("name", "projected"), [("resnet20", ("2", "3")), ("plain20", ())], ids=FAMILIES)
-def test_state_dict_keys_of_the_small_ones(name, projected):
+def test_state_dict_keys_of_the_small_ones(name: str, projected: tuple[str, ...]) -> None:
     keys = ["conv1.weight", *(f"bn1.{part}" for part in NORM)]
     for stage in "123":
         for block in range(3):
@@ -72,7 +73,7 @@ def test_state_dict_keys_of_the_small_ones(name, projected):
     assert list(create_model(name).state_dict()) == [*keys, "fc.weight", "fc.bias"]
 
 
-def randomised(name):
+def randomised(name: str) -> ResNet | CifarResNet:
     """Of two blocks in the first stages and one in the others, in float64: weights, statistics, everything random."""
     generator, spec = torch.Generator("cpu").manual_seed(0), MODELS[name]
     with torch.device("cpu"):
@@ -110,7 +111,7 @@ FORMULAS = {
 
 
 @pytest.mark.parametrize("case", FORMULAS)
-def test_forward_gradients_and_statistics_equal_the_formula(case):
+def test_forward_gradients_and_statistics_equal_the_formula(case: str) -> None:
     name, size, groups, training = FORMULAS[case]
     model, results = randomised(name).train(training), []
     narrow = copy.deepcopy(model).float()
@@ -118,7 +119,8 @@ def test_forward_gradients_and_statistics_equal_the_formula(case):
     images = torch.randn(2, 3, *size, generator=generator, dtype=torch.float64, device="cpu")
     leaves = {key: parameter.detach().clone().requires_grad_() for key, parameter in model.named_parameters()}
     state = {**{key: value.clone() for key, value in model.state_dict().items()}, **leaves}
-    x, statistics = images.clone().requires_grad_(), {}
+    x = images.clone().requires_grad_()
+    statistics: dict[str, Tensor] = {}
     expected = with_gradients(restated(state, x, groups, statistics if training else None), x, leaves)
     for network in (model, narrow):
         x = images.to(network.fc.weight.dtype, copy=True).requires_grad_()
@@ -128,14 +130,14 @@ def test_forward_gradients_and_statistics_equal_the_formula(case):
     assert_equal_in_float64(results[0], expected | statistics, results[1])
 
 
-def test_one_relu_module_per_block():
+def test_one_relu_module_per_block() -> None:
     assert sum(isinstance(m, nn.ReLU) for m in create_model("resnet50").modules()) == 1 + 16
 
 
 @pytest.mark.parametrize(
     ("name", "classes", "size"), [("resnet18", 1000, 224), ("resnet20", 10, 32), ("plain20", 10, 32)]
 )
-def test_defaults_of_the_family_and_other_counts(name, classes, size):
+def test_defaults_of_the_family_and_other_counts(name: str, classes: int, size: int) -> None:
     assert (MODELS[name].name, MODELS[name].image_size) == (name, size)
     assert create_model(name)(torch.empty(2, 3, size, size)).shape == (2, classes)
     assert create_model(name, num_classes=7, in_channels=1)(torch.empty(3, 1, 40, 56)).shape == (3, 7)
@@ -144,13 +146,13 @@ def test_defaults_of_the_family_and_other_counts(name, classes, size):
 @pytest.mark.parametrize(
     ("given", "near"), [("resnet5", "resnet50"), ("ResNet50", "resnet50"), ("wide_resnet50", "wide_resnet50_2")]
 )
-def test_unknown_name_suggests_the_nearest(given, near):
+def test_unknown_name_suggests_the_nearest(given: str, near: str) -> None:
     with pytest.raises(ValueError, match=rf"unknown model '{given}'.*\b{near}\b") as error:
         create_model(given)
     assert len(str(error.value)) < 100
 
 
-def test_name_near_nothing_lists_all():
+def test_name_near_nothing_lists_all() -> None:
     with pytest.raises(ValueError, match="unknown model 'vit'") as error:
         create_model("vit")
     assert all(name in str(error.value) for name in MODELS)
@@ -158,6 +160,6 @@ def test_name_near_nothing_lists_all():
 
 @pytest.mark.parametrize("value", [0, -3, 2.5, True, "10"], ids=repr)
 @pytest.mark.parametrize("what", ["num_classes", "in_channels"])
-def test_bad_counts_are_refused(what, value):
+def test_bad_counts_are_refused(what: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"{what} must be a whole number of at least 1, got {value!r}"):
-        create_model("resnet20", **{what: value})
+        create_model("resnet20", **{what: value})  # type: ignore[arg-type]  # what is no count is refused too

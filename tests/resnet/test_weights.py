@@ -8,7 +8,7 @@ import tarfile
 import threading
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -76,7 +76,7 @@ def assert_loaded(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth", ".PTH", ".pth.tar"])
-def test_loads(model, state, tmp_path, suffix):
+def test_loads(model: nn.Module, state: dict[str, Tensor], tmp_path: Path, suffix: str) -> None:
     path = save(state, tmp_path / f"weights{suffix}")
     info = load_weights(model.train(), str(path))
     assert_loaded(model, state)
@@ -88,7 +88,7 @@ def test_loads(model, state, tmp_path, suffix):
     assert (info.num_classes, info.in_channels) == (10, 3)
 
 
-def test_loads_the_format_before_zip(model, state, tmp_path):
+def test_loads_the_format_before_zip(model: nn.Module, state: dict[str, Tensor], tmp_path: Path) -> None:
     torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     load_weights(model, tmp_path / "old.pth")
     assert_loaded(model, state)
@@ -110,10 +110,17 @@ def from_timm(state: dict[str, Tensor]) -> dict[str, object]:
     return {**written, "state_dict_ema": other(state), "state_dict": state}
 
 
+Wrap = Callable[[dict[str, Tensor]], Mapping[str, object]]
+
+
+def beside_an_epoch(key: str) -> Wrap:
+    return lambda state: {key: state, "epoch": 3}
+
+
 # what is saved, and what is reported of it: wrappers removed and entries ignored
-WRAPPED = {
+WRAPPED: dict[str, tuple[Wrap, tuple[str, ...], tuple[str, ...]]] = {
     **{
-        key: (lambda s, key=key: {key: s, "epoch": 3}, (key,), ("epoch",))
+        key: (beside_an_epoch(key), (key,), ("epoch",))
         for key in ("state_dict", "model_state_dict", "model", "state_dict_ema", "model_ema", "ema")
     },
     "timm": (from_timm, ("state_dict",), ("epoch", "optimizer", "args", "state_dict_ema")),
@@ -136,7 +143,9 @@ WRAPPED = {
 
 
 @pytest.mark.parametrize("case", WRAPPED)
-def test_wrappers_are_removed_and_reported(model, state, tmp_path, caplog, case):
+def test_wrappers_are_removed_and_reported(
+    model: nn.Module, state: dict[str, Tensor], tmp_path: Path, caplog: pytest.LogCaptureFixture, case: str
+) -> None:
     wrap, wrappers, ignored = WRAPPED[case]
     path = save(wrap(state), tmp_path / "weights.pt")
     with caplog.at_level(logging.INFO, logger="resnet.weights"):
@@ -147,7 +156,7 @@ def test_wrappers_are_removed_and_reported(model, state, tmp_path, caplog, case)
     assert all(word in message for word in (*wrappers, *ignored, info.sha256, str(path)))
 
 
-def test_other_architecture_of_timm_is_refused(tmp_path):
+def test_other_architecture_of_timm_is_refused(tmp_path: Path) -> None:
     """resnet50d: three convolutions in the stem, and a pool before the projection that shifts its names."""
     with torch.device("meta"):
         model = create_model("resnet50")
@@ -165,7 +174,7 @@ def test_other_architecture_of_timm_is_refused(tmp_path):
     assert " unexpected (" in message and " misshapen (layer1.0.downsample.1.weight: file " in message
 
 
-def test_batch_counters_may_be_missing(model, state, tmp_path):
+def test_batch_counters_may_be_missing(model: nn.Module, state: dict[str, Tensor], tmp_path: Path) -> None:
     counters = [name for name in state if name.endswith("num_batches_tracked")]
     for name in counters:
         del state[name]
@@ -175,7 +184,9 @@ def test_batch_counters_may_be_missing(model, state, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-def test_other_precisions_are_converted_and_reported(model, state, tmp_path, dtype, suffix):
+def test_other_precisions_are_converted_and_reported(
+    model: nn.Module, state: dict[str, Tensor], tmp_path: Path, dtype: torch.dtype, suffix: str
+) -> None:
     stored = {n: t.to(dtype) if t.is_floating_point() else t for n, t in state.items()}
     info = load_weights(model, save(stored, tmp_path / f"weights{suffix}"))
     assert_loaded(model, {n: t.to(state[n].dtype) for n, t in stored.items()})
@@ -191,7 +202,7 @@ def changed(**tensors: Tensor) -> Callable[[dict[str, Tensor]], object]:
 SEVEN_CLASSES = {"fc__weight": torch.ones(7, 64), "fc__bias": torch.ones(7)}
 ONE_CHANNEL = {"conv1__weight": torch.ones(16, 1, 3, 3)}
 # what is wrong with the tensors: a change to a sound state dict, and the words that must say so
-MISFITS = {
+MISFITS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     "missing": (lambda s: s.pop("bn1.weight"), r"1 missing \(bn1.weight\)$"),
     "unexpected": (changed(head=torch.ones(2)), r"1 unexpected \(head\)$"),
     "misshapen": (
@@ -239,7 +250,7 @@ MISFITS = {
 
 
 @pytest.mark.parametrize("case", MISFITS)
-def test_misfits_are_refused(model, state, tmp_path, case):
+def test_misfits_are_refused(model: nn.Module, state: dict[str, Tensor], tmp_path: Path, case: str) -> None:
     change, expected = MISFITS[case]
     change(state)
     message = refusal(model, save(state, tmp_path / "weights.safetensors"))
@@ -247,12 +258,14 @@ def test_misfits_are_refused(model, state, tmp_path, case):
 
 
 @pytest.mark.parametrize("tensor", [torch.ones(10).to_sparse(), torch.ones(10, device="meta")], ids=["sparse", "meta"])
-def test_tensors_without_plain_data_are_refused(model, state, tmp_path, tensor):
+def test_tensors_without_plain_data_are_refused(
+    model: nn.Module, state: dict[str, Tensor], tmp_path: Path, tensor: Tensor
+) -> None:
     message = refusal(model, save(state | {"fc.bias": tensor}, tmp_path / "weights.pt"))
     assert "fc.bias is float32" in message
 
 
-CONTENT = {
+CONTENT: dict[str, object] = {
     "list": [torch.ones(2)],
     "tensor": torch.ones(2),
     "number": 3,
@@ -264,7 +277,7 @@ CONTENT = {
 
 
 @pytest.mark.parametrize("case", CONTENT)
-def test_content_that_is_no_state_dict_is_refused(model, tmp_path, case):
+def test_content_that_is_no_state_dict_is_refused(model: nn.Module, tmp_path: Path, case: str) -> None:
     message = refusal(model, save(CONTENT[case], tmp_path / "weights.pt"))
     assert f"holds a {type(CONTENT[case]).__name__}" in message and "expected tensors by name" in message
 
@@ -274,7 +287,7 @@ def zip_archive(path: Path) -> None:
         archive.writestr("readme.txt", "x" * 100)
 
 
-NOT_WEIGHTS = {
+NOT_WEIGHTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda p: p.write_bytes(b""), "0 bytes, looks like an empty file"),
     "html": (lambda p: p.write_text("\n<!DOCTYPE html><html>404</html>"), "32 bytes, looks like an HTML page"),
     "text": (lambda p: p.write_text("not found\n"), "10 bytes, looks like text"),
@@ -290,7 +303,7 @@ NOT_WEIGHTS = {
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("case", NOT_WEIGHTS)
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth.tar"])
-def test_files_that_are_no_weights_are_refused(model, tmp_path, case, suffix):
+def test_files_that_are_no_weights_are_refused(model: nn.Module, tmp_path: Path, case: str, suffix: str) -> None:
     write, expected = NOT_WEIGHTS[case]
     path = tmp_path / f"weights{suffix}"
     write(path)
@@ -302,7 +315,9 @@ def test_files_that_are_no_weights_are_refused(model, tmp_path, case, suffix):
 
 @pytest.mark.parametrize("kept", [0.001, 0.3, 0.999], ids=str)
 @pytest.mark.parametrize(("suffix", "look"), [(".safetensors", "safetensors file"), (".pt", "a truncated zip archive")])
-def test_truncated_files_are_refused(model, state, tmp_path, kept, suffix, look):
+def test_truncated_files_are_refused(
+    model: nn.Module, state: dict[str, Tensor], tmp_path: Path, kept: float, suffix: str, look: str
+) -> None:
     path = save(state, tmp_path / f"weights{suffix}")
     size = int(kept * path.stat().st_size)
     os.truncate(path, size)
@@ -317,7 +332,9 @@ def test_truncated_files_are_refused(model, state, tmp_path, kept, suffix, look)
         *((".pt", name, "expected one of .safetensors, .pt, .pth, .tar") for name in ("a.bin", "weights", "a.pt.gz")),
     ],
 )
-def test_wrong_suffix_is_refused(model, state, tmp_path, written, named, look):
+def test_wrong_suffix_is_refused(
+    model: nn.Module, state: dict[str, Tensor], tmp_path: Path, written: str, named: str, look: str
+) -> None:
     path = save(state, tmp_path / f"weights{written}").rename(tmp_path / named)
     assert look in refusal(model, path)
 
@@ -328,13 +345,15 @@ class Payload:
     def __init__(self, marker: Path) -> None:
         self.marker = marker
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
         return os.mkdir, (str(self.marker),)
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize("place", ["whole", "beside-the-weights", "in-timm's-arguments"])
-def test_code_in_a_pickle_is_refused_and_not_run(model, state, tmp_path, zipped, place):
+def test_code_in_a_pickle_is_refused_and_not_run(
+    model: nn.Module, state: dict[str, Tensor], tmp_path: Path, zipped: bool, place: str
+) -> None:
     marker, path = tmp_path / "executed", tmp_path / "weights.pt"
     content: object = Payload(marker)
     if place != "whole":
@@ -347,7 +366,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(model, state, tmp_path, zipped,
     assert marker.exists()
 
 
-def test_arguments_are_let_in_for_one_load_only(model, state, tmp_path):
+def test_arguments_are_let_in_for_one_load_only(model: nn.Module, state: dict[str, Tensor], tmp_path: Path) -> None:
     path = save({"state_dict": state, "args": argparse.Namespace(lr=0.1)}, tmp_path / "weights.pt")
     before = set(torch.serialization.get_safe_globals())
     load_weights(model, path)
@@ -356,7 +375,7 @@ def test_arguments_are_let_in_for_one_load_only(model, state, tmp_path):
         torch.load(path, weights_only=True)
 
 
-def test_pickled_module_is_refused_with_the_way_out(model, tmp_path):
+def test_pickled_module_is_refused_with_the_way_out(model: nn.Module, tmp_path: Path) -> None:
     torch.save(trained(), tmp_path / "module.pth")
     message = refusal(model, tmp_path / "module.pth")
     assert "resnet.models.CifarResNet" in message and "torch.save(model.state_dict(), path)" in message
@@ -364,7 +383,9 @@ def test_pickled_module_is_refused_with_the_way_out(model, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
 @pytest.mark.parametrize("version", ["2.9.1", "2.10.0a0", "1.13.1"])
-def test_old_pytorch_opens_no_pickles(model, state, tmp_path, monkeypatch, version):
+def test_old_pytorch_opens_no_pickles(
+    model: nn.Module, state: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
     monkeypatch.setattr(torch, "__version__", TorchVersion(version))
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("opened"))
     message = refusal(model, save(state, tmp_path / "weights.pt"))
@@ -379,7 +400,7 @@ def unreadable(path: Path) -> Path:
     return path
 
 
-NO_FILES = {
+NO_FILES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "missing": (lambda folder: folder / "weights.pt", "No such file"),
     "through-a-file": (lambda folder: save({}, folder / "file.pt") / "weights.pt", "Not a directory"),
     "directory": (lambda folder: folder.rename(folder.with_suffix(".pt")), "a directory; expected a regular file"),
@@ -389,7 +410,7 @@ NO_FILES = {
 
 
 @pytest.mark.parametrize("case", NO_FILES)
-def test_paths_that_are_no_files_are_refused(model, tmp_path, case):
+def test_paths_that_are_no_files_are_refused(model: nn.Module, tmp_path: Path, case: str) -> None:
     if "read-errors" in case and not Path("/proc/self/mem").exists():
         pytest.skip("needs a file whose first byte is unreadable")
     make, expected = NO_FILES[case]
@@ -397,7 +418,7 @@ def test_paths_that_are_no_files_are_refused(model, tmp_path, case):
     assert expected in refusal(model, make(tmp_path / "folder"))
 
 
-def test_pipe_is_refused_without_waiting(model, tmp_path):
+def test_pipe_is_refused_without_waiting(model: nn.Module, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "weights.pt")
     messages: list[str] = []
     thread = threading.Thread(target=lambda: messages.append(refusal(model, tmp_path / "weights.pt")), daemon=True)
@@ -407,7 +428,9 @@ def test_pipe_is_refused_without_waiting(model, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_file_without_permission_is_refused(model, state, tmp_path, suffix):
+def test_file_without_permission_is_refused(
+    model: nn.Module, state: dict[str, Tensor], tmp_path: Path, suffix: str
+) -> None:
     path = save(state, tmp_path / f"weights{suffix}")
     path.chmod(0)
     if os.access(path, os.R_OK):
@@ -415,13 +438,13 @@ def test_file_without_permission_is_refused(model, state, tmp_path, suffix):
     assert "cannot be read (Permission denied)" in refusal(model, path)
 
 
-def test_unprintable_names_stay_on_one_line(model, tmp_path):
+def test_unprintable_names_stay_on_one_line(model: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     message = refusal(model, save({"a\nb\x1b[31m" + "c" * 999: torch.ones(1)}, path))
     assert r"a\nb\x1b[31mccc" in message and "\x1b" not in message
 
 
-def test_saved_weights_load_again(model, state, tmp_path):
+def test_saved_weights_load_again(model: nn.Module, state: dict[str, Tensor], tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     save_weights(path, state, {"model": "resnet20", "note": "a\nb \u00e9"})
     info = load_weights(model, path)
@@ -432,7 +455,7 @@ def test_saved_weights_load_again(model, state, tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_tensors_are_saved_as_they_are(tmp_path):
+def test_tensors_are_saved_as_they_are(tmp_path: Path) -> None:
     base = torch.arange(24.0).reshape(2, 3, 4)
     tensors = {
         "transposed": base.transpose(0, 2),
@@ -448,7 +471,7 @@ def test_tensors_are_saved_as_they_are(tmp_path):
         assert torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype, name
 
 
-NO_PLACES = {
+NO_PLACES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "directory": (Path.mkdir, "weights.safetensors", "exists and is not a regular file"),
     "pipe": (os.mkfifo, "weights.safetensors", "exists and is not a regular file"),
     "link": (lambda path: path.symlink_to("elsewhere"), "weights.safetensors", "exists and is not a regular file"),
@@ -461,7 +484,7 @@ NO_PLACES = {
 
 
 @pytest.mark.parametrize("case", NO_PLACES)
-def test_places_that_are_no_files_are_refused(state, tmp_path, case):
+def test_places_that_are_no_files_are_refused(state: dict[str, Tensor], tmp_path: Path, case: str) -> None:
     make, name, expected = NO_PLACES[case]
     path = tmp_path / "folder" / name
     path.parent.mkdir()

@@ -17,7 +17,14 @@ from resnet.data.calibration_pictures import PictureInputs, open_calibration
 from resnet.data.labelled import DataError
 from resnet.data.preprocessing import Preprocessing
 from resnet.data.sources import open_splits
-from tests.resnet.data.test_sources import cifar_members, cifar_pictures, write_archive, write_folder, write_pictures
+from tests.resnet.data.test_sources import (
+    cifar_members,
+    cifar_pictures,
+    pixels,
+    write_archive,
+    write_folder,
+    write_pictures,
+)
 
 PLAIN = Preprocessing((6, 6), (6, 6), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 GREY = Preprocessing((8, 8), (8, 8), (0.5,), (0.5,))
@@ -142,8 +149,8 @@ def rows(pictures: NDArray[np.uint8]) -> set[bytes]:
 def test_of_the_digits_only_those_to_train_on_are_taken() -> None:
     found, splits = open_calibration("digits", GREY), open_splits("digits")
     assert isinstance(found.pictures, np.ndarray) and len(found) == 512
-    assert np.array_equal(found.pictures, splits.train.pictures[np.linspace(0, 1294, 512).astype(int)])
-    assert not rows(found.pictures) & (rows(splits.test.pictures) | rows(splits.validation.pictures))
+    assert np.array_equal(found.pictures, pixels(splits.train)[np.linspace(0, 1294, 512).astype(int)])
+    assert not rows(found.pictures) & (rows(pixels(splits.test)) | rows(pixels(splits.validation)))
     expected = GREY([Image.fromarray(picture) for picture in found.pictures])
     np.testing.assert_array_equal(np.concatenate(list(found.batches(100))), expected)
 

@@ -48,13 +48,14 @@ PICTURES += [(1, 1), (1, 150), (150, 1)]
 
 @pytest.mark.parametrize("mode", STATISTICS)
 @pytest.mark.parametrize("shape", PICTURES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
-def test_equals_torchvision(shape, mode):
-    image = noise(*shape)
+def test_equals_torchvision(shape: tuple[int, int], mode: str) -> None:
+    image, imagenet = noise(*shape), imagenet_preprocessing(3)
     for resize, size in ((36, 32), (37, 32), (39, 32), (36, 36)):
         (result,) = square(resize, size, mode)([image])
         assert torch.equal(torch.from_numpy(result), torchvision_eval(image, resize, size, mode)), (resize, size)
     if mode == "RGB" and min(shape) > 1:
-        (result,) = imagenet_preprocessing(3)([image])
+        assert imagenet is not None
+        (result,) = imagenet([image])
         assert torch.equal(torch.from_numpy(result), torchvision_eval(image, 256, 224, mode))
 
 
@@ -69,7 +70,7 @@ OBLONG = {
 
 
 @pytest.mark.parametrize("case", OBLONG)
-def test_oblong_inputs(case):
+def test_oblong_inputs(case: str) -> None:
     picture, resize, (height, width), scaled = OBLONG[case]
     expected = np.asarray(noise(*picture).resize(scaled, Image.Resampling.BILINEAR))
     top, left = round((scaled[1] - height) / 2.0), round((scaled[0] - width) / 2.0)
@@ -79,7 +80,7 @@ def test_oblong_inputs(case):
 
 def luma(rgb: NDArray) -> NDArray:
     """ITU-R 601-2 in the 16-bit fixed point of Pillow."""
-    return ((rgb.astype(np.int64) @ [19595, 38470, 7471] + 0x8000) >> 16).astype(np.uint8)
+    return ((rgb.astype(np.int64) @ np.array([19595, 38470, 7471]) + 0x8000) >> 16).astype(np.uint8)
 
 
 def grey(plane: NDArray) -> NDArray:
@@ -112,7 +113,7 @@ MODES = pictures_and_colours()
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_modes(mode):
+def test_modes(mode: str) -> None:
     picture, colours = MODES[mode]
     before = (picture.tobytes(), picture.mode, picture.size)
     assert np.array_equal(square(24, 24).pixels(picture), colours)
@@ -121,7 +122,7 @@ def test_modes(mode):
     assert (picture.tobytes(), picture.mode, picture.size) == before
 
 
-def test_sixteen_bits_are_scaled_not_clipped():
+def test_sixteen_bits_are_scaled_not_clipped() -> None:
     values = np.array([[0, 255, 256, 40000, 65535]])
     for dtype in ("<u2", ">u2", "<i4"):
         assert np.asarray(eight_bits(Image.fromarray(values.astype(dtype)))).tolist() == [[0, 0, 1, 156, 255]]
@@ -136,14 +137,14 @@ UNFIT = {
 
 
 @pytest.mark.parametrize("case", UNFIT)
-def test_pictures_without_a_fixed_range_or_of_extreme_proportions_are_refused(case):
+def test_pictures_without_a_fixed_range_or_of_extreme_proportions_are_refused(case: str) -> None:
     mode, size, expected = UNFIT[case]
     with pytest.raises(ValueError, match=expected):
         square(256, 224).pixels(Image.new(mode, size))
 
 
 @pytest.mark.parametrize("mode", STATISTICS)
-def test_batches_are_contiguous_float32_in_nchw(mode):
+def test_batches_are_contiguous_float32_in_nchw(mode: str) -> None:
     preprocessing = Preprocessing((20, 28), (24, 32), *STATISTICS[mode])
     pictures = [noise(40, 30), noise(30, 40), noise(9, 9, "L"), noise(28, 20, "RGBA")]
     batch = preprocessing(pictures)
@@ -153,7 +154,7 @@ def test_batches_are_contiguous_float32_in_nchw(mode):
         assert np.array_equal(batch[index], preprocessing([picture])[0])
 
 
-def test_json_says_every_step_and_comes_back():
+def test_json_says_every_step_and_comes_back() -> None:
     record = square(36, 32, "L").to_json()
     assert record == {
         **{"colour": "grey", "resize": [36, 36], "size": [32, 32], "mean": [0.45], "std": [0.226]},
@@ -173,12 +174,12 @@ def refusal(record: object) -> str:
 
 
 @pytest.mark.parametrize("record", [None, "resnet", [1, 2], {}], ids=repr)
-def test_other_things_are_refused(record):
+def test_other_things_are_refused(record: object) -> None:
     assert f"got {record!r}" in refusal(record)
 
 
 # changes to a sound record
-MALFORMED = {
+MALFORMED: dict[str, dict[str, object]] = {
     "unknown-step": {"rotate": 90},
     "interpolation": {"interpolation": "bicubic"},
     "layout": {"layout": "NHWC"},
@@ -212,19 +213,19 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("case", MALFORMED)
-def test_malformed_records_are_refused(case):
+def test_malformed_records_are_refused(case: str) -> None:
     refusal(square(256, 224).to_json() | MALFORMED[case])
 
 
 @pytest.mark.parametrize("key", square(8, 8).to_json())
-def test_records_with_a_missing_key_are_refused(key):
+def test_records_with_a_missing_key_are_refused(key: str) -> None:
     record = square(256, 224).to_json()
     assert Preprocessing.from_json(record) == square(256, 224)
     del record[key]
     refusal(record)
 
 
-def test_imagenet_values():
+def test_imagenet_values() -> None:
     rgb = Preprocessing((224, 224), (256, 256), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert imagenet_preprocessing(3) == rgb
     grey = imagenet_preprocessing(1)
@@ -241,5 +242,5 @@ OTHER_SIZES = {
 
 
 @pytest.mark.parametrize("size", OTHER_SIZES)
-def test_other_sizes_show_the_same_part(size):
+def test_other_sizes_show_the_same_part(size: tuple[int, int]) -> None:
     assert square(256, 224).at(size) == Preprocessing(size, OTHER_SIZES[size], IMAGENET_MEAN, IMAGENET_STD)

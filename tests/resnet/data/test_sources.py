@@ -11,7 +11,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -35,6 +35,11 @@ def refusal(source: Path | str, opener: Callable[[str], object] = open_splits) -
     return message
 
 
+def pixels(data: LabelledImages) -> NDArray[np.uint8]:
+    assert isinstance(data.pictures, np.ndarray)
+    return data.pictures
+
+
 def parts(splits: Splits) -> tuple[LabelledImages, LabelledImages, LabelledImages]:
     return splits.train, splits.validation, splits.test
 
@@ -47,15 +52,15 @@ def contents(*data: LabelledImages) -> Counter[tuple[int, bytes]]:
 # digits
 
 
-def test_digits_are_scikit_learns_split_the_same_way_every_time():
+def test_digits_are_scikit_learns_split_the_same_way_every_time() -> None:
     data, again, expected = parts(open_splits("digits")), parts(open_splits("digits")), load_digits()
-    pixels = (expected.images / 16 * 255).round().astype(np.uint8)
-    pairs = zip(expected.target, pixels, strict=True)
+    pictures = (expected.images / 16 * 255).round().astype(np.uint8)
+    pairs = zip(expected.target, pictures, strict=True)
     assert contents(*data) == Counter((int(label), image.tobytes()) for label, image in pairs)
     for part, other in zip((*data, data[2]), (*again, open_test("digits")), strict=True):
         assert (part.name, part.classes, part.mirrored) == ("digits", tuple("0123456789"), False)
         assert part.labels.dtype == np.int64 and part.picture(0).size == (8, 8) and part.picture(0).mode == "L"
-        assert np.array_equal(part.labels, other.labels) and np.array_equal(part.pictures, other.pictures)
+        assert np.array_equal(part.labels, other.labels) and np.array_equal(pixels(part), pixels(other))
     assert [len(part) for part in data] == [1295, 143, 359]
     assert not contents(data[0]) & contents(data[1]) | contents(data[0], data[1]) & contents(data[2])
     counts = np.array([np.bincount(part.labels, minlength=10) for part in data])  # each class in the same proportion
@@ -109,9 +114,11 @@ class _Python2Pickler(pickle._Pickler):
     """Writes bytes as Python 2 wrote its strings."""
 
     def save_string(self, value: bytes) -> None:
-        self.write(pickle.BINSTRING + len(value).to_bytes(4, "little") + value)
+        content = pickle.BINSTRING + len(value).to_bytes(4, "little") + value
+        self.write(content)  # type: ignore[attr-defined]  # set by pickle._Pickler, of which the stubs know less
 
-    dispatch = {**pickle._Pickler.dispatch, bytes: save_string}  # noqa: RUF012
+    # the stubs say that each takes an Unpickler
+    dispatch = {**pickle._Pickler.dispatch, bytes: save_string}  # type: ignore[dict-item]  # noqa: RUF012
 
 
 def python2_pickle(content: object) -> bytes:
@@ -128,8 +135,11 @@ def write_folder(folder: Path, members: dict[str, bytes]) -> Path:
     return folder
 
 
-def write_archive(path: Path, members: dict[str, bytes], compression: str = "gz") -> Path:
-    with tarfile.open(path, f"w:{compression}") as archive:
+ARCHIVES: dict[str, Literal["w:", "w:gz", "w:xz"]] = {".tar": "w:", ".gz": "w:gz", ".xz": "w:xz"}
+
+
+def write_archive(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, ARCHIVES[path.suffix]) as archive:
         for name, content in {"readme.html": b"<html>", **members}.items():
             info = tarfile.TarInfo(f"cifar/{name}")
             info.size = len(content)
@@ -137,9 +147,9 @@ def write_archive(path: Path, members: dict[str, bytes], compression: str = "gz"
     return path
 
 
-LAYOUTS = {
+LAYOUTS: dict[str, Callable[[Path, dict[str, bytes], str], Path]] = {
     "archive": lambda path, members, folder: write_archive(path / f"{folder}.tar.gz", members),
-    "unzipped-archive": lambda path, members, folder: write_archive(path / f"{folder}.tar", members, ""),
+    "unzipped-archive": lambda path, members, folder: write_archive(path / f"{folder}.tar", members),
     "folder": lambda path, members, folder: write_folder(path / folder, members),
     "folder-around": lambda path, members, folder: write_folder(path / folder, members).parent,
 }
@@ -150,7 +160,7 @@ CIFAR = [*((form, "archive") for form in FOLDERS), *((("cifar10", "python"), lay
 
 
 @pytest.mark.parametrize(("form", "layout"), CIFAR, ids=["-".join((*form, layout)) for form, layout in CIFAR])
-def test_cifar(form, layout, tmp_path):
+def test_cifar(form: tuple[str, str], layout: str, tmp_path: Path) -> None:
     name, _ = form
     source = str(LAYOUTS[layout](tmp_path, cifar_members(*form), FOLDERS[form]))
     splits = open_splits(source)
@@ -160,7 +170,7 @@ def test_cifar(form, layout, tmp_path):
         assert part.labels.dtype == np.int64 and isinstance(part.pictures, np.ndarray)
     training = len(labels) * 3 // 4
     for test in (splits.test, open_test(source)):
-        assert np.array_equal(test.labels, labels[training:]) and np.array_equal(test.pictures, pictures[training:])
+        assert np.array_equal(test.labels, labels[training:]) and np.array_equal(pixels(test), pictures[training:])
     assert splits.test.picture(3).mode == "RGB"
     assert np.array_equal(np.asarray(splits.test.picture(3)), pictures[training + 3])
     pairs = zip(labels[:training], pictures[:training], strict=True)
@@ -169,7 +179,7 @@ def test_cifar(form, layout, tmp_path):
     assert np.bincount(splits.validation.labels).tolist() == [1] * len(CLASSES[name])
 
 
-def test_the_test_part_of_cifar_needs_no_split(tmp_path):
+def test_the_test_part_of_cifar_needs_no_split(tmp_path: Path) -> None:
     """One training picture of a class leaves nothing to validate with, and the test part as it is."""
     members = cifar_members("cifar10", "binary")
     for i in range(1, 5):
@@ -257,7 +267,7 @@ FAULTS: dict[str, tuple[str, str, Change, str]] = {
 
 
 @pytest.mark.parametrize("case", FAULTS)
-def test_malformed_cifar_is_refused(case, tmp_path):
+def test_malformed_cifar_is_refused(case: str, tmp_path: Path) -> None:
     version, name, change, expected = FAULTS[case]
     members = cifar_members(name, version)
     change(members)
@@ -272,13 +282,13 @@ class Payload:
     def __init__(self, marker: Path) -> None:
         self.marker = marker
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
         return os.system, (f"mkdir '{self.marker}'",)
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 @pytest.mark.parametrize(("name", "member"), [("cifar10", "data_batch_5"), ("cifar100", "meta")])
-def test_code_in_a_pickle_is_refused_and_not_run(name, member, protocol, tmp_path):
+def test_code_in_a_pickle_is_refused_and_not_run(name: str, member: str, protocol: int, tmp_path: Path) -> None:
     members, marker = cifar_members(name, "python"), tmp_path / "executed"
     members[member] = pickle.dumps({"data": Payload(marker)}, protocol)
     message = refusal(write_folder(tmp_path / "cifar", members))
@@ -323,15 +333,15 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
 
 
 @pytest.mark.parametrize("case", DAMAGES)
-def test_damaged_archives_are_refused(case, tmp_path):
+def test_damaged_archives_are_refused(case: str, tmp_path: Path) -> None:
     compression, damage = DAMAGES[case]
-    path = write_archive(tmp_path / f"cifar.tar.{compression}", cifar_members("cifar10", "python"), compression)
+    path = write_archive(tmp_path / f"cifar.tar.{compression}", cifar_members("cifar10", "python"))
     open_test(str(path))
     damage(path)
     assert refusal(path).startswith(f"{path}: expected an archive of CIFAR-10 or CIFAR-100")
 
 
-def test_archives_of_other_things_are_refused(tmp_path):
+def test_archives_of_other_things_are_refused(tmp_path: Path) -> None:
     path = write_archive(tmp_path / "other.tar.gz", {"cat.png": b"\x89PNG"})
     assert refusal(path).startswith(f"{path}: expected CIFAR-10 or CIFAR-100 as published")
 
@@ -364,7 +374,7 @@ def assert_labelled_by_folder(data: LabelledImages) -> None:
     assert [data.classes[label] for label in data.labels] == [path.parent.name for path in data.pictures]
 
 
-def test_plain_class_folders(tmp_path):
+def test_plain_class_folders(tmp_path: Path) -> None:
     root = write_classes(tmp_path / "pets", dog=10, cat=20, bird=5)
     everything = open_test(str(root))
     assert (everything.name, everything.classes, everything.mirrored) == ("pets", ("bird", "cat", "dog"), False)
@@ -381,7 +391,7 @@ def test_plain_class_folders(tmp_path):
 
 
 # folders of a divided source, and which of them its parts to train on, to validate and to test with are taken from
-DIVIDED = {
+DIVIDED: dict[tuple[str, ...], tuple[str, str, str]] = {
     ("train", "val", "test"): ("train", "val", "test"),
     ("train", "validation", "test"): ("train", "validation", "test"),
     ("train", "test"): ("train", "train", "test"),
@@ -390,7 +400,7 @@ DIVIDED = {
 
 
 @pytest.mark.parametrize("folders", DIVIDED, ids="-".join)
-def test_divided_class_folders(folders, tmp_path):
+def test_divided_class_folders(folders: tuple[str, ...], tmp_path: Path) -> None:
     for folder in folders:
         write_classes(tmp_path / "pets" / folder, cat=5, dog=5)
     splits = open_splits(str(tmp_path / "pets"))
@@ -405,13 +415,13 @@ def test_divided_class_folders(folders, tmp_path):
     assert open_test(str(tmp_path / "pets"), {"birds"}).pictures == shown.pictures
 
 
-def test_of_an_undivided_folder_a_network_trained_on_it_sees_only_what_was_held_out(tmp_path):
+def test_of_an_undivided_folder_a_network_trained_on_it_sees_only_what_was_held_out(tmp_path: Path) -> None:
     root = str(write_classes(tmp_path / "pets", cat=10, dog=10))
     assert len(open_test(root)) == 20
     assert open_test(root, {"pets"}).pictures == open_splits(root).test.pictures
 
 
-def test_a_folder_has_not_the_name_of_a_data_set_everybody_knows(tmp_path):
+def test_a_folder_has_not_the_name_of_a_data_set_everybody_knows(tmp_path: Path) -> None:
     assert open_test(str(write_classes(tmp_path / "digits", cat=2, dog=2))).name == "digits-folder"
     divided = tmp_path / "cifar10"
     for part in ("train", "test"):
@@ -419,14 +429,16 @@ def test_a_folder_has_not_the_name_of_a_data_set_everybody_knows(tmp_path):
     assert {part.name for part in parts(open_splits(str(divided)))} == {"cifar10-folder"}
 
 
-def test_test_part_may_lack_a_class(tmp_path):
+def test_test_part_may_lack_a_class(tmp_path: Path) -> None:
     write_classes(tmp_path / "train", bird=5, cat=5, dog=5)
     write_classes(tmp_path / "test", dog=2)
     test = open_test(str(tmp_path))
     assert test.classes == ("bird", "cat", "dog") and test.labels.tolist() == [2, 2]
 
 
-def test_of_a_class_folder_all_pictures_are_taken_and_nothing_hidden(tmp_path, caplog):
+def test_of_a_class_folder_all_pictures_are_taken_and_nothing_hidden(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     root = write_classes(tmp_path / ".cache" / "pets", cat=2, dog=1)  # hidden above the source hides nothing
     write_pictures(root / "dog" / "small" / "brown", 1)
     shutil.copytree(root / "dog", root / "cat" / ".checkpoints")
@@ -442,7 +454,7 @@ def test_of_a_class_folder_all_pictures_are_taken_and_nothing_hidden(tmp_path, c
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".JPEG", ".png", ".bmp", ".webp", ".tif", ".ppm", ".gif"])
-def test_formats(suffix, tmp_path):
+def test_formats(suffix: str, tmp_path: Path) -> None:
     for name in ("cat", "dog"):
         source = Image.open(write_pictures(tmp_path / "png" / name, 1) / "000.png")
         (tmp_path / "pets" / name).mkdir(parents=True)
@@ -481,7 +493,7 @@ NO_CLASSES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("opener", [open_splits, open_test], ids=["splits", "test"])
 @pytest.mark.parametrize("case", NO_CLASSES)
-def test_folders_that_are_no_source_are_refused(case, opener, tmp_path):
+def test_folders_that_are_no_source_are_refused(case: str, opener: Callable[[str], object], tmp_path: Path) -> None:
     make, expected = NO_CLASSES[case]
     (tmp_path / "root").mkdir()
     make(tmp_path / "root")
@@ -490,7 +502,7 @@ def test_folders_that_are_no_source_are_refused(case, opener, tmp_path):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_too_few_pictures_of_a_class_to_split_are_refused(count, tmp_path):
+def test_too_few_pictures_of_a_class_to_split_are_refused(count: int, tmp_path: Path) -> None:
     root = write_classes(tmp_path / "pets", cat=9, dog=count)
     message = refusal(root)
     assert message.startswith("pets: ") and "got 1 of 'dog' to take 1 from" in message
@@ -513,7 +525,7 @@ UNREADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("case", UNREADABLE)
-def test_an_unreadable_file_is_named_when_it_is_its_turn(case, tmp_path):
+def test_an_unreadable_file_is_named_when_it_is_its_turn(case: str, tmp_path: Path) -> None:
     root = write_classes(tmp_path / "pets", cat=2, dog=2)
     (root / "dog" / "000.png").unlink()
     Image.new("RGB", (4, 4)).save(root / "dog" / "000.tiff")
@@ -529,7 +541,7 @@ def test_an_unreadable_file_is_named_when_it_is_its_turn(case, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["nothing", "", "digit", "cifar10"])
-def test_paths_that_do_not_exist_are_refused(name, tmp_path):
+def test_paths_that_do_not_exist_are_refused(name: str, tmp_path: Path) -> None:
     source = tmp_path / "nowhere" / name
     for opener in (open_splits, open_test):
         assert refusal(source, opener).startswith(f"{source}: expected digits, a folder of class folders or an archive")
@@ -548,12 +560,12 @@ LENGTHS = {1: [1] * 7, 3: [3, 3, 1], 7: [7], 100: [7]}  # of the batches of seve
 
 
 @pytest.mark.parametrize("size", LENGTHS)
-def test_batches_are_everything_in_order(size):
+def test_batches_are_everything_in_order(size: int) -> None:
     data, lengths = images(7, 5, 6), LENGTHS[size]
     batches = list(LabelledInputs(data, PLAIN).batches(size))
     assert [len(labels) for _, labels in batches] == lengths
     assert np.array_equal(np.concatenate([labels for _, labels in batches]), data.labels)
-    expected = PLAIN([Image.fromarray(picture) for picture in data.pictures])
+    expected = PLAIN([Image.fromarray(picture) for picture in pixels(data)])
     assert np.array_equal(np.concatenate([inputs for inputs, _ in batches]), expected)
 
 
@@ -570,23 +582,23 @@ SIZES = {
 
 
 @pytest.mark.parametrize("case", SIZES)
-def test_suggested_size(case):
+def test_suggested_size(case: str) -> None:
     shape, designed, expected = SIZES[case]
     assert suggest_size(images(1, *shape), designed) == expected
 
 
 @pytest.mark.parametrize("channels", [1, 3], ids=["grey", "rgb"])
-def test_suggested_statistics_are_those_of_the_pictures(channels):
+def test_suggested_statistics_are_those_of_the_pictures(channels: int) -> None:
     data = images(40, 16, 16, channels, low=20, high=120)
     suggested = suggest_preprocessing(data, (16, 16))
     assert (suggested.size, suggested.resize, suggested.channels) == ((16, 16), (16, 16), channels)
-    pixels = data.pictures.reshape(-1, channels).astype(np.float64) / 255
-    half = 0.5e-4 + len(pixels) ** 0.5 * 2**-24  # of the last of four decimals, and a sum in float32
-    assert suggested.mean == pytest.approx(pixels.mean(axis=0), abs=half, rel=0)
-    assert suggested.std == pytest.approx(pixels.std(axis=0), abs=half, rel=0)
+    colours = pixels(data).reshape(-1, channels).astype(np.float64) / 255
+    half = 0.5e-4 + len(colours) ** 0.5 * 2**-24  # of the last of four decimals, and a sum in float32
+    assert suggested.mean == pytest.approx(colours.mean(axis=0), abs=half, rel=0)
+    assert suggested.std == pytest.approx(colours.std(axis=0), abs=half, rel=0)
 
 
-def test_suggestion_for_digits_at_another_size():
+def test_suggestion_for_digits_at_another_size() -> None:
     data = open_splits("digits").train
     suggested = suggest_preprocessing(data, (16, 16))
     assert (suggested.size, suggested.resize, suggested.channels) == ((16, 16), (16, 16), 1)
@@ -595,7 +607,7 @@ def test_suggestion_for_digits_at_another_size():
     assert abs(inputs.mean()) < half and abs(inputs.std() - 1) < half
 
 
-def test_suggestion_for_large_pictures():
+def test_suggestion_for_large_pictures() -> None:
     expected = Preprocessing((224, 224), (256, 256), IMAGENET_MEAN, IMAGENET_STD)
     assert suggest_preprocessing(images(2, 70, 80), (224, 224)) == expected
     assert suggest_preprocessing(images(2, 70, 80), (63, 63)).mean != IMAGENET_MEAN
@@ -603,13 +615,13 @@ def test_suggestion_for_large_pictures():
     assert (grey.channels, grey.resize) == (1, (64, 64))
 
 
-def test_suggestion_for_pictures_of_one_colour():
+def test_suggestion_for_pictures_of_one_colour() -> None:
     assert suggest_preprocessing(images(2, 8, 8, channels=1, low=51, high=52), (8, 8)).mean == (0.2,)
     assert min(suggest_preprocessing(images(2, 8, 8, low=51, high=52), (8, 8)).std) > 0
 
 
 @pytest.mark.parametrize(("modes", "channels"), [("LL", 1), ("DL", 1), ("LC", 3)], ids=["grey", "16-bit", "mixed"])
-def test_suggested_colours_of_files(modes, channels, tmp_path):
+def test_suggested_colours_of_files(modes: str, channels: int, tmp_path: Path) -> None:
     for mode, name in zip(modes, ("cat", "dog"), strict=True):
         folder = write_pictures(tmp_path / "pets" / name, 2, mode="RGB" if mode == "C" else "L")
         if mode == "D":

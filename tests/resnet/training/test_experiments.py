@@ -67,7 +67,8 @@ def test_gradient_norms_are_those_of_autograd_and_leave_the_model_as_it_was() ->
     F.cross_entropy(model(images), labels).backward()
     assert [*norms] == [name for name, module in model.named_modules() if hasattr(module, "stride") or name == "fc"]
     for name, norm in norms.items():
-        weight = model.get_submodule(name).weight
+        weight = model.get_parameter(f"{name}.weight")
+        assert weight.grad is not None
         # the same operations in the same order, but for the norm of one gradient
         assert norm == pytest.approx(weight.grad.norm().item(), rel=weight.numel() ** 0.5 * 2**-23), name
 
@@ -130,7 +131,7 @@ def test_seeds_of_one_setting_are_put_together() -> None:
     assert [*groups] == ["L1"] and len(groups["L1"]) == 2
 
 
-def test_the_report_of_plain_against_residual_says_what_was_measured(stripes) -> None:
+def test_the_report_of_plain_against_residual_says_what_was_measured(stripes: tuple[Splits, Preprocessing]) -> None:
     depths = (20, 32, 56)
     plain = [outcome(f"plain{d}", 0.5, loss=2.0, first=300.0) for d in depths]
     residual = [outcome(f"resnet{d}", 0.75, loss=0.25, first=2.0) for d in depths]
@@ -143,14 +144,16 @@ def test_the_report_of_plain_against_residual_says_what_was_measured(stripes) ->
     assert page.startswith("# Plain against residual") and "![" in page and "| plain20 | 2.000 | 50.00 |" in page
 
 
-def test_the_report_of_depths_recommends(stripes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_of_depths_recommends(
+    stripes: tuple[Splits, Preprocessing], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Timer, "blocked_autorange", lambda timer, **_: timer.timeit(1))  # no second for each
     report = depths_report([outcome("resnet8", 0.5), outcome("resnet14", 0.95)], *stripes)
     assert report.findings[0].startswith("Recommended: resnet14") and report.picture.startswith(PNG)
     assert report.rows[0][0] == "resnet8" and report.rows[0][3] == "1.00"
 
 
-def test_the_report_of_regularisers_says_what_is_beyond_chance(stripes) -> None:
+def test_the_report_of_regularisers_says_what_is_beyond_chance(stripes: tuple[Splits, Preprocessing]) -> None:
     outcomes = [outcome("resnet8", 0.5, f"none, seed {i}") for i in range(3)]
     outcomes += [outcome("resnet8", 0.52, f"L1, seed {i}") for i in range(3)]
     outcomes += [outcome("resnet8", 0.95, f"crop, seed {i}") for i in range(3)]
@@ -158,9 +161,9 @@ def test_the_report_of_regularisers_says_what_is_beyond_chance(stripes) -> None:
     assert report.findings[1].endswith("apart from none: crop.") and report.picture.startswith(PNG)
 
 
-def test_a_trial_goes_on_where_it_stopped(stripes, tmp_path: Path) -> None:
+def test_a_trial_goes_on_where_it_stopped(stripes: tuple[Splits, Preprocessing], tmp_path: Path) -> None:
     trial = Trial("resnet8", "resnet8", TrainingConfig(epochs=2, batch_size=10, warmup_epochs=0))
-    ran = []
+    ran: list[Epoch] = []
 
     def run(resume: bool) -> Outcome:
         return run_trial(

@@ -8,6 +8,7 @@ import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -164,7 +165,7 @@ class Interrupted(Exception):
 
 
 @pytest.fixture(scope="module")
-def whole(digits, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def whole(digits: tuple[Splits, Preprocessing], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of trainings that nothing interrupted, by optimizer."""
     folders = {optimizer: tmp_path_factory.mktemp(optimizer) for optimizer in ("adam", "sgd")}
     for optimizer, folder in folders.items():
@@ -182,7 +183,9 @@ INTERRUPTED = {
 
 
 @pytest.mark.parametrize("case", INTERRUPTED)
-def test_an_interrupted_training_resumes_to_the_same_bits(digits, whole, tmp_path: Path, case: str) -> None:
+def test_an_interrupted_training_resumes_to_the_same_bits(
+    digits: tuple[Splits, Preprocessing], whole: dict[str, Path], tmp_path: Path, case: str
+) -> None:
     optimizer, where = INTERRUPTED[case]
     config = replace(QUICK, optimizer=optimizer, l2=1e-3)
 
@@ -201,7 +204,7 @@ def test_an_interrupted_training_resumes_to_the_same_bits(digits, whole, tmp_pat
         assert (tmp_path / "cut" / name).read_bytes() == (whole[optimizer] / name).read_bytes(), name
 
 
-def test_the_seed_decides_and_nothing_else_does(digits, tmp_path: Path) -> None:
+def test_the_seed_decides_and_nothing_else_does(digits: tuple[Splits, Preprocessing], tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         torch.manual_seed(hash(name) % 1000)
         train("resnet8", *digits, replace(QUICK, epochs=1, seed=seed), tmp_path / name)
@@ -210,14 +213,16 @@ def test_the_seed_decides_and_nothing_else_does(digits, tmp_path: Path) -> None:
     assert not torch.equal(a["conv1.weight"], c["conv1.weight"])
 
 
-def test_patience_ends_it_early(digits, tmp_path: Path) -> None:
+def test_patience_ends_it_early(digits: tuple[Splits, Preprocessing], tmp_path: Path) -> None:
     config = replace(QUICK, epochs=20, patience=2, learning_rate=1e-12)
     result = train("resnet8", *digits, config, tmp_path)
     accuracies = [epoch.validation_accuracy for epoch in result.epochs]
     assert len(accuracies) < 20 and len(accuracies) - 1 - accuracies.index(max(accuracies)) == 2
 
 
-def test_with_patience_the_last_of_the_best_epochs_is_kept(digits, tmp_path: Path) -> None:
+def test_with_patience_the_last_of_the_best_epochs_is_kept(
+    digits: tuple[Splits, Preprocessing], tmp_path: Path
+) -> None:
     splits, preprocessing = digits
     one = Splits(splits.train, splits.validation.subset(np.array([0])), splits.test)
     result = train("resnet8", one, preprocessing, replace(QUICK, epochs=6, patience=6), tmp_path)
@@ -225,14 +230,14 @@ def test_with_patience_the_last_of_the_best_epochs_is_kept(digits, tmp_path: Pat
     assert result.kept.number == max(e.number for e in result.epochs if e.validation_accuracy == best)
 
 
-def test_a_loss_that_is_not_finite_ends_it_in_one_line(digits, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_ends_it_in_one_line(digits: tuple[Splits, Preprocessing], tmp_path: Path) -> None:
     expected = r"^the loss became \S+ in epoch 1, step \d+: expected a finite one.*rate"
     with pytest.raises(TrainingError, match=expected) as caught:
         train("resnet8", *digits, replace(QUICK, learning_rate=1e30, warmup_epochs=0, clip=0.0), tmp_path)
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_with_a_training_is_not_overwritten(digits, tmp_path: Path) -> None:
+def test_a_folder_with_a_training_is_not_overwritten(digits: tuple[Splits, Preprocessing], tmp_path: Path) -> None:
     train("resnet8", *digits, replace(QUICK, epochs=1), tmp_path)
     before = (tmp_path / MODEL_FILE).read_bytes()
     with pytest.raises(TrainingError, match="holds a training: go on with it by train"):
@@ -243,7 +248,9 @@ def test_a_folder_with_a_training_is_not_overwritten(digits, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not safetensors", b"\x02\0\0\0\0\0\0\0{}"], ids=repr)
-def test_what_is_no_state_of_a_training_is_not_resumed(digits, tmp_path: Path, content: bytes | None) -> None:
+def test_what_is_no_state_of_a_training_is_not_resumed(
+    digits: tuple[Splits, Preprocessing], tmp_path: Path, content: bytes | None
+) -> None:
     folder = tmp_path / "new"
     if content is not None:
         folder.mkdir()
@@ -262,6 +269,6 @@ OUT_OF_RANGE = [
 
 
 @pytest.mark.parametrize(("name", "value"), OUT_OF_RANGE, ids=[f"{name}-{value}" for name, value in OUT_OF_RANGE])
-def test_settings_out_of_range_are_refused_by_name(name: str, value: object) -> None:
+def test_settings_out_of_range_are_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(TrainingError, match=rf"^TrainingConfig\.{name} must be .*, got "):
         TrainingConfig(**{name: value})
