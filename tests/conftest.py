@@ -49,7 +49,7 @@ def pictures() -> dict[str, Tensor]:
 @pytest.fixture(scope="session")
 def calibrated() -> dict[str, nn.Module]:
     """Seeded models with calibrated BatchNorm. Tests copy what they change."""
-    models = {}
+    models: dict[str, nn.Module] = {}
     for name, size in IMAGE_SIZES.items():
         model = create_model(name)
         initialise(model, crops(photographs(), 16, 3, (size, size), seed=1))

@@ -63,7 +63,7 @@ def pip(python: str | Path, *arguments: object) -> None:
     """This environment's pip, run by another's Python."""
     spec = importlib.util.find_spec("pip")
     assert spec is not None and spec.origin is not None
-    command = [python, Path(spec.origin).parent, "--disable-pip-version-check", *map(str, arguments)]
+    command = [str(python), str(Path(spec.origin).parent), "--disable-pip-version-check", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
@@ -82,7 +82,7 @@ def with_dependencies(requirements: list[str]) -> list[importlib.metadata.Distri
 
 def run(environment: Path, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    command = [environment / "bin" / CONSOLE_SCRIPT, *map(str, arguments)]
+    command = [str(environment / "bin" / CONSOLE_SCRIPT), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env=clean, capture_output=True, text=True, timeout=300)
 
 
@@ -98,7 +98,7 @@ def test_every_folder_with_code_is_in_the_wheel(wheel: Path) -> None:
 
 
 def test_a_bundle_is_verified_where_there_is_no_pytorch(environment: Path, tmp_path: Path) -> None:
-    python = [environment / "bin" / "python", "-c", "import torch"]
+    python = [str(environment / "bin" / "python"), "-c", "import torch"]
     assert subprocess.run(python, cwd=tmp_path, capture_output=True).returncode == 1
     bundle = summing.write(tmp_path / "bundle")
     verified = run(environment, "verify", bundle, cwd=tmp_path)
