@@ -15,13 +15,14 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-import kernels
 from export import Batch, ExportConfig, ExportError, FusedProgram, export_bundle, fuse
 from export.base.precision import PRECISIONS
 from export.runtime.artefacts import running_first
 from export.runtime.bundle.contents import open_bundle
-from kernels.configs.config import MAX_PIXELS, ConvConfig
+from kernels.configs.config import MAX_PIXELS
+from kernels.configs.convolution import ConvConfig
 from kernels.jit.parts import _pixel_offset
+from kernels.operators.conv2d_bias_act import conv2d_bias_act
 from kernels.problems import ConvProblem
 from tests.export import networks
 
@@ -265,7 +266,7 @@ def test_row_17_inputs_of_operators_and_programs(layout: str, x: Tensor) -> None
     program = fuse(Styles("method").eval(), x, BATCH)
     calls: tuple[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]], ...] = (
         (
-            lambda t: kernels.conv2d_bias_act(t, weight, bias, padding=(1, 1), relu=True),
+            lambda t: conv2d_bias_act(t, weight, bias, padding=(1, 1), relu=True),
             lambda t: F.relu(F.conv2d(t.double(), weight.double(), bias.double(), padding=1)),
         ),
         (program, copy.deepcopy(Styles("method").eval()).double()),
@@ -324,5 +325,5 @@ def test_row_20_addresses_are_int64(n: int) -> None:
 def test_row_20_more_pixels_than_are_numbered_are_refused() -> None:
     config = ConvConfig(64, 64, 32, 4, 2)
     problems = [ConvProblem(n, 64, 224, 224, 64, (1, 1)) for n in (1000, MAX_PIXELS // 224**2 + 1)]
-    reasons = [kernels.unsupported_reason(problem, config, None) for problem in problems]
+    reasons = [config.unsupported_reason(problem, None) for problem in problems]
     assert reasons[0] is None and "output pixels, expected at most 2147483647" in str(reasons[1])
