@@ -18,13 +18,7 @@ from export.fusion.nodes import args_of, aten, duplicate, is_call, module_path, 
 from export.fusion.passes import DEFAULT_LEVEL, FOLDING, LEVELS
 from export.fusion.program import FusedProgram
 from export.lowering.runners import ProgramRunner
-from kernels import (
-    conv2d_bias_act_reference,
-    conv2d_bias_relu_maxpool_reference,
-    conv2d_conv1x1_bias_act_reference,
-    conv2d_projection_bias_act_reference,
-    mean_linear_reference,
-)
+from kernels.operators.registry import OPERATORS, Arguments
 
 Operator = Callable[..., Tensor]
 CONV = resnet_deploy.conv2d_bias_act.default
@@ -32,13 +26,13 @@ PROJECTION = resnet_deploy.conv2d_projection_bias_act.default
 BOTTLENECK = resnet_deploy.conv2d_conv1x1_bias_act.default
 STEM = resnet_deploy.conv2d_bias_relu_maxpool.default
 HEAD = resnet_deploy.mean_linear.default
-CORRECT: dict[Any, Operator] = {
-    CONV: conv2d_bias_act_reference,
-    PROJECTION: conv2d_projection_bias_act_reference,
-    BOTTLENECK: conv2d_conv1x1_bias_act_reference,
-    STEM: conv2d_bias_relu_maxpool_reference,
-    HEAD: mean_linear_reference,
-}
+
+
+def _correct(arguments: type[Arguments[Any]]) -> Operator:
+    return lambda *values: arguments.of(*values).reference()
+
+
+CORRECT = {getattr(resnet_deploy, name).default: _correct(arguments) for name, arguments in OPERATORS.items()}
 
 
 @dataclass(frozen=True)
@@ -199,14 +193,14 @@ def narrow_head(x, weight, bias):  # type: ignore[no-untyped-def]
 
 
 def relu_before_addition(x, weight, bias, residual, *geometry_relu):  # type: ignore[no-untyped-def]
-    y = conv2d_bias_act_reference(x, weight, bias, None, *geometry_relu)
+    y = CORRECT[CONV](x, weight, bias, None, *geometry_relu)
     return _channels_last(y + residual)
 
 
 def relu_before_projection(  # type: ignore[no-untyped-def]
     x, weight, bias, shortcut, shortcut_weight, stride, padding, dilation, shortcut_stride, relu
 ):
-    y = conv2d_bias_act_reference(x, weight, bias, None, stride, padding, dilation, 1, relu)
+    y = CORRECT[CONV](x, weight, bias, None, stride, padding, dilation, 1, relu)
     return _channels_last(y + F.conv2d(shortcut.float(), shortcut_weight.float(), None, shortcut_stride).to(y.dtype))
 
 
@@ -216,13 +210,11 @@ def with_intermediate(change: Callable[[Tensor], Tensor], relu: bool = True) -> 
     def defect(  # type: ignore[no-untyped-def]
         x, weight, bias, expand, expand_bias, shortcut, projection, stride, padding, dilation, shortcut_stride, act
     ):
-        h = change(conv2d_bias_act_reference(x, weight, bias, None, stride, padding, dilation, 1, relu))
+        h = change(CORRECT[CONV](x, weight, bias, None, stride, padding, dilation, 1, relu))
         plain = ((1, 1), (0, 0), (1, 1))
         if projection is None:
-            return conv2d_bias_act_reference(h, expand, expand_bias, shortcut, *plain, 1, act)
-        return conv2d_projection_bias_act_reference(
-            h, expand, expand_bias, shortcut, projection, *plain, shortcut_stride, act
-        )
+            return CORRECT[CONV](h, expand, expand_bias, shortcut, *plain, 1, act)
+        return CORRECT[PROJECTION](h, expand, expand_bias, shortcut, projection, *plain, shortcut_stride, act)
 
     return defect
 
@@ -236,7 +228,7 @@ def narrow_bottleneck(  # type: ignore[no-untyped-def]
 
 def stem_with_pool(pool: Callable[[Tensor], Tensor]) -> Operator:
     def defect(x, weight, bias, stride, padding):  # type: ignore[no-untyped-def]
-        return _channels_last(pool(conv2d_bias_act_reference(x, weight, bias, None, stride, padding, (1, 1), 1, True)))
+        return _channels_last(pool(CORRECT[CONV](x, weight, bias, None, stride, padding, (1, 1), 1, True)))
 
     return defect
 
@@ -244,7 +236,7 @@ def stem_with_pool(pool: Callable[[Tensor], Tensor]) -> Operator:
 def pool_beyond_the_border(x, weight, bias, stride, padding):  # type: ignore[no-untyped-def]
     """Takes for -inf, outside of the feature map, what the convolution would give there."""
     wider = [p + s for p, s in zip(padding, stride, strict=True)]
-    h = conv2d_bias_act_reference(x, weight, bias, None, stride, wider, (1, 1), 1, True)
+    h = CORRECT[CONV](x, weight, bias, None, stride, wider, (1, 1), 1, True)
     return _channels_last(F.max_pool2d(h, 3, 2)[:, :, : (h.shape[2] - 1) // 2, : (h.shape[3] - 1) // 2])
 
 
@@ -255,7 +247,7 @@ def zeros_around_the_pool(x, weight, bias, stride, padding):  # type: ignore[no-
 
 
 def stem_without_relu(x, weight, bias, stride, padding):  # type: ignore[no-untyped-def]
-    h = conv2d_bias_act_reference(x, weight, bias, None, stride, padding, (1, 1), 1, False)
+    h = CORRECT[CONV](x, weight, bias, None, stride, padding, (1, 1), 1, False)
     return _channels_last(F.max_pool2d(h, 3, 2, 1))
 
 

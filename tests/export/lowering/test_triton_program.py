@@ -18,8 +18,11 @@ from export.lowering.runners import ProgramRunner
 from export.runtime.parity.ladder import execute, judge
 from export.sample_inputs import crops, photographs
 from kernels import launch
-from kernels.configs.config import BottleneckConfig, Config, ConvConfig
-from kernels.problems import PROBLEMS, BottleneckProblem, ConvProblem, Problem
+from kernels.configs.config import Config
+from kernels.configs.convolution import ConvConfig
+from kernels.operators.conv2d_conv1x1_bias_act import BottleneckConfig, BottleneckProblem
+from kernels.operators.registry import OPERATORS
+from kernels.problems import ConvProblem, Problem
 from resnet.initialise import initialise
 from resnet.models import Bottleneck, ResNet
 
@@ -31,7 +34,7 @@ def launcher(name: str) -> Callable[..., Tensor]:
     """An operator by its Triton launcher whatever the device, in few large tiles: the interpreter pays per tile."""
 
     def call(*arguments: Any) -> Tensor:
-        config = large_tiles(PROBLEMS[name](*arguments))
+        config = large_tiles(OPERATORS[name].of(*arguments).problem())
         return launch.run(name, *arguments, config=config)
 
     return call
