@@ -81,11 +81,9 @@ class Subject:
             return runner.trace({"input": self.images[:4].numpy()})
 
     def simulated(self, program: FusedProgram) -> dict[str, Tensor]:
-        """What PyTorch computes of a program, in float32: the values that a file would show."""
+        """What PyTorch computes of a program, in float32."""
         with ProgramRunner(program, PRECISIONS["fp32"], ("output",)) as runner:
-            trace = runner.trace({"input": self.images.numpy()})
-        shown = {name for scheme in self.quantised for name in self.shown(scheme).values}
-        return {name: value for name, value in trace.items() if name in shown}
+            return runner.trace({"input": self.images[:4].numpy()})
 
     def check(
         self, scheme: Scheme, trace: dict[str, Tensor], program: QuantisedProgram | None = None
