@@ -21,10 +21,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from kernels.configs.config import shared_memory_bound
-from kernels.configs.selection import config_to_json, problem_key, select_config
+from kernels.configs.config import KernelLaunch
+from kernels.configs.selection import select_config
 from kernels.configs.targets import Target
-from kernels.plan import KernelLaunch, plan
+from kernels.plan import kernel_of, plan
 from kernels.problems import Problem
 
 _TRITON_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32"}
@@ -75,13 +75,13 @@ class CompiledKernel:
         """Everything but the machine code, in types that JSON has."""
         return {
             "target": self.target.name,
-            "kernel": self.launch.kernel.__name__,
-            "problem": problem_key(self.launch.problem),
-            "config": config_to_json(self.launch.config),
+            "kernel": self.launch.kernel.split(".")[1],
+            "problem": self.launch.problem.key,
+            "config": self.launch.config.to_json(),
             "registers": self.registers,
             "stack_bytes": self.stack_bytes,
             "shared_bytes": self.shared_bytes,
-            "shared_bound": shared_memory_bound(self.launch.problem, self.launch.config),
+            "shared_bound": self.launch.config.shared_memory(self.launch.problem),
             "shared_limit": self.target.shared_memory,
             "tensor_core_ops": dict(self.tensor_core_ops),
             "global_loads": {str(width): count for width, count in self.global_loads.items()},
@@ -100,27 +100,20 @@ class CompiledKernel:
             )
         if self.shared_bytes > self.target.shared_memory:
             found.append(f"{self.shared_bytes} bytes of shared memory, limit {self.target.shared_memory}")
-        wants_tensor_cores = (
-            self.launch.problem.dtype != torch.float32 or self.launch.scalars["INPUT_PRECISION"] != "ieee"
-        )
+        wants_tensor_cores = self.launch.problem.dtype != torch.float32
         mma = "HGMMA" if self.target.has_wgmma and _rows(self.launch) >= _WGMMA_ROWS else "HMMA"
         if wants_tensor_cores and not self.tensor_core_ops.get(mma):
             found.append(f"no {mma}, tensor-core instructions are {dict(self.tensor_core_ops)}")
-        if uses_boxes(self.launch) and not self.box_loads:
+        if self.launch.uses_boxes and not self.box_loads:
             found.append("no TMA load, expected one for each box")
         expected = _narrowest_copy(self.launch)
         narrow = self.widest_load < 16 or min(self.async_copies, default=0) < expected
-        if self.launch.problem.loads_are_vectors and not uses_boxes(self.launch) and narrow:
+        if self.launch.problem.loads_are_vectors and not self.launch.uses_boxes and narrow:
             found.append(
                 f"loads {dict(self.global_loads)} and copies {dict(self.async_copies)} (bytes: count),"
                 f" expected copies of {expected} bytes and more"
             )
         return found
-
-
-def uses_boxes(launch: KernelLaunch) -> bool:
-    """Whether a launch loads through TMA descriptors."""
-    return any(operand is not None and operand.block is not None for operand in launch.operands.values())
 
 
 def _rows(launch: KernelLaunch) -> int:
@@ -151,7 +144,7 @@ def compile_kernel(launch: KernelLaunch, target: Target) -> CompiledKernel:
         RuntimeError: Triton's interpreter is on, so there is nothing to compile.
     """
     compiled = triton.compile(
-        ASTSource(launch.kernel, *kernel_signature(launch)),
+        ASTSource(kernel_of(launch), *kernel_signature(launch)),
         target=GPUTarget("cuda", target.capability, 32),
         options=dict(launch.options),
     )
@@ -195,7 +188,7 @@ def compile_problems(
             for index, launch in enumerate(plan(problem, select_config(problem, target), target)):
                 key = (target, *code_key(launch))
                 first.setdefault(key, (problem, index, target))
-                sharing.setdefault(key, []).append(problem_key(launch.problem))
+                sharing.setdefault(key, []).append(launch.problem.key)
     found = []
     # A new process each: threads of this one, such as torch's, do not survive a fork.
     with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=get_context("spawn")) as pool:
@@ -218,12 +211,13 @@ def kernel_signature(
     Raises:
         RuntimeError: Triton's interpreter is on, so there is nothing to compile.
     """
-    if not isinstance(launch.kernel, JITFunction):
+    kernel = kernel_of(launch)
+    if not isinstance(kernel, JITFunction):
         raise RuntimeError("the kernels were imported with TRITON_INTERPRET set, expected it unset to compile them")
     types: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    for parameter in launch.kernel.params:
+    for parameter in kernel.params:
         name = parameter.name
         operand = launch.operands.get(name)
         if operand is not None and operand.block is not None:

@@ -2,8 +2,6 @@
 
 import contextlib
 import functools
-from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,13 +9,14 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.configs.config import BottleneckConfig, Config, ConvConfig, PairConfig, unsupported_reason
+from kernels.configs.config import Config, KernelLaunch, Operand
 from kernels.configs.selection import select_config
 from kernels.configs.targets import TARGETS, Target
 from kernels.jit.implicit_gemm import _conv2d_gathered_kernel
-from kernels.operators.checks import CHECKS, is_channels_last
-from kernels.plan import KernelLaunch, plan
-from kernels.problems import KERNEL_DTYPES, PROBLEMS, BottleneckProblem, ConvProblem, Problem, with_dtype
+from kernels.operators.checks import is_channels_last
+from kernels.operators.registry import OPERATORS
+from kernels.plan import kernel_of, plan
+from kernels.problems import KERNEL_DTYPES, Problem
 
 # Triton's interpreter runs one program at a time and pays for each operation: a GPU of one multiprocessor gets few
 # programs of large tiles.
@@ -79,23 +78,15 @@ def run(
     Raises:
         ValueError: an argument is not as the operator says, or config cannot run this problem on this device.
     """
-    CHECKS[name](*arguments, dtypes=KERNEL_DTYPES)
-    problem = PROBLEMS[name](*arguments)
-    parameters = getattr(torch.ops.resnet_deploy, name).default._schema.arguments
-    named = {parameter.name: value for parameter, value in zip(parameters, arguments, strict=True)}
-    tensors = {key: value for key, value in named.items() if isinstance(value, Tensor)}
-    if isinstance(problem, BottleneckProblem) and problem.has_residual:
-        tensors["residual"] = tensors.pop("shortcut")  # what is not projected is added as it is
-    return _run(problem, config, tensors, out, workspace)
-
-
-_Tensors = Mapping[str, Tensor]
+    call = OPERATORS[name].of(*arguments)
+    call.check(KERNEL_DTYPES)
+    return _run(call.problem(), config, call.operands(), out, workspace)
 
 
 def _run(
-    problem: Problem, config: Config | None, tensors: _Tensors, out: Tensor | None, workspace: Workspace | None
+    problem: Problem, config: Config | None, tensors: dict[str, Tensor], out: Tensor | None, workspace: Workspace | None
 ) -> Tensor:
-    """The result of `problem` on the operator's tensors, by name."""
+    """The result of `problem` on the operator's tensors, by the names that kernels give them."""
     x = tensors["x"]
     on_gpu = x.device.type == "cuda"
     if not on_gpu and isinstance(_conv2d_gathered_kernel, JITFunction):
@@ -116,65 +107,53 @@ def _run(
         # The interpreter multiplies bfloat16 operands as the integers that hold them and truncates where a GPU rounds.
         # float32 holds operands and products exactly, and leaves the last rounding to torch.
         wide = {name: tensor.float() for name, tensor in tensors.items()}
-        return out.copy_(_run(with_dtype(problem, torch.float32), config, wide, None, workspace))
+        return out.copy_(_run(problem.with_dtype(torch.float32), config, wide, None, workspace))
     target = target_of(x.device) if on_gpu else None
     if config is None:
         config = select_config(problem, target or _INTERPRETER)
-    elif (reason := unsupported_reason(problem, config, target)) is not None:
+    elif (reason := config.unsupported_reason(problem, target)) is not None:
         raise ValueError(f"{config} cannot run {problem}: {reason}")
     workspace = workspace or Workspace(x.device)
     with torch.cuda.device(x.device) if on_gpu else contextlib.nullcontext():
-        if isinstance(problem, BottleneckProblem) and isinstance(config, PairConfig):
-            hidden = _run(problem.first, config.first, tensors, None, workspace)
-            second = {**tensors, "x": hidden, "weight": tensors["expand_weight"], "bias": tensors["expand_bias"]}
-            return _run(problem.second, config.second, second, out, workspace)
-        config = _without_unaligned_boxes(config, tensors)
+        if any(tensor.data_ptr() % 16 for tensor in tensors.values()):
+            config = config.without_boxes()  # TMA wants multiples of 16 bytes, which a view of another need not be
+        values = {**tensors, "y": out}
         for launch in plan(problem, config, target):
-            _launch(launch, tensors, out, workspace)
+            _launch(launch, values, workspace)
     return out
 
 
-def _without_unaligned_boxes(config: Config, tensors: _Tensors) -> Config:
-    """TMA wants tensors at multiples of 16 bytes, which a view of another tensor need not be."""
-    aligned = all(tensor.data_ptr() % 16 == 0 for tensor in tensors.values())
-    if isinstance(config, (ConvConfig, BottleneckConfig)) and config.box is not None and not aligned:
-        return replace(config, box=None)
-    return config
-
-
-def _launch(launch: KernelLaunch, tensors: _Tensors, out: Tensor, workspace: Workspace) -> None:
-    arguments: dict[str, Any] = {"y_ptr": out, "partials_ptr": None, "counters_ptr": None}
+def _launch(launch: KernelLaunch, values: dict[str, Tensor], workspace: Workspace) -> None:
+    """One launch on tensors by name, among which its output is or from now on will be."""
+    names = launch.tensors or {}
+    x = values[names.get("x", "x")]
+    if launch.output not in values:
+        shape = launch.problem.out_shape
+        values[launch.output] = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    arguments: dict[str, Any] = {"y_ptr": values[launch.output], "partials_ptr": None, "counters_ptr": None}
     if launch.tiles:
-        arguments["partials_ptr"] = torch.empty(launch.partials, dtype=torch.float32, device=out.device)
+        arguments["partials_ptr"] = torch.empty(launch.partials, dtype=torch.float32, device=x.device)
         arguments["counters_ptr"] = workspace.counters(launch.tiles)
     for parameter, operand in launch.operands.items():
         if parameter in arguments:
             continue
         name = parameter.removesuffix("_ptr").removesuffix("_desc")
-        arguments[parameter] = None if operand is None else tensors[name]
-        if operand is not None and operand.block is not None:
-            view = _blocks_view(launch, name, tensors[name])
-            arguments[parameter] = TensorDescriptor(tensors[name], [*view.shape], [*view.stride()], [*operand.block])
+        tensor = None if operand is None else values[names.get(name, name)]
+        arguments[parameter] = tensor
+        if operand is not None and tensor is not None and operand.block is not None:
+            view = _blocks_view(operand, tensor)
+            arguments[parameter] = TensorDescriptor(tensor, [*view.shape], [*view.stride()], [*operand.block])
     ordered = {parameter: arguments[parameter] for parameter in launch.operands}
-    launch.kernel[launch.grid](**ordered, **launch.scalars, **launch.options)
+    kernel_of(launch)[launch.grid](**ordered, **launch.scalars, **launch.options)
 
 
-def _blocks_view(launch: KernelLaunch, name: str, tensor: Tensor) -> Tensor:
-    """`tensor` as its TMA descriptor sees it: a weight as C_OUT x K, an activation as N, H, W, C.
-
-    Of a projected shortcut only the pixels that its stride reads; of a dense convolution all pixels in one row.
-    """
+def _blocks_view(operand: Operand, tensor: Tensor) -> Tensor:
+    """`tensor` as its TMA descriptor sees it."""
     n, c, height, width = tensor.shape
     # Not the tensor's own strides: along an axis of one element torch allows any, TMA multiples of 16 bytes.
     pixels = tensor.as_strided((n, height, width, c), (height * width * c, width * c, c, 1))
-    if name.endswith("weight"):
+    if operand.view == "filters":
         return pixels.reshape(n, -1)
-    problem = launch.problem
-    conv = problem.first if isinstance(problem, BottleneckProblem) else problem
-    assert isinstance(conv, ConvProblem)
-    if isinstance(problem, ConvProblem) and problem.is_dense:
-        return pixels.reshape(1, 1, -1, pixels.shape[3])
-    if name == "shortcut" and conv.projection is not None:
-        step_h, step_w = conv.projection.stride
-        return pixels[:, ::step_h, ::step_w]
-    return pixels
+    if operand.view == "rows":
+        return pixels.reshape(1, 1, -1, c)
+    return pixels[:, :: operand.step[0], :: operand.step[1]]

@@ -1,23 +1,97 @@
-"""What each operator is asked to compute, as a value: sizes in elements, (height, width) pairs, dtype, flags.
+"""What an operator is asked to compute, as a value: sizes in elements, (height, width) pairs, dtype, flags.
 
-A problem is the one description that the launcher, the ahead-of-time compiler, the heuristic and the tuned tables
-share. Its flops and bytes are the floor: each input read once, each output written once. The functions at the end
-make a problem of an operator's arguments, of which they only read shapes and dtypes.
+A problem is the one description that the launcher, the ahead-of-time compiler, the rules and the tuned tables share.
+Its flops and bytes are the floor: each input read once, each output written once. Here are the convolution, which
+several operators ask for, and what every kind of problem knows; the other kinds lie beside their operators.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+Shapes = dict[str, tuple[int, ...]]
+
+
+class Problem(Protocol):
+    """What every kind of problem knows."""
+
+    @property
+    def operator(self) -> str:
+        """The name of the operator that computes it."""
+
+    @property
+    def batch(self) -> int: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def relu(self) -> bool:
+        """Whether the operator's last step keeps positive values only; a maximum over such values does."""
+
+    @property
+    def out_shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def flops(self) -> int: ...
+
+    @property
+    def activation_bytes(self) -> int: ...
+
+    @property
+    def weight_bytes(self) -> int: ...
+
+    @property
+    def loads_are_vectors(self) -> bool:
+        """Whether each pixel's channels of one group divide into 16-byte loads."""
+
+    @property
+    def key(self) -> str:
+        """The problem in one readable line, such as `conv fp16 n8 64x56x56 -> 256 1x1 residual relu`."""
+
+    @property
+    def parts(self) -> "tuple[Problem, ...]":
+        """The problems that it can be run as, one after the other; none where that is only as one."""
+
+    @property
+    def shapes(self) -> Shapes:
+        """Of the operator's tensors that are given, by argument."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The operator's other arguments."""
+
+    def __hash__(self) -> int: ...
+
+    def with_batch(self, batch: int) -> "Problem":
+        """The same for another number of images."""
+
+    def with_dtype(self, dtype: torch.dtype) -> "Problem":
+        """The same in another dtype."""
 
 
 def conv_output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
     """Output pixels along one axis: floor((size + 2*padding - dilation*(kernel - 1) - 1) / stride) + 1."""
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def dtype_word(dtype: torch.dtype) -> str:
+    return {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}.get(dtype, str(dtype))
+
+
+def shortcut_words(has_residual: bool, projection: "Projection | None", relu: bool) -> str:
+    """What the end of a key says of the shortcut and the ReLU."""
+    words = " residual" if has_residual else ""
+    if projection is not None:
+        words += f" projection {projection.c_in}x{projection.height}x{projection.width} s{_pair(projection.stride)}"
+    return words + (" relu" if relu else "")
+
+
+def _pair(values: tuple[int, int]) -> str:
+    return f"{values[0]}x{values[1]}"
 
 
 @dataclass(frozen=True)
@@ -28,6 +102,17 @@ class Projection:
     height: int
     width: int
     stride: tuple[int, int]
+
+    @classmethod
+    def of(cls, shortcut: Tensor, stride: tuple[int, int]) -> "Projection":
+        _, channels, height, width = shortcut.shape
+        return cls(channels, height, width, stride)
+
+    def shapes(self, batch: int, c_out: int) -> Shapes:
+        return {
+            "shortcut": (batch, self.c_in, self.height, self.width),
+            "shortcut_weight": (c_out, self.c_in, 1, 1),
+        }
 
 
 @dataclass(frozen=True)
@@ -48,6 +133,15 @@ class ConvProblem:
     has_residual: bool = False
     relu: bool = False
     projection: Projection | None = None
+
+    @property
+    def operator(self) -> str:
+        return "conv2d_projection_bias_act" if self.projection else "conv2d_bias_act"
+
+    @property
+    def convolution(self) -> "ConvProblem":
+        """The convolution of x, as every problem that has one calls it."""
+        return self
 
     @property
     def out_height(self) -> int:
@@ -113,246 +207,49 @@ class ConvProblem:
         """Whether each pixel's channels of one group divide into 16-byte loads."""
         return self.c_in_per_group * self.dtype.itemsize % 16 == 0
 
-
-@dataclass(frozen=True)
-class BottleneckProblem:
-    """conv2d_conv1x1_bias_act: `first` with its ReLU, then a 1x1 convolution to c_out channels with the shortcut."""
-
-    first: ConvProblem
-    c_out: int
-    has_residual: bool = False
-    projection: Projection | None = None
-    relu: bool = False
+    @property
+    def key(self) -> str:
+        return f"conv {self.words}{shortcut_words(self.has_residual, self.projection, self.relu)}"
 
     @property
-    def second(self) -> ConvProblem:
-        """The 1x1 convolution on its own, as it runs where the two are not fused."""
-        return ConvProblem(
-            batch=self.first.batch,
-            c_in=self.first.c_out,
-            height=self.first.out_height,
-            width=self.first.out_width,
-            c_out=self.c_out,
-            kernel=(1, 1),
-            dtype=self.first.dtype,
-            has_residual=self.has_residual,
-            relu=self.relu,
-            projection=self.projection,
-        )
+    def words(self) -> str:
+        """Type, sizes and geometry."""
+        size = f"{self.c_in}x{self.height}x{self.width}"
+        words = [dtype_word(self.dtype), f"n{self.batch}", size, f"-> {self.c_out}", _pair(self.kernel)]
+        if self.stride != (1, 1):
+            words.append(f"s{_pair(self.stride)}")
+        if self.padding != (0, 0):
+            words.append(f"p{_pair(self.padding)}")
+        if self.dilation != (1, 1):
+            words.append(f"d{_pair(self.dilation)}")
+        if self.groups > 1:
+            words.append(f"g{self.groups}")
+        return " ".join(words)
 
     @property
-    def batch(self) -> int:
-        return self.first.batch
+    def parts(self) -> tuple[Problem, ...]:
+        return ()
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.first.dtype
+    def shapes(self) -> Shapes:
+        shapes: Shapes = {
+            "x": (self.batch, self.c_in, self.height, self.width),
+            "weight": (self.c_out, self.c_in_per_group, *self.kernel),
+            "bias": (self.c_out,),
+        }
+        if self.has_residual:
+            shapes["residual"] = self.out_shape
+        return {**shapes, **(self.projection.shapes(self.batch, self.c_out) if self.projection else {})}
 
     @property
-    def out_shape(self) -> tuple[int, int, int, int]:
-        return self.second.out_shape
+    def settings(self) -> dict[str, Any]:
+        geometry = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "relu": self.relu}
+        if self.projection:
+            return {**geometry, "shortcut_stride": self.projection.stride}
+        return {**geometry, "groups": self.groups}
 
-    @property
-    def flops(self) -> int:
-        return self.first.flops + self.second.flops
+    def with_batch(self, batch: int) -> "ConvProblem":
+        return replace(self, batch=batch)
 
-    @property
-    def activation_bytes(self) -> int:
-        """What lies between the two is neither written nor read."""
-        between = self.first.gemm_m * self.first.c_out * self.dtype.itemsize
-        return self.first.activation_bytes + self.second.activation_bytes - 2 * between
-
-    @property
-    def weight_bytes(self) -> int:
-        return self.first.weight_bytes + self.second.weight_bytes
-
-    @property
-    def loads_are_vectors(self) -> bool:
-        return self.first.loads_are_vectors and self.second.loads_are_vectors
-
-
-@dataclass(frozen=True)
-class StemProblem:
-    """conv2d_bias_relu_maxpool: `conv` with its ReLU, then the 3x3 max-pool of stride 2 and padding 1."""
-
-    conv: ConvProblem
-
-    @property
-    def batch(self) -> int:
-        return self.conv.batch
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.conv.dtype
-
-    @property
-    def out_shape(self) -> tuple[int, int, int, int]:
-        n, c_out, height, width = self.conv.out_shape
-        return n, c_out, conv_output_size(height, 3, 2, 1, 1), conv_output_size(width, 3, 2, 1, 1)
-
-    @property
-    def flops(self) -> int:
-        return self.conv.flops
-
-    @property
-    def activation_bytes(self) -> int:
-        n, c_out, height, width = self.out_shape
-        _, _, conv_height, conv_width = self.conv.out_shape
-        saved = n * c_out * (conv_height * conv_width - height * width) * self.dtype.itemsize
-        return self.conv.activation_bytes - saved
-
-    @property
-    def weight_bytes(self) -> int:
-        return self.conv.weight_bytes
-
-    @property
-    def loads_are_vectors(self) -> bool:
-        return self.conv.loads_are_vectors
-
-
-@dataclass(frozen=True)
-class HeadProblem:
-    """mean_linear."""
-
-    batch: int
-    c_in: int
-    height: int
-    width: int
-    c_out: int
-    dtype: torch.dtype = torch.float16
-
-    @property
-    def out_shape(self) -> tuple[int, int]:
-        return self.batch, self.c_out
-
-    @property
-    def flops(self) -> int:
-        """Of the fully connected layer; the mean is not counted."""
-        return 2 * self.batch * self.c_in * self.c_out
-
-    @property
-    def activation_bytes(self) -> int:
-        return self.batch * (self.c_in * self.height * self.width + self.c_out) * self.dtype.itemsize
-
-    @property
-    def weight_bytes(self) -> int:
-        return self.c_out * (self.c_in + 1) * self.dtype.itemsize
-
-    @property
-    def loads_are_vectors(self) -> bool:
-        return self.c_in * self.dtype.itemsize % 16 == 0
-
-
-Problem: TypeAlias = ConvProblem | BottleneckProblem | StemProblem | HeadProblem
-
-
-def with_dtype(problem: Problem, dtype: torch.dtype) -> Problem:
-    """The same problem in another dtype."""
-    if isinstance(problem, BottleneckProblem):
-        return replace(problem, first=replace(problem.first, dtype=dtype))
-    if isinstance(problem, StemProblem):
-        return replace(problem, conv=replace(problem.conv, dtype=dtype))
-    return replace(problem, dtype=dtype)
-
-
-def with_batch(problem: Problem, batch: int) -> Problem:
-    """The same problem for another number of images."""
-    if isinstance(problem, BottleneckProblem):
-        return replace(problem, first=replace(problem.first, batch=batch))
-    if isinstance(problem, StemProblem):
-        return replace(problem, conv=replace(problem.conv, batch=batch))
-    return replace(problem, batch=batch)
-
-
-def conv2d_bias_act_problem(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    residual: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    relu: bool,
-) -> ConvProblem:
-    batch, c_in, height, width = x.shape
-    return ConvProblem(
-        batch=batch,
-        c_in=c_in,
-        height=height,
-        width=width,
-        c_out=weight.shape[0],
-        kernel=(weight.shape[2], weight.shape[3]),
-        stride=(stride[0], stride[1]),
-        padding=(padding[0], padding[1]),
-        dilation=(dilation[0], dilation[1]),
-        groups=groups,
-        dtype=x.dtype,
-        has_residual=residual is not None,
-        relu=relu,
-    )
-
-
-def conv2d_projection_bias_act_problem(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    shortcut: Tensor,
-    shortcut_weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    shortcut_stride: Sequence[int],
-    relu: bool,
-) -> ConvProblem:
-    conv = conv2d_bias_act_problem(x, weight, bias, None, stride, padding, dilation, 1, relu)
-    return replace(conv, projection=_projection(shortcut, shortcut_stride))
-
-
-def conv2d_conv1x1_bias_act_problem(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    expand_weight: Tensor,
-    expand_bias: Tensor,
-    shortcut: Tensor | None,
-    shortcut_weight: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    shortcut_stride: Sequence[int],
-    relu: bool,
-) -> BottleneckProblem:
-    projected = shortcut is not None and shortcut_weight is not None
-    return BottleneckProblem(
-        first=conv2d_bias_act_problem(x, weight, bias, None, stride, padding, dilation, 1, True),
-        c_out=expand_weight.shape[0],
-        has_residual=shortcut is not None and not projected,
-        projection=_projection(shortcut, shortcut_stride) if shortcut is not None and projected else None,
-        relu=relu,
-    )
-
-
-def conv2d_bias_relu_maxpool_problem(
-    x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int], padding: Sequence[int]
-) -> StemProblem:
-    return StemProblem(conv2d_bias_act_problem(x, weight, bias, None, stride, padding, (1, 1), 1, True))
-
-
-def mean_linear_problem(x: Tensor, weight: Tensor, bias: Tensor) -> HeadProblem:
-    batch, c_in, height, width = x.shape
-    return HeadProblem(batch, c_in, height, width, weight.shape[0], x.dtype)
-
-
-def _projection(shortcut: Tensor, stride: Sequence[int]) -> Projection:
-    _, channels, height, width = shortcut.shape
-    return Projection(channels, height, width, (stride[0], stride[1]))
-
-
-PROBLEMS: dict[str, Callable[..., Problem]] = {
-    "conv2d_bias_act": conv2d_bias_act_problem,
-    "conv2d_projection_bias_act": conv2d_projection_bias_act_problem,
-    "conv2d_conv1x1_bias_act": conv2d_conv1x1_bias_act_problem,
-    "conv2d_bias_relu_maxpool": conv2d_bias_relu_maxpool_problem,
-    "mean_linear": mean_linear_problem,
-}
+    def with_dtype(self, dtype: torch.dtype) -> "ConvProblem":
+        return replace(self, dtype=dtype)

@@ -39,10 +39,11 @@ with importing("tune"):
     from export.terminal.console import Progress, print_table
     from kernels.configs.config import Config
     from kernels.configs.heuristic import heuristic_config
-    from kernels.configs.selection import problem_key, tuned_table, write_table
+    from kernels.configs.selection import tuned_table, write_table
     from kernels.configs.tuning import tune
-    from kernels.oracle import Inputs, make_inputs, operator_call, oracle, p1_failures
-    from kernels.problems import Problem, with_batch
+    from kernels.operators.registry import Arguments
+    from kernels.oracle import make_inputs, oracle, p1_failures
+    from kernels.problems import Problem
     from resnet.errors import ResNetError
     from resnet.models import MODELS, create_model
 
@@ -97,12 +98,12 @@ def tune_models(args: argparse.Namespace, progress: Progress) -> tuple[list[tupl
     header["date"] = datetime.date.today().isoformat()
     rows, path = [], Path()
     for index, problem in enumerate(problems):
-        progress(f"{index + 1} of {len(problems)}: {problem_key(problem)}")
+        progress(f"{index + 1} of {len(problems)}: {problem.key}")
         measure = Measurement()
         config, seconds, count = tune(problem, target, measure)
         start = measure(problem, start_from[problem])
-        rows.append((problem_key(problem), 1e6 * (start or 0), 1e6 * seconds, count))
-        configs[problem_key(problem)] = config
+        rows.append((problem.key, 1e6 * (start or 0), 1e6 * seconds, count))
+        configs[problem.key] = config
         path = write_table(target.name, header, configs)  # after each: an interrupted run keeps what it found
     return rows, path
 
@@ -131,12 +132,12 @@ class Measurement:
         from triton.testing import do_bench_cudagraph
 
         try:
-            if not self._is_right(with_batch(problem, min(problem.batch, 2)), config):
+            if not self._is_right(problem.with_batch(min(problem.batch, 2)), config):
                 return None
         except (CompilationError, OutOfResources, PTXASError):
             return None
         inputs = self._inputs.setdefault(problem, make_inputs(problem, "cuda"))
-        run = launcher(problem, inputs, config)
+        run = launcher(inputs, config)
         # In a graph: a launch from Python takes longer than the smallest of these kernels.
         return float(do_bench_cudagraph(run, rep=20, return_mode="median")) / 1e3
 
@@ -145,18 +146,17 @@ class Measurement:
             inputs = make_inputs(problem, "cuda")
             self._checks[problem] = inputs, oracle(problem, inputs)
         inputs, expected = self._checks[problem]
-        return not p1_failures(launcher(problem, inputs, config)(), problem, inputs, expected)
+        return not p1_failures(launcher(inputs, config)(), problem, inputs, expected)
 
 
-def launcher(problem: Problem, inputs: Inputs, config: Config) -> Callable[[], torch.Tensor]:
+def launcher(inputs: Arguments[torch.Tensor], config: Config) -> Callable[[], torch.Tensor]:
     """One launch of the problem's operator, with a workspace of its own."""
     from kernels import launch
 
-    name, arguments = operator_call(problem, inputs)
     workspace = launch.Workspace("cuda")
 
     def run() -> torch.Tensor:
-        return launch.run(name, *arguments, config=config, workspace=workspace)
+        return launch.run(inputs.operator, *inputs.values(), config=config, workspace=workspace)
 
     return run
 

@@ -18,7 +18,8 @@ _RUNTIME = (
     *("export.runtime.bundle", "export.runtime.engines", "export.runtime.parity"),
     *("export.runtime.onnx_session", "export.runtime.runner"),
 )
-_LOWER = ("export.fusion", *_RUNTIME, "export.base", "kernels", "kernels.problems", "kernels.operators")
+_OPERATORS = ("kernels.problems", "kernels.rounding", "kernels.operators")
+_LOWER = ("export.fusion", *_RUNTIME, "export.base", "kernels", *_OPERATORS)
 _KERNELS = ("kernels.plan", "kernels.configs", "kernels.jit", "kernels.problems")
 RULE: dict[str, tuple[str, ...]] = {
     "export": ("export.criteria", "export.report", "export.lowering", "export.quantisation", *_LOWER),
@@ -26,18 +27,20 @@ RULE: dict[str, tuple[str, ...]] = {
     "export.criteria": ("export.lowering", "export.quantisation", *_LOWER),
     "export.lowering": (*_LOWER, "kernels.launch"),
     "export.quantisation": _LOWER,
-    "export.fusion": ("export.base", "kernels", "kernels.problems", "kernels.operators"),
+    "export.fusion": ("export.base", "kernels", *_OPERATORS),
     "export.report": (*_RUNTIME, "export.base"),
     "export.terminal": (*_RUNTIME, "export.base"),
     **{room: (*_RUNTIME[index + 1 :], "export.base") for index, room in enumerate(_RUNTIME)},
     "export.base": (),
-    "kernels": ("kernels.configs", "kernels.operators"),
+    "kernels": ("kernels.operators",),
     "kernels.compile": _KERNELS,
     "kernels.launch": (*_KERNELS, "kernels.operators"),
     "kernels.plan": _KERNELS[1:],
     "kernels.configs": ("kernels.problems",),
-    "kernels.oracle": ("kernels.problems",),
-    "kernels.operators": ("kernels.problems", "kernels.launch"),  # which a call on a GPU imports, and nothing before
+    "kernels.oracle": _OPERATORS,
+    # How an operator's kernel is launched lies beside it; launch is what a call on a GPU imports, and nothing before.
+    "kernels.operators": ("kernels.configs", "kernels.problems", "kernels.rounding", "kernels.launch"),
+    "kernels.rounding": (),
     "kernels.jit": (),
     "kernels.problems": (),
     "resnet.training": (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,27 @@ from typing import Any
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt-rtx", "triton", "numpy")
 
 
+def installed_version(package: str) -> str:
+    """What is installed, with its build: `2.14.1+cu130` where that is what torch.__version__ says.
+
+    Raises:
+        importlib.metadata.PackageNotFoundError: it is not installed.
+    """
+    distribution = importlib.metadata.distribution(package)
+    if package == "torch":  # on PyPI its metadata leave the build out, which it writes into this file
+        stated = Path(str(distribution.locate_file("torch/version.py")))
+        found = re.search(r"^__version__ = '(.+)'$", stated.read_text(), re.MULTILINE) if stated.is_file() else None
+        if found is not None:
+            return found[1]
+    return distribution.version
+
+
 def installed_versions() -> dict[str, str]:
     """Of those of PACKAGES that are installed."""
     versions = {}
     for package in PACKAGES:
         try:
-            versions[package] = importlib.metadata.version(package)
+            versions[package] = installed_version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions

@@ -17,7 +17,8 @@ from export.base.precision import Precision
 from export.fusion.casting import converted
 from export.fusion.nodes import FUSED_OPERATORS, aten, module_path, moves_data, schema_name
 from export.fusion.program import FusedProgram
-from kernels.problems import PROBLEMS, ConvProblem, Problem
+from kernels.operators.registry import OPERATORS
+from kernels.problems import ConvProblem, Problem
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class _Counter(fx.Interpreter):
 
 
 def _fused(name: str, kind: str, args: tuple, result: Tensor) -> Work:
-    problem = PROBLEMS[kind](*args)
+    problem = OPERATORS[kind].of(*args).problem()
     return Work(name, kind, problem.flops, problem.activation_bytes, problem.weight_bytes, problem=problem)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from export.base.precision import PRECISIONS, Precision
-from export.criteria.bounds import BOUNDS, Bound, Call
+from export.criteria.bounds import BOUNDS, Call
 from export.criteria.fault import fault_of
 from export.fusion.capture import plain_torch
 from export.fusion.interpreter import GraphInterpreter
@@ -35,10 +35,8 @@ from export.fusion.nodes import (
 )
 from export.fusion.program import FusedProgram, operator_nodes
 from export.runtime.parity.checks import UNDERFLOW, Fault, OperatorCheck, OperatorChecks
+from kernels.rounding import MAX_RMS_Z, MAX_Z, Bound, Rounding
 
-RMS_LIMIT = 1.6
-MAX_LIMIT = 9.0
-MAX_LIMIT_FP32 = 16.0
 _SEVERAL = 3.0  # sigmas: more than rounding does to most values
 
 
@@ -243,7 +241,7 @@ def _check(
     separate_addition: bool,
 ) -> OperatorCheck:
     name, kind, dtype = module_path(node), schema_name(node), precision.dtype
-    limits = (RMS_LIMIT, MAX_LIMIT_FP32 if precision.name == "fp32" else MAX_LIMIT)
+    limits = (MAX_RMS_Z, MAX_Z[dtype])
 
     def refused(reason: str, fault: Fault | None = None) -> OperatorCheck:
         return OperatorCheck(name, kind, float("inf"), float("inf"), *limits, reason, fault)
@@ -308,7 +306,7 @@ def _allowed(
     arguments = {key: value_of(argument) for key, argument in named_args(node).items()}
     rounds_weights, bound = precision.name != "fp32", _bound(program, node)
     assert bound is not None  # who asks has seen to it
-    return bound(Call(arguments, pre, precision.roundoff, rounds_weights, separate_addition))
+    return bound(Call(arguments, pre, Rounding(precision.roundoff, rounds_weights, separate_addition)))
 
 
 def _count_broken(values: Tensor) -> str:

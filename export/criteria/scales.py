@@ -19,12 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from export.criteria.operators import MAX_LIMIT, RMS_LIMIT, evaluate
+from export.criteria.operators import evaluate
 from export.fusion.nodes import args_of, is_call, module_path, named_args, parameter, resnet_deploy, source_name
 from export.fusion.program import QuantisedProgram
 from export.quantisation.quantise import BIAS_LIMIT, LAYERS, is_input, range_of, summand_name
 from export.quantisation.scheme import Range, Scheme
 from export.runtime.parity.checks import QuantisedCheck
+from kernels.rounding import MAX_RMS_Z, MAX_Z
 
 _HALF = 0.5 + 1e-6  # steps
 _EXACT = 1e-9  # relative, of float64 sums in another order
@@ -156,9 +157,9 @@ def _check_layer(
     z = ((got - expected).abs() / (sigma2.sqrt() + floor))[(got != 0) | (expected != 0)]
     rms, worst = (float(z.square().mean().sqrt()), float(z.max())) if len(z) else (0.0, 0.0)
     reason = ""
-    if not (rms <= RMS_LIMIT and worst <= MAX_LIMIT):
+    if not (rms <= MAX_RMS_Z and worst <= MAX_Z[torch.float16]):
         reason = f"rms {rms:.2f}, max {worst:.1f} times what rounding its weights explains"
-    return QuantisedCheck(module_path(layer), "layer", worst, 0.0, reason, lsb_limit=MAX_LIMIT)
+    return QuantisedCheck(module_path(layer), "layer", worst, 0.0, reason, lsb_limit=MAX_Z[torch.float16])
 
 
 def _check_between(node: fx.Node, got: Tensor, expected: Tensor) -> QuantisedCheck:

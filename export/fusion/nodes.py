@@ -12,20 +12,14 @@ from typing import Any, TypeGuard, TypeVar
 import torch
 from torch import Tensor, fx
 
-import kernels
-import kernels.operators.quantize_linear  # noqa: F401  registers operators, as does the next
+from kernels.operators.registry import OPERATORS, Arguments
 
 aten = torch.ops.aten
 resnet_deploy = torch.ops.resnet_deploy
-FUSED_OPERATORS = (
-    resnet_deploy.conv2d_bias_act.default,
-    resnet_deploy.conv2d_bias_relu_maxpool.default,
-    resnet_deploy.conv2d_projection_bias_act.default,
-    resnet_deploy.conv2d_conv1x1_bias_act.default,
-    resnet_deploy.mean_linear.default,
-)
+FUSED_OPERATORS = tuple(getattr(resnet_deploy, name).default for name in OPERATORS)
 QUANTISATION = (resnet_deploy.quantize_linear.default, resnet_deploy.dequantize_linear.default)
 _T = TypeVar("_T")
+_Arguments = TypeVar("_Arguments", bound=Arguments[Any])
 
 
 def duplicate(graph_module: fx.GraphModule) -> fx.GraphModule:
@@ -78,6 +72,16 @@ def named_args(node: fx.Node) -> dict[str, Any]:
     defaults = {argument.name: argument.default_value for argument in names}
     given = {argument.name: value for argument, value in zip(names, node.args, strict=False)}
     return {**defaults, **given, **node.kwargs}
+
+
+def fused_args(operator: type[_Arguments], node: fx.Node) -> _Arguments:
+    """The arguments of a call of a fused operator, as their type."""
+    return operator.of(*node.args)
+
+
+def fused_call(graph: fx.Graph, arguments: Arguments[fx.Node]) -> fx.Node:
+    """A call of the fused operator that takes these arguments, at the graph's current insertion point."""
+    return graph.call_function(getattr(resnet_deploy, arguments.operator).default, arguments.values())
 
 
 def only_reader(node: fx.Node) -> fx.Node | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -9,55 +10,46 @@ from onnxscript import opset18 as op
 from onnxscript import opset19
 
 from export.fusion.nodes import resnet_deploy
+from kernels.operators.conv2d_bias_act import Conv2dBiasAct
+from kernels.operators.conv2d_bias_relu_maxpool import Conv2dBiasReluMaxpool
+from kernels.operators.conv2d_conv1x1_bias_act import Conv2dConv1x1BiasAct
+from kernels.operators.conv2d_projection_bias_act import Conv2dProjectionBiasAct
+from kernels.operators.mean_linear import MeanLinear
+from kernels.operators.registry import Arguments
 
 
-def _conv2d_bias_act(x, weight, bias, residual, stride, padding, dilation, groups, relu):  # type: ignore[no-untyped-def]
-    y = _conv(x, weight, bias, stride, padding, dilation, groups)
-    if residual is not None:
-        y = op.Add(y, residual)
-    return op.Relu(y) if relu else y
+def _conv2d_bias_act(a: Conv2dBiasAct[Any]) -> Any:
+    y = _conv(a.x, a.weight, a.bias, a.stride, a.padding, a.dilation, a.groups)
+    if a.residual is not None:
+        y = op.Add(y, a.residual)
+    return op.Relu(y) if a.relu else y
 
 
-def _conv2d_projection_bias_act(  # type: ignore[no-untyped-def]
-    x, weight, bias, shortcut, shortcut_weight, stride, padding, dilation, shortcut_stride, relu
-):
-    y = _conv(x, weight, bias, stride, padding, dilation)
-    y = op.Add(y, _project(shortcut, shortcut_weight, shortcut_stride))
-    return op.Relu(y) if relu else y
+def _conv2d_projection_bias_act(a: Conv2dProjectionBiasAct[Any]) -> Any:
+    y = _conv(a.x, a.weight, a.bias, a.stride, a.padding, a.dilation)
+    y = op.Add(y, _project(a.shortcut, a.shortcut_weight, a.shortcut_stride))
+    return op.Relu(y) if a.relu else y
 
 
-def _conv2d_conv1x1_bias_act(  # type: ignore[no-untyped-def]
-    x,
-    weight,
-    bias,
-    expand_weight,
-    expand_bias,
-    shortcut,
-    shortcut_weight,
-    stride,
-    padding,
-    dilation,
-    shortcut_stride,
-    relu,
-):
-    h = op.Relu(_conv(x, weight, bias, stride, padding, dilation))
-    y = op.Conv(h, expand_weight, expand_bias)
-    if shortcut_weight is not None:
-        y = op.Add(y, _project(shortcut, shortcut_weight, shortcut_stride))
-    elif shortcut is not None:
-        y = op.Add(y, shortcut)
-    return op.Relu(y) if relu else y
+def _conv2d_conv1x1_bias_act(a: Conv2dConv1x1BiasAct[Any]) -> Any:
+    h = op.Relu(_conv(a.x, a.weight, a.bias, a.stride, a.padding, a.dilation))
+    y = op.Conv(h, a.expand_weight, a.expand_bias)
+    if a.shortcut_weight is not None:
+        y = op.Add(y, _project(a.shortcut, a.shortcut_weight, a.shortcut_stride))
+    elif a.shortcut is not None:
+        y = op.Add(y, a.shortcut)
+    return op.Relu(y) if a.relu else y
 
 
-def _conv2d_bias_relu_maxpool(x, weight, bias, stride, padding):  # type: ignore[no-untyped-def]
-    h = op.Relu(_conv(x, weight, bias, stride, padding, (1, 1)))
+def _conv2d_bias_relu_maxpool(a: Conv2dBiasReluMaxpool[Any]) -> Any:
+    h = op.Relu(_conv(a.x, a.weight, a.bias, a.stride, a.padding, (1, 1)))
     y, _indices = op.MaxPool(h, kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
     return y
 
 
-def _mean_linear(x, weight, bias):  # type: ignore[no-untyped-def]
+def _mean_linear(a: MeanLinear[Any]) -> Any:
     pixels: Any = op.Constant(value_ints=[2, 3])
-    return op.Gemm(op.ReduceMean(x, pixels, keepdims=0), weight, bias, transB=1)
+    return op.Gemm(op.ReduceMean(a.x, pixels, keepdims=0), a.weight, a.bias, transB=1)
 
 
 def _conv(x, weight, bias, stride, padding, dilation, groups=1):  # type: ignore[no-untyped-def]
@@ -76,12 +68,26 @@ def _dequantize_linear(q, scale, zero_point):  # type: ignore[no-untyped-def]
     return opset19.DequantizeLinear(q, scale, zero_point, axis=0)
 
 
+def _of_values(arguments: type[Arguments[Any]], lowering: Callable[[Any], Any]) -> Callable[..., Any]:
+    """A lowering as the exporter calls it: with the operator's arguments one by one, whose names it looks up."""
+
+    def translate(*values: Any) -> Any:
+        return lowering(arguments.of(*values))
+
+    names = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in arguments.names()]
+    translate.__signature__ = inspect.Signature(names)  # type: ignore[attr-defined]
+    return translate
+
+
+_LOWERINGS: dict[type[Arguments[Any]], Callable[[Any], Any]] = {
+    Conv2dBiasAct: _conv2d_bias_act,
+    Conv2dBiasReluMaxpool: _conv2d_bias_relu_maxpool,
+    Conv2dProjectionBiasAct: _conv2d_projection_bias_act,
+    Conv2dConv1x1BiasAct: _conv2d_conv1x1_bias_act,
+    MeanLinear: _mean_linear,
+}
 TRANSLATIONS: dict[Callable, Callable] = {
-    resnet_deploy.conv2d_bias_act.default: _conv2d_bias_act,
-    resnet_deploy.conv2d_bias_relu_maxpool.default: _conv2d_bias_relu_maxpool,
-    resnet_deploy.conv2d_projection_bias_act.default: _conv2d_projection_bias_act,
-    resnet_deploy.conv2d_conv1x1_bias_act.default: _conv2d_conv1x1_bias_act,
-    resnet_deploy.mean_linear.default: _mean_linear,
+    **{getattr(resnet_deploy, a.operator).default: _of_values(a, lowering) for a, lowering in _LOWERINGS.items()},
     resnet_deploy.quantize_linear.default: _quantize_linear,
     resnet_deploy.dequantize_linear.default: _dequantize_linear,
 }

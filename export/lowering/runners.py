@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ from typing_extensions import Self
 
 from export.base.batch import Arrays
 from export.base.errors import ExportError, first_line
+from export.base.machine import installed_version
 from export.base.precision import Precision
 from export.fusion.capture import eager_copy, plain_torch
 from export.fusion.interpreter import GraphInterpreter
@@ -97,7 +97,7 @@ class ProgramRunner(Runner):
         self._program, self._precision = program, precision
         self._device, self._operators = device, dict(operators or {})
         self.name, package = ("triton", "triton") if device != "cpu" or operators else ("fused", "torch")
-        self.runtime = f"{package} {importlib.metadata.version(package)}"
+        self.runtime = f"{package} {installed_version(package)}"
 
     def __enter__(self) -> Self:
         if self._device == "cpu":

@@ -1,28 +1,22 @@
-"""How a problem is launched: the configurations, and the one statement of which are valid for which problem.
+"""How a problem is launched: what every kind of configuration knows, and which ones are valid for which problem.
 
-`unsupported_reason` is what the heuristic, the tuner and the tests share.
+A kind says which problems it runs, why it cannot run one of them, how much shared memory and how many accumulators that
+takes, and what is passed to which kernel. `Config.unsupported_reason` is what the rules, the tuner and the tests share.
 """
 
 import math
-from dataclasses import dataclass
-from typing import TypeAlias
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, ClassVar
+
+import torch
 
 from kernels.configs.targets import Target
-from kernels.problems import (
-    KERNEL_DTYPES,
-    BottleneckProblem,
-    ConvProblem,
-    HeadProblem,
-    Problem,
-    StemProblem,
-)
-
-INPUT_PRECISIONS = ("ieee", "tf32", "tf32x3")
+from kernels.problems import KERNEL_DTYPES, ConvProblem, Problem
 
 # Output pixels are numbered in int32 inside the kernels: dividing int64 by P and Q costs several times as much.
 MAX_PIXELS = 2**31 - 1
-# CUDA's limit on the second and third grid axis; groups lie on the second.
-MAX_GROUPS = 65535
 # tl.dot's smallest tile side on every target for every dtype here.
 MIN_BLOCK = 16
 # float32 accumulators per thread. With 128 (128x128 on 4 warps, 128x256 on 8) the epilogue's residual tile spills
@@ -31,87 +25,190 @@ MAX_ACCUMULATORS_PER_THREAD = 64
 # TMA: pixels per axis of one box, and the barriers that each pipeline stage keeps in shared memory.
 MAX_BOX = 256
 BARRIER_BYTES = 1024
-# 8 rows of blocks share their weights in L2; more only helps when x does not fit there either.
-GROUP_M = 8
-# Elements of x per thread and K slice when they cannot be loaded 16 bytes at a time: every element then holds its
-# own address and mask, and 32 of them spill.
-MAX_GATHERED_PER_THREAD = 16
+
+Box = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class ConvConfig:
-    """One way to launch a ConvProblem.
+class Operand:
+    """A tensor parameter of a kernel: a pointer to `dtype`, or with a block a TMA descriptor of such blocks.
 
     Attributes:
-        block_m, block_n, block_k: the tile, in rows, columns and reduction indices.
-        num_warps, num_stages: warps per program, stages of the software pipeline.
-        group_m: rows of blocks between which the weights stay in L2.
-        input_precision: for float32 only. "ieee" is float32 throughout; "tf32" rounds both operands to an 11-bit
-            significand and runs on tensor cores.
-        split_k: programs that share one tile's reduction.
-        box: (images, rows, columns) of one row block, loaded by TMA; None gathers through pointers.
-        programs_per_sm: with a box, how many persistent programs a multiprocessor gets; 0 is one program per block.
+        block: sides of one block, of a tensor that the descriptor sees as `view` says.
+        view: "filters" C_OUT x K, "pixels" N, H, W, C, or "rows": all pixels in one row of one image.
+        step: of the pixels, only every such row and column.
     """
 
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    group_m: int = GROUP_M
-    input_precision: str = "ieee"
-    split_k: int = 1
-    box: tuple[int, int, int] | None = None
-    programs_per_sm: int = 0
+    dtype: torch.dtype
+    block: tuple[int, ...] | None = None
+    view: str = ""
+    step: tuple[int, int] = (1, 1)
 
 
 @dataclass(frozen=True)
-class BottleneckConfig:
-    """One kernel for both convolutions: block_m rows through all channels in between, then block_n columns at a time.
+class KernelLaunch:
+    """One launch of one kernel: everything but the tensors.
 
-    `box` as in ConvConfig, for the first convolution.
+    Attributes:
+        kernel: the file in kernels/jit and the function: `head._mean_linear_kernel`.
+        problem, config: what it computes and how.
+        operands: its tensor parameters by name; None is passed as None.
+        scalars: every other parameter by name.
+        grid: programs along each axis.
+        options: num_warps, num_stages and the other options of the compiler.
+        tiles, partials: of a split K: counters, and float32 elements of partial sums; else 0.
+        tensors: the names of the operator's tensors, where a kernel has others for them.
+        output: what it writes: `y`, or what a later launch of the same plan reads under that name.
     """
 
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    input_precision: str = "ieee"
-    box: tuple[int, int, int] | None = None
+    kernel: str
+    problem: Problem
+    config: "Config"
+    operands: Mapping[str, Operand | None]
+    scalars: Mapping[str, Any]
+    grid: tuple[int, ...]
+    options: Mapping[str, int | bool]
+    tiles: int = 0
+    partials: int = 0
+    tensors: Mapping[str, str] | None = None
+    output: str = "y"
+
+    @property
+    def uses_boxes(self) -> bool:
+        """Whether it loads through TMA descriptors."""
+        return any(operand is not None and operand.block is not None for operand in self.operands.values())
 
 
 @dataclass(frozen=True)
-class PairConfig:
-    """Two kernels, one for each convolution of a BottleneckProblem."""
+class Config:
+    """One way to launch the problems of one kind.
 
-    first: ConvConfig
-    second: ConvConfig
+    Every kind is a frozen dataclass of sizes: `block_...` the sides of a tile, `num_warps` and `num_stages` warps per
+    program and stages of the software pipeline.
+    """
+
+    kind: ClassVar[str]
+    runs: ClassVar[type]
+    kinds: ClassVar[dict[str, type["Config"]]] = {}
+
+    def __init_subclass__(cls, *, kind: str = "", runs: type = object) -> None:
+        if kind:
+            cls.kind, cls.runs, Config.kinds[kind] = kind, runs, cls
+
+    def unsupported_reason(self, problem: Problem, target: Target | None) -> str | None:
+        """Why it cannot run `problem` on `target`, or None if it can. No target means Triton's interpreter."""
+        if problem.dtype not in KERNEL_DTYPES:
+            return f"dtype is {problem.dtype}, expected one of {', '.join(map(str, KERNEL_DTYPES))}"
+        if not isinstance(problem, self.runs):
+            expected = next(kind for kind in Config.kinds.values() if isinstance(problem, kind.runs))
+            return f"{self} is a {type(self).__name__}, expected a {expected.__name__}"
+        reason = self._size_reason() or self.problem_reason(problem, target)
+        if reason is not None or target is None:
+            return reason
+        accumulators = self.accumulators(problem)
+        if accumulators > MAX_ACCUMULATORS_PER_THREAD:
+            return f"{accumulators} accumulators per thread, expected at most {MAX_ACCUMULATORS_PER_THREAD}"
+        shared = self.shared_memory(problem)
+        if shared > target.shared_memory:
+            return f"up to {shared} bytes of shared memory, expected at most {target.shared_memory} on {target.name}"
+        return None
+
+    def _size_reason(self) -> str | None:
+        for field in fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if name.startswith("block_") and (value < MIN_BLOCK or value & (value - 1)):
+                return f"{name} is {value}, expected a power of two of at least {MIN_BLOCK}"
+            if name == "num_warps" and value not in (1, 2, 4, 8, 16):
+                return f"num_warps is {value}, expected 1, 2, 4, 8 or 16"
+            if name in ("num_stages", "split_k", "pool_rows") and value < 1:
+                return f"{name} is {value}, expected at least 1"
+        return None
+
+    @abstractmethod
+    def problem_reason(self, problem: Any, target: Target | None) -> str | None:
+        """Why it cannot run a problem of its kind, whatever the target's registers and memory; its sizes are valid."""
+
+    @abstractmethod
+    def shared_memory(self, problem: Any) -> int:
+        """Upper bound, in bytes, on the shared memory of one program.
+
+        A kernel's phases are not alive at the same time: the pipeline's buffers, then the tile that changes layout in
+        the epilogue.
+        """
+
+    @abstractmethod
+    def accumulators(self, problem: Any) -> int:
+        """float32 accumulators per thread of the largest tile."""
+
+    @abstractmethod
+    def launches(self, problem: Any, target: Target | None) -> tuple[KernelLaunch, ...]:
+        """The launches of a problem for which it is valid, in order. No target: the interpreter."""
+
+    def changes(self, problem: Any) -> Iterator["Config"]:
+        """Configurations that differ from this one in one decision, valid or not."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name.startswith("block_") or field.name in ("num_warps", "pool_rows"):
+                yield from self._resized(problem, field.name, value * 2, value // 2)
+            elif field.name == "num_stages":
+                yield from self._resized(problem, field.name, value + 1, value - 1)
+
+    def _resized(self, problem: Any, name: str, *values: int) -> Iterator["Config"]:
+        for value in values:
+            if value >= 1:
+                yield self.with_size(problem, name, value)
+
+    def with_size(self, problem: Any, name: str, value: int) -> "Config":
+        return replace(self, **{name: value})
+
+    def without_boxes(self) -> "Config":
+        """The same through pointers, for tensors that TMA does not take."""
+        return self
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind, **asdict(self)}
+
+    @staticmethod
+    def from_json(entry: Mapping[str, Any]) -> "Config":
+        """Raises AttributeError, KeyError, TypeError or ValueError for what `to_json` does not write."""
+        sizes: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in entry.items()}
+        return Config.kinds[sizes.pop("kind")].of_sizes(sizes)
+
+    @classmethod
+    def of_sizes(cls, sizes: Mapping[str, Any]) -> "Config":
+        return cls(**sizes)
 
 
-@dataclass(frozen=True)
-class StemConfig:
-    """block_q columns of the convolution by block_n channels, walking down pool_rows pooled rows."""
-
-    block_q: int
-    block_n: int
-    block_k: int
-    pool_rows: int
-    num_warps: int
-    num_stages: int
+def launch_options(num_warps: int, num_stages: int, target: Target | None) -> dict[str, int | bool]:
+    """Contraction to FMA is asked for by name: its default differs between Triton versions."""
+    options: dict[str, int | bool] = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    return {**options, "launch_pdl": True} if uses_pdl(target) else options
 
 
-@dataclass(frozen=True)
-class HeadConfig:
-    """block_m images by block_k channels per program, block_n classes at a time."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
+def uses_pdl(target: Target | None) -> bool:
+    return target is not None and target.has_pdl
 
 
-Config: TypeAlias = ConvConfig | BottleneckConfig | PairConfig | StemConfig | HeadConfig
+def pixel_reason(pixels: int, block_m: int) -> str | None:
+    if pixels + block_m > MAX_PIXELS:
+        return f"{pixels} output pixels, expected at most {MAX_PIXELS} less one tile of {block_m}"
+    return None
+
+
+def box_reason(conv: ConvProblem, box: Box, block_m: int, block_k: int, target: Target | None) -> str | None:
+    """Why TMA cannot load a convolution in such boxes of pixels, or None if it can."""
+    if target is not None and not target.has_tma:
+        return f"a box needs TMA, expected sm_90 or newer instead of {target.name}"
+    if math.prod(box) != block_m or max(box) > MAX_BOX:
+        return f"box is {box}, expected {block_m} (block_m) pixels and at most {MAX_BOX} along each axis"
+    if (conv.stride, conv.dilation, conv.groups) != ((1, 1), (1, 1), 1):
+        return (
+            f"stride {conv.stride}, dilation {conv.dilation}, {conv.groups} groups with a box,"
+            f" expected (1, 1), (1, 1), 1"
+        )
+    if conv.c_in % block_k:
+        return f"{conv.c_in} channels with a box, expected a multiple of block_k {block_k}"
+    return None
 
 
 def k_blocks(taps: int, channels: int, block_k: int) -> int:
@@ -126,162 +223,3 @@ def conv_k_blocks(problem: ConvProblem, block_k: int) -> tuple[int, int]:
     taps = problem.kernel[0] * problem.kernel[1]
     projected = k_blocks(1, problem.projection.c_in, block_k) if problem.projection else 0
     return k_blocks(taps, problem.c_in_per_group, block_k), projected
-
-
-def block_mid(problem: BottleneckProblem) -> int:
-    """Columns of the first tile of a fused bottleneck: all its channels, rounded up to a power of two."""
-    return max(MIN_BLOCK, 1 << (problem.first.c_out - 1).bit_length())
-
-
-def shared_memory_bound(problem: Problem, config: Config) -> int:
-    """Upper bound, in bytes, on the shared memory of one program (of a pair: of the larger one).
-
-    A kernel's phases are not alive at the same time: the pipeline's buffers, then the tile that changes layout in the
-    epilogue.
-    """
-    size = problem.dtype.itemsize
-    if isinstance(config, PairConfig):
-        assert isinstance(problem, BottleneckProblem)
-        return max(shared_memory_bound(problem.first, config.first), shared_memory_bound(problem.second, config.second))
-    if isinstance(config, BottleneckConfig):
-        assert isinstance(problem, BottleneckProblem)
-        mid = block_mid(problem)
-        first = config.num_stages * (config.block_m + mid) * config.block_k
-        expand = config.num_stages * mid * config.block_n
-        if problem.projection:
-            expand = mid * config.block_n + config.num_stages * (config.block_m + config.block_n) * config.block_k
-        second = config.block_m * mid + max(expand, config.block_m * config.block_n)
-        # The boxes of the first convolution are still in place when the second's first tile changes layout.
-        beside_boxes = 2 * config.block_m * config.block_n * size + BARRIER_BYTES if config.box else 0
-        return max(first, second) * size + beside_boxes
-    if isinstance(config, StemConfig):
-        pipeline = config.num_stages * (config.block_q + config.block_n) * config.block_k * size
-        return max(pipeline, config.block_q * config.block_n * 4)
-    if isinstance(config, HeadConfig):
-        return (config.block_m * config.block_k + config.block_k * config.block_n) * size + 4 * (
-            config.block_m * config.block_n
-        )
-    pipeline = config.num_stages * (config.block_m + config.block_n) * config.block_k * size
-    # Partial sums change layout in float32.
-    epilogue = config.block_m * config.block_n * (4 if config.split_k > 1 else size)
-    if config.box is None:
-        return max(pipeline, epilogue)
-    assert isinstance(problem, ConvProblem)
-    # Boxes of the projection are loaded while those of the convolution are still in place.
-    return BARRIER_BYTES + (max(pipeline, epilogue) if problem.projection is None else 2 * pipeline + epilogue)
-
-
-def unsupported_reason(problem: Problem, config: Config, target: Target | None) -> str | None:
-    """Why `config` cannot run `problem` on `target`, or None if it can. No target means Triton's interpreter."""
-    if problem.dtype not in KERNEL_DTYPES:
-        return f"dtype is {problem.dtype}, expected one of {', '.join(map(str, KERNEL_DTYPES))}"
-    if isinstance(problem, BottleneckProblem) and isinstance(config, PairConfig):
-        return unsupported_reason(problem.first, config.first, target) or unsupported_reason(
-            problem.second, config.second, target
-        )
-    expected = {
-        ConvProblem: ConvConfig,
-        BottleneckProblem: BottleneckConfig,
-        StemProblem: StemConfig,
-        HeadProblem: HeadConfig,
-    }[type(problem)]
-    if not isinstance(config, expected):
-        return f"{config} is a {type(config).__name__}, expected a {expected.__name__}"
-    reason = _block_reason(config)
-    if reason is None and isinstance(problem, ConvProblem) and isinstance(config, ConvConfig):
-        reason = _conv_reason(problem, config, target)
-    if reason is None and isinstance(problem, BottleneckProblem) and isinstance(config, BottleneckConfig):
-        reason = _bottleneck_reason(problem, config, target)
-    if reason is None and isinstance(problem, StemProblem):
-        reason = _pixel_reason(problem.conv.gemm_m, 0)
-        if problem.conv.groups != 1 or problem.conv.dilation != (1, 1):
-            reason = f"groups {problem.conv.groups} and dilation {problem.conv.dilation}, expected 1 and (1, 1)"
-    if reason is not None or target is None:
-        return reason
-    accumulators = _accumulators(problem, config)
-    if accumulators > MAX_ACCUMULATORS_PER_THREAD:
-        return f"{accumulators} accumulators per thread, expected at most {MAX_ACCUMULATORS_PER_THREAD}"
-    shared = shared_memory_bound(problem, config)
-    if shared > target.shared_memory:
-        return f"up to {shared} bytes of shared memory, expected at most {target.shared_memory} on {target.name}"
-    return None
-
-
-def _block_reason(config: Config) -> str | None:
-    for name in ("block_m", "block_n", "block_k", "block_q"):
-        block = getattr(config, name, MIN_BLOCK)
-        if block < MIN_BLOCK or block & (block - 1):
-            return f"{name} is {block}, expected a power of two of at least {MIN_BLOCK}"
-    if getattr(config, "num_warps", 1) not in (1, 2, 4, 8, 16):
-        return f"num_warps is {getattr(config, 'num_warps', 1)}, expected 1, 2, 4, 8 or 16"
-    for name in ("num_stages", "group_m", "split_k", "pool_rows"):
-        if getattr(config, name, 1) < 1:
-            return f"{name} is {getattr(config, name, 1)}, expected at least 1"
-    precision = getattr(config, "input_precision", "ieee")
-    if precision not in INPUT_PRECISIONS:
-        return f"input_precision is {precision!r}, expected one of {', '.join(INPUT_PRECISIONS)}"
-    return None
-
-
-def _pixel_reason(pixels: int, block_m: int) -> str | None:
-    if pixels + block_m > MAX_PIXELS:
-        return f"{pixels} output pixels, expected at most {MAX_PIXELS} less one tile of {block_m}"
-    return None
-
-
-def _conv_reason(problem: ConvProblem, config: ConvConfig, target: Target | None) -> str | None:
-    if problem.groups > MAX_GROUPS:
-        return f"{problem.groups} groups, expected at most {MAX_GROUPS}"
-    if problem.projection is not None and problem.groups > 1:
-        return f"{problem.groups} groups beside a projection, expected 1"
-    if config.split_k > sum(conv_k_blocks(problem, config.block_k)):
-        return f"split_k is {config.split_k}, expected at most the {sum(conv_k_blocks(problem, config.block_k))} slices"
-    if config.box is not None:
-        if config.split_k > 1:
-            return f"split_k is {config.split_k} with a box, expected 1"
-        if problem.projection is not None and problem.projection.c_in % config.block_k:
-            return f"{problem.projection.c_in} projected channels, expected a multiple of block_k {config.block_k}"
-        reason = _box_reason(problem, config.box, config.block_m, config.block_k, target)
-        if reason is not None:
-            return reason
-    return _pixel_reason(problem.gemm_m, config.block_m)
-
-
-def _bottleneck_reason(problem: BottleneckProblem, config: BottleneckConfig, target: Target | None) -> str | None:
-    if problem.first.groups != 1:
-        return f"{problem.first.groups} groups, expected 1"
-    if config.box is not None:
-        reason = _box_reason(problem.first, config.box, config.block_m, config.block_k, target)
-        if reason is not None:
-            return reason
-    return _pixel_reason(problem.first.gemm_m, config.block_m)
-
-
-def _box_reason(
-    problem: ConvProblem, box: tuple[int, int, int], block_m: int, block_k: int, target: Target | None
-) -> str | None:
-    if target is not None and not target.has_tma:
-        return f"a box needs TMA, expected sm_90 or newer instead of {target.name}"
-    if math.prod(box) != block_m or max(box) > MAX_BOX:
-        return f"box is {box}, expected {block_m} (block_m) pixels and at most {MAX_BOX} along each axis"
-    if (problem.stride, problem.dilation, problem.groups) != ((1, 1), (1, 1), 1):
-        return (
-            f"stride {problem.stride}, dilation {problem.dilation}, {problem.groups} groups with a box,"
-            f" expected (1, 1), (1, 1), 1"
-        )
-    if problem.c_in % block_k:
-        return f"{problem.c_in} channels with a box, expected a multiple of block_k {block_k}"
-    return None
-
-
-def _accumulators(problem: Problem, config: Config) -> int:
-    """float32 accumulators per thread of the larger tile."""
-    if isinstance(config, StemConfig):
-        tile = config.block_q * config.block_n
-    elif isinstance(config, BottleneckConfig):
-        assert isinstance(problem, BottleneckProblem)
-        tile = config.block_m * max(block_mid(problem), config.block_n)
-    else:
-        assert isinstance(config, (ConvConfig, HeadConfig))
-        tile = config.block_m * config.block_n
-    return tile // (32 * config.num_warps)

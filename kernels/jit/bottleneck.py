@@ -60,7 +60,6 @@ def _conv2d_conv1x1_kernel(
     HAS_RESIDUAL: tl.constexpr,
     HAS_PROJECTION: tl.constexpr,
     APPLY_RELU: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
     USE_BOXES: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_P: tl.constexpr,
@@ -92,9 +91,7 @@ def _conv2d_conv1x1_kernel(
     _wait_for_previous_kernel(USE_PDL)
     acc = tl.zeros((BLOCK_M, BLOCK_MID), dtype=tl.float32)
     if USE_BOXES:
-        acc = _accumulate_boxes(
-            acc, x, weight, n0, p0 - PAD_H, q0 - PAD_W, 0, C_IN, R, S, INPUT_PRECISION, BLOCK_M, BLOCK_K
-        )
+        acc = _accumulate_boxes(acc, x, weight, n0, p0 - PAD_H, q0 - PAD_W, 0, C_IN, R, S, BLOCK_M, BLOCK_K)
     else:
         acc = _accumulate_gathered(
             acc,
@@ -120,7 +117,6 @@ def _conv2d_conv1x1_kernel(
             PAD_W,
             DILATION_H,
             DILATION_W,
-            INPUT_PRECISION,
             BLOCK_K,
         )
     hidden = _relu(_biased(acc, bias_ptr, offs_mid, mask_mid))
@@ -135,7 +131,7 @@ def _conv2d_conv1x1_kernel(
         mask_n = offs_n < C_OUT
         columns = expand_weight_ptr + offs_n.to(tl.int64) * C_MID
         expand_tile = tl.load(columns[None, :] + offs_mid[:, None], mask=mask_mid[:, None] & mask_n[None, :], other=0.0)
-        y_tile = tl.dot(hidden, expand_tile, input_precision=INPUT_PRECISION)
+        y_tile = tl.dot(hidden, expand_tile, input_precision="ieee")
         if HAS_PROJECTION:
             y_tile = _accumulate_gathered(
                 y_tile,
@@ -161,7 +157,6 @@ def _conv2d_conv1x1_kernel(
                 0,
                 1,
                 1,
-                INPUT_PRECISION,
                 BLOCK_K,
             )
         _bias_residual_relu_store(

@@ -42,7 +42,6 @@ def _conv2d_boxes_kernel(
     HAS_RESIDUAL: tl.constexpr,
     HAS_PROJECTION: tl.constexpr,
     APPLY_RELU: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_P: tl.constexpr,
     TILE_Q: tl.constexpr,
@@ -75,7 +74,6 @@ def _conv2d_boxes_kernel(
             C_IN,
             R,
             S,
-            INPUT_PRECISION,
             BLOCK_M,
             BLOCK_K,
         )
@@ -91,7 +89,6 @@ def _conv2d_boxes_kernel(
                 C_S,
                 1,
                 1,
-                INPUT_PRECISION,
                 BLOCK_M,
                 BLOCK_K,
             )

@@ -29,7 +29,6 @@ def _mean_linear_kernel(
     PIXELS,
     C_IN: tl.constexpr,
     C_OUT: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -66,7 +65,7 @@ def _mean_linear_kernel(
         columns = weight_ptr + offs_n.to(tl.int64) * C_IN
         weight_mask = mask_c[:, None] & mask_n[None, :]
         weight_tile = tl.load(columns[None, :] + offs_c[:, None], mask=weight_mask, other=0.0)
-        acc = tl.dot(mean, weight_tile, input_precision=INPUT_PRECISION)
+        acc = tl.dot(mean, weight_tile, input_precision="ieee")
         tile = block_m * blocks_n + block_n
         acc, holds_sum = _sum_of_splits(acc, partials_ptr, counters_ptr, tile, split, SPLIT_K, BLOCK_M, BLOCK_N)
         mask_y = offs_m < tl.where(holds_sum, N, 0)

@@ -57,11 +57,9 @@ def _conv2d_gathered_kernel(
     HAS_RESIDUAL: tl.constexpr,
     HAS_PROJECTION: tl.constexpr,
     APPLY_RELU: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
     SPLIT_K: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
@@ -77,7 +75,7 @@ def _conv2d_gathered_kernel(
     tile = tl.program_id(0) // SPLIT_K
     split = tl.program_id(0) % SPLIT_K
     group = tl.program_id(1)
-    pid_m, pid_n = _swizzled_block(tile, blocks_m, blocks_n, GROUP_M)
+    pid_m, pid_n = _swizzled_block(tile, blocks_m, blocks_n)
 
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < M
@@ -117,7 +115,6 @@ def _conv2d_gathered_kernel(
         PAD_W,
         DILATION_H,
         DILATION_W,
-        INPUT_PRECISION,
         BLOCK_K,
     )
     if HAS_PROJECTION:
@@ -145,7 +142,6 @@ def _conv2d_gathered_kernel(
             0,
             1,
             1,
-            INPUT_PRECISION,
             BLOCK_K,
         )
     _let_next_kernel_start(USE_PDL)

@@ -20,8 +20,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def _swizzled_block(pid, blocks_m, blocks_n, GROUP_M: tl.constexpr):
-    """Order the blocks so that GROUP_M rows of blocks share their weight columns in L2."""
+def _swizzled_block(pid, blocks_m, blocks_n):
+    """Order the blocks so that 8 rows of blocks share their weight columns in L2: more only help where x is larger."""
+    GROUP_M: tl.constexpr = 8
     blocks_per_band = GROUP_M * blocks_n
     first_m = pid // blocks_per_band * GROUP_M
     rows = tl.minimum(blocks_m - first_m, GROUP_M)
@@ -105,7 +106,6 @@ def _accumulate_gathered(
     PAD_W: tl.constexpr,
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """acc + sum over K slices [first_k_block, last_k_block) of x[n, h, w, c] * weight[offs_n, r, s, c].
@@ -134,7 +134,7 @@ def _accumulate_gathered(
         weight_mask = mask_k[:, None] & mask_n[None, :]
         weight_tile = tl.load(weight_columns[None, :] + offs_k[:, None], mask=weight_mask, other=0.0)
 
-        acc = tl.dot(x_tile, weight_tile, acc, input_precision=INPUT_PRECISION)
+        acc = tl.dot(x_tile, weight_tile, acc, input_precision="ieee")
     return acc
 
 
@@ -150,7 +150,6 @@ def _accumulate_boxes(
     C_IN: tl.constexpr,
     R: tl.constexpr,
     S: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -165,7 +164,7 @@ def _accumulate_boxes(
         channel = k_block % blocks_per_tap * BLOCK_K
         x_tile = x_desc.load([n, h + tap // S, w + tap % S, channel]).reshape(BLOCK_M, BLOCK_K)
         weight_tile = weight_desc.load([first_column, k_block * BLOCK_K])
-        acc = tl.dot(x_tile, weight_tile.T, acc, input_precision=INPUT_PRECISION)
+        acc = tl.dot(x_tile, weight_tile.T, acc, input_precision="ieee")
     return acc
 
 

@@ -46,7 +46,6 @@ def _activated_row(
     PAD_H: tl.constexpr,
     PAD_W: tl.constexpr,
     K_BLOCKS: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -82,7 +81,6 @@ def _activated_row(
         PAD_W,
         1,
         1,
-        INPUT_PRECISION,
         BLOCK_K,
     )
     return tl.where(inside[:, None], _relu(_biased(acc, bias_ptr, offs_n, mask_n)), 0.0)
@@ -109,7 +107,6 @@ def _conv2d_bias_relu_maxpool_kernel(
     PAD_H: tl.constexpr,
     PAD_W: tl.constexpr,
     K_BLOCKS: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -157,7 +154,6 @@ def _conv2d_bias_relu_maxpool_kernel(
             PAD_H,
             PAD_W,
             K_BLOCKS,
-            INPUT_PRECISION,
             BLOCK_Q,
             BLOCK_N,
             BLOCK_K,

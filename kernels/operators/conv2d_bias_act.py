@@ -4,26 +4,20 @@ y = act(conv2d(x, weight) + bias + residual)
 """
 
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.operators.registration import accumulation_dtype, register
+from kernels.operators.checks import check_convolution, check_shortcut, check_tensors, check_vector
+from kernels.operators.registry import Arguments, T, accumulation_dtype, register
+from kernels.problems import ConvProblem
+from kernels.rounding import Bound, Rounding, bound_of
 
 
-def conv2d_bias_act(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    residual: Tensor | None = None,
-    *,
-    stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int] = (0, 0),
-    dilation: tuple[int, int] = (1, 1),
-    groups: int = 1,
-    relu: bool = False,
-) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class Conv2dBiasAct(Arguments[T]):
     """Convolution with bias, optional residual and optional ReLU, rounded once.
 
         y = act(conv2d(x, weight) + bias + residual)
@@ -47,47 +41,70 @@ def conv2d_bias_act(
         ValueError: an argument is not as above; the message says what was received and what is expected.
         ModuleNotFoundError: x is on a GPU and Triton is not installed.
     """
-    y: Tensor = torch.ops.resnet_deploy.conv2d_bias_act(
-        x, weight, bias, residual, stride, padding, dilation, groups, relu
-    )
-    return y
 
+    operator = "conv2d_bias_act"
 
-def conv2d_bias_act_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    residual: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    relu: bool,
-) -> Tensor:
-    """`conv2d_bias_act` in plain torch: the CPU path, and in float64 the oracle.
+    x: T
+    weight: T
+    bias: T
+    residual: T | None = None
+    _: KW_ONLY
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    relu: bool = False
 
-    Arguments, result and roundings are the operator's: float16 and bfloat16 are computed in float32 and rounded
-    once at the end. Any layout is accepted, channels_last is fast.
-    """
-    compute = accumulation_dtype(x)
-    if groups > 1:
-        # torch 2.13 on a CPU computes a grouped 1xS or Rx1 kernel wrongly if its axis of one element has a stride
-        # other than the usual one, which is_contiguous does not tell: a clone has usual strides.
-        weight = weight.clone(memory_format=torch.channels_last)
-    with torch.autocast(x.device.type, enabled=False):
-        y = F.conv2d(
-            x.to(compute), weight.to(compute), bias.to(compute), tuple(stride), tuple(padding), tuple(dilation), groups
+    def check(self: "Conv2dBiasAct[Tensor]", dtypes: Sequence[torch.dtype]) -> tuple[int, ...]:
+        shape = check_convolution("", self.x, self.weight, self.stride, self.padding, self.dilation, self.groups)
+        check_vector("bias", self.bias, shape[1])
+        check_shortcut(self.residual, None, (1, 1), shape, "residual")
+        check_tensors(self.tensors(), dtypes)
+        return shape
+
+    def problem(self: "Conv2dBiasAct[Tensor]") -> ConvProblem:
+        batch, c_in, height, width = self.x.shape
+        c_out, _, *kernel = self.weight.shape
+        return ConvProblem(
+            batch=batch,
+            c_in=c_in,
+            height=height,
+            width=width,
+            c_out=c_out,
+            kernel=(kernel[0], kernel[1]),
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            dtype=self.x.dtype,
+            has_residual=self.residual is not None,
+            relu=self.relu,
         )
-        if residual is not None:
-            y = y.add_(residual)
-        if relu:
-            y = y.relu_()
-        return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
+
+    def reference(self: "Conv2dBiasAct[Tensor]") -> Tensor:
+        """float16 and bfloat16 are computed in float32 and rounded once at the end. Any layout is accepted."""
+        compute, weight = accumulation_dtype(self.x), self.weight
+        if self.groups > 1:
+            # torch 2.13 on a CPU computes a grouped 1xS or Rx1 kernel wrongly if its axis of one element has a stride
+            # other than the usual one, which is_contiguous does not tell: a clone has usual strides.
+            weight = weight.clone(memory_format=torch.channels_last)
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        with torch.autocast(self.x.device.type, enabled=False):
+            y = F.conv2d(self.x.to(compute), weight.to(compute), self.bias.to(compute), *geometry)
+            if self.residual is not None:
+                y = y.add_(self.residual)
+            if self.relu:
+                y = y.relu_()
+            return y.to(self.x.dtype).contiguous(memory_format=torch.channels_last)
+
+    def before_activation(self: "Conv2dBiasAct[Tensor]") -> Tensor:
+        return replace(self, relu=False).reference()
+
+    def bound(self: "Conv2dBiasAct[Tensor]", pre: Tensor, rounding: Rounding) -> Bound:
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        products = F.conv2d(self.x.square(), self.weight.square(), None, *geometry)
+        variance = rounding.convolution(pre, products, self.bias, self.weight[0].numel(), self.residual)
+        return bound_of(variance, pre)
 
 
-register(
-    "conv2d_bias_act",
-    "Tensor x, Tensor weight, Tensor bias, Tensor? residual, int[2] stride, int[2] padding, int[2] dilation,"
-    " int groups, bool relu",
-    conv2d_bias_act_reference,
-)
+conv2d_bias_act = register(Conv2dBiasAct[Tensor])

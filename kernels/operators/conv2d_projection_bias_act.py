@@ -4,27 +4,21 @@ y = act(conv2d(x, weight) + conv2d(shortcut, shortcut_weight) + bias)
 """
 
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.operators.registration import accumulation_dtype, register
+from kernels.operators.checks import check_convolution, check_shortcut, check_tensors, check_vector
+from kernels.operators.conv2d_bias_act import Conv2dBiasAct
+from kernels.operators.registry import Arguments, T, accumulation_dtype, register
+from kernels.problems import ConvProblem, Projection
+from kernels.rounding import Bound, Rounding, bound_of
 
 
-def conv2d_projection_bias_act(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    shortcut: Tensor,
-    shortcut_weight: Tensor,
-    *,
-    stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int] = (0, 0),
-    dilation: tuple[int, int] = (1, 1),
-    shortcut_stride: tuple[int, int] = (1, 1),
-    relu: bool = False,
-) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class Conv2dProjectionBiasAct(Arguments[T]):
     """The sum of a convolution and the 1x1 projection of another tensor, rounded once.
 
         y = act(conv2d(x, weight) + conv2d(shortcut, shortcut_weight) + bias)
@@ -49,39 +43,58 @@ def conv2d_projection_bias_act(
         ValueError: an argument is not as above; the message says what was received and what is expected.
         ModuleNotFoundError: x is on a GPU and Triton is not installed.
     """
-    y: Tensor = torch.ops.resnet_deploy.conv2d_projection_bias_act(
-        x, weight, bias, shortcut, shortcut_weight, stride, padding, dilation, shortcut_stride, relu
-    )
-    return y
 
+    operator = "conv2d_projection_bias_act"
 
-def conv2d_projection_bias_act_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    shortcut: Tensor,
-    shortcut_weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    shortcut_stride: Sequence[int],
-    relu: bool,
-) -> Tensor:
-    """`conv2d_projection_bias_act` in plain torch: the CPU path, and in float64 the oracle."""
-    compute = accumulation_dtype(x)
-    with torch.autocast(x.device.type, enabled=False):
-        y = F.conv2d(
-            x.to(compute), weight.to(compute), bias.to(compute), tuple(stride), tuple(padding), tuple(dilation)
+    x: T
+    weight: T
+    bias: T
+    shortcut: T
+    shortcut_weight: T
+    _: KW_ONLY
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    shortcut_stride: tuple[int, int] = (1, 1)
+    relu: bool = False
+
+    def check(self: "Conv2dProjectionBiasAct[Tensor]", dtypes: Sequence[torch.dtype]) -> tuple[int, ...]:
+        shape = check_convolution("", self.x, self.weight, self.stride, self.padding, self.dilation)
+        check_vector("bias", self.bias, shape[1])
+        check_shortcut(self.shortcut, self.shortcut_weight, self.shortcut_stride, shape)
+        check_tensors(self.tensors(), dtypes)
+        return shape
+
+    def problem(self: "Conv2dProjectionBiasAct[Tensor]") -> ConvProblem:
+        conv = Conv2dBiasAct(
+            self.x,
+            self.weight,
+            self.bias,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            relu=self.relu,
         )
-        y = y.add_(F.conv2d(shortcut.to(compute), shortcut_weight.to(compute), None, tuple(shortcut_stride)))
-        if relu:
-            y = y.relu_()
-        return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
+        return replace(conv.problem(), projection=Projection.of(self.shortcut, self.shortcut_stride))
+
+    def reference(self: "Conv2dProjectionBiasAct[Tensor]") -> Tensor:
+        compute, geometry = accumulation_dtype(self.x), (self.stride, self.padding, self.dilation)
+        with torch.autocast(self.x.device.type, enabled=False):
+            y = F.conv2d(self.x.to(compute), self.weight.to(compute), self.bias.to(compute), *geometry)
+            projection = (self.shortcut.to(compute), self.shortcut_weight.to(compute))
+            y = y.add_(F.conv2d(*projection, None, self.shortcut_stride))
+            if self.relu:
+                y = y.relu_()
+            return y.to(self.x.dtype).contiguous(memory_format=torch.channels_last)
+
+    def before_activation(self: "Conv2dProjectionBiasAct[Tensor]") -> Tensor:
+        return replace(self, relu=False).reference()
+
+    def bound(self: "Conv2dProjectionBiasAct[Tensor]", pre: Tensor, rounding: Rounding) -> Bound:
+        products = F.conv2d(self.x.square(), self.weight.square(), None, self.stride, self.padding, self.dilation)
+        shortcut = (self.shortcut, self.shortcut_weight, self.shortcut_stride)
+        variance = rounding.convolution(pre, products, self.bias, self.weight[0].numel(), *shortcut)
+        return bound_of(variance, pre)
 
 
-register(
-    "conv2d_projection_bias_act",
-    "Tensor x, Tensor weight, Tensor bias, Tensor shortcut, Tensor shortcut_weight, int[2] stride, int[2] padding,"
-    " int[2] dilation, int[2] shortcut_stride, bool relu",
-    conv2d_projection_bias_act_reference,
-)
+conv2d_projection_bias_act = register(Conv2dProjectionBiasAct[Tensor])

@@ -1,18 +1,41 @@
-"""Small networks in the styles users write, none of them this project's own."""
+"""Small networks in the styles users write, none of them this project's own, and what is asked of them once fused."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from export import Batch, fuse
+from export import Batch, FusedProgram, fuse
+from export.base.precision import PRECISIONS
+from export.criteria.operators import check_operators
+from export.criteria.references import run_references
 from export.fusion.nodes import moves_data, schema_name
+from export.fusion.program import output_names
+from export.runtime.parity.ladder import References, execute, judge
+from export.runtime.parity.rungs import Rung
+from export.runtime.runner import Runner
 
 BATCH = Batch(1, 4, 8)
+EXACT = 2.0**-40  # relative: float64 sums of thousands of products, in any order
+
+
+class Called(nn.Module):
+    """What `call` makes of the input and of the modules and parameters it is given by name."""
+
+    def __init__(self, call: Callable[[Tensor, Any], object], **parts: nn.Module | nn.Parameter) -> None:
+        super().__init__()
+        self.call = call
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x: Tensor) -> object:
+        return self.call(x, self)
 
 
 class Functional(nn.Module):
@@ -39,11 +62,9 @@ class SqueezeExcite(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
-        self.conv = nn.Conv2d(16, 16, 3, padding=1, bias=False)
-        self.norm = nn.GroupNorm(4, 16)
-        self.gate = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1), nn.Conv2d(16, 4, 1), nn.ReLU(), nn.Conv2d(4, 16, 1), nn.Sigmoid()
-        )
+        self.conv, self.norm = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.GroupNorm(4, 16)
+        squeeze, excite = nn.Conv2d(16, 4, 1), nn.Conv2d(4, 16, 1)
+        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), squeeze, nn.ReLU(), excite, nn.Sigmoid())
         self.fc = nn.Linear(16, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,10 +78,8 @@ class TwoHeads(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3, padding=1)
-        self.bn = nn.BatchNorm2d(8)
-        self.head = nn.Linear(8, 5)
-        self.mask = nn.Conv2d(8, 2, 1)
+        self.conv, self.bn = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.head, self.mask = nn.Linear(8, 5), nn.Conv2d(8, 2, 1)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         y = F.relu(self.bn(self.conv(x)))
@@ -78,8 +97,7 @@ class SharedConv(nn.Module):
         self.fc = nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        shared = self.conv(x)
+        shared = self.conv(self.stem(x))
         y = F.relu(self.bn_a(shared)) + self.bn_b(shared)
         y = F.relu(self.bn_a(self.conv(y)))
         y = F.relu(self.bn_a(self.conv(y)))
@@ -91,12 +109,9 @@ class Oddments(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 8, 5, padding="same", dilation=2)
-        self.bn1 = nn.BatchNorm2d(8, affine=False)
-        self.conv2 = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
-        self.bn2 = nn.BatchNorm2d(8)
-        self.bn3 = nn.BatchNorm2d(8)
-        self.rest = nn.Sequential(nn.Dropout(0.5), nn.Identity(), nn.AvgPool2d(2))
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 5, padding="same", dilation=2), nn.BatchNorm2d(8, affine=False)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False), nn.BatchNorm2d(8)
+        self.rest, self.bn3 = nn.Sequential(nn.Dropout(0.5), nn.Identity(), nn.AvgPool2d(2)), nn.BatchNorm2d(8)
         self.fc = nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,8 +126,7 @@ class Parametrized(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3, padding=1))
-        self.bn = nn.BatchNorm2d(8)
-        self.fc = nn.Linear(8, 5)
+        self.bn, self.fc = nn.BatchNorm2d(8), nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(F.relu(self.bn(self.conv(x))).mean((2, 3)))
@@ -123,8 +137,7 @@ class BatchStatistics(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3, padding=1)
-        self.bn = nn.BatchNorm2d(8, track_running_stats=False)
+        self.conv, self.bn = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8, track_running_stats=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn(self.conv(x)))
@@ -135,9 +148,7 @@ class Doubled(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, 8, 1)
-        self.offset = nn.Parameter(torch.randn(8, 1, 1))
-        self.fc = nn.Linear(8, 5)
+        self.conv, self.offset, self.fc = nn.Conv2d(3, 8, 1), nn.Parameter(torch.randn(8, 1, 1)), nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x)
@@ -150,9 +161,7 @@ class Casts(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3, 2, 1)
-        self.bn = nn.BatchNorm2d(8)
-        self.fc = nn.Linear(8 * 16 * 16, 5)
+        self.conv, self.bn, self.fc = nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.Linear(8 * 16 * 16, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x * (x > 0).to(x.dtype))
@@ -196,10 +205,8 @@ class Detector(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
-        self.pool = nn.MaxPool2d(2)
-        self.conv2 = nn.Conv2d(8, 12, 3, 2, 1)
-        self.project = nn.Conv2d(8, 12, 1, 2)
+        self.conv1, self.pool = nn.Conv2d(3, 8, 3, padding=1), nn.MaxPool2d(2)
+        self.conv2, self.project = nn.Conv2d(8, 12, 3, 2, 1), nn.Conv2d(8, 12, 1, 2)
         self.classes, self.box = nn.Linear(12, 5), nn.Linear(12, 4)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -209,13 +216,88 @@ class Detector(nn.Module):
         return self.classes(pooled), self.box(pooled), identity
 
 
+class IdentityFirst(nn.Module):
+    """x + f(x), the way most people write it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
+        self.block = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        return self.fc(F.relu(x + self.block(x)).mean((2, 3)))
+
+
+class ProjectionFirst(nn.Module):
+    """The projection is the left summand: it is what takes the other as its residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 12, 3, 2, 1)
+        self.project, self.fc = nn.Conv2d(3, 12, 1, 2), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.relu(self.project(x) + self.conv2(F.relu(self.conv1(x)))).mean((2, 3)))
+
+
+class TwoReaders(nn.Module):
+    """One convolution read by two, and returned too; groups, depthwise, dilation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.left, self.right = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1)
+        self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=4)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = self.stem(x)
+        return self.left(F.relu(self.depthwise(F.relu(self.grouped(F.relu(x)))))), self.right(x), x
+
+
+class Weighted(nn.Module):
+    """A branch multiplied with a gate computed from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, 16, 3, padding=1)
+        self.reduce, self.expand, self.fc = nn.Conv2d(16, 4, 1), nn.Conv2d(4, 16, 1), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        y = self.conv(x)
+        gate = torch.sigmoid(self.expand(F.relu(self.reduce(y.mean((2, 3), keepdim=True)))))
+        return self.fc(F.relu(y * gate + x).mean((2, 3)))
+
+
+class PoolsTheInput(nn.Module):
+    """A max-pool before any layer, two in a row behind one, and a linear layer without a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 5, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.max_pool2d(self.conv(F.max_pool2d(x, 2)), 3, 2, 1), 2)
+        return self.fc(x.mean((2, 3)))
+
+
 ALL = [Backbone, Casts, Detector, Doubled, Functional, Oddments, Parametrized, SharedConv, SqueezeExcite, TwoHeads]
+# Those that quantisation alone has to get right, as they are constructed, and how many layers each network calls.
+QUANTISED = [IdentityFirst, ProjectionFirst, TwoReaders, Weighted, PoolsTheInput]
+LAYERS: dict[type[nn.Module], int] = {
+    **dict(zip(QUANTISED, (4, 4, 5, 5, 2), strict=True)),
+    **dict(zip((network for network in ALL if network is not Parametrized), (13, 2, 5, 3, 3, 3, 5, 5, 3), strict=True)),
+}
 
 
 def make(network: type[nn.Module], images: Tensor) -> nn.Module:
     """An instance with seeded weights and BatchNorm statistics of `images`, in eval mode."""
     torch.manual_seed(0)
     model = network()
+    if network in QUANTISED:
+        return model.eval()
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d) and module.affine:
@@ -226,21 +308,47 @@ def make(network: type[nn.Module], images: Tensor) -> nn.Module:
     return model.eval()
 
 
-def fuse_exactly(model: nn.Module, images: Tensor, batch: Batch = BATCH) -> list[str]:
-    """The kinds of the operators of `model` once fused, in order; asserts that it computes the same."""
-    model = model.eval()
-    program = fuse(model, images, batch)
-    with torch.no_grad():
-        expected = pytree.tree_leaves(copy.deepcopy(model).double()(images.double()))
-        got = pytree.tree_leaves(program.master(images.double()))
-    for y, y64 in zip(got, expected, strict=True):
-        assert y.shape == y64.shape and (y - y64).norm() < 1e-12 * y64.norm()
+def fuse_exactly(model: nn.Module, images: Tensor, batch: Batch = BATCH) -> FusedProgram:
+    """`model` once fused; asserts that it computes the same."""
+    program = fuse(model.eval(), images, batch)
+    assert_exact(program, model, images)
+    return program
+
+
+def kinds(program: FusedProgram) -> list[str]:
+    """Of its operators, in order."""
     calls = [node for node in program.master.graph.nodes if node.op == "call_function" and not moves_data(node)]
     return [schema_name(node) for node in calls]
 
 
-def reason(model: nn.Module, images: Tensor, kind: str) -> str:
+def assert_exact(program: FusedProgram, model: nn.Module, images: Tensor) -> None:
+    """In float64 the fused graph is the model."""
+    with torch.no_grad():
+        expected = copy.deepcopy(model).double()(images.double())
+        got = program.master(images.double())
+    assert pytree.tree_structure(got) == pytree.tree_structure(expected)
+    for y, y64 in zip(pytree.tree_leaves(got), pytree.tree_leaves(expected), strict=True):
+        assert y.shape == y64.shape and (y - y64).norm() <= EXACT * y64.norm()
+
+
+def judged(
+    runner: Runner,
+    model: nn.Module,
+    program: FusedProgram,
+    images: Tensor,
+    precision: str = "fp32",
+    references: References | None = None,
+) -> Rung:
+    """What the export says of a form of `model`: each operator by its rounding, the outputs by the eager model's."""
+    p, inputs = PRECISIONS[precision], images.numpy().copy()
+    execution = execute(runner, inputs, program.batch)
+    if references is None:
+        references = run_references(model, program, output_names(program.graph_module), inputs, p)
+    operators = check_operators(program, p, execution.trace, runner.name == "onnx")
+    return judge(execution, references, p, p.network_factor, operators)
+
+
+def reason(program: FusedProgram, kind: str) -> str:
     """Why the operator of this kind was left as it was."""
-    left = [operator for operator in fuse(model.eval(), images, BATCH).coverage.left if operator.kind == kind]
-    assert len(left) == 1
-    return left[0].reason
+    (left,) = (operator for operator in program.coverage.left if operator.kind == kind)
+    return left.reason

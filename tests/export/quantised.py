@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from export import Batch, FusedProgram, fuse
-from export.base.precision import INT8
+from export.base.precision import INT8, PRECISIONS
 from export.criteria.quantised import check_quantised, shown_values
+from export.criteria.references import run_oracle, run_simulations
 from export.forms import quantised_programs
 from export.fusion.nodes import QUANTISATION, args_of, is_call, module_path, parameter
 from export.fusion.passes import QUANTISED_LEVEL
-from export.fusion.program import QuantisedProgram
+from export.fusion.program import QuantisedProgram, output_names
 from export.lowering.onnx_file import OnnxFile, lower_onnx
-from export.lowering.runners import OnnxRuntimeRunner
+from export.lowering.runners import OnnxRuntimeRunner, ProgramRunner
 from export.quantisation.calibration import Calibration, InMemory, calibrate
 from export.quantisation.quantise import LAYERS
 from export.quantisation.scheme import CPU, TENSORRT, Scheme
 from export.quantisation.split_addition import split_addition
 from export.runtime.onnx_session import runs_rounded
 from export.runtime.parity.checks import OperatorChecks
+from export.runtime.parity.ladder import References, execute, judge
+from export.runtime.parity.rungs import Rung
 
 BATCH = Batch(1, 4, 8)
 SCHEMES = {scheme.name: scheme for scheme in (TENSORRT, CPU)}
@@ -59,14 +62,27 @@ class Subject:
     def runner(self, scheme: Scheme, file: OnnxFile) -> OnnxRuntimeRunner:
         return OnnxRuntimeRunner(file, scheme.arithmetic, scheme.file, runs_rounded(INT8.name, scheme.file))
 
-    def outputs(self, scheme: Scheme, file: OnnxFile) -> list[Tensor]:
-        """What ONNX Runtime makes of all images."""
-        with self.runner(scheme, file) as runner:
-            return [torch.from_numpy(y) for y in runner.infer({"input": self.images.numpy()}).values()]
+    @cached_property
+    def simulations(self) -> References:
+        """What rounding to 8 bits alone makes of the network, by either scheme."""
+        single, names = PRECISIONS["fp32"], output_names(self.program.graph_module)
+        oracle = run_oracle(self.model, self.program, names, self.images.numpy())
+        return run_simulations(oracle, {scheme.name: (program, single) for scheme, program in self.quantised.items()})
+
+    def judge(self, scheme: Scheme) -> Rung:
+        """What the export says of the file in ONNX Runtime: each value to its LSB, the outputs to the simulations."""
+        execution = execute(self.runner(scheme, self.shown(scheme)), self.images.numpy(), BATCH)
+        operators = self.check(scheme, execution.trace)
+        return judge(execution, self.simulations, INT8, INT8.network_factor, operators)
 
     def trace(self, scheme: Scheme, file: OnnxFile) -> dict[str, Tensor]:
         """What ONNX Runtime computes of that file, for four of the images."""
         with self.runner(scheme, file) as runner:
+            return runner.trace({"input": self.images[:4].numpy()})
+
+    def simulated(self, program: FusedProgram) -> dict[str, Tensor]:
+        """What PyTorch computes of a program, in float32."""
+        with ProgramRunner(program, PRECISIONS["fp32"], ("output",)) as runner:
             return runner.trace({"input": self.images[:4].numpy()})
 
     def check(

@@ -13,14 +13,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from export import Batch, ExportConfig, ExportError, ExportResult, export_bundle, fuse, verify_bundle
+from export import ExportConfig, ExportError, ExportResult, export_bundle, fuse, verify_bundle
 from export.base.precision import PRECISIONS
 from export.criteria.references import run_references
 from export.runtime.parity.ladder import reference_rungs
+from export.runtime.parity.rungs import Rung
 from export.terminal.flags import in_flags
 from tests.export import digits
+from tests.export.networks import BATCH, Called
 
-BLOCK = "layer2.1"
+BLOCK = "layer1.0"
 
 
 def scaled(model: nn.Module, block: str, factor: float) -> nn.Module:
@@ -42,8 +44,12 @@ def export(
     kept: tuple[str, ...] | str = (),
     engine: str = "none",
 ) -> ExportResult:
-    config = ExportConfig(precision, Batch(1, 4, 8), engine, keep_fp32=kept)
+    config = ExportConfig(precision, BATCH, engine, keep_fp32=kept)
     return export_bundle(model, digits.EXAMPLE, output, config, images=images, metadata=digits.METADATA)
+
+
+def rungs_of(result: ExportResult) -> dict[str, Rung]:
+    return {rung.name: rung for rung in result.report.rungs}
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +62,7 @@ def test_an_overflow_is_named_with_its_layer_and_both_values(
 ) -> None:
     result = export(overflowing, trained_digits[1], tmp_path / "b", "fp16")
     assert not result and list(tmp_path.iterdir()) == []
-    rungs = {rung.name: rung for rung in result.report.rungs}
+    rungs = rungs_of(result)
     for name in ("fused", "onnx"):
         operators = rungs[name].operators
         assert operators is not None and operators.first_failure is not None
@@ -124,7 +130,7 @@ def test_bf16_has_the_range_and_keeps_by_name(
     assert export(overflowing, trained_digits[1], tmp_path / "a", "bf16")
     result = export(overflowing, trained_digits[1], tmp_path / "b", "bf16", ("fc", "layer1"))
     assert result, result.report.verdict
-    assert "fc" in result.report.kept and len(result.report.kept) == 7
+    assert result.report.kept == ("fc", f"{BLOCK}.conv1", f"{BLOCK}.conv2")
 
 
 def test_channels_that_training_switched_off_are_no_underflow(
@@ -137,60 +143,54 @@ def test_channels_that_training_switched_off_are_no_underflow(
             norm.weight[[1, 5, 9]] *= 1e-7
             norm.bias[[1, 5, 9]] = torch.tensor([3e-7, -4e-8, 2e-6])
     result = export(model, trained_digits[1], tmp_path / "b", "fp16")
-    rungs = {rung.name: rung for rung in result.report.rungs}
+    rungs = rungs_of(result)
     assert rungs["fused"] and rungs["onnx"], result.report.verdict
 
 
-class HiddenUnderflow(nn.Module):
+def hidden_underflow() -> nn.Module:
     """The second convolution lives on what half of the channels of the first hold: values that float16 flushes to 0."""
+    torch.manual_seed(0)
+    a, b, fc = nn.Conv2d(1, 16, 3), nn.Conv2d(16, 16, 3), nn.Linear(16, 10)
+    with torch.no_grad():
+        a.weight[8:] *= 1e-8
+        a.bias[8:] *= 1e-8  # type: ignore[index]
+        b.weight[:, 8:] *= 5e5
+    return Called(lambda x, m: m.fc(torch.relu(m.b(torch.relu(m.a(x)))).mean((2, 3))), a=a, b=b, fc=fc).eval()
 
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.a, self.b, self.fc = nn.Conv2d(1, 16, 3), nn.Conv2d(16, 16, 3), nn.Linear(16, 10)
-        with torch.no_grad():
-            self.a.weight[8:] *= 1e-8
-            self.a.bias[8:] *= 1e-8
-            self.b.weight[:, 8:] *= 5e5
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(torch.relu(self.b(torch.relu(self.a(x)))).mean((2, 3)))
+NOISE = torch.randn(16, 1, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
 def test_an_underflow_beside_values_of_usual_size_is_found_and_both_layers_are_kept(tmp_path: Path) -> None:
-    images = torch.randn(16, 1, 16, 16, generator=torch.Generator().manual_seed(1))
-    failed = export(HiddenUnderflow().eval(), images, tmp_path / "b", "fp16")
-    rungs = {rung.name: rung for rung in failed.report.rungs}
-    assert not failed and rungs["fused"].verdict == "a: underflow" and rungs["onnx"].verdict == "a: underflow"
-    one = export(HiddenUnderflow().eval(), images, tmp_path / "b", "fp16", ("a",))
-    rungs = {rung.name: rung for rung in one.report.rungs}
-    assert not one and rungs["fused"].verdict == "b: underflow"
-    both = export(HiddenUnderflow().eval(), images, tmp_path / "b", "fp16", ("a", "b"))
-    assert all(rung for rung in both.report.rungs), both.report.verdict
+    for kept, names, verdict in (((), ("fused", "onnx"), "a: underflow"), (("a",), ("fused",), "b: underflow")):
+        failed = export(hidden_underflow(), NOISE, tmp_path / "b", "fp16", kept)
+        assert not failed and {rungs_of(failed)[name].verdict for name in names} == {verdict}
+    both = export(hidden_underflow(), NOISE, tmp_path / "b", "fp16", ("a", "b"))
+    assert all(both.report.rungs), both.report.verdict
 
 
-class TwoHeads(nn.Module):
+def two_heads() -> nn.Module:
     """One head overflows before its BatchNorm; of the other, the folded weights can be changed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv, self.norm = nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8)
-        self.other = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8))
-        with torch.no_grad():
-            self.conv.weight.mul_(1e6)
-            self.norm.running_var.fill_(1e12)
-            self.other[1].running_mean.normal_()
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return {"a": self.norm(self.conv(x)).mean((2, 3)), "b": self.other(x).mean((2, 3))}
+    torch.manual_seed(0)
+    conv, norm, other = nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8))
+    with torch.no_grad():
+        conv.weight.mul_(1e6)
+        norm.running_var.fill_(1e12)  # type: ignore[union-attr]
+        other[1].running_mean.normal_()  # type: ignore[union-attr, operator]
+    heads = Called(
+        lambda x, m: {"a": m.norm(m.conv(x)).mean((2, 3)), "b": m.other(x).mean((2, 3))},
+        conv=conv,
+        norm=norm,
+        other=other,
+    )
+    return heads.eval()
 
 
 @pytest.mark.parametrize("wrong", [None, "norm", "other"])
 def test_a_wrong_fold_is_not_hidden_by_an_overflow(wrong: str | None) -> None:
     """Neither in the output that overflows, where only float64 can tell, nor in another."""
-    model, images = TwoHeads().eval(), np.random.default_rng(0).normal(size=(4, 1, 16, 16)).astype(np.float32)
-    program = fuse(model, digits.EXAMPLE, Batch(1, 4, 8))
+    model, images = two_heads(), np.random.default_rng(0).normal(size=(4, 1, 16, 16)).astype(np.float32)
+    program = fuse(model, digits.EXAMPLE, BATCH)
     start = {"norm": "conv_weight", "other": "other_0_weight"}.get(wrong or "", "none")
     for name, weight in program.folded.named_buffers():
         if name.startswith(start):
@@ -225,19 +225,14 @@ def test_a_transposed_convolution_is_kept_and_proved_like_any_other(tmp_path: Pa
     model = nn.Sequential(
         nn.Conv2d(1, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 4, 2, 2), nn.Flatten(), nn.Linear(3136, 10)
     )
-    images = torch.randn(16, 1, 16, 16, generator=torch.Generator().manual_seed(1))
     for kept in ((), ("2",)):
-        result = export(model.eval(), images, tmp_path / "b", "fp16", kept, "tensorrt-rtx")
+        result = export(model.eval(), NOISE, tmp_path / "b", "fp16", kept, "tensorrt-rtx")
         assert all(result.report.rungs), result.report.verdict
         assert result.report.rungs[-1].name == "tensorrt-rtx" and result.report.kept == kept
 
 
 REFUSED: dict[str, tuple[str, tuple[str, ...] | str, str]] = {
-    "no such layer": (
-        "fp16",
-        ("layer2.1.conv9",),
-        "no layer is called 'layer2.1.conv9'; expected a layer",
-    ),
+    "no such layer": ("fp16", ("layer2.1.conv9",), "no layer is called 'layer2.1.conv9'; expected a layer"),
     "all of them": ("fp16", ("conv1", "layer1", "layer2", "layer3", "fc"), "none is left: use --fp32"),
     "in float32": ("fp32", ("fc",), "--keep-fp32 is for --fp16 and --bf16, got --fp32"),
     "in int8": ("int8", "auto", "--keep-fp32 is for --fp16 and --bf16, got --int8"),

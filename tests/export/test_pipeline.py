@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -14,12 +17,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from export import Batch, ExportConfig, ExportError, ExportResult, export_bundle, verify_bundle
+from export.base.precision import PRECISIONS
 from export.fusion.program import FusedProgram
-from export.runtime.parity.accuracy import Labelled
+from export.lowering.runners import ProgramRunner
+from export.runtime.parity.accuracy import Labelled, Meter
+from export.sample_inputs import crops, photographs
 from resnet.data.labelled import LabelledInputs
 from resnet.data.preprocessing import Preprocessing
 from resnet.data.sources import open_test
 from tests.export import digits, networks
+from tests.export.criteria import mutants
 
 BATCH = Batch(1, 4, 8)
 FILES = {
@@ -29,66 +36,60 @@ FILES = {
 
 
 @pytest.fixture(scope="module")
-def resnet20(calibrated: dict[str, nn.Module]) -> nn.Module:
-    return calibrated["resnet20"]
+def resnet8(calibrated: dict[str, nn.Module]) -> nn.Module:
+    return calibrated["resnet8"]
+
+
+EXAMPLE = torch.zeros(1, 3, 32, 32)
+WITHOUT_ENGINE = ExportConfig("fp16", BATCH, "none")
 
 
 @pytest.fixture(scope="module")
-def example() -> Tensor:
-    return torch.zeros(1, 3, 32, 32)
-
-
-@pytest.fixture(scope="module")
-def bundle(resnet20: nn.Module, example: Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("export") / "resnet20-fp16"
+def bundle(resnet8: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("export") / "resnet8-fp16"
     steps: list[str] = []
     config = ExportConfig("fp16", BATCH)
-    result = export_bundle(resnet20, example, output, config, metadata={"name": "resnet20"}, progress=steps.append)
+    result = export_bundle(resnet8, EXAMPLE, output, config, metadata={"name": "resnet8"}, progress=steps.append)
     assert result, result.report.verdict
     assert steps[0] == "capture and fuse" and steps[-1] == "write the bundle"
     return output
 
 
-def test_the_bundle_holds_its_files(bundle: Path) -> None:
-    assert {path.name for path in bundle.iterdir()} == FILES
-
-
 def test_parity_json_says_what_was_compared(bundle: Path) -> None:
     parity = json.loads((bundle / "parity.json").read_text())
     assert parity["passed"] is True and parity["images"] == 16 and not parity["evidence"]["weaknesses"]
+    assert parity["accuracy"] == []  # without labelled pictures none is claimed
     rungs = {rung["name"]: rung for rung in parity["rungs"]}
     assert list(rungs) == ["eager", "folded", "fused", "onnx", "tensorrt-rtx"]
     for name in ("fused", "onnx"):
         assert rungs[name]["passed"] is True and rungs[name]["precision"] == "fp16"
         assert 0 < rungs[name]["error"] <= 1.5 * rungs[name]["eager_error"]
         assert rungs[name]["ratio"] <= rungs[name]["limit"] == 1.5
-        assert len(rungs[name]["operators"]["checked"]) == 20 and not rungs[name]["operators"]["unchecked"]
+        assert len(rungs[name]["operators"]["checked"]) == 8 and not rungs[name]["operators"]["unchecked"]
     if not torch.cuda.is_available():
         assert rungs["tensorrt-rtx"]["passed"] is None and "not run" in rungs["tensorrt-rtx"]["verdict"]
 
 
 def test_the_manifest_describes_the_artefacts(bundle: Path) -> None:
     manifest = json.loads((bundle / "manifest.json").read_text())
-    assert manifest["model"] == {"name": "resnet20"} and manifest["precision"] == "fp16"
-    assert manifest["batch"] == {"min": 1, "opt": 4, "max": 8}
+    assert {path.name for path in bundle.iterdir()} == FILES == {*manifest["files"], "manifest.json"}
+    assert manifest["model"] == {"name": "resnet8"} and manifest["precision"] == "fp16"
+    assert manifest["batch"] == {"min": 1, "opt": 4, "max": 8} and manifest["accuracy"] == []
     assert manifest["inputs"] == [{"name": "input", "shape": ["batch", 3, 32, 32], "dtype": "float32"}]
     assert manifest["outputs"] == [{"name": "output", "shape": ["batch", 10], "dtype": "float32"}]
-    assert manifest["engines"]["model.rtx.engine"]["convolutions"] == 21
+    assert manifest["engines"]["model.rtx.engine"]["convolutions"] == 9
     layers = json.loads((bundle / "model.rtx.layers.json").read_text())
-    assert sum(layer["type"] == "CONVOLUTION" and set(layer["outputs"]) == {"HALF"} for layer in layers) == 21
-    assert set(manifest["files"]) == FILES - {"manifest.json"}
-    assert manifest["versions"]["torch"] == torch.__version__
+    assert sum(layer["type"] == "CONVOLUTION" and set(layer["outputs"]) == {"HALF"} for layer in layers) == 9
+    assert manifest["versions"]["torch"] == torch.__version__  # with its build
     assert str(Path.cwd()) not in (bundle / "manifest.json").read_text()
 
 
-def test_the_golden_file_is_the_float64_model(bundle: Path, resnet20: nn.Module) -> None:
-    import copy
-
+def test_the_golden_file_is_the_float64_model(bundle: Path, resnet8: nn.Module) -> None:
     golden = load_file(bundle / "golden.safetensors")
     with torch.no_grad():
-        expected = copy.deepcopy(resnet20).double()(golden["input"].double())
+        expected = copy.deepcopy(resnet8).double()(golden["input"].double())
     assert golden["input"].dtype == torch.float32 and golden["oracle.output"].dtype == torch.float64
-    torch.testing.assert_close(golden["oracle.output"], expected, rtol=1e-12, atol=1e-12)
+    assert (golden["oracle.output"] - expected).norm() <= networks.EXACT * expected.norm()
 
 
 def test_verify_accepts_the_bundle(bundle: Path) -> None:
@@ -96,107 +97,26 @@ def test_verify_accepts_the_bundle(bundle: Path) -> None:
     assert [rung.name for rung in rungs] == ["eager", "folded", "tensorrt-rtx", "onnx"] and all(rungs)
 
 
-def test_verify_refuses_a_file_that_computes_something_else(
-    bundle: Path, calibrated: dict[str, nn.Module], tmp_path: Path
-) -> None:
+def test_verify_refuses_a_file_that_computes_something_else(bundle: Path, tmp_path: Path) -> None:
     """A bundle that is whole, but whose ONNX file was made from other weights."""
-    import onnx
 
-    from export.runtime.bundle.folder import publish, read_verified, staged
+    def scale(model: onnx.ModelProto) -> None:
+        tensor = next(t for t in model.graph.initializer if t.name == "layer2.0.conv1.weight")
+        values = onnx.numpy_helper.to_array(tensor).copy()
+        values[0] *= 1.5
+        tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
 
-    model = onnx.load(bundle / "model.onnx")
-    tensor = next(t for t in model.graph.initializer if t.name == "layer2.0.conv1.weight")
-    values = onnx.numpy_helper.to_array(tensor).copy()
-    values[0] *= 1.5
-    tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
-    files = {p.name: p.read_bytes() for p in bundle.iterdir() if p.name != "manifest.json"}
-    files["model.onnx"] = model.SerializeToString()
-    manifest, _ = read_verified(bundle)
-    with staged(tmp_path / "b") as staging:
-        publish(staging, tmp_path / "b", files, manifest)
-    rungs = {rung.name: rung for rung in verify_bundle(tmp_path / "b")}
+    changed = digits.rewrite(bundle, tmp_path / "b", digits.change_onnx(scale))
+    rungs = {rung.name: rung for rung in verify_bundle(changed)}
     assert not rungs["onnx"] and "times that of unfused" in rungs["onnx"].verdict
 
 
 def test_engine_of_another_version_is_refused_before_it_is_loaded(bundle: Path, tmp_path: Path) -> None:
-    from export.runtime.bundle.folder import publish, read_verified, staged
+    def older(manifest: dict[str, Any], files: dict[str, bytes]) -> None:
+        manifest["engines"]["model.rtx.engine"]["version"] = "1.0.0.1"
 
-    manifest, _ = read_verified(bundle)
-    manifest["engines"]["model.rtx.engine"]["version"] = "1.0.0.1"
-    files = {p.name: p.read_bytes() for p in bundle.iterdir() if p.name != "manifest.json"}
-    with staged(tmp_path / "b") as staging:
-        publish(staging, tmp_path / "b", files, manifest)
-    engine = next(rung for rung in verify_bundle(tmp_path / "b") if rung.name == "tensorrt-rtx")
-    assert "built by tensorrt-rtx 1.0.0.1" in engine.not_run
-
-
-def test_weak_evidence_writes_nothing_and_keeps_the_old_bundle(
-    resnet20: nn.Module, example: Tensor, tmp_path: Path
-) -> None:
-    output = tmp_path / "bundle"
-    config = ExportConfig("fp32", BATCH, "none")
-    assert export_bundle(resnet20, example, output, config)
-    before = {path.name: path.read_bytes() for path in output.iterdir()}
-    result = export_bundle(resnet20, example, output, config, images=torch.zeros(4, 3, 32, 32))
-    assert not result and result.report.verdict.startswith("no verdict, the evidence is too weak")
-    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
-
-
-def test_a_wrong_candidate_writes_nothing(
-    resnet20: nn.Module, example: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import export.forms
-    from tests.export.criteria.mutants import ConstantLogits
-
-    monkeypatch.setattr(export.forms, "ProgramRunner", ConstantLogits)
-    result = export_bundle(resnet20, example, tmp_path / "bundle", ExportConfig("fp16", BATCH, "none"))
-    assert not result and result.report.verdict.startswith("not equal to the eager model: fused")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("network", [networks.SqueezeExcite, networks.TwoHeads], ids=lambda network: network.__name__)
-def test_a_users_model_is_exported(network: type[nn.Module], tmp_path: Path, pictures: dict[str, Tensor]) -> None:
-    images = pictures["resnet20"]
-    model = networks.make(network, images)
-    config = ExportConfig("fp16", BATCH, "tensorrt-rtx")
-    result = export_bundle(model, images, tmp_path / "b", config, images=images)
-    assert result or result.report.verdict.startswith("no verdict"), result.report.verdict
-    assert all(result.report.rungs), [rung.verdict for rung in result.report.rungs]
-
-
-def test_the_failing_operator_is_named_in_the_verdict(
-    resnet20: nn.Module, example: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import export.forms
-    from export.lowering.runners import ProgramRunner
-    from tests.export.criteria import mutants
-
-    class Defective(ProgramRunner):
-        def __init__(self, program: FusedProgram, *args: object) -> None:
-            defect = mutants.MUTANTS[mutants.PROJECTION]["projection dropped"]
-            super().__init__(program, *args, operators=defect.operators(program))  # type: ignore[arg-type]
-
-    monkeypatch.setattr(export.forms, "ProgramRunner", Defective)
-    result = export_bundle(resnet20, example, tmp_path / "bundle", ExportConfig("fp16", BATCH, "none"))
-    assert "layer3.0.conv2 (conv2d_projection_bias_act): " in result.report.verdict
-
-
-def test_one_image_is_compared_and_found_weak(resnet20: nn.Module, tmp_path: Path, pictures: dict[str, Tensor]) -> None:
-    image = pictures["resnet20"][:1]
-    result = export_bundle(resnet20, image, tmp_path / "b", ExportConfig(engine="none", batch=(1, 2, 4)), images=image)
-    assert not result and all(result.report.rungs)
-
-
-def test_zeros_as_images_are_no_evidence_for_any_network(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU()).eval()
-    images = torch.zeros(4, 3, 16, 16)
-    result = export_bundle(model, images, tmp_path / "b", ExportConfig(engine="none", batch=4), images=images)
-    assert not result and "inputs hardly differ between images" in result.report.evidence.weaknesses
-
-
-def test_metadata_that_json_cannot_hold_is_refused(resnet20: nn.Module, example: Tensor, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="expected metadata that JSON can hold"):
-        export_bundle(resnet20, example, tmp_path / "b", metadata={"model": resnet20})
+    rungs = {rung.name: rung for rung in verify_bundle(digits.rewrite(bundle, tmp_path / "b", older))}
+    assert "built by tensorrt-rtx 1.0.0.1" in rungs["tensorrt-rtx"].not_run
 
 
 DOCTORED = {
@@ -208,39 +128,74 @@ DOCTORED = {
 
 @pytest.mark.parametrize("case", DOCTORED)
 def test_a_doctored_manifest_is_refused(case: str, bundle: Path, tmp_path: Path) -> None:
-    from export.runtime.bundle.folder import publish, read_verified, staged
-
     change, message = DOCTORED[case]
-    manifest, contents = read_verified(bundle)
-    with staged(tmp_path / "b") as staging:
-        publish(staging, tmp_path / "b", contents, {**manifest, **change})
+    doctored = digits.rewrite(bundle, tmp_path / "b", lambda manifest, files: manifest.update(change))
     with pytest.raises(ExportError, match=message):
-        verify_bundle(tmp_path / "b")
+        verify_bundle(doctored)
 
 
-def test_a_static_batch(resnet20: nn.Module, example: Tensor, tmp_path: Path) -> None:
-    result = export_bundle(resnet20, example, tmp_path / "b", ExportConfig("fp32", Batch(3, 3, 3), "none"))
+def test_weak_evidence_writes_nothing_and_keeps_the_old_bundle(resnet8: nn.Module, tmp_path: Path) -> None:
+    """Whether of images that are all alike, of one image, or for any network."""
+    output, nothing = tmp_path / "bundle", torch.zeros(4, 3, 32, 32)
+    assert export_bundle(resnet8, EXAMPLE, output, ExportConfig("fp32", BATCH, "none"))
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU()).eval()
+    for model, images in ((resnet8, nothing), (resnet8, crops(photographs(), 1, 3, (32, 32))), (plain, nothing)):
+        result = export_bundle(model, EXAMPLE, output, ExportConfig("fp32", BATCH, "none"), images=images)
+        assert not result and result.report.verdict.startswith("no verdict, the evidence is too weak")
+        assert all(result.report.rungs)
+    assert "inputs hardly differ between images" in result.report.evidence.weaknesses
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+
+
+class Defective(ProgramRunner):
+    def __init__(self, program: FusedProgram, *args: Any) -> None:
+        defect = mutants.MUTANTS[mutants.PROJECTION]["projection dropped"]
+        super().__init__(program, *args, operators=defect.operators(program))
+
+
+WRONG: dict[str, tuple[type[ProgramRunner], str]] = {
+    "constant logits": (mutants.ConstantLogits, "not equal to the eager model: fused"),
+    "an operator": (Defective, "layer3.0.conv2 (conv2d_projection_bias_act): "),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_candidate_writes_nothing_and_is_named(
+    case: str, resnet8: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, verdict = WRONG[case]
+    monkeypatch.setattr("export.forms.ProgramRunner", runner)
+    result = export_bundle(resnet8, EXAMPLE, tmp_path / "bundle", WITHOUT_ENGINE)
+    assert not result and verdict in result.report.verdict and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("network", [networks.SqueezeExcite, networks.TwoHeads], ids=lambda network: network.__name__)
+def test_a_users_model_is_exported(network: type[nn.Module], tmp_path: Path, pictures: dict[str, Tensor]) -> None:
+    images = pictures["resnet8"]
+    model = networks.make(network, images)
+    config = ExportConfig("fp16", BATCH, "tensorrt-rtx")
+    result = export_bundle(model, images, tmp_path / "b", config, images=images)
+    assert result or result.report.verdict.startswith("no verdict"), result.report.verdict
+    assert all(result.report.rungs), [rung.verdict for rung in result.report.rungs]
+
+
+def test_a_static_batch(resnet8: nn.Module, tmp_path: Path) -> None:
+    result = export_bundle(resnet8, EXAMPLE, tmp_path / "b", ExportConfig("fp32", Batch(3, 3, 3), "none"))
     assert result, result.report.verdict
     assert verify_bundle(tmp_path / "b")[2]
     assert json.loads((tmp_path / "b" / "manifest.json").read_text())["inputs"][0]["shape"] == [3, 3, 32, 32]
 
 
-REFUSED = {
-    "precision": (lambda: ExportConfig("fp8"), "expected a precision of fp32, fp16, bf16, int8, got 'fp8'"),
-    "engine": (lambda: ExportConfig(engine="openvino"), "expected an engine of auto, none"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_unknown_settings_are_refused(case: str) -> None:
-    make, message = REFUSED[case]
-    with pytest.raises(ExportError, match=message):
-        make()
-
-
-def test_images_of_another_shape_are_refused(resnet20: nn.Module, example: Tensor, tmp_path: Path) -> None:
+def test_what_cannot_be_exported_is_refused(resnet8: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="expected a precision of fp32, fp16, bf16, int8, got 'fp8'"):
+        ExportConfig("fp8")
+    with pytest.raises(ExportError, match="expected an engine of auto, none"):
+        ExportConfig(engine="openvino")
+    with pytest.raises(ExportError, match="expected metadata that JSON can hold"):
+        export_bundle(resnet8, EXAMPLE, tmp_path / "b", metadata={"model": resnet8})
     with pytest.raises(ExportError, match=r"expected images of shape \[N, \*\[3, 32, 32\]\], got \[4, 3, 16, 16\]"):
-        export_bundle(resnet20, example, tmp_path / "b", images=torch.zeros(4, 3, 16, 16))
+        export_bundle(resnet8, EXAMPLE, tmp_path / "b", images=torch.zeros(4, 3, 16, 16))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -275,7 +230,7 @@ def test_accuracy_is_measured_before_and_after(
         ("eager", "fp32"), (fused, precision), ("onnx", precision),
     ]  # fmt: skip
     assert [form.images for form in measured] == [359] * 3 and measured[0].correct == expected > 300
-    assert all(abs(form.correct - expected) <= 3 for form in measured)
+    assert all(abs(form.correct - expected) <= 0.01 * form.images for form in measured)  # what an export may lose
     assert [step for step in steps if step.startswith("measure")] == [
         "measure accuracy: eager", f"measure accuracy: {fused}", "measure accuracy: onnx",
     ]  # fmt: skip
@@ -300,19 +255,10 @@ def test_an_engine_that_does_not_run_fails_the_export_with_its_report(
     assert [accuracy.form for accuracy in result.report.accuracy] == ["eager", "fused", "onnx"]
 
 
-def test_without_labelled_pictures_no_accuracy_is_claimed(bundle: Path) -> None:
-    assert json.loads((bundle / "parity.json").read_text())["accuracy"] == []
-    assert json.loads((bundle / "manifest.json").read_text())["accuracy"] == []
-
-
 def test_a_form_that_loses_accuracy_is_not_written(
     trained_digits: tuple[nn.Module, Tensor], digit_images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The fused program whose accuracy is measured has two class rows exchanged; all that is compared is right."""
-    from export.base.precision import PRECISIONS
-    from export.lowering.runners import ProgramRunner
-    from export.runtime.parity.accuracy import Meter
-
     swapped = digits.fused(digits.with_swapped_classes(trained_digits[0]), BATCH)
     wrong, run = ProgramRunner(swapped, PRECISIONS["fp32"], ("output",)), Meter._run
     monkeypatch.setattr(
@@ -329,31 +275,19 @@ def test_a_form_that_loses_accuracy_is_not_written(
 def test_a_wrong_form_shows_as_lower_accuracy_too(
     trained_digits: tuple[nn.Module, Tensor], digit_images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import export.forms
-    from export.lowering.runners import ProgramRunner
-
     class Swapped(ProgramRunner):
         def infer(self, inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
             return {name: logits[:, ::-1] for name, logits in super().infer(inputs).items()}
 
-    monkeypatch.setattr(export.forms, "ProgramRunner", Swapped)
+    monkeypatch.setattr("export.forms.ProgramRunner", Swapped)
     result = export_digits(trained_digits[0], digit_images, tmp_path / "b", digits.held_out())
     assert not result and result.report.verdict.startswith("not equal to the eager model: fused")
     assert "% top-1 where the eager model has" in result.report.verdict
 
 
-class Empty:
-    classes = digits.CLASSES
-
-    def __len__(self) -> int:
-        return 0
-
-    def batches(self, size: int) -> Iterator[tuple[NDArray, NDArray]]:
-        return iter(())
-
-
+NONE = LabelledInputs(open_test("digits").subset(np.arange(0)), digits.PREPROCESSING)
 UNMEASURABLE: dict[str, tuple[Labelled, dict[str, Any], str]] = {
-    "no pictures": (Empty(), digits.METADATA, "expected labelled pictures to measure accuracy on, got none"),
+    "no pictures": (NONE, digits.METADATA, "expected labelled pictures to measure accuracy on, got none"),
     "another size": (
         LabelledInputs(open_test("digits"), Preprocessing((8, 8), (8, 8), (0.5,), (0.5,))),
         digits.METADATA,

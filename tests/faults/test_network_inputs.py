@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import kernels
 from export import Batch, ExportError, FusedProgram, fuse
 from export.base.precision import PRECISIONS
 from export.runtime.artefacts import running_first
 from export.runtime.bundle.contents import open_bundle
+from kernels.operators.conv2d_bias_act import conv2d_bias_act
 
 BATCH = Batch(1, 2, 4)
 
@@ -167,7 +167,7 @@ def test_inputs_of_operators_and_programs(layout: str, x: Tensor, block: FusedPr
     bias, odd = torch.randn(8), LAYOUTS[layout](x)
     calls: tuple[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]], ...] = (
         (
-            lambda t: kernels.conv2d_bias_act(t, weight, bias, padding=(1, 1), relu=True),
+            lambda t: conv2d_bias_act(t, weight, bias, padding=(1, 1), relu=True),
             lambda t: F.relu(F.conv2d(t.double(), weight.double(), bias.double(), padding=1)),
         ),
         (block, Styles("method").eval().double()),

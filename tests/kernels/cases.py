@@ -3,95 +3,45 @@
 Images are cropped to a few pixels, since the interpreter is slow; channel counts are the real ones.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
-from kernels.problems import BottleneckProblem, ConvProblem, HeadProblem, Problem, Projection, StemProblem
+from kernels.operators.conv2d_bias_relu_maxpool import StemProblem
+from kernels.operators.conv2d_conv1x1_bias_act import BottleneckProblem
+from kernels.operators.mean_linear import HeadProblem
+from kernels.problems import ConvProblem, Problem, Projection
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
-# (c_in, c_out, kernel, stride, padding, groups): every distinct convolution of each network.
-RESNET18 = (
-    (3, 64, 7, 2, 3, 1),
-    (64, 64, 3, 1, 1, 1),
-    (64, 128, 3, 2, 1, 1),
-    (64, 128, 1, 2, 0, 1),
-    (128, 128, 3, 1, 1, 1),
-    (128, 256, 3, 2, 1, 1),
-    (128, 256, 1, 2, 0, 1),
-    (256, 256, 3, 1, 1, 1),
-    (256, 512, 3, 2, 1, 1),
-    (256, 512, 1, 2, 0, 1),
-    (512, 512, 3, 1, 1, 1),
-)
-RESNET50 = (
-    (3, 64, 7, 2, 3, 1),
-    (64, 64, 1, 1, 0, 1),
-    (64, 64, 3, 1, 1, 1),
-    (64, 256, 1, 1, 0, 1),
-    (256, 64, 1, 1, 0, 1),
-    (256, 128, 1, 1, 0, 1),
-    (128, 128, 3, 2, 1, 1),
-    (128, 512, 1, 1, 0, 1),
-    (256, 512, 1, 2, 0, 1),
-    (512, 128, 1, 1, 0, 1),
-    (128, 128, 3, 1, 1, 1),
-    (512, 256, 1, 1, 0, 1),
-    (256, 256, 3, 2, 1, 1),
-    (256, 1024, 1, 1, 0, 1),
-    (512, 1024, 1, 2, 0, 1),
-    (1024, 256, 1, 1, 0, 1),
-    (256, 256, 3, 1, 1, 1),
-    (1024, 512, 1, 1, 0, 1),
-    (512, 512, 3, 2, 1, 1),
-    (512, 2048, 1, 1, 0, 1),
-    (1024, 2048, 1, 2, 0, 1),
-    (2048, 512, 1, 1, 0, 1),
-    (512, 512, 3, 1, 1, 1),
-)
-RESNEXT50_32X4D = (
-    (3, 64, 7, 2, 3, 1),
-    (64, 128, 1, 1, 0, 1),
-    (128, 128, 3, 1, 1, 32),
-    (128, 256, 1, 1, 0, 1),
-    (64, 256, 1, 1, 0, 1),
-    (256, 128, 1, 1, 0, 1),
-    (256, 256, 1, 1, 0, 1),
-    (256, 256, 3, 2, 1, 32),
-    (256, 512, 1, 1, 0, 1),
-    (256, 512, 1, 2, 0, 1),
-    (512, 256, 1, 1, 0, 1),
-    (256, 256, 3, 1, 1, 32),
-    (512, 512, 1, 1, 0, 1),
-    (512, 512, 3, 2, 1, 32),
-    (512, 1024, 1, 1, 0, 1),
-    (512, 1024, 1, 2, 0, 1),
-    (1024, 512, 1, 1, 0, 1),
-    (512, 512, 3, 1, 1, 32),
-    (1024, 1024, 1, 1, 0, 1),
-    (1024, 1024, 3, 2, 1, 32),
-    (1024, 2048, 1, 1, 0, 1),
-    (1024, 2048, 1, 2, 0, 1),
-    (2048, 1024, 1, 1, 0, 1),
-    (1024, 1024, 3, 1, 1, 32),
-)
-CIFAR_RESNET20 = (
-    (3, 16, 3, 1, 1, 1),
-    (16, 16, 3, 1, 1, 1),
-    (16, 32, 3, 2, 1, 1),
-    (16, 32, 1, 2, 0, 1),
-    (32, 32, 3, 1, 1, 1),
-    (32, 64, 3, 2, 1, 1),
-    (32, 64, 1, 2, 0, 1),
-    (64, 64, 3, 1, 1, 1),
-)
+
+def _basic_shapes(c_in: int, widths: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """(c_in, c_out, kernel, stride, groups) of every distinct convolution of basic blocks."""
+    for width in widths:
+        stride = 1 if width == c_in else 2
+        yield from ((c_in, width, 3, stride, 1), (width, width, 3, 1, 1))
+        if width != c_in:
+            yield c_in, width, 1, stride, 1
+        c_in = width
+
+
+def _bottleneck_shapes() -> Iterator[tuple[int, ...]]:
+    c_in = 64
+    for width in (64, 128, 256, 512):
+        stride = 1 if width == 64 else 2
+        yield from ((c_in, width, 1, 1, 1), (width, width, 3, stride, 1), (width, 4 * width, 1, 1, 1))
+        yield from ((c_in, 4 * width, 1, stride, 1), (4 * width, width, 1, 1, 1), (width, width, 3, 1, 1))
+        # 4 of the 32 groups of a ResNeXt: each is a launch of its own to the interpreter.
+        yield from ((width // 4, width // 4, 3, stride, 4), (width // 4, width // 4, 3, 1, 4))
+        c_in = 4 * width
 
 
 def _network_cases() -> dict[str, ConvProblem]:
-    cases = {}
-    shapes = dict.fromkeys(RESNET18 + RESNET50 + RESNEXT50_32X4D + CIFAR_RESNET20)
-    for index, (c_in, c_out, kernel, stride, padding, groups) in enumerate(shapes):
+    """Every distinct convolution of resnet18, resnet50, resnet20 and, of resnext50_32x4d, of those with groups."""
+    cases, shapes = {}, [(3, 64, 7, 2, 1), *_basic_shapes(64, (64, 128, 256, 512)), *_bottleneck_shapes()]
+    shapes += [(3, 16, 3, 1, 1), *_basic_shapes(16, (16, 32, 64))]
+    for index, (c_in, c_out, kernel, stride, groups) in enumerate(dict.fromkeys(shapes)):
         name = f"{c_in}-{c_out}-{kernel}x{kernel}-s{stride}" + (f"-g{groups}" if groups > 1 else "")
         cases[name] = ConvProblem(
             batch=1 + index % 2,
@@ -101,7 +51,7 @@ def _network_cases() -> dict[str, ConvProblem]:
             c_out=c_out,
             kernel=(kernel, kernel),
             stride=(stride, stride),
-            padding=(padding, padding),
+            padding=(kernel // 2, kernel // 2),
             groups=groups,
             # The last convolution of a block, the only one with a residual, is a 1x1 or a 3x3 of stride 1.
             has_residual=stride == 1 and c_out >= c_in,

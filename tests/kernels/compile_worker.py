@@ -1,19 +1,139 @@
-"""Compiles every kernel of the networks and the extra cases for every target; prints what was found as JSON.
+"""Compiles kernels for every target, compares what kernels.compile says of launches with what Triton makes of them.
 
-A process of its own, because Triton's interpreter, in which the other tests run, cannot be switched off again.
+Prints JSON. A process of its own, because Triton's interpreter, in which the other tests run, cannot be switched off
+again.
 """
 
 import json
+import re
+from dataclasses import replace
+from typing import Any
 
-from kernels.compile import compile_problems
+import torch
+from triton._C.libtriton import ir
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels.compile import code_key, compile_problems, kernel_signature
+from kernels.configs.config import Config, KernelLaunch, Operand
+from kernels.configs.convolution import ConvConfig
 from kernels.configs.targets import TARGETS
-from tests.kernels.networks import BATCHES, EXTRA, NETWORKS
+from kernels.operators.conv2d_bias_relu_maxpool import StemConfig
+from kernels.operators.conv2d_conv1x1_bias_act import BottleneckConfig
+from kernels.operators.mean_linear import HeadConfig
+from kernels.oracle import make_inputs
+from kernels.plan import kernel_of, plan
+from kernels.problems import Problem
+from tests.kernels.cases import ONE_OF_EACH, SMALL
+from tests.kernels.launching import run
+from tests.kernels.networks import hardest_problems
+
+TARGET = TARGETS["sm_90"]
+GPU = GPUTarget("cuda", TARGET.capability, 32)
+GATHERED = ConvConfig(64, 32, 32, 4, 3)
+BOXES = replace(GATHERED, block_k=16, box=(1, 8, 8))
+FUSED = BottleneckConfig(64, 32, 16, 4, 2)
+LAUNCHES: dict[str, tuple[Problem, Config]] = {
+    "gathered": (ONE_OF_EACH["conv"], GATHERED),
+    "gathered-plain": (replace(SMALL, has_residual=False, relu=False), GATHERED),
+    "gathered-fp32": (SMALL.with_dtype(torch.float32), replace(GATHERED, block_k=16)),
+    "gathered-bf16": (SMALL.with_dtype(torch.bfloat16), GATHERED),
+    "gathered-groups": (replace(SMALL, groups=2), GATHERED),
+    "gathered-split": (ONE_OF_EACH["conv"], replace(GATHERED, split_k=3)),
+    "gathered-projection": (ONE_OF_EACH["projection"], GATHERED),
+    "boxes": (ONE_OF_EACH["conv"], BOXES),
+    "boxes-projection": (ONE_OF_EACH["projection"], BOXES),
+    "bottleneck": (ONE_OF_EACH["bottleneck-residual"], FUSED),
+    "bottleneck-projection": (ONE_OF_EACH["bottleneck-projection"], FUSED),
+    "bottleneck-boxes": (ONE_OF_EACH["bottleneck-projection"], replace(FUSED, box=(1, 8, 8))),
+    "stem": (ONE_OF_EACH["stem"], StemConfig(32, 64, 32, 2, 4, 2)),
+    "head": (ONE_OF_EACH["head"], HeadConfig(16, 64, 32, 4)),
+}
+
+
+def launch_of(problem: Problem, config: Config) -> KernelLaunch:
+    (launch,) = plan(problem, config, TARGET)
+    return launch
+
+
+def argument(operand: Operand | None) -> Any:
+    """A tensor or descriptor such as launch.py passes."""
+    if operand is None:
+        return None
+    if operand.block is None:
+        return torch.empty(64, dtype=operand.dtype)
+    tensor = torch.empty(operand.block, dtype=operand.dtype)
+    return TensorDescriptor(tensor, [*tensor.shape], [*tensor.stride()], [*operand.block])
+
+
+def signature_derived_by_triton(launch: KernelLaunch) -> tuple[Any, Any, Any]:
+    """What Triton's JIT makes of the arguments, tensors included, without a launch."""
+    backend, kernel = make_backend(GPU), kernel_of(launch)
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    operands = {name: argument(operand) for name, operand in launch.operands.items()}
+    bound, specialization, _ = binder(**operands, **launch.scalars, **launch.options)
+    _, types, constants, attributes = kernel._pack_args(backend, launch.options, bound, specialization, launch.options)
+    return types, constants, {path: value for path, value in attributes.items() if value}
+
+
+def disagreement(launch: KernelLaunch) -> list[str]:
+    types, constants, attributes = kernel_signature(launch)
+    names = kernel_of(launch).arg_names
+    positions = {(names.index(name),): value for name, value in constants.items()}
+    ours, triton_s = (types, positions, attributes), signature_derived_by_triton(launch)
+    return [f"{mine} instead of {theirs}" for mine, theirs in zip(ours, triton_s, strict=True) if mine != theirs]
+
+
+def first_stage(launch: KernelLaunch) -> str:
+    """The kernel in Triton's own language of tensors, before anything is known of a GPU."""
+    backend, stages, context = make_backend(GPU), {}, ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    source, options = ASTSource(kernel_of(launch), *kernel_signature(launch)), backend.parse_options(launch.options)
+    backend.add_stages(stages, options, source.language)
+    functions = backend.get_codegen_implementation(options)
+    module = source.make_ir(GPU, options, functions, backend.get_module_map(), context)
+    return str(stages["ttir"](module, {}))
+
+
+def tile_offsets(launch: KernelLaunch) -> dict[str, list[str]]:
+    """By pointer parameter: the integer types that are added to it, in tiles of addresses."""
+    roots: dict[str, str] = {}
+    found: dict[str, set[str]] = {}
+    step = re.compile(
+        r"%(\w+) = tt\.(?:addptr|splat|broadcast|expand_dims) %(\w+).* : .*?(?:, tensor<(?:\d+x)+(i\d+)>)?(?: loc.*)?$",
+        re.MULTILINE,
+    )
+    for result, operand, offsets in step.findall(first_stage(launch)):
+        roots[result] = roots.get(operand, operand)
+        if offsets:
+            found.setdefault(roots[result], set()).add(offsets)
+    return {name: sorted(types) for name, types in found.items()}
+
+
+def refusal() -> str:
+    """What the launcher says of tensors on a CPU, where there is no interpreter to run them."""
+    try:
+        return str(run(make_inputs(SMALL)))
+    except ValueError as error:
+        return str(error)
 
 
 def main() -> None:
-    networks = [problem for network in NETWORKS.values() for batch in BATCHES for problem in network(batch)]
-    problems = [*networks, *EXTRA.values()]
-    print(json.dumps(compile_problems({target: problems for target in TARGETS.values()})))
+    launches = {name: launch_of(problem, config) for name, (problem, config) in LAUNCHES.items()}
+    larger = replace(SMALL, batch=7, height=9, width=30)
+    report = {
+        "kernels": sorted({launch.kernel.split(".")[1] for launch in launches.values()}),
+        "disagreements": {name: disagreement(launch) for name, launch in launches.items()},
+        "tile_offsets": {name: tile_offsets(launch) for name, launch in launches.items()},
+        "codes_of_other_run_time_sizes": len({code_key(launch_of(problem, GATHERED)) for problem in (SMALL, larger)}),
+        "codes_of_all_launches": len({code_key(launch) for launch in launches.values()}),
+        "refusal": refusal(),
+        "compiled": compile_problems({target: hardest_problems(target) for target in TARGETS.values()}),
+    }
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

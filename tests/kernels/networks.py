@@ -1,10 +1,16 @@
 """Whole networks as the problems their fused operators have, in order and with repetitions."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from kernels.problems import BottleneckProblem, ConvProblem, HeadProblem, Problem, Projection, StemProblem
+from kernels.configs.selection import select_config
+from kernels.configs.targets import Target
+from kernels.operators.conv2d_bias_relu_maxpool import StemProblem
+from kernels.operators.conv2d_conv1x1_bias_act import BottleneckProblem
+from kernels.operators.mean_linear import HeadProblem
+from kernels.problems import ConvProblem, Problem, Projection
 
 BATCHES = (1, 32)
 
@@ -59,3 +65,24 @@ EXTRA: dict[str, Problem] = {
     ),
     "7x7-unfused": ConvProblem(8, 3, 224, 224, 64, (7, 7), (2, 2), (3, 3), relu=True),
 }  # fmt: skip
+
+
+def hardest_problems(target: Target) -> list[Problem]:
+    """Of the networks at every batch and the extra cases: what to compile to have seen every kind of code.
+
+    One problem for each kernel, tile, number of warps, way of loading and loop there is; of those that share them the
+    one with a residual and the longest reduction, which needs most registers.
+    """
+    networks = [problem for network in NETWORKS.values() for batch in BATCHES for problem in network(batch)]
+    hardest: dict[tuple[Any, ...], tuple[tuple[Any, ...], Problem]] = {}
+    for problem in dict.fromkeys([*networks, *EXTRA.values()]):
+        for launch in select_config(problem, target).launches(problem, target):
+            s = launch.scalars
+            tile = tuple(value for name, value in s.items() if name.startswith("BLOCK_"))
+            loop = (s.get("R", 1) > 1, s.get("GROUPS", 1) > 1, s.get("SPLIT_K", 1) > 1, s.get("HAS_PROJECTION"))
+            loads = (launch.uses_boxes, problem.loads_are_vectors, problem.dtype)
+            key = (launch.kernel, tile, launch.options["num_warps"], loop, loads)
+            needs = (s.get("HAS_RESIDUAL", False), s.get("R", 1) * s["C_IN"])
+            if key not in hardest or needs > hardest[key][0]:
+                hardest[key] = needs, launch.problem
+    return [problem for _, problem in hardest.values()]

@@ -8,20 +8,16 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.configs.config import (
-    INPUT_PRECISIONS,
-    BottleneckConfig,
-    Config,
-    ConvConfig,
-    HeadConfig,
-    PairConfig,
-    StemConfig,
-    conv_k_blocks,
-)
+from kernels.configs.config import Config, conv_k_blocks
+from kernels.configs.convolution import ConvConfig
 from kernels.configs.heuristic import heuristic_config
 from kernels.configs.targets import TARGETS
-from kernels.oracle import Inputs, make_inputs
-from kernels.problems import BottleneckProblem, ConvProblem, HeadProblem, Problem, Projection, StemProblem
+from kernels.operators.conv2d_bias_relu_maxpool import StemConfig, StemProblem
+from kernels.operators.conv2d_conv1x1_bias_act import BottleneckConfig, BottleneckProblem, PairConfig
+from kernels.operators.mean_linear import HeadConfig, HeadProblem
+from kernels.operators.registry import Arguments
+from kernels.oracle import make_inputs
+from kernels.problems import ConvProblem, Problem, Projection
 from tests.effort import TIMES
 from tests.kernels.cases import DTYPES, projected
 
@@ -239,16 +235,16 @@ class LaidOut:
     problem: Problem
     layouts: dict[str, Layout]
 
-    def inputs(self, device: torch.device | str = "cpu", seed: int = 0) -> Inputs:
-        named = make_inputs(self.problem, device, seed).named()
-        return Inputs(**{name: self.layouts[name].of(tensor) for name, tensor in named.items()})
+    def inputs(self, device: torch.device | str = "cpu") -> Arguments[Tensor]:
+        inputs = make_inputs(self.problem, device)
+        return replace(inputs, **{name: self.layouts[name].of(tensor) for name, tensor in inputs.tensors().items()})
 
 
 @st.composite
 def laid_out(draw: st.DrawFn, problems: st.SearchStrategy[Problem]) -> LaidOut:
     """Every tensor dense at some offset, but for at most one, which lies in memory in any way."""
     problem = draw(problems)
-    ndims = {name: tensor.ndim for name, tensor in make_inputs(problem).named().items()}
+    ndims = {name: len(shape) for name, shape in problem.shapes.items()}
     other = draw(st.none() | st.sampled_from([*ndims]))
     layouts = {name: draw((any_layouts if name == other else dense_layouts)(ndim)) for name, ndim in ndims.items()}
     return LaidOut(problem, layouts)
@@ -284,9 +280,7 @@ def _boxes(conv: ConvProblem, block_m: int) -> st.SearchStrategy[tuple[int, int,
 def conv_configs(draw: st.DrawFn, conv: ConvProblem) -> ConvConfig:
     """Over boxes where they can load the convolution."""
     blocks = (draw(_blocks(conv.gemm_m)), draw(_blocks(conv.gemm_n)), draw(_blocks(conv.gemm_k)))
-    config = ConvConfig(*blocks, draw(_WARPS), draw(_STAGES), group_m=draw(st.integers(1, 8)))
-    if conv.dtype != torch.float32:  # of which the others round the operands
-        config = replace(config, input_precision=draw(st.sampled_from(INPUT_PRECISIONS)))
+    config = ConvConfig(*blocks, draw(_WARPS), draw(_STAGES))
     boxable = _boxable(conv, conv.projection)
     if boxable:
         box, programs = draw(_boxes(conv, config.block_m)), draw(st.integers(0, 3))

@@ -2,20 +2,13 @@
 
 from dataclasses import replace
 
-import pytest
 import torch
 
-from kernels.oracle import make_inputs, operator_call
-from kernels.problems import (
-    PROBLEMS,
-    BottleneckProblem,
-    ConvProblem,
-    HeadProblem,
-    Projection,
-    StemProblem,
-    conv_output_size,
-    with_dtype,
-)
+from kernels.operators.conv2d_bias_relu_maxpool import StemProblem
+from kernels.operators.conv2d_conv1x1_bias_act import BottleneckProblem
+from kernels.operators.mean_linear import HeadProblem
+from kernels.operators.registry import OPERATORS
+from kernels.problems import ConvProblem, Projection, conv_output_size
 from tests.kernels.cases import CASES
 
 
@@ -53,40 +46,33 @@ def test_costs_of_a_bottleneck() -> None:
     assert problem.flops == 2 * pixels * (64 * 576 + 256 * 64)
     assert problem.activation_bytes == 2 * pixels * (64 + 256 + 256), "what lies between is neither written nor read"
     assert problem.weight_bytes == 2 * (64 * 577 + 256 * 65)
-    assert problem.second == ConvProblem(2, 64, 56, 56, 256, (1, 1), has_residual=True, relu=True)
+    assert problem.parts == (first, ConvProblem(2, 64, 56, 56, 256, (1, 1), has_residual=True, relu=True))
     projected = replace(problem, has_residual=False, projection=Projection(64, 56, 56, (1, 1)))
     assert projected.flops == problem.flops + 2 * pixels * 256 * 64
     assert projected.activation_bytes == 2 * pixels * (64 + 64 + 256)
     assert projected.weight_bytes == problem.weight_bytes + 2 * 256 * 64
 
 
-def test_costs_of_a_stem() -> None:
-    problem = StemProblem(ConvProblem(8, 3, 224, 224, 64, (7, 7), (2, 2), (3, 3), relu=True))
-    assert problem.out_shape == (8, 64, 56, 56)
-    assert problem.flops == 2 * 8 * 112 * 112 * 64 * 147
-    assert problem.activation_bytes == 2 * 8 * (224 * 224 * 3 + 56 * 56 * 64)
-    assert problem.weight_bytes == 2 * 64 * 148
-    assert StemProblem(replace(problem.conv, height=19, width=23)).out_shape == (8, 64, 5, 6)
-
-
-def test_costs_of_a_head() -> None:
-    problem = HeadProblem(32, 2048, 7, 7, 1000, torch.float32)
-    assert problem.out_shape == (32, 1000)
-    assert problem.flops == 2 * 32 * 2048 * 1000
-    assert problem.activation_bytes == 4 * 32 * (2048 * 49 + 1000)
-    assert problem.weight_bytes == 4 * 1000 * 2049
+def test_costs_of_a_stem_and_a_head() -> None:
+    stem = StemProblem(ConvProblem(8, 3, 224, 224, 64, (7, 7), (2, 2), (3, 3), relu=True))
+    assert stem.out_shape == (8, 64, 56, 56)
+    assert stem.flops == 2 * 8 * 112 * 112 * 64 * 147
+    assert stem.activation_bytes == 2 * 8 * (224 * 224 * 3 + 56 * 56 * 64)
+    assert stem.weight_bytes == 2 * 64 * 148
+    assert StemProblem(replace(stem.conv, height=19, width=23)).out_shape == (8, 64, 5, 6)
+    head = HeadProblem(32, 2048, 7, 7, 1000, torch.float32)
+    assert head.out_shape == (32, 1000)
+    assert head.flops == 2 * 32 * 2048 * 1000
+    assert head.activation_bytes == 4 * 32 * (2048 * 49 + 1000)
+    assert head.weight_bytes == 4 * 1000 * 2049
 
 
 def test_dense_means_a_matrix_product() -> None:
     dense = ConvProblem(1, 64, 7, 7, 64, (1, 1))
     assert dense.is_dense and replace(dense, projection=Projection(32, 7, 7, (1, 1))).is_dense
-    for changes in (
-        {"kernel": (3, 3), "padding": (1, 1)},
-        {"stride": (2, 2)},
-        {"padding": (1, 1)},
-        {"projection": Projection(32, 14, 14, (2, 2))},
-    ):
-        assert not replace(dense, **changes).is_dense
+    strided = Projection(32, 14, 14, (2, 2))
+    others = ({"kernel": (3, 3), "padding": (1, 1)}, {"stride": (2, 2)}, {"padding": (1, 1)}, {"projection": strided})
+    assert not any(replace(dense, **changes).is_dense for changes in others)
 
 
 def test_loads_are_vectors_of_16_bytes() -> None:
@@ -102,17 +88,19 @@ def test_output_size_is_torchs() -> None:
         assert conv_output_size(size, kernel, stride, padding, dilation) == y.shape[2]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_another_dtype_changes_nothing_else(dtype: torch.dtype) -> None:
+def test_another_dtype_or_batch_changes_nothing_else() -> None:
     for problem in CASES.values():
-        changed = with_dtype(problem, dtype)
-        assert changed.dtype == dtype and with_dtype(changed, problem.dtype) == problem
-        assert changed.flops == problem.flops
-        assert changed.activation_bytes == problem.activation_bytes * dtype.itemsize // 2
+        for dtype in (torch.bfloat16, torch.float32):
+            changed = problem.with_dtype(dtype)
+            assert changed.dtype == dtype and changed.with_dtype(problem.dtype) == problem
+            assert changed.flops == problem.flops
+            assert changed.activation_bytes == problem.activation_bytes * dtype.itemsize // 2
+        many = problem.with_batch(3 * problem.batch)
+        assert many.batch == 3 * problem.batch and many.with_batch(problem.batch) == problem
+        assert many.flops == 3 * problem.flops and many.weight_bytes == problem.weight_bytes
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_arguments_describe_their_problem(name: str) -> None:
-    problem = CASES[name]
-    operator, arguments = operator_call(problem, make_inputs(problem, "meta"))
-    assert PROBLEMS[operator](*arguments) == problem
+def test_arguments_describe_their_problem() -> None:
+    for problem in CASES.values():
+        tensors = {name: torch.empty(s, dtype=problem.dtype, device="meta") for name, s in problem.shapes.items()}
+        assert OPERATORS[problem.operator](**tensors, **problem.settings).problem() == problem

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import Any
 
 from torch import fx
 
@@ -13,15 +14,16 @@ from export.fusion.nodes import (
     constant,
     copy_meta,
     duplicate,
+    fused_call,
     is_call,
     module_path,
     only_reader,
     pair,
     parameter,
-    resnet_deploy,
     same_shape,
     source_name,
 )
+from kernels.operators.conv2d_bias_act import Conv2dBiasAct
 
 _CONVOLUTIONS = (aten.conv2d.default, aten.conv2d.padding)
 
@@ -48,7 +50,7 @@ def fuse_epilogue(graph_module: fx.GraphModule) -> fx.GraphModule:
     return graph_module
 
 
-def _replace(graph_module: fx.GraphModule, conv: fx.Node, arguments: _ConvArguments) -> None:
+def _replace(graph_module: fx.GraphModule, conv: fx.Node, arguments: Conv2dBiasAct[Any]) -> None:
     chain, residual = [conv], None
     addition = only_reader(conv)
     if addition is not None and (residual := _other_summand(addition, conv)) is not None:
@@ -59,14 +61,11 @@ def _replace(graph_module: fx.GraphModule, conv: fx.Node, arguments: _ConvArgume
         chain.append(activation)
     graph, last = graph_module.graph, chain[-1]
     with graph.inserting_before(last):
-        bias = arguments.bias
-        if bias is None:
+        if arguments.bias is None:
             weight = parameter(graph_module, arguments.weight)
-            bias = add_constant(graph_module, f"{module_path(conv)}.bias", weight.new_zeros(weight.shape[0]))
-        fused = graph.call_function(
-            resnet_deploy.conv2d_bias_act.default,
-            (args_of(conv)[0], arguments.weight, bias, residual, *arguments.geometry, relu),
-        )
+            zeros = add_constant(graph_module, f"{module_path(conv)}.bias", weight.new_zeros(weight.shape[0]))
+            arguments = replace(arguments, bias=zeros)
+        fused = fused_call(graph, replace(arguments, residual=residual, relu=relu))
     name = module_path(conv)
     parts = [*conv.meta.get("fused", [name]), *(module_path(node) for node in chain[1:])]
     weights = {"weight": name, "bias": name}
@@ -82,25 +81,18 @@ def _replace(graph_module: fx.GraphModule, conv: fx.Node, arguments: _ConvArgume
         graph.erase_node(node)
 
 
-@dataclass(frozen=True)
-class _ConvArguments:
-    weight: fx.Node
-    bias: fx.Node | None
-    geometry: tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]  # stride, padding, dilation, groups
-
-
-def _arguments(graph_module: fx.GraphModule, conv: fx.Node) -> tuple[_ConvArguments | None, str]:
-    """The operator's arguments, or None and why this convolution cannot be one."""
+def _arguments(graph_module: fx.GraphModule, conv: fx.Node) -> tuple[Conv2dBiasAct[Any] | None, str]:
+    """The operator's arguments without an epilogue, bias None where there is none; or None and why it cannot be one."""
     defaults = (None, None, None, (1, 1), (0, 0), (1, 1), 1)
     args = (*args_of(conv), *defaults[len(conv.args) :])
-    _, weight, bias, stride, padding, dilation, groups = args
+    x, weight, bias, stride, padding, dilation, groups = args
     if conv.kwargs:
         return None, f"unexpected keyword arguments {sorted(conv.kwargs)}"
     if constant(graph_module, weight) is None:
         return None, "the weight is computed in the forward pass"
     if bias is not None and constant(graph_module, bias) is None:
         return None, "the bias is computed in the forward pass"
-    if args_of(conv)[0].meta["val"].dim() != 4:
+    if x.meta["val"].dim() != 4:
         return None, "the input has no batch dimension"
     dilation = pair(dilation)
     if padding == "valid":
@@ -110,7 +102,8 @@ def _arguments(graph_module: fx.GraphModule, conv: fx.Node) -> tuple[_ConvArgume
         if any(length % 2 for length in total):
             return None, "padding 'same' is asymmetric for this kernel"
         padding = [length // 2 for length in total]
-    return _ConvArguments(weight, bias, (pair(stride), pair(padding), dilation, groups)), ""
+    geometry = (pair(stride), pair(padding), dilation)
+    return Conv2dBiasAct.of(x, weight, bias, None, *geometry, groups, False), ""
 
 
 def _other_summand(addition: fx.Node, conv: fx.Node) -> fx.Node | None:

@@ -11,13 +11,14 @@ from export.fusion.nodes import (
     constant,
     copy_meta,
     duplicate,
+    fused_call,
     is_call,
     module_path,
     named_args,
     only_reader,
     parameter,
-    resnet_deploy,
 )
+from kernels.operators.mean_linear import MeanLinear
 
 # Between the two, what leaves the values and their order as they are (dropout in eval mode).
 _KEEPS_ORDER = (
@@ -99,7 +100,7 @@ def _replace(graph_module: fx.GraphModule, mean: fx.Node, between: list[fx.Node]
         if bias is None:
             weight = parameter(graph_module, a["weight"])
             bias = add_constant(graph_module, f"{name}.bias", weight.new_zeros(weight.shape[0]))
-        new = graph_module.graph.call_function(resnet_deploy.mean_linear.default, (args_of(mean)[0], a["weight"], bias))
+        new = fused_call(graph_module.graph, MeanLinear(args_of(mean)[0], a["weight"], bias))
     new.meta = {"fused": [module_path(mean), name], "weights": {"weight": name, "bias": name}}
     copy_meta(new, linear)
     linear.replace_all_uses_with(new)

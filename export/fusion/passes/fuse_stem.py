@@ -9,6 +9,8 @@ from export.fusion.nodes import (
     aten,
     copy_meta,
     duplicate,
+    fused_args,
+    fused_call,
     is_call,
     module_path,
     named_args,
@@ -16,6 +18,8 @@ from export.fusion.nodes import (
     pair,
     resnet_deploy,
 )
+from kernels.operators.conv2d_bias_act import Conv2dBiasAct
+from kernels.operators.conv2d_bias_relu_maxpool import Conv2dBiasReluMaxpool
 
 
 def fuse_stem(graph_module: fx.GraphModule) -> fx.GraphModule:
@@ -40,14 +44,14 @@ def fuse_stem(graph_module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _why_not_fusible(conv: fx.Node, pool: fx.Node) -> str | None:
-    a, p = named_args(conv), named_args(pool)
+    a, p = fused_args(Conv2dBiasAct, conv), named_args(pool)
     if only_reader(conv) is not pool:
         return f"the convolution's output has {len(conv.users)} readers"
-    if a["residual"] is not None:
+    if a.residual is not None:
         return "the convolution's output is a sum"
-    if not a["relu"]:
+    if not a.relu:
         return "there is no ReLU between them"
-    if a["groups"] != 1 or tuple(a["dilation"]) != (1, 1):
+    if a.groups != 1 or a.dilation != (1, 1):
         return "the convolution is grouped or dilated"
     kernel, padding, dilation = (pair(p[name]) for name in ("kernel_size", "padding", "dilation"))
     stride = pair(p["stride"]) if p["stride"] else kernel
@@ -57,11 +61,10 @@ def _why_not_fusible(conv: fx.Node, pool: fx.Node) -> str | None:
 
 
 def _replace(graph_module: fx.GraphModule, conv: fx.Node, pool: fx.Node) -> None:
-    a = named_args(conv)
+    a = fused_args(Conv2dBiasAct, conv)
     with graph_module.graph.inserting_before(pool):
-        new = graph_module.graph.call_function(
-            resnet_deploy.conv2d_bias_relu_maxpool.default, (a["x"], a["weight"], a["bias"], a["stride"], a["padding"])
-        )
+        stem = Conv2dBiasReluMaxpool(a.x, a.weight, a.bias, stride=a.stride, padding=a.padding)
+        new = fused_call(graph_module.graph, stem)
     parts = [*conv.meta["fused"], module_path(pool)]
     new.meta = {"nn_module_stack": conv.meta["nn_module_stack"], "fused": parts, "weights": conv.meta["weights"]}
     copy_meta(new, pool)

@@ -8,13 +8,16 @@ from export.fusion.nodes import (
     add_constant,
     copy_meta,
     duplicate,
+    fused_args,
+    fused_call,
     is_call,
     module_path,
-    named_args,
     only_reader,
     parameter,
     resnet_deploy,
 )
+from kernels.operators.conv2d_bias_act import Conv2dBiasAct
+from kernels.operators.conv2d_projection_bias_act import Conv2dProjectionBiasAct
 
 
 def merge_projection(graph_module: fx.GraphModule) -> fx.GraphModule:
@@ -32,7 +35,7 @@ def merge_projection(graph_module: fx.GraphModule) -> fx.GraphModule:
             continue
         pairs = [(main, other) for main, other in (summands, summands[::-1]) if _mergeable(graph_module, main, other)]
         if pairs:
-            main, projection = min(pairs, key=lambda pair: only_reader(named_args(pair[0])["x"]) is None)
+            main, projection = min(pairs, key=lambda pair: only_reader(fused_args(Conv2dBiasAct, pair[0]).x) is None)
             _replace(graph_module, node, main, projection)
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
@@ -43,42 +46,40 @@ def _summands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """The two convolutions that `node` adds: the one it computes, and the one it alone reads as its residual."""
     if not is_call(node, resnet_deploy.conv2d_bias_act.default):
         return None
-    other = named_args(node)["residual"]
+    other = fused_args(Conv2dBiasAct, node).residual
     if not is_call(other, resnet_deploy.conv2d_bias_act.default) or only_reader(other) is not node:
         return None
-    a = named_args(other)
-    return (node, other) if a["residual"] is None and not a["relu"] else None
+    a = fused_args(Conv2dBiasAct, other)
+    return (node, other) if a.residual is None and not a.relu else None
 
 
 def _mergeable(graph_module: fx.GraphModule, main: fx.Node, projection: fx.Node) -> bool:
-    a, p = named_args(main), named_args(projection)
-    pointwise = parameter(graph_module, p["weight"]).shape[2:] == (1, 1)
-    plain = (*p["padding"], *p["dilation"], p["groups"]) == (0, 0, 1, 1, 1)
-    return pointwise and plain and a["groups"] == 1
+    a, p = fused_args(Conv2dBiasAct, main), fused_args(Conv2dBiasAct, projection)
+    pointwise = parameter(graph_module, p.weight).shape[2:] == (1, 1)
+    plain = (p.padding, p.dilation, p.groups) == ((0, 0), (1, 1), 1)
+    return pointwise and plain and a.groups == 1
 
 
 def _replace(graph_module: fx.GraphModule, node: fx.Node, main: fx.Node, projection: fx.Node) -> None:
     """Put `main`, with `projection` as its shortcut, in the place of `node`, which is one of them."""
-    a, p = named_args(main), named_args(projection)
+    a, p = fused_args(Conv2dBiasAct, main), fused_args(Conv2dBiasAct, projection)
     name = module_path(main)
     with graph_module.graph.inserting_before(node):
-        total = parameter(graph_module, a["bias"]) + parameter(graph_module, p["bias"])
+        total = parameter(graph_module, a.bias) + parameter(graph_module, p.bias)
         bias = add_constant(graph_module, f"{name}.bias", total)
-        new = graph_module.graph.call_function(
-            resnet_deploy.conv2d_projection_bias_act.default,
-            (
-                a["x"],
-                a["weight"],
-                bias,
-                p["x"],
-                p["weight"],
-                a["stride"],
-                a["padding"],
-                a["dilation"],
-                p["stride"],
-                named_args(node)["relu"],
-            ),
+        merged = Conv2dProjectionBiasAct(
+            a.x,
+            a.weight,
+            bias,
+            p.x,
+            p.weight,
+            stride=a.stride,
+            padding=a.padding,
+            dilation=a.dilation,
+            shortcut_stride=p.stride,
+            relu=fused_args(Conv2dBiasAct, node).relu,
         )
+        new = fused_call(graph_module.graph, merged)
     other = next(n for n in (main, projection) if n is not node)
     new.meta = {
         "nn_module_stack": main.meta["nn_module_stack"],

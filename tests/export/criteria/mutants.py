@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,27 +19,22 @@ from export.fusion.nodes import args_of, aten, duplicate, is_call, module_path, 
 from export.fusion.passes import DEFAULT_LEVEL, FOLDING, LEVELS
 from export.fusion.program import FusedProgram
 from export.lowering.runners import ProgramRunner
-from kernels import (
-    conv2d_bias_act_reference,
-    conv2d_bias_relu_maxpool_reference,
-    conv2d_conv1x1_bias_act_reference,
-    conv2d_projection_bias_act_reference,
-    mean_linear_reference,
-)
+from kernels.operators.registry import OPERATORS
 
-Operator = Callable[..., Tensor]
+Arguments = SimpleNamespace  # of a call, by the names of its schema
+Defect = Callable[[Arguments], Tensor]
 CONV = resnet_deploy.conv2d_bias_act.default
 PROJECTION = resnet_deploy.conv2d_projection_bias_act.default
 BOTTLENECK = resnet_deploy.conv2d_conv1x1_bias_act.default
 STEM = resnet_deploy.conv2d_bias_relu_maxpool.default
 HEAD = resnet_deploy.mean_linear.default
-CORRECT: dict[Any, Operator] = {
-    CONV: conv2d_bias_act_reference,
-    PROJECTION: conv2d_projection_bias_act_reference,
-    BOTTLENECK: conv2d_conv1x1_bias_act_reference,
-    STEM: conv2d_bias_relu_maxpool_reference,
-    HEAD: mean_linear_reference,
-}
+
+
+def _correct(arguments: type[Any]) -> Callable[..., Tensor]:
+    return lambda *values: arguments.of(*values).reference()
+
+
+CORRECT = {getattr(resnet_deploy, name).default: _correct(arguments) for name, arguments in OPERATORS.items()}
 
 
 @dataclass(frozen=True)
@@ -48,48 +44,50 @@ class Mutant:
     Attributes:
         operator: what is broken.
         defect: computes it wrongly, from the same arguments.
-        applies: whether a call, given its arguments by name, is one the defect shows in.
+        applies: whether a call is one the defect shows in.
     """
 
     operator: Any
-    defect: Operator
-    applies: Callable[[Mapping[str, Any]], bool] = lambda arguments: True
+    defect: Defect
+    applies: Callable[[Arguments], bool] = lambda a: True
 
-    def operators(self, program: FusedProgram) -> dict[Any, Operator]:
+    def operators(self, program: FusedProgram) -> dict[Any, Callable[..., Tensor]]:
         """For `ProgramRunner`: the defect in one call in the middle of those it applies to, known by its weight."""
         calls = [n for n in program.master.graph.nodes if is_call(n, self.operator)]
-        victims = [i for i, n in enumerate(calls) if self.applies(named_args(n))]
+        victims = [i for i, n in enumerate(calls) if self.applies(Arguments(**named_args(n)))]
         assert victims, "the network has no such call"
-        victim, weights = victims[len(victims) // 2], []
+        victim, weights = victims[len(victims) // 2], list[int]()
+        names = [argument.name for argument in self.operator._schema.arguments]
 
-        def operator(*args):  # type: ignore[no-untyped-def]
+        def operator(*args: Any) -> Tensor:
             weight = args[1].data_ptr()
             if weight not in weights:
                 weights.append(weight)
-            return (self.defect if weights.index(weight) == victim else CORRECT[self.operator])(*args)
+            if weights.index(weight) != victim:
+                return CORRECT[self.operator](*args)
+            return self.defect(Arguments(**dict(zip(names, args, strict=True))))
 
         return {self.operator: operator}
 
 
-def changing(operator: Any, argument: str, change: Callable[[Tensor], Tensor | None]) -> Operator:
-    """The operator with one argument changed."""
-    index = [a.name for a in operator._schema.arguments].index(argument)
-
-    def defect(*args):  # type: ignore[no-untyped-def]
-        return CORRECT[operator](*args[:index], change(args[index]), *args[index + 1 :])
-
-    return defect
+def correct(operator: Any, a: Arguments, **changes: Any) -> Tensor:
+    """The operator with some arguments changed."""
+    return CORRECT[operator](*(vars(a) | changes).values())
 
 
-def after(operator: Any, change: Callable[[Tensor], Tensor]) -> Operator:
+def changing(operator: Any, argument: str, change: Callable[[Tensor], Tensor | None]) -> Defect:
+    return lambda a: correct(operator, a, **{argument: change(getattr(a, argument))})
+
+
+def after(operator: Any, change: Callable[[Tensor], Tensor]) -> Defect:
     """The operator with its result changed."""
-    return lambda *args: change(CORRECT[operator](*args).clone())
+    return lambda a: change(correct(operator, a).clone())
 
 
-def bf16_arithmetic(operator: Any) -> Operator:
-    def defect(x, *rest):  # type: ignore[no-untyped-def]
-        narrow = [a.bfloat16() if isinstance(a, Tensor) else a for a in (x, *rest)]
-        return CORRECT[operator](*narrow).to(x.dtype)
+def bf16_arithmetic(operator: Any) -> Defect:
+    def defect(a: Arguments) -> Tensor:
+        narrow = {name: value.bfloat16() for name, value in vars(a).items() if isinstance(value, Tensor)}
+        return correct(operator, a, **narrow).to(a.x.dtype)
 
     return defect
 
@@ -129,20 +127,13 @@ def another_image(x: Tensor) -> Tensor:
     return _channels_last(x.roll(1, 0))
 
 
-def dropped(value: Tensor) -> None:
-    return None
-
-
-def edge_padding(operator: Any) -> Operator:
+def edge_padding(operator: Any) -> Defect:
     """The operator padded with the value at the edge."""
-    names = [a.name for a in operator._schema.arguments]
 
-    def defect(x, *rest):  # type: ignore[no-untyped-def]
-        arguments = dict(zip(names, (x, *rest), strict=True))
-        bottom, right = arguments["padding"]
-        padded = F.pad(x, (right, right, bottom, bottom), mode="replicate")
-        arguments |= {"x": _channels_last(padded), "padding": (0, 0)}
-        return CORRECT[operator](*arguments.values())
+    def defect(a: Arguments) -> Tensor:
+        bottom, right = a.padding
+        padded = F.pad(a.x, (right, right, bottom, bottom), mode="replicate")
+        return correct(operator, a, x=_channels_last(padded), padding=(0, 0))
 
     return defect
 
@@ -157,15 +148,13 @@ def _narrow(x: Tensor) -> torch.dtype:
 
 def _narrow_products(x: Tensor, weight: Tensor, *geometry: Any) -> Tensor:
     """A convolution summed up, a few products at a time, in the storage type (float16 where that is float32)."""
-    total = None
+    total = torch.zeros((), dtype=_narrow(x))
     for tap in range(weight.shape[2] * weight.shape[3]):
         for start in range(0, weight.shape[1], 4):
             r, s = divmod(tap, weight.shape[3])
             part = torch.zeros_like(weight)
             part[:, start : start + 4, r, s] = weight[:, start : start + 4, r, s]
-            product = F.conv2d(x.float(), part.float(), None, *geometry).to(_narrow(x))
-            total = product if total is None else total + product
-    assert total is not None
+            total = total + F.conv2d(x.float(), part.float(), None, *geometry).to(_narrow(x))
     return total.float()
 
 
@@ -174,94 +163,84 @@ def _finished(total: Tensor, bias: Tensor, relu: bool) -> Tensor:
     return _channels_last((y.relu() if relu else y).to(bias.dtype))
 
 
-def narrow_conv(x, weight, bias, residual, stride, padding, dilation, groups, relu):  # type: ignore[no-untyped-def]
-    total = _narrow_products(x, weight, stride, padding, dilation, groups)
-    return _finished(total + (0 if residual is None else residual.float()), bias, relu)
+def narrow_conv(a: Arguments) -> Tensor:
+    total = _narrow_products(a.x, a.weight, a.stride, a.padding, a.dilation, a.groups)
+    return _finished(total + (0 if a.residual is None else a.residual.float()), a.bias, a.relu)
 
 
-def narrow_projection(  # type: ignore[no-untyped-def]
-    x, weight, bias, shortcut, shortcut_weight, stride, padding, dilation, shortcut_stride, relu
-):
-    total = _narrow_products(x, weight, stride, padding, dilation)
-    return _finished(total + _narrow_products(shortcut, shortcut_weight, shortcut_stride), bias, relu)
+def narrow_projection(a: Arguments) -> Tensor:
+    total = _narrow_products(a.x, a.weight, a.stride, a.padding, a.dilation)
+    return _finished(total + _narrow_products(a.shortcut, a.shortcut_weight, a.shortcut_stride), a.bias, a.relu)
 
 
-def narrow_stem(x, weight, bias, stride, padding):  # type: ignore[no-untyped-def]
-    h = _finished(_narrow_products(x, weight, stride, padding), bias, True)
+def narrow_stem(a: Arguments) -> Tensor:
+    h = _finished(_narrow_products(a.x, a.weight, a.stride, a.padding), a.bias, True)
     return _channels_last(F.max_pool2d(h, 3, 2, 1))
 
 
-def narrow_head(x, weight, bias):  # type: ignore[no-untyped-def]
-    mean, total = x.float().mean((2, 3)).to(x.dtype), bias.to(_narrow(x))
-    for k in range(weight.shape[1]):
-        total = total + (mean[:, k : k + 1].float() * weight[:, k].float()).to(_narrow(x))
-    return total.to(x.dtype)
+def narrow_bottleneck(a: Arguments) -> Tensor:
+    h = narrow_conv(Arguments(**vars(a) | {"residual": None, "groups": 1, "relu": True}))
+    plain = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1, "relu": a.relu}
+    return narrow_conv(Arguments(x=h, weight=a.expand_weight, bias=a.expand_bias, residual=a.shortcut, **plain))
 
 
-def relu_before_addition(x, weight, bias, residual, *geometry_relu):  # type: ignore[no-untyped-def]
-    y = conv2d_bias_act_reference(x, weight, bias, None, *geometry_relu)
-    return _channels_last(y + residual)
+def narrow_head(a: Arguments) -> Tensor:
+    mean, total = a.x.float().mean((2, 3)).to(a.x.dtype), a.bias.to(_narrow(a.x))
+    for k in range(a.weight.shape[1]):
+        total = total + (mean[:, k : k + 1].float() * a.weight[:, k].float()).to(_narrow(a.x))
+    return total.to(a.x.dtype)
 
 
-def relu_before_projection(  # type: ignore[no-untyped-def]
-    x, weight, bias, shortcut, shortcut_weight, stride, padding, dilation, shortcut_stride, relu
-):
-    y = conv2d_bias_act_reference(x, weight, bias, None, stride, padding, dilation, 1, relu)
-    return _channels_last(y + F.conv2d(shortcut.float(), shortcut_weight.float(), None, shortcut_stride).to(y.dtype))
+def convolved(a: Arguments, relu: bool, **changes: Any) -> Tensor:
+    """The first convolution of any of the operators alone, without a residual."""
+    b = Arguments(**{"dilation": (1, 1), "groups": 1} | vars(a) | changes)
+    return CORRECT[CONV](b.x, b.weight, b.bias, None, b.stride, b.padding, b.dilation, b.groups, relu)
 
 
-def with_intermediate(change: Callable[[Tensor], Tensor], relu: bool = True) -> Operator:
+def relu_before_addition(a: Arguments) -> Tensor:
+    return _channels_last(convolved(a, a.relu) + a.residual)
+
+
+def relu_before_projection(a: Arguments) -> Tensor:
+    y = convolved(a, a.relu)
+    shortcut = F.conv2d(a.shortcut.float(), a.shortcut_weight.float(), None, a.shortcut_stride)
+    return _channels_last(y + shortcut.to(y.dtype))
+
+
+def with_intermediate(change: Callable[[Tensor], Tensor], relu: bool = True) -> Defect:
     """A bottleneck whose intermediate tensor is changed, or lacks its ReLU."""
 
-    def defect(  # type: ignore[no-untyped-def]
-        x, weight, bias, expand, expand_bias, shortcut, projection, stride, padding, dilation, shortcut_stride, act
-    ):
-        h = change(conv2d_bias_act_reference(x, weight, bias, None, stride, padding, dilation, 1, relu))
-        plain = ((1, 1), (0, 0), (1, 1))
-        if projection is None:
-            return conv2d_bias_act_reference(h, expand, expand_bias, shortcut, *plain, 1, act)
-        return conv2d_projection_bias_act_reference(
-            h, expand, expand_bias, shortcut, projection, *plain, shortcut_stride, act
+    def defect(a: Arguments) -> Tensor:
+        first, plain = (
+            (change(convolved(a, relu)), a.expand_weight, a.expand_bias, a.shortcut),
+            ((1, 1), (0, 0), (1, 1)),
         )
+        if a.shortcut_weight is None:
+            return CORRECT[CONV](*first, *plain, 1, a.relu)
+        return CORRECT[PROJECTION](*first, a.shortcut_weight, *plain, a.shortcut_stride, a.relu)
 
     return defect
 
 
-def narrow_bottleneck(  # type: ignore[no-untyped-def]
-    x, weight, bias, expand, expand_bias, shortcut, projection, stride, padding, dilation, shortcut_stride, act
-):
-    h = narrow_conv(x, weight, bias, None, stride, padding, dilation, 1, True)
-    return narrow_conv(h, expand, expand_bias, shortcut, (1, 1), (0, 0), (1, 1), 1, act)
+def stem_with_pool(pool: Callable[[Tensor], Tensor], relu: bool = True) -> Defect:
+    return lambda a: _channels_last(pool(convolved(a, relu)))
 
 
-def stem_with_pool(pool: Callable[[Tensor], Tensor]) -> Operator:
-    def defect(x, weight, bias, stride, padding):  # type: ignore[no-untyped-def]
-        return _channels_last(pool(conv2d_bias_act_reference(x, weight, bias, None, stride, padding, (1, 1), 1, True)))
-
-    return defect
-
-
-def pool_beyond_the_border(x, weight, bias, stride, padding):  # type: ignore[no-untyped-def]
+def pool_beyond_the_border(a: Arguments) -> Tensor:
     """Takes for -inf, outside of the feature map, what the convolution would give there."""
-    wider = [p + s for p, s in zip(padding, stride, strict=True)]
-    h = conv2d_bias_act_reference(x, weight, bias, None, stride, wider, (1, 1), 1, True)
+    h = convolved(a, True, padding=[p + s for p, s in zip(a.padding, a.stride, strict=True)])
     return _channels_last(F.max_pool2d(h, 3, 2)[:, :, : (h.shape[2] - 1) // 2, : (h.shape[3] - 1) // 2])
 
 
-def zeros_around_the_pool(x, weight, bias, stride, padding):  # type: ignore[no-untyped-def]
+def zeros_around_the_pool(a: Arguments) -> Tensor:
     """Pools before bias and ReLU, where padding with 0 is not padding with -inf."""
-    products = F.conv2d(x.float(), weight.float(), None, stride, padding)
-    return _finished(F.max_pool2d(F.pad(products, (1, 1, 1, 1)), 3, 2), bias, True)
+    products = F.conv2d(a.x.float(), a.weight.float(), None, a.stride, a.padding)
+    return _finished(F.max_pool2d(F.pad(products, (1, 1, 1, 1)), 3, 2), a.bias, True)
 
 
-def stem_without_relu(x, weight, bias, stride, padding):  # type: ignore[no-untyped-def]
-    h = conv2d_bias_act_reference(x, weight, bias, None, stride, padding, (1, 1), 1, False)
-    return _channels_last(F.max_pool2d(h, 3, 2, 1))
-
-
-def head_with_mean(change: Callable[[Tensor], Tensor]) -> Operator:
+def head_with_mean(change: Callable[[Tensor], Tensor]) -> Defect:
     """A head whose mean, made by `change` from the float32 features, is a wrong one."""
-    return lambda x, weight, bias: F.linear(change(x.float()), weight.float(), bias.float()).to(x.dtype)
+    return lambda a: F.linear(change(a.x.float()), a.weight.float(), a.bias.float()).to(a.x.dtype)
 
 
 def wrong_count(x: Tensor) -> Tensor:
@@ -272,33 +251,36 @@ def without_last_pixel(x: Tensor) -> Tensor:
     return x.flatten(2)[:, :, :-1].sum(2) / (x.shape[2] * x.shape[3])
 
 
-def adds(arguments: Mapping[str, Any]) -> bool:
-    return arguments["residual"] is not None
+def adds(a: Arguments) -> bool:
+    return a.residual is not None
 
 
-def strides(arguments: Mapping[str, Any]) -> bool:
-    return max(arguments["stride"]) > 1
+def strides(a: Arguments) -> bool:
+    return max(a.stride) > 1
 
 
-def pads(arguments: Mapping[str, Any]) -> bool:
-    return max(arguments["padding"]) > 0
+def pads(a: Arguments) -> bool:
+    return max(a.padding) > 0
 
 
-def has_identity(arguments: Mapping[str, Any]) -> bool:
-    return arguments["shortcut"] is not None and arguments["shortcut_weight"] is None
+def has_identity(a: Arguments) -> bool:
+    return a.shortcut is not None and a.shortcut_weight is None
 
 
-def projects(arguments: Mapping[str, Any]) -> bool:
-    return arguments["shortcut_weight"] is not None
+def projects(a: Arguments) -> bool:
+    return a.shortcut_weight is not None
 
 
-def projects_with_stride(arguments: Mapping[str, Any]) -> bool:
-    return projects(arguments) and max(arguments["shortcut_stride"]) > 1
+def projects_with_stride(a: Arguments) -> bool:
+    return projects(a) and max(a.shortcut_stride) > 1
 
 
-def common(operator: Any) -> dict[str, Mutant]:
-    """What can go wrong in any of the operators."""
-    defects = {
+Planted = Defect | tuple[Defect, Callable[[Arguments], bool]]
+
+
+def mutants(operator: Any, defects: Mapping[str, Planted]) -> dict[str, Mutant]:
+    """By name; what goes wrong in any operator, in any convolution larger than 1x1, and in this one."""
+    found: dict[str, Planted] = {
         "two channels swapped": after(operator, swapped_channels),
         "last K slice lost": changing(operator, "weight", without_last_k_slice),
         "bias dropped": changing(operator, "bias", torch.zeros_like),
@@ -307,74 +289,60 @@ def common(operator: Any) -> dict[str, Mutant]:
         "bfloat16 arithmetic": bf16_arithmetic(operator),
     }
     if operator is not HEAD:
-        defects["one corner pixel wrong"] = after(operator, corner_pixel)
-    return {name: Mutant(operator, defect) for name, defect in defects.items()}
+        found["one corner pixel wrong"] = after(operator, corner_pixel)
+        found["padding with the edge value"] = edge_padding(operator), pads
+    if operator in (CONV, BOTTLENECK, STEM):
+        found["one tap transposed"] = changing(operator, "weight", transposed_tap), pads
+        found["stride-2 phase off by one"] = changing(operator, "x", shifted), strides
+    found |= defects
+    return {name: Mutant(operator, *(d if isinstance(d, tuple) else (d,))) for name, d in found.items()}
 
 
-def convolution(operator: Any) -> dict[str, Mutant]:
-    """What can go wrong in any convolution larger than 1x1."""
-    return {
-        "padding with the edge value": Mutant(operator, edge_padding(operator), pads),
-        "one tap transposed": Mutant(operator, changing(operator, "weight", transposed_tap), pads),
-        "stride-2 phase off by one": Mutant(operator, changing(operator, "x", shifted), strides),
-    }
+def _nothing(value: Tensor) -> None:
+    return None
 
 
-MUTANTS: dict[Any, dict[str, Mutant]] = {
+OWN: dict[Any, dict[str, Planted]] = {
     CONV: {
-        **common(CONV),
-        **convolution(CONV),
-        "narrow accumulation": Mutant(CONV, narrow_conv, pads),
-        "relu before the addition": Mutant(CONV, relu_before_addition, adds),
-        "residual dropped": Mutant(CONV, changing(CONV, "residual", dropped), adds),
+        "narrow accumulation": (narrow_conv, pads),
+        "relu before the addition": (relu_before_addition, adds),
+        "residual dropped": (changing(CONV, "residual", _nothing), adds),
     },
     PROJECTION: {
-        **common(PROJECTION),
-        "narrow accumulation": Mutant(PROJECTION, narrow_projection),
-        "padding with the edge value": Mutant(PROJECTION, edge_padding(PROJECTION)),
-        "relu before the addition": Mutant(PROJECTION, relu_before_projection),
-        "projection dropped": Mutant(PROJECTION, changing(PROJECTION, "shortcut_weight", torch.zeros_like)),
-        "last K slice of the projection lost": Mutant(
-            PROJECTION, changing(PROJECTION, "shortcut_weight", without_last_k_slice)
-        ),
-        "projection's stride phase off by one": Mutant(PROJECTION, changing(PROJECTION, "shortcut", shifted)),
-        "shortcut of another image": Mutant(PROJECTION, changing(PROJECTION, "shortcut", another_image)),
+        "narrow accumulation": narrow_projection,
+        "relu before the addition": relu_before_projection,
+        "projection dropped": changing(PROJECTION, "shortcut_weight", torch.zeros_like),
+        "last K slice of the projection lost": changing(PROJECTION, "shortcut_weight", without_last_k_slice),
+        "projection's stride phase off by one": changing(PROJECTION, "shortcut", shifted),
+        "shortcut of another image": changing(PROJECTION, "shortcut", another_image),
     },
     BOTTLENECK: {
-        **common(BOTTLENECK),
-        **convolution(BOTTLENECK),
-        "narrow accumulation": Mutant(BOTTLENECK, narrow_bottleneck, has_identity),
-        "intermediate ReLU dropped": Mutant(BOTTLENECK, with_intermediate(lambda h: h, relu=False)),
-        "intermediate channels swapped": Mutant(BOTTLENECK, with_intermediate(swapped_channels)),
-        "intermediate tile off by one pixel": Mutant(BOTTLENECK, with_intermediate(shifted)),
-        "last K slice of the expansion lost": Mutant(
-            BOTTLENECK, changing(BOTTLENECK, "expand_weight", without_last_k_slice)
-        ),
-        "expansion's bias dropped": Mutant(BOTTLENECK, changing(BOTTLENECK, "expand_bias", torch.zeros_like)),
-        "shortcut dropped": Mutant(BOTTLENECK, changing(BOTTLENECK, "shortcut", dropped), has_identity),
-        "shortcut of another image": Mutant(BOTTLENECK, changing(BOTTLENECK, "shortcut", another_image)),
-        "projection dropped": Mutant(BOTTLENECK, changing(BOTTLENECK, "shortcut_weight", torch.zeros_like), projects),
-        "projection's stride phase off by one": Mutant(
-            BOTTLENECK, changing(BOTTLENECK, "shortcut", shifted), projects_with_stride
-        ),
+        "narrow accumulation": (narrow_bottleneck, has_identity),
+        "intermediate ReLU dropped": with_intermediate(lambda h: h, relu=False),
+        "intermediate channels swapped": with_intermediate(swapped_channels),
+        "intermediate tile off by one pixel": with_intermediate(shifted),
+        "last K slice of the expansion lost": changing(BOTTLENECK, "expand_weight", without_last_k_slice),
+        "expansion's bias dropped": changing(BOTTLENECK, "expand_bias", torch.zeros_like),
+        "shortcut dropped": (changing(BOTTLENECK, "shortcut", _nothing), has_identity),
+        "shortcut of another image": changing(BOTTLENECK, "shortcut", another_image),
+        "projection dropped": (changing(BOTTLENECK, "shortcut_weight", torch.zeros_like), projects),
+        "projection's stride phase off by one": (changing(BOTTLENECK, "shortcut", shifted), projects_with_stride),
     },
     STEM: {
-        **common(STEM),
-        **convolution(STEM),
-        "narrow accumulation": Mutant(STEM, narrow_stem),
-        "ReLU dropped": Mutant(STEM, stem_without_relu),
-        "pool's window off by one": Mutant(STEM, stem_with_pool(lambda h: F.max_pool2d(F.pad(h, (0, 2, 0, 2)), 3, 2))),
-        "pool's window of 2": Mutant(STEM, stem_with_pool(lambda h: F.max_pool2d(h, 2, 2))),
-        "pool reads beyond the border": Mutant(STEM, pool_beyond_the_border),
-        "pool padded with 0 before bias and ReLU": Mutant(STEM, zeros_around_the_pool),
+        "narrow accumulation": narrow_stem,
+        "ReLU dropped": stem_with_pool(lambda h: F.max_pool2d(h, 3, 2, 1), relu=False),
+        "pool's window off by one": stem_with_pool(lambda h: F.max_pool2d(F.pad(h, (0, 2, 0, 2)), 3, 2)),
+        "pool's window of 2": stem_with_pool(lambda h: F.max_pool2d(h, 2, 2)),
+        "pool reads beyond the border": pool_beyond_the_border,
+        "pool padded with 0 before bias and ReLU": zeros_around_the_pool,
     },
     HEAD: {
-        **common(HEAD),
-        "narrow accumulation": Mutant(HEAD, narrow_head),
-        "mean over a wrong count": Mutant(HEAD, head_with_mean(wrong_count)),
-        "mean without the last pixel": Mutant(HEAD, head_with_mean(without_last_pixel)),
+        "narrow accumulation": narrow_head,
+        "mean over a wrong count": head_with_mean(wrong_count),
+        "mean without the last pixel": head_with_mean(without_last_pixel),
     },
 }
+MUTANTS = {operator: mutants(operator, defects) for operator, defects in OWN.items()}
 
 
 class ConstantLogits(ProgramRunner):
@@ -398,8 +366,7 @@ class StaleOutput(ProgramRunner):
 
     def infer(self, inputs: Mapping[str, NDArray[np.float32]]) -> Arrays:
         outputs = super().infer(inputs)
-        stale = self.previous or outputs
-        self.previous = outputs
+        stale, self.previous = self.previous or outputs, outputs
         return {name: np.resize(stale[name], y.shape) for name, y in outputs.items()}
 
 

@@ -15,18 +15,14 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import Tensor
 
-from export.base.precision import PRECISIONS
 from export.criteria.operators import evaluate
 from export.fusion.nodes import args_of, aten, parameter
-from export.fusion.program import FusedProgram, QuantisedProgram
-from export.lowering.runners import ProgramRunner
+from export.fusion.program import QuantisedProgram
 from export.quantisation.scheme import CPU, TENSORRT, Scheme
 from export.runtime.parity.checks import OperatorChecks, QuantisedCheck
-from tests.export import networks
 from tests.export import quantised as q8
-from tests.export.quantised_networks import make
 
-INNER = "layer1.1.conv1"  # 16 channels to 16, behind it a ReLU
+INNER = "layer1.0.conv1"  # 16 channels to 16, behind it a ReLU
 
 
 @pytest.fixture(params=q8.SCHEMES)
@@ -34,23 +30,21 @@ def scheme(request: pytest.FixtureRequest) -> Scheme:
     return q8.SCHEMES[request.param]
 
 
-@pytest.fixture
-def digits(in_8_bits: Callable[[str], q8.Subject]) -> q8.Subject:
-    return in_8_bits("digits")
+@pytest.fixture(scope="module")
+def digits(in_8_bits: dict[str, q8.Subject]) -> q8.Subject:
+    return in_8_bits["digits"]
 
 
 @pytest.fixture(scope="module")
-def traces(in_8_bits: Callable[[str], q8.Subject]) -> Callable[[Scheme], dict[str, Tensor]]:
-    """What ONNX Runtime computes of the right file: copies, to be broken."""
-    made: dict[Scheme, dict[str, Tensor]] = {}
+def traces(digits: q8.Subject) -> dict[Scheme, dict[str, Tensor]]:
+    """What ONNX Runtime computes of the right files."""
+    return {scheme: digits.trace(scheme, digits.shown(scheme)) for scheme in (TENSORRT, CPU)}
 
-    def trace(scheme: Scheme) -> dict[str, Tensor]:
-        if scheme not in made:
-            subject = in_8_bits("digits")
-            made[scheme] = subject.trace(scheme, subject.shown(scheme))
-        return {name: value.clone() for name, value in made[scheme].items()}
 
-    return trace
+@pytest.fixture
+def trace(traces: dict[Scheme, dict[str, Tensor]], scheme: Scheme) -> dict[str, Tensor]:
+    """A copy, to be broken."""
+    return {name: value.clone() for name, value in traces[scheme].items()}
 
 
 def quantised_checks(checks: OperatorChecks) -> list[QuantisedCheck]:
@@ -62,13 +56,10 @@ def quantised_checks(checks: OperatorChecks) -> list[QuantisedCheck]:
 # what is right
 
 
-@pytest.mark.parametrize("name", ["resnet20", "digits"])
-def test_correct_files_pass(in_8_bits: Callable[[str], q8.Subject], name: str, scheme: Scheme) -> None:
-    subject = in_8_bits(name)
-    program = subject.quantised[scheme]
-    checks = subject.check(scheme, subject.trace(scheme, subject.shown(scheme)))
-    assert checks, checks.first_failure
-    assert not checks.unchecked
+def test_correct_files_pass(digits: q8.Subject, scheme: Scheme, trace: dict[str, Tensor]) -> None:
+    program = digits.quantised[scheme]
+    checks = digits.check(scheme, trace)
+    assert checks and not checks.unchecked, checks.first_failure
     found = quantised_checks(checks)
     values, weights = ([c for c in found if c.kind == kind] for kind in ("quantize_linear", "weight"))
     labels = [node.meta["label"] for node in q8.nodes(program, q8.QUANTIZE)]
@@ -77,34 +68,17 @@ def test_correct_files_pass(in_8_bits: Callable[[str], q8.Subject], name: str, s
     assert {check.name for check in weights} == {f"{path}.{role}" for path in q8.layers(program) for role in roles}
     assert [check.name for check in found if check.kind == "linear"] == ["fc"]
     assert all(check.lsb <= 1 for check in values) and max(check.lsb for check in weights) > 0.4
+    simulation = digits.check(scheme, digits.simulated(program))
+    assert simulation and not simulation.unchecked, simulation.first_failure
 
 
-def simulated(subject: q8.Subject, program: FusedProgram) -> dict[str, Tensor]:
-    """What PyTorch computes of a program, in float32."""
-    with ProgramRunner(program, PRECISIONS["fp32"], ("output",)) as runner:
-        trace = runner.trace({"input": subject.images.numpy()})
-    shown = {name for scheme in subject.quantised for name in subject.shown(scheme).values}
-    return {name: value for name, value in trace.items() if name in shown}
-
-
-def test_the_simulation_in_float32_passes(digits: q8.Subject, scheme: Scheme) -> None:
-    checks = digits.check(scheme, simulated(digits, digits.quantised[scheme]))
-    assert checks and not checks.unchecked, checks.first_failure
-
-
-@pytest.mark.parametrize("kept", [("conv1",), ("layer1.1.conv2", "fc")])
+@pytest.mark.parametrize("kept", [("conv1",), ("layer1.0.conv2", "fc")])
 def test_correct_files_with_layers_kept_pass(digits: q8.Subject, kept: tuple[str, ...], scheme: Scheme) -> None:
     subject = digits.keeping(*kept)
     checks = subject.check(scheme, subject.trace(scheme, subject.shown(scheme)))
     assert checks and not checks.unchecked, checks.first_failure
     weights = {check.name for check in checks.checks if check.kind == "weight"}
     assert not weights & {f"{layer}.{role}" for layer in kept for role in ("weight", "bias")}
-
-
-def test_a_module_used_more_than_once_passes(pictures: dict[str, Tensor], scheme: Scheme) -> None:
-    subject = make(networks.SharedConv, pictures["resnet20"])
-    checks = subject.check(scheme, subject.trace(scheme, subject.shown(scheme)))
-    assert checks, checks.first_failure
 
 
 # files broken on purpose
@@ -119,19 +93,17 @@ def change(model: onnx.ModelProto, name: str, changed: Callable[[NDArray], NDArr
     tensor.CopyFrom(numpy_helper.from_array(after, name))
 
 
-def swapped(values: NDArray) -> NDArray:
-    values[[3, 5]] = values[[5, 3]]
-    return values
+def setting(index: Any, value: Callable[[NDArray], Any]) -> Callable[[NDArray], NDArray]:
+    """Values of which some are replaced."""
+
+    def changed(values: NDArray) -> NDArray:
+        values[index] = value(values)
+        return values
+
+    return changed
 
 
-def last_slice_lost(values: NDArray) -> NDArray:
-    values[:, -1] = 0
-    return values
-
-
-def last_doubled(values: NDArray) -> NDArray:
-    values[-1] *= 2
-    return values
+swapped = setting([3, 5], lambda values: values[[5, 3]])
 
 
 def move_zero_point(model: onnx.ModelProto, *outputs: str) -> None:
@@ -194,8 +166,8 @@ def wrong_axis(model: onnx.ModelProto) -> None:
 
 def another_shortcut(model: onnx.ModelProto) -> None:
     """The shortcut of a block taken from its own branch."""
-    addition = [node for node in model.graph.node if node.op_type == "Add"][1]
-    index = next(i for i, v in enumerate(addition.input) if v.endswith("conv2.dequantized"))
+    addition = next(node for node in model.graph.node if node.op_type == "Add")
+    index = list(addition.input).index("conv1.dequantized")
     addition.input[index] = f"{INNER}.dequantized"
 
 
@@ -206,25 +178,21 @@ def edge(model: onnx.ModelProto) -> None:
     pads.ints[:] = [0, 0, 2, 2]
 
 
-def scaled(factor: float) -> Callable[[NDArray], NDArray]:
-    return lambda values: values * factor
-
-
 MUTANTS: dict[str, Callable[[onnx.ModelProto], Any]] = {
-    "activation scale 10 % larger": lambda m: change(m, f"{INNER}.scale", scaled(1.1)),
-    "activation scale 10 % smaller": lambda m: change(m, f"{INNER}.scale", scaled(1 / 1.1)),
-    "input scale 10 % larger": lambda m: change(m, "input.scale", scaled(1.1)),
+    "activation scale 10 % larger": lambda m: change(m, f"{INNER}.scale", lambda s: s * 1.1),
+    "activation scale 10 % smaller": lambda m: change(m, f"{INNER}.scale", lambda s: s / 1.1),
+    "input scale 10 % larger": lambda m: change(m, "input.scale", lambda s: s * 1.1),
     "zero point off by one": lambda m: move_zero_point(m, f"{INNER}.dequantized", f"{INNER}.quantized"),
     "zero point of the input off by one": lambda m: move_zero_point(m, "input.dequantized", "input.quantized"),
     "zero point of quantisation alone off by one": lambda m: move_zero_point(m, f"{INNER}.quantized"),
     "zero point of dequantisation alone off by one": lambda m: move_zero_point(m, f"{INNER}.dequantized"),
-    "weight scale 10 % larger": lambda m: change(m, f"{INNER}.weight.scale", scaled(1.1)),
-    "weight scale of one channel": lambda m: change(m, f"{INNER}.weight.scale", last_doubled),
+    "weight scale 10 % larger": lambda m: change(m, f"{INNER}.weight.scale", lambda s: s * 1.1),
+    "weight scale of one channel": lambda m: change(m, f"{INNER}.weight.scale", setting(-1, lambda s: 2 * s[-1])),
     "two weight channels swapped": lambda m: change(m, f"{INNER}.weight.quantized", swapped),
     "two scales swapped": lambda m: change(m, f"{INNER}.weight.scale", swapped),
     "two classes swapped": lambda m: change(m, "fc.weight.quantized", swapped),
-    "class scale 10 % larger": lambda m: change(m, "fc.weight.scale", scaled(1.1)),
-    "last K slice lost": lambda m: change(m, f"{INNER}.weight.quantized", last_slice_lost),
+    "class scale 10 % larger": lambda m: change(m, "fc.weight.scale", lambda s: s * 1.1),
+    "last K slice lost": lambda m: change(m, f"{INNER}.weight.quantized", setting((slice(None), -1), lambda w: 0)),
     "one tap transposed": lambda m: change(m, f"{INNER}.weight.quantized", lambda w: w.swapaxes(2, 3)),
     "zero points of weights off by one": lambda m: move_zero_point(m, f"{INNER}.weight"),
     "bias dropped": drop_bias(INNER),
@@ -245,39 +213,26 @@ def trace_of_broken(subject: q8.Subject, scheme: Scheme, mutate: Callable[[onnx.
     return subject.trace(scheme, replace(file, model=model))
 
 
-@pytest.mark.parametrize("defect", MUTANTS)
+# In unsigned numbers from 0 on, quantisation cuts off what a ReLU would have; and ONNX Runtime does not look at the
+# axis when it makes a QLinearConv: there it is the test of the file's.
+HARMLESS_ON_CPUS = {"ReLU behind the sum lost": relu_behind_the_sum_lost, "weights along the wrong axis": wrong_axis}
+
+
+@pytest.mark.parametrize("defect", [*MUTANTS, *HARMLESS_ON_CPUS])
 def test_broken_files_are_refused(digits: q8.Subject, scheme: Scheme, defect: str) -> None:
-    checks = digits.check(scheme, trace_of_broken(digits, scheme, MUTANTS[defect]))
-    assert not checks
-    assert checks.first_failure is not None and checks.first_failure.reason
-
-
-def test_a_lost_relu_is_refused_where_it_changes_anything(digits: q8.Subject, scheme: Scheme) -> None:
-    """In unsigned numbers from 0 on, quantisation cuts off what the ReLU would have."""
-    checks = digits.check(scheme, trace_of_broken(digits, scheme, relu_behind_the_sum_lost))
-    assert bool(checks) is (scheme is CPU)
-
-
-def test_weights_along_the_wrong_axis_are_refused_where_they_are_read_so(digits: q8.Subject, scheme: Scheme) -> None:
-    """ONNX Runtime does not look at the axis when it makes a QLinearConv: there it is the test of the file's."""
-    checks = digits.check(scheme, trace_of_broken(digits, scheme, wrong_axis))
-    assert bool(checks) is (scheme is CPU)
-
-
-def test_the_broken_layer_is_named(digits: q8.Subject, scheme: Scheme) -> None:
-    """And only what it computes: the others are held to what they were given."""
-    checks = digits.check(scheme, trace_of_broken(digits, scheme, drop_bias(INNER)))
-    assert [check.name for check in checks.checks if not check] == [f"{INNER}.quantized"]
-    reason = checks.first_failure.reason  # type: ignore[union-attr]
-    assert "LSB off, the limit is 1" in reason and checks.first_failure.fault is not None  # type: ignore[union-attr]
+    checks = digits.check(scheme, trace_of_broken(digits, scheme, {**MUTANTS, **HARMLESS_ON_CPUS}[defect]))
+    assert bool(checks) is (scheme is CPU and defect in HARMLESS_ON_CPUS)
+    failure = checks.first_failure
+    assert checks or (failure is not None and failure.reason)
+    if defect == "bias dropped":  # only what the broken layer computes: the others are held to what they were given
+        assert failure is not None and "LSB off, the limit is 1" in failure.reason and failure.fault is not None
+        assert [check.name for check in checks.checks if not check] == [f"{INNER}.quantized"]
 
 
 # programs quantised wrongly, and computed rightly
 
 
-def rewritten(
-    subject: q8.Subject, scheme: Scheme, change: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]], role: str
-) -> QuantisedProgram:
+def rewritten(subject: q8.Subject, scheme: Scheme, change: Rewrite, role: str) -> QuantisedProgram:
     """A program in which a weight was quantised by `change`: (whole numbers, scales, exact) -> the first two."""
     program = subject.quantised[scheme]
     master = copy.deepcopy(program.master)
@@ -294,17 +249,15 @@ def steps(scale: Tensor, like: Tensor) -> Tensor:
     return scale.reshape(-1, *[1] * (like.dim() - 1))
 
 
-def with_floor(whole: Tensor, scale: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:
-    return (exact / steps(scale, exact)).floor().clamp(-127, 127).to(whole.dtype), scale
+Rewrite = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def truncated(whole: Tensor, scale: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:
-    return (exact / steps(scale, exact)).trunc().to(whole.dtype), scale
+def rounded_by(rounding: Callable[[Tensor], Tensor], narrower: float = 1.0) -> Rewrite:
+    def rewrite(whole: Tensor, scale: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:
+        scale = (scale / narrower).half().double() if narrower != 1.0 else scale
+        return rounding(exact / steps(scale, exact)).clamp(-127, 127).to(whole.dtype), scale
 
-
-def saturated(whole: Tensor, scale: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:
-    narrow = (scale / 2).half().double()
-    return (exact / steps(narrow, exact)).round().clamp(-127, 127).to(whole.dtype), narrow
+    return rewrite
 
 
 def scales_of_inputs(whole: Tensor, scale: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:
@@ -325,10 +278,10 @@ def one_step_off(whole: Tensor, scale: Tensor, exact: Tensor) -> tuple[Tensor, T
     return changed, scale
 
 
-WEIGHTS = {
-    "floor": with_floor,
-    "truncated": truncated,
-    "saturated": saturated,
+WEIGHTS: dict[str, Rewrite] = {
+    "floor": rounded_by(torch.floor),
+    "truncated": rounded_by(torch.trunc),
+    "saturated": rounded_by(torch.round, narrower=2.0),
     "wrong axis": scales_of_inputs,
     "swapped": swapped_rows,
     "off": one_step_off,
@@ -339,17 +292,22 @@ WEIGHTS = {
 def test_wrongly_quantised_weights_are_refused(digits: q8.Subject, scheme: Scheme, defect: str) -> None:
     """What is computed is what the program says, which is not what the network says."""
     program = rewritten(digits, scheme, WEIGHTS[defect], "weight")
-    checks = digits.check(scheme, simulated(digits, program), program)
+    checks = digits.check(scheme, digits.simulated(program), program)
     failed = [check for check in checks.checks if not check]
     assert (f"{INNER}.weight", "weight") in [(check.name, check.kind) for check in failed]
     assert all(check.name.startswith(INNER) for check in failed)
 
 
-@pytest.mark.parametrize("defect", [with_floor, swapped_rows, one_step_off], ids=lambda defect: defect.__name__)
+@pytest.mark.parametrize("defect", ["floor", "swapped", "off"])
 def test_wrongly_quantised_biases_are_refused(
-    digits: q8.Subject, traces: Callable[[Scheme], dict[str, Tensor]], defect: Callable[..., tuple[Tensor, Tensor]]
+    digits: q8.Subject, traces: dict[Scheme, dict[str, Tensor]], defect: str
 ) -> None:
-    checks = digits.check(CPU, traces(CPU), rewritten(digits, CPU, defect, "bias"))
+    def by_bias(whole: Tensor, scale: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:
+        if defect == "floor":  # of 32 bits: nothing is cut off
+            return (exact / scale).floor().to(whole.dtype), scale
+        return WEIGHTS[defect](whole, scale, exact)
+
+    checks = digits.check(CPU, traces[CPU], rewritten(digits, CPU, by_bias, "bias"))
     assert f"{INNER}.bias" in [check.name for check in checks.checks if not check]
 
 
@@ -381,15 +339,14 @@ def four_bits(program: QuantisedProgram) -> None:
 
 
 def another_residual(program: QuantisedProgram) -> None:
-    """The third block adds what the second got."""
-    graph = program.master.graph
-    if q8.nodes(program, aten.add.Tensor):
-        second, third = q8.nodes(program, aten.add.Tensor)[1:3]
-        third.args = (third.args[0], second.args[1])
+    """The first block adds what its own branch computes."""
+    branch = next(n for n in q8.nodes(program, q8.DEQUANTIZE) if n.meta["label"] == f"{INNER}.dequantized")
+    layer = q8.layers(program)["layer1.0.conv2"]
+    if sums := q8.nodes(program, aten.add.Tensor):
+        sums[0].args = (sums[0].args[0], branch)
     else:
-        second, third = (q8.layers(program)[f"layer1.{i}.conv2"] for i in (1, 2))
-        third.args = (*third.args[:3], second.args[3], *third.args[4:])
-    graph.lint()
+        layer.args = (*layer.args[:3], branch, *layer.args[4:])
+    program.master.graph.lint()
     program.master.recompile()
 
 
@@ -408,7 +365,7 @@ def test_wrongly_quantised_graphs_are_refused(digits: q8.Subject, scheme: Scheme
     """The candidate computes exactly what the graph says: it is the graph that is wrong."""
     program = QuantisedProgram(digits.program, copy.deepcopy(digits.quantised[scheme].master))
     GRAPHS[defect](program)
-    trace = simulated(digits, program)
+    trace = digits.simulated(program)
     checks = digits.check(scheme, trace, program)
     lost = defect == "ReLU dropped" and scheme is CPU  # in unsigned numbers from 0 on, that changes nothing
     assert bool(checks) is False or lost, defect
@@ -447,11 +404,9 @@ def expected_values(subject: q8.Subject, scheme: Scheme, trace: dict[str, Tensor
 
 
 @pytest.fixture
-def exact(
-    digits: q8.Subject, scheme: Scheme, traces: Callable[[Scheme], dict[str, Tensor]]
-) -> tuple[dict[str, Tensor], Tensor, str]:
+def exact(digits: q8.Subject, scheme: Scheme, trace: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor, str]:
     """A trace, the value in it that is exact, and the name of its check."""
-    trace = expected_values(digits, scheme, traces(scheme))
+    trace = expected_values(digits, scheme, trace)
     return trace, trace[value_node(digits, scheme)], f"{INNER}.quantized"
 
 
@@ -467,68 +422,47 @@ def check_of(checks: OperatorChecks, name: str) -> QuantisedCheck:
     return check
 
 
-def test_two_units_off_are_too_many_in_a_single_element(digits: q8.Subject, scheme: Scheme, exact: Exact) -> None:
-    trace, value, name = exact
-    found = check_of(digits.check(scheme, trace), name)
-    assert found and (found.kind, found.lsb, found.differing) == ("quantize_linear", 0.0, 0.0)
-    nudge(value, 1, 2)
-    check = check_of(digits.check(scheme, trace), name)
-    assert not check and check.lsb == 2 and check.reason == "2 LSB off, the limit is 1"
-    assert check.differing == 1 / value.numel()
-
-
-@pytest.mark.parametrize("by", [1, -1])
-def test_one_unit_off_is_accepted_of_a_few_elements(digits: q8.Subject, scheme: Scheme, exact: Exact, by: int) -> None:
-    trace, value, name = exact
-    nudge(value, 4, by)
-    check = check_of(digits.check(scheme, trace), name)
-    assert check and (check.lsb, check.differing) == (1, 4 / value.numel())
-
-
-def test_of_a_small_value_four_elements_may_be_off(
-    digits: q8.Subject, traces: Callable[[Scheme], dict[str, Tensor]]
-) -> None:
-    """A share of 256 elements would be none."""
-    node = args_of(args_of(q8.layers(digits.quantised[CPU])["fc"])[0])[0]
-    trace, name = expected_values(digits, CPU, traces(CPU), node.name), str(node.meta["label"])
-    value = trace[node.name]
-    assert value.numel() == 256
-    nudge(value, 4)
-    assert check_of(digits.check(CPU, trace), name)
-    trace = expected_values(digits, CPU, traces(CPU), node.name)
-    nudge(trace[node.name], 5)
-    assert not check_of(digits.check(CPU, trace), name)
-
-
-def test_one_unit_off_is_refused_of_many(digits: q8.Subject, scheme: Scheme, exact: Exact) -> None:
+def test_how_many_elements_may_be_off_by_how_much(digits: q8.Subject, scheme: Scheme, exact: Exact) -> None:
+    """One LSB of a few elements, either way; not two of a single one."""
     trace, value, name = exact
     share = {"fp32": 0.001, "fp16": 0.05}[scheme.arithmetic.name]
     allowed = int(share * value.numel())
     assert allowed >= 8
-    nudge(value, allowed)
-    assert check_of(digits.check(scheme, trace), name)
-    more = expected_values(digits, scheme, trace)
-    target = more[value_node(digits, scheme)]
-    nudge(target, allowed + 1)
-    check = check_of(digits.check(scheme, more), name)
+
+    def off(count: int, by: int) -> QuantisedCheck:
+        broken = value.clone()
+        nudge(broken, count, by)
+        return check_of(digits.check(scheme, {**trace, value_node(digits, scheme): broken}), name)
+
+    found = check_of(digits.check(scheme, trace), name)
+    assert found and (found.kind, found.lsb, found.differing) == ("quantize_linear", 0.0, 0.0)
+    check = off(1, 2)
+    assert not check and check.lsb == 2 and check.reason == "2 LSB off, the limit is 1"
+    assert check.differing == 1 / value.numel()
+    for by in (1, -1):
+        check = off(4, by)
+        assert check and (check.lsb, check.differing) == (1, 4 / value.numel())
+    assert off(allowed, 1)
+    check = off(allowed + 1, 1)
     assert not check and check.lsb == 1
     assert check.reason == f"{allowed + 1} of {value.numel()} elements 1 LSB off, the limit is {100 * share:g} %"
+
+
+def test_of_a_small_value_four_elements_may_be_off(digits: q8.Subject, traces: dict[Scheme, dict[str, Tensor]]) -> None:
+    """A share of 256 elements would be none."""
+    node = args_of(args_of(q8.layers(digits.quantised[CPU])["fc"])[0])[0]
+    trace, name = expected_values(digits, CPU, traces[CPU], node.name), str(node.meta["label"])
+    assert trace[node.name].numel() == 256
+    for count, passes in ((4, True), (5, False)):
+        broken = trace[node.name].clone()
+        nudge(broken, count)
+        assert bool(check_of(digits.check(CPU, {**trace, node.name: broken}), name)) is passes
 
 
 def test_values_of_another_shape_are_refused(digits: q8.Subject, scheme: Scheme, exact: Exact) -> None:
     trace, value, _ = exact
     trace[value_node(digits, scheme)] = value[:, :-1]
     assert not digits.check(scheme, trace)
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_logits_that_are_not_finite_are_refused(
-    digits: q8.Subject, scheme: Scheme, traces: Callable[[Scheme], dict[str, Tensor]], value: float
-) -> None:
-    trace = traces(scheme)
-    trace[output_node(digits, scheme)][3, 4] = value
-    check = check_of(digits.check(scheme, trace), "fc")
-    assert not check and "NaN or Inf" in check.reason
 
 
 def test_nan_in_the_file_is_refused(digits: q8.Subject, scheme: Scheme) -> None:
@@ -538,7 +472,14 @@ def test_nan_in_the_file_is_refused(digits: q8.Subject, scheme: Scheme) -> None:
     assert not check_of(digits.check(scheme, trace), "fc")
 
 
+def one_of(value: float) -> Callable[[Tensor], Tensor]:
+    return lambda y: torch.where(torch.arange(y.numel()).reshape(y.shape) == 34, value, y)
+
+
 BROKEN_LOGITS: dict[str, Callable[[Tensor], Tensor]] = {
+    "NaN": one_of(torch.nan),
+    "Inf": one_of(torch.inf),
+    "minus Inf": one_of(-torch.inf),
     "zeros": torch.zeros_like,
     "constant": lambda y: y[:1].expand_as(y).clone(),
     "two classes swapped": lambda y: y[:, [1, 0, *range(2, 10)]],
@@ -550,34 +491,18 @@ BROKEN_LOGITS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("defect", BROKEN_LOGITS)
-def test_broken_logits_are_refused(
-    digits: q8.Subject, scheme: Scheme, traces: Callable[[Scheme], dict[str, Tensor]], defect: str
-) -> None:
-    trace, name = traces(scheme), output_node(digits, scheme)
+def test_broken_logits_are_refused(digits: q8.Subject, scheme: Scheme, trace: dict[str, Tensor], defect: str) -> None:
+    name = output_node(digits, scheme)
     trace[name] = BROKEN_LOGITS[defect](trace[name].float())
-    assert not check_of(digits.check(scheme, trace), "fc")
+    check = check_of(digits.check(scheme, trace), "fc")
+    assert not check and (("NaN" not in defect and "Inf" not in defect) or "NaN or Inf" in check.reason)
 
 
-@pytest.mark.parametrize("label", [f"{INNER}.quantized", "input.quantized"])
-def test_a_value_that_is_not_shown_is_refused(
-    digits: q8.Subject, scheme: Scheme, traces: Callable[[Scheme], dict[str, Tensor]], label: str
-) -> None:
-    trace = traces(scheme)
-    del trace[value_node(digits, scheme, label)]
-    (check,) = digits.check(scheme, trace).checks
-    assert not check and check.name == label and check.reason == "the runtime does not show it"
-
-
-def test_logits_that_are_not_shown_are_refused(
-    digits: q8.Subject, scheme: Scheme, traces: Callable[[Scheme], dict[str, Tensor]]
-) -> None:
-    trace = traces(scheme)
-    del trace[output_node(digits, scheme)]
-    (check,) = digits.check(scheme, trace).checks
-    assert not check and check.name == "fc"
-
-
-def test_a_candidate_that_shows_nothing_does_not_pass(digits: q8.Subject, scheme: Scheme) -> None:
+def test_what_is_not_shown_is_refused(digits: q8.Subject, scheme: Scheme, trace: dict[str, Tensor]) -> None:
+    hidden = {label: value_node(digits, scheme, label) for label in (f"{INNER}.quantized", "input.quantized")}
+    for label, node in {**hidden, "fc": output_node(digits, scheme)}.items():
+        (check,) = digits.check(scheme, {name: value for name, value in trace.items() if name != node}).checks
+        assert not check and check.name == label and check.reason == "the runtime does not show it"
     assert not digits.check(scheme, {})
 
 

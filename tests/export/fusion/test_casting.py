@@ -8,18 +8,17 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from export import Batch, ExportError, fuse
+from export import ExportError, fuse
 from export.fusion.casting import converted
 from export.fusion.interpreter import GraphInterpreter
 from export.fusion.nodes import aten, constant, is_call, module_path
 from export.fusion.program import FusedProgram, operator_nodes
-
-BATCH = Batch(1, 4, 8)
+from tests.export.networks import BATCH, Called
 
 
 @pytest.fixture(scope="module")
 def program(calibrated: dict[str, nn.Module], pictures: dict[str, Tensor]) -> FusedProgram:
-    return fuse(calibrated["resnet20"], pictures["resnet20"], BATCH)
+    return fuse(calibrated["resnet8"], pictures["resnet8"], BATCH)
 
 
 def with_kept(program: FusedProgram, names: Collection[str], dtype: torch.dtype = torch.float16) -> fx.GraphModule:
@@ -34,11 +33,11 @@ def casts(graph_module: fx.GraphModule) -> list[fx.Node]:
 def test_kept_operators_compute_in_float32_and_no_others(
     dtype: torch.dtype, program: FusedProgram, pictures: dict[str, Tensor]
 ) -> None:
-    kept = {"layer1.1.conv1", "layer1.1.conv2", "layer3.0.conv2", "fc"}
+    kept = {"layer1.0.conv1", "layer1.0.conv2", "layer3.0.conv2", "fc"}
     graph = with_kept(program, kept, dtype)
     interpreter = GraphInterpreter(graph, {})
     interpreter.values = {}
-    interpreter.run(pictures["resnet20"].to(dtype))
+    interpreter.run(pictures["resnet8"].to(dtype))
     for node in operator_nodes(program.master):
         wanted = torch.float32 if module_path(node) in kept else dtype
         assert interpreter.values[node.name].dtype == wanted, node.name
@@ -48,7 +47,7 @@ def test_kept_operators_compute_in_float32_and_no_others(
 
 def test_a_cast_lies_only_where_the_type_changes(program: FusedProgram) -> None:
     """Two convolutions in a row: into the first, and out of the second for both that read it."""
-    assert len(casts(with_kept(program, {"layer1.1.conv1", "layer1.1.conv2"}))) == 2
+    assert len(casts(with_kept(program, {"layer1.0.conv1", "layer1.0.conv2"}))) == 2
     assert len(casts(with_kept(program, {"fc"}))) == 1
     everything = {module_path(node) for node in operator_nodes(program.master)}
     assert len(casts(with_kept(program, everything))) == 1  # of the input
@@ -65,21 +64,12 @@ def test_kept_weights_are_cast_once(program: FusedProgram) -> None:
     assert torch.equal(weight, master.float()) and weight.is_contiguous(memory_format=torch.channels_last)
 
 
-class Tied(nn.Module):
-    """Two convolutions of one weight; what is between keeps them apart."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
-        self.second.weight = self.first.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.relu(self.first(x)))
-
-
 def test_of_a_shared_weight_only_one_reader_is_kept() -> None:
-    program = fuse(Tied().eval(), torch.zeros(1, 3, 8, 8), BATCH)
-    graph = with_kept(program, {"second"})
+    """Two convolutions of one weight; what is between keeps them apart."""
+    first, second = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+    second.weight = first.weight
+    tied = Called(lambda x, m: m.second(torch.relu(m.first(x))), first=first, second=second)
+    graph = with_kept(fuse(tied.eval(), torch.zeros(1, 3, 8, 8), BATCH), {"second"})
     types = {module_path(n): constant(graph, n.args[1]).dtype for n in operator_nodes(graph) if n.args[1:]}  # type: ignore[union-attr]
     assert types["first"] == torch.float16 and types["second"] == torch.float32
 

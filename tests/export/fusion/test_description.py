@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from export import fuse
+from export import FusedProgram, fuse
 from export.fusion.description import describe_graph
+from tests.conftest import Made
 from tests.export import networks
 
 SHORTCUTS = [
@@ -20,16 +22,13 @@ SHORTCUTS = [
 ]
 
 
-def images(count: int = 8) -> Tensor:
-    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+@pytest.fixture(scope="module")
+def programs() -> Mapping[Any, FusedProgram]:
+    return Made(lambda network: fuse(network().eval(), torch.zeros(2, 3, 32, 32), networks.BATCH))  # type: ignore[operator]
 
 
-def described(network: type[nn.Module]) -> dict[str, Any]:
-    return describe_graph(fuse(network().eval(), images(2), networks.BATCH).master)
-
-
-def test_graph_of_two_heads_has_two_outputs() -> None:
-    graph = described(networks.TwoHeads)
+def test_graph_of_two_heads_has_two_outputs(programs: Mapping[Any, FusedProgram]) -> None:
+    graph = describe_graph(programs[networks.TwoHeads].master)
     assert [(n["role"], n["name"], n["kind"]) for n in graph["nodes"]] == [
         ("input", "x", ""), ("fused", "conv", "conv2d_bias_act"), ("fused", "head", "mean_linear"),
         ("fused", "mask", "conv2d_bias_act"), ("output", "scores", ""), ("output", "mask", ""),
@@ -39,21 +38,21 @@ def test_graph_of_two_heads_has_two_outputs() -> None:
     assert graph["nodes"][1]["parts"] == ["conv", "bn", "relu"] and graph["nodes"][5]["shape"] == ["N", 2, 32, 32]
 
 
-def test_graph_names_residuals_projections_and_what_was_left() -> None:
-    backbone = described(networks.Backbone)
+def test_graph_names_residuals_projections_and_what_was_left(programs: Mapping[Any, FusedProgram]) -> None:
+    backbone = describe_graph(programs[networks.Backbone].master)
     names = [n["name"] for n in backbone["nodes"]]
     assert [(names[e["from"]], names[e["to"]], e["role"]) for e in backbone["edges"] if e["role"]] == SHORTCUTS
     for edge in backbone["edges"]:
         assert edge["from"] < edge["to"]
         if edge["role"]:
             assert backbone["nodes"][edge["to"]]["role"] == "fused"
-    left = [n for n in described(networks.SharedConv)["nodes"] if n["role"] == "left"]
+    left = [n for n in describe_graph(programs[networks.SharedConv].master)["nodes"] if n["role"] == "left"]
     assert any("2 readers" in n["reason"] for n in left)
 
 
 @pytest.mark.parametrize("network", networks.ALL, ids=lambda network: network.__name__)
-def test_graph_agrees_with_the_coverage(network: type[nn.Module]) -> None:
-    program = fuse(network().eval(), images(2), networks.BATCH)
+def test_graph_agrees_with_the_coverage(network: type[nn.Module], programs: Mapping[Any, FusedProgram]) -> None:
+    program = programs[network]
     graph = describe_graph(program.master)
     for role, operators in (("fused", program.coverage.fused), ("left", program.coverage.left)):
         found = [(n["name"], n["kind"], n["reason"], tuple(n["parts"])) for n in graph["nodes"] if n["role"] == role]

@@ -11,19 +11,16 @@ from torch import Tensor, nn
 
 from export import Batch, fuse
 from export.base.precision import PRECISIONS
-from export.criteria.operators import check_operators
-from export.criteria.references import run_references
 from export.fusion.nodes import FUSED_OPERATORS
 from export.lowering.runners import ProgramRunner
-from export.runtime.parity.ladder import execute, judge
-from export.sample_inputs import crops, photographs
 from kernels import launch
-from kernels.configs.config import BottleneckConfig, Config, ConvConfig
-from kernels.problems import PROBLEMS, BottleneckProblem, ConvProblem, Problem
-from resnet.initialise import initialise
-from resnet.models import Bottleneck, ResNet
+from kernels.configs.config import Config
+from kernels.configs.convolution import ConvConfig
+from kernels.operators.conv2d_conv1x1_bias_act import BottleneckConfig, BottleneckProblem
+from kernels.operators.registry import OPERATORS
+from kernels.problems import ConvProblem, Problem
+from tests.export.networks import judged
 
-NAMES = ("output",)
 BATCH = Batch(1, 2, 4)
 
 
@@ -31,7 +28,7 @@ def launcher(name: str) -> Callable[..., Tensor]:
     """An operator by its Triton launcher whatever the device, in few large tiles: the interpreter pays per tile."""
 
     def call(*arguments: Any) -> Tensor:
-        config = large_tiles(PROBLEMS[name](*arguments))
+        config = large_tiles(OPERATORS[name].of(*arguments).problem())
         return launch.run(name, *arguments, config=config)
 
     return call
@@ -54,25 +51,16 @@ def side(size: int, most: int) -> int:
 LAUNCHERS: dict[Callable[..., Any], Any] = {op: launcher(op._opname) for op in FUSED_OPERATORS}
 
 
-@pytest.fixture(scope="module")
-def bottlenecks() -> nn.Module:
-    """The ResNet-50 family with two blocks per stage, calibrated."""
-    model = ResNet(Bottleneck, (2, 2, 2, 2), num_classes=10, in_channels=3)
-    initialise(model, crops(photographs(), 16, 3, (64, 64), seed=1))
-    return model.eval()
-
-
 def check(
     model: nn.Module, images: Tensor, precision: str, device: str, operators: dict[Callable[..., Any], Any]
 ) -> None:
-    p, program = PRECISIONS[precision], fuse(model, images, BATCH)
+    program = fuse(model, images, BATCH)
     assert not program.coverage.left
-    execution = execute(ProgramRunner(program, p, NAMES, device, operators), images.numpy(), BATCH)
-    references = run_references(model, program, NAMES, images.numpy(), p)
-    operator_checks = check_operators(program, p, execution.trace)
-    assert len(operator_checks.checks) == len(program.coverage.fused) and not operator_checks.unchecked
-    rung = judge(execution, references, p, p.network_factor, operator_checks)
+    runner = ProgramRunner(program, PRECISIONS[precision], ("output",), device, operators)
+    rung = judged(runner, model, program, images, precision)
     assert rung.name == "triton" and rung, rung.verdict
+    assert rung.operators is not None and not rung.operators.unchecked
+    assert len(rung.operators.checks) == len(program.coverage.fused)
     assert all(check.decision != "differs" for check in rung.outputs.values())
 
 
@@ -80,27 +68,18 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpre
 
 
 @interpreted
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_resnet20_through_the_interpreter(
-    precision: str, calibrated: dict[str, nn.Module], pictures: dict[str, Tensor]
+@pytest.mark.parametrize(("name", "precision"), [*(("resnet8", p) for p in PRECISIONS), ("bottleneck", "fp16")])
+def test_through_the_interpreter(
+    name: str, precision: str, calibrated: dict[str, nn.Module], pictures: dict[str, Tensor]
 ) -> None:
-    images = pictures["resnet20"][:2, :, :16, :16].contiguous()
-    check(calibrated["resnet20"], images, precision, "cpu", LAUNCHERS)
-
-
-@interpreted
-def test_resnet18_through_the_interpreter(calibrated: dict[str, nn.Module], pictures: dict[str, Tensor]) -> None:
-    check(calibrated["resnet18"], pictures["resnet18"][:2], "fp16", "cpu", LAUNCHERS)
-
-
-@interpreted
-def test_bottlenecks_through_the_interpreter(bottlenecks: nn.Module, pictures: dict[str, Tensor]) -> None:
-    check(bottlenecks, pictures["resnet50"][:2], "fp16", "cpu", LAUNCHERS)
+    images = pictures[name][:2]
+    images = images[:, :, :16, :16].contiguous() if name == "resnet8" else images
+    check(calibrated[name], images, precision, "cpu", LAUNCHERS)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("name", ["basic", "resnet50"])
 def test_network_on_a_gpu(
     name: str, precision: str, calibrated: dict[str, nn.Module], pictures: dict[str, Tensor]
 ) -> None:

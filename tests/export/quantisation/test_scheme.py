@@ -46,50 +46,36 @@ def test_the_scale_is_the_smallest_that_covers_the_range(scheme: Scheme, case: s
 
 
 @pytest.mark.parametrize("case", RANGES)
-def test_zero_is_exact(scheme: Scheme, case: str) -> None:
-    """Padding is 0, and so is what a ReLU cuts off."""
-    scale, zero_point = scheme.activation(RANGES[case])
-    zero = torch.zeros(1, dtype=torch.float64)
-    q = quantize_linear(zero, scale, zero_point)
-    assert q.item() == zero_point.item() and dequantize_linear(q, scale, zero_point).item() == 0.0
-
-
-@pytest.mark.parametrize("case", RANGES)
 def test_everything_in_the_range_comes_back_to_within_half_a_step(scheme: Scheme, case: str) -> None:
-    """And the two ends to within one: the zero point is a whole number."""
+    """And the two ends to within one: the zero point is a whole number. Padding and what a ReLU cuts off are exact."""
     low, high = RANGES[case]
     scale, zero_point = scheme.activation((low, high))
+
+    def back(values: Tensor) -> Tensor:
+        return dequantize_linear(quantize_linear(values, scale, zero_point), scale, zero_point)
+
     values = torch.linspace(low, high, 1001, dtype=torch.float64)
-    error = (dequantize_linear(quantize_linear(values, scale, zero_point), scale, zero_point) - values).abs()
-    assert error.max() <= scale * (1 + 1e-9)
+    assert (back(values) - values).abs().max() <= scale * (1 + 1e-9)
     inner = values[(values > low + 0.6 * scale) & (values < high - 0.6 * scale)]
-    error = (dequantize_linear(quantize_linear(inner, scale, zero_point), scale, zero_point) - inner).abs()
-    assert error.max() <= scale * (0.5 + 1e-9)
+    assert (back(inner) - inner).abs().max() <= scale * (0.5 + 1e-9)
+    zero = torch.zeros(1, dtype=torch.float64)
+    assert quantize_linear(zero, scale, zero_point).item() == zero_point.item() and back(zero).item() == 0.0
 
 
-def test_the_symmetric_scheme_leaves_the_lowest_number_out() -> None:
-    scale, zero_point = TENSORRT.activation((-12.7, 12.7))
-    assert zero_point.item() == 0
-    ends = quantize_linear(torch.tensor([-12.7, 12.7]).double(), scale, zero_point)
-    assert ends.tolist() == [-127, 127]
-
-
-def test_the_asymmetric_scheme_uses_all_of_its_numbers() -> None:
-    scale, zero_point = CPU.activation((-1.0, 3.0))
-    assert quantize_linear(torch.tensor([-1.0, 3.0]).double(), scale, zero_point).tolist() == [0, 255]
-    assert CPU.activation((0.0, 5.0))[1].item() == 0
-    assert CPU.activation((-5.0, 0.0))[1].item() == 255
-
-
-def test_a_value_that_is_always_zero_has_the_scale_one(scheme: Scheme) -> None:
-    scale, zero_point = scheme.activation((0.0, 0.0))
-    assert (scale.item(), zero_point.item()) == (1.0, 0)
+def test_each_scheme_uses_its_numbers() -> None:
+    """The symmetric one leaves the lowest out."""
+    for scheme, limits, expected in ((TENSORRT, (-12.7, 12.7), [-127, 127]), (CPU, (-1.0, 3.0), [0, 255])):
+        assert quantize_linear(torch.tensor(limits).double(), *scheme.activation(limits)).tolist() == expected
+    assert TENSORRT.activation((-12.7, 12.7))[1].item() == 0
+    assert CPU.activation((0.0, 5.0))[1].item() == 0 and CPU.activation((-5.0, 0.0))[1].item() == 255
 
 
 @pytest.mark.parametrize("size", [1e-9, 1e-42, 1e-300, 5e-324])
 def test_ranges_below_what_the_type_resolves_have_a_positive_scale(scheme: Scheme, size: float) -> None:
     scale, _ = scheme.activation((-size, size))
     assert held_exactly(scheme, scale) and 0 < scale.item() < math.inf and scale.item() >= size / 255
+    nothing, zero_point = scheme.activation((0.0, 0.0))
+    assert (nothing.item(), zero_point.item()) == (1.0, 0)
 
 
 def test_a_range_that_no_scale_covers_shows_as_infinite() -> None:

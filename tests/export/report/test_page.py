@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from export import Batch, ExportConfig, export_bundle, fuse
+from export import ExportConfig, export_bundle, fuse
 from export.fusion.description import describe_graph
 from export.fusion.passes import QUANTISED_LEVEL
 from export.quantisation.calibration import InMemory
 from export.report.page import render
 from export.sample_inputs import crops, photographs
-from tests.export import networks, quantised_networks
+from tests.export import networks
+from tests.export.networks import BATCH
 from tests.export.report.html_tree import Element, cells, parse
 from tests.export.report.report_facts import check, facts, node, quantised_check, rung
 
@@ -29,15 +30,16 @@ def page_of(arguments: dict[str, Any]) -> Element:
     return parse(render(**arguments))
 
 
+def terms(page: Element) -> dict[str, str]:
+    return {row.one("dt").text: row.one("dd").text for row in page.one("dl").all("div")}
+
+
 def test_heading_says_what_was_exported() -> None:
     page = page_of(facts())
-    assert (
-        page.one("h1").text == "mine in fp16"
-        and page.one("head").one("title").text == "mine in fp16: equal to the eager model"
-    )
+    assert page.one("h1").text == "mine in fp16" and not page.all(id="untrained")
+    assert page.one("head").one("title").text == "mine in fp16: equal to the eager model"
     assert page.one(id="verdict").text == "✓ equal to the eager model"
-    terms = {row.one("dt").text: row.one("dd").text for row in page.one("dl").all("div")}
-    assert terms == {
+    assert terms(page) == {
         "weights": f"mine.safetensors sha256 {'ab' * 32}",
         "input": "input: batch \u00d7 3 \u00d7 32 \u00d7 32 float32",
         "output": "output: batch \u00d7 2 float32",
@@ -47,39 +49,26 @@ def test_heading_says_what_was_exported() -> None:
         "classes": "2: cat, dog",
         "versions": "python 3.11.7, torch 2.13.0",
     }
-    assert not page.all(id="untrained")
+    sections = [section.attributes.get("id") for section in page.all("section")]
+    assert [name for name in sections if name] == ["forms", "operators", "graph", "files", "again"]
 
 
-def test_sections_are_in_order() -> None:
-    assert [section.attributes["id"] for section in page_of(facts()).all("section") if "id" in section.attributes] == [
-        "forms", "operators", "graph", "files", "again"
-    ]  # fmt: skip
-
-
-def test_untrained_weights_are_said_loudly() -> None:
+def test_other_models() -> None:
+    """Untrained weights are said loudly, many classes fold away, and what nobody described is not made up."""
     arguments = facts()
-    arguments["manifest"]["model"].update(trained=False, weights="UNTRAINED: seed 0")
+    model = arguments["manifest"]["model"]
+    model.update(trained=False, weights="UNTRAINED: seed 0", classes=[f"class {i}" for i in range(1000)])
     page = page_of(arguments)
     assert page.one(id="untrained").one("strong").text == "UNTRAINED weights"
     assert "UNTRAINED" in page.one("head").one("title").text
-
-
-def test_a_model_that_nobody_described() -> None:
-    arguments = facts()
-    arguments["manifest"]["model"] = {}
-    arguments["manifest"]["batch"] = {"min": 4, "opt": 4, "max": 4}
-    page = page_of(arguments)
-    terms = {row.one("dt").text: row.one("dd").text for row in page.one("dl").all("div")}
-    assert page.one("h1").text == "network without a name in fp16"
-    assert terms["weights"] == "not stated" and terms["batch"] == "always 4" and "classes" not in terms
-
-
-def test_many_classes_fold_away() -> None:
-    arguments = facts()
-    arguments["manifest"]["model"]["classes"] = [f"class {i}" for i in range(1000)]
-    details = page_of(arguments).one("details")
+    details = page.one("details")
     assert details.one("summary").text.startswith("1000: class 0, ") and details.one("summary").text.endswith("…")
     assert details.text.endswith("class 999")
+    arguments["manifest"].update(model={}, batch={"min": 4, "opt": 4, "max": 4})
+    page = page_of(arguments)
+    assert page.one("h1").text == "network without a name in fp16"
+    assert terms(page)["weights"] == "not stated" and terms(page)["batch"] == "always 4"
+    assert "classes" not in terms(page)
 
 
 def test_every_form_is_in_the_table() -> None:
@@ -92,15 +81,8 @@ def test_every_form_is_in_the_table() -> None:
     assert eager == ["✓ eager", "torch 2.13", "fp16", "", *measured, "", "3578", "equal"]
     assert fused == ["✓ fused", "torch 2.13", "fp16", "2/2", *measured, "", "12.3", "equal"]
     assert onnx[-3:] == ["51.1 MB", "12.3", "equal, no verdict on top-1"]
-    assert engine == [
-        "\u2013 tensorrt-rtx",
-        "tensorrt-rtx",
-        "fp16",
-        *[""] * 6,
-        "1.2 MB",
-        "",
-        "not run: no NVIDIA GPU here",
-    ]
+    not_run = "not run: no NVIDIA GPU here"
+    assert engine == ["\u2013 tensorrt-rtx", "tensorrt-rtx", "fp16", *[""] * 6, "1.2 MB", "", not_run]
 
 
 def test_a_failure_is_seen_everywhere() -> None:
@@ -122,19 +104,16 @@ def test_a_failure_is_seen_everywhere() -> None:
     assert plot.one("td", within="why").text == "✗ conv1: 3 values are NaN"
 
 
-def test_weak_evidence_gives_no_verdict() -> None:
+def test_evidence_is_told_and_gives_no_verdict_where_it_is_weak() -> None:
     arguments = facts()
+    text = page_of(arguments).one(id="evidence").text
+    assert all(words in text for words in ("25 % to 75 %", "0.5 to 2 times", "87.5 %", "9 classes"))
     arguments["parity"].update(passed=False, verdict="no verdict, the evidence is too weak: dead")
     nothing = {"active_share": None, "branch_ratio": None, "logit_variation": None, "classes": None}
     arguments["parity"]["evidence"] = {"weaknesses": ["dead"], **nothing}
     page = page_of(arguments)
     assert page.one(id="verdict").text == "\u2013 no verdict, the evidence is too weak: dead"
     assert page.one(id="evidence").text == "" and "Weak evidence: dead" in page.one(id="forms").text
-
-
-def test_evidence_is_told() -> None:
-    text = page_of(facts()).one(id="evidence").text
-    assert all(words in text for words in ("25 % to 75 %", "0.5 to 2 times", "87.5 %", "9 classes"))
 
 
 def positions(row: Element) -> tuple[list[float], list[float]]:
@@ -233,7 +212,10 @@ def test_files_accuracy_and_engines() -> None:
     assert "tensorrt engine not built: tensorrt is not installed" in page.one(id="forms").text
 
 
-def test_without_accuracy_engines_command_and_operators() -> None:
+def test_commands_accuracy_engines_and_operators_or_that_there_are_none() -> None:
+    again = page_of(facts()).one(id="again")
+    assert [code.text for code in again.all("code")] == [facts()["command"], "python scripts/verify.py FOLDER"]
+    assert again.one(id="meaning").text.count(".") == 2
     arguments = facts() | {"command": "", "skipped": None}
     arguments["manifest"]["engines"], arguments["parity"]["accuracy"] = {}, []
     arguments["parity"]["rungs"] = [rung("eager")]
@@ -241,12 +223,6 @@ def test_without_accuracy_engines_command_and_operators() -> None:
     assert page.one(id="accuracy").text.startswith("Not measured") and page.one(id="engines").text == "None was built."
     assert not page.all(id="command") and "No form of this network" in page.one(id="operators").text
     assert [code.text for code in page.one(id="again").all("code")] == ["python scripts/verify.py FOLDER"]
-
-
-def test_commands_and_what_equal_means() -> None:
-    again = page_of(facts()).one(id="again")
-    assert [code.text for code in again.all("code")] == [facts()["command"], "python scripts/verify.py FOLDER"]
-    assert again.one(id="meaning").text.count(".") == 2
 
 
 def attacked(value: Any) -> Any:
@@ -271,17 +247,18 @@ def test_names_are_text_wherever_they_come_from() -> None:
     titles = [e.attributes["title"] for e in tree.all() if "title" in e.attributes]
     assert titles and all(title == ATTACK for title in titles)
     assert ATTACK in tree.one(id="graph").one("ol").text and ATTACK in tree.one(id="engines").text
-
-
-def test_a_file_name_that_is_no_text() -> None:
     arguments = facts()
-    arguments["manifest"]["model"]["weights"]["file"] = "caf\udce9.pt"
+    arguments["manifest"]["model"]["weights"]["file"] = "caf\udce9.pt"  # no text at all
     assert "caf\\udce9.pt" in page_of(arguments).one("dl").text
 
 
 def test_nothing_outside_the_page() -> None:
     page = render(**facts())
     tree = parse(page)
+    ids = [e.attributes["id"] for e in tree.all() if "id" in e.attributes]
+    assert len(set(ids)) == len(ids)
+    assert {e.attributes["href"][1:] for e in tree.all() if "href" in e.attributes} <= set(ids)
+    assert tree.one("html").attributes["lang"] == "en" and len(tree.all("h1")) == 1
     for element in tree.all():
         assert not {"src", "srcset", "data", "action", "poster"} & element.attributes.keys()
         assert not any(name.startswith("on") for name in element.attributes)
@@ -292,14 +269,6 @@ def test_nothing_outside_the_page() -> None:
     assert page.startswith(b"<!DOCTYPE html>") and page.count(b"http") == 1  # of http-equiv
     policy = tree.one("meta", **{"http-equiv": "Content-Security-Policy"}).attributes["content"]
     assert policy == "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-
-
-def test_ids_are_unique_and_fragments_lead_somewhere() -> None:
-    tree = page_of(facts())
-    ids = [e.attributes["id"] for e in tree.all() if "id" in e.attributes]
-    assert len(set(ids)) == len(ids)
-    assert {e.attributes["href"][1:] for e in tree.all() if "href" in e.attributes} <= set(ids)
-    assert tree.one("html").attributes["lang"] == "en" and len(tree.all("h1")) == 1
 
 
 def reversed_keys(value: Any) -> Any:
@@ -326,15 +295,8 @@ def test_same_facts_give_the_same_bytes_without_torch(tmp_path: Path) -> None:
 
 
 def report_of(folder: Path, graph: dict[str, Any]) -> Element:
-    manifest = json.loads((folder / "manifest.json").read_text())
-    return page_of(
-        {
-            "manifest": manifest,
-            "parity": json.loads((folder / "parity.json").read_text()),
-            "files": manifest["files"],
-            "graph": graph,
-        }
-    )
+    manifest, parity = (json.loads((folder / name).read_text()) for name in ("manifest.json", "parity.json"))
+    return page_of({"manifest": manifest, "parity": parity, "files": manifest["files"], "graph": graph})
 
 
 def centred(model: nn.Module, head: nn.Linear, images: Tensor) -> nn.Module:
@@ -347,13 +309,13 @@ def centred(model: nn.Module, head: nn.Linear, images: Tensor) -> nn.Module:
 
 
 def test_an_export_of_an_odd_network(tmp_path: Path, pictures: dict[str, Tensor]) -> None:
-    images, config = pictures["resnet20"], ExportConfig("fp16", Batch(1, 4, 8), engine="none")
+    images, config = pictures["resnet8"], ExportConfig("fp16", BATCH, engine="none")
     model = networks.make(networks.Detector, images)
     assert isinstance(model, networks.Detector)
     model, example = centred(model, model.classes, images), images[:1]
     result = export_bundle(model, example, tmp_path / "b", config, images=images, metadata={"name": "detector"})
     assert result, result.report.verdict
-    page = report_of(tmp_path / "b", describe_graph(fuse(model, example, Batch(1, 4, 8)).master))
+    page = report_of(tmp_path / "b", describe_graph(fuse(model, example, BATCH).master))
     assert page.one("h1").text == "detector in fp16" and page.one(id="verdict").text.startswith("✓ equal")
     rungs = cells(page.one("table", within="rungs"))[1:]
     assert [row[0] for row in rungs] == ["✓ eager", "✓ folded", "✓ fused", "✓ onnx"]
@@ -366,13 +328,13 @@ def test_an_export_of_an_odd_network(tmp_path: Path, pictures: dict[str, Tensor]
 
 def test_an_export_in_8_bits(tmp_path: Path, pictures: dict[str, Tensor]) -> None:
     torch.manual_seed(0)
-    images, network = pictures["resnet20"], quantised_networks.IdentityFirst().eval()
+    images, network = pictures["resnet8"], networks.IdentityFirst().eval()
     model, example = centred(network, network.fc, images), images[:1]
-    config = ExportConfig("int8", Batch(1, 4, 8), engine="none")
+    config = ExportConfig("int8", BATCH, engine="none")
     calibration = InMemory(crops(photographs(), 100, 3, (32, 32), seed=1).numpy())
     result = export_bundle(model, example, tmp_path / "b", config, images=images, calibration=calibration)
     assert result, result.report.verdict
-    program = fuse(model, example, Batch(1, 4, 8), QUANTISED_LEVEL)
+    program = fuse(model, example, BATCH, QUANTISED_LEVEL)
     page = report_of(tmp_path / "b", describe_graph(program.master))
     headings = [h.text.split()[0] for h in page.one(id="operators").all("h4")]
     assert headings == ["Error", *["Error", "Share", "Everything"] * 2, "Error"]

@@ -97,6 +97,12 @@ def builder(gpu: fake_tensorrt.FakeCuda, monkeypatch: pytest.MonkeyPatch) -> Bui
     return made
 
 
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A bundle."""
+    return summing.write(tmp_path / "b")
+
+
 def build(path: Path, config: EngineConfig = DEFAULT_ENGINE) -> DeviceBuild:
     references, (found,) = build_on_device(path, config)
     assert [rung.name for rung in references] == ["eager"] and all(references)
@@ -112,9 +118,8 @@ def number(place: Path, name: str = ENGINE) -> int:
     return int(json.loads(read_verified(place)[1][name])["number"])
 
 
-def test_an_engine_is_built_verified_and_put_in_place(builder: Builder, cache: Path, tmp_path: Path) -> None:
+def test_an_engine_is_built_verified_and_put_in_place(builder: Builder, cache: Path, path: Path) -> None:
     steps: list[str] = []
-    path = summing.write(tmp_path / "b")
     _, (found,) = build_on_device(path, progress=steps.append)
     assert found and found.origin == "built" and found.rung.verdict == "equal" and found.rung.outputs
     place = found.file.parent
@@ -142,8 +147,7 @@ def test_an_engine_is_built_verified_and_put_in_place(builder: Builder, cache: P
     }
 
 
-def test_the_same_again_is_only_verified(builder: Builder, cache: Path, tmp_path: Path) -> None:
-    path = summing.write(tmp_path / "b")
+def test_the_same_again_is_only_verified(builder: Builder, cache: Path, path: Path, tmp_path: Path) -> None:
     build(path)
     before = tree(cache)
     (tmp_path / "link").symlink_to(path)
@@ -153,8 +157,7 @@ def test_the_same_again_is_only_verified(builder: Builder, cache: Path, tmp_path
     assert tree(cache) == before
 
 
-def test_the_bundle_lists_it_first_and_verifies_it(builder: Builder, tmp_path: Path) -> None:
-    path = summing.write(tmp_path / "b")
+def test_the_bundle_lists_it_first_and_verifies_it(builder: Builder, path: Path) -> None:
     file = build(path).file
     first = artefacts(open_bundle(path))[0]
     assert (first.form, first.file, first.runtime, first.obstacle) == (
@@ -171,8 +174,7 @@ def test_the_bundle_lists_it_first_and_verifies_it(builder: Builder, tmp_path: P
     assert next(rung for rung in verify_bundle(path) if rung.file == str(file)).not_run == first.obstacle
 
 
-def test_the_way_back_is_without_a_build(builder: Builder, tmp_path: Path) -> None:
-    path = summing.write(tmp_path / "b")
+def test_the_way_back_is_without_a_build(builder: Builder, path: Path) -> None:
     place = build(path).file.parent
     summing.write(path, "second")
     assert build(path).origin == "built"
@@ -189,9 +191,8 @@ def test_the_way_back_is_without_a_build(builder: Builder, tmp_path: Path) -> No
 
 
 def test_an_engine_that_is_wrong_by_now_is_built_anew_on_the_way_back(
-    builder: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    builder: Builder, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = summing.write(tmp_path / "b")
     place = build(path).file.parent
     summing.write(path, "second")
     build(path)
@@ -210,11 +211,11 @@ def test_an_engine_that_is_wrong_by_now_is_built_anew_on_the_way_back(
 
 @pytest.mark.parametrize("base", ["", "relative"])
 def test_a_cache_that_is_relative_does_not_count(
-    base: str, builder: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: str, builder: Builder, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", base)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert build(summing.write(tmp_path / "b")).file.is_relative_to(tmp_path / "home" / ".cache" / "resnet-deploy")
+    assert build(path).file.is_relative_to(tmp_path / "home" / ".cache" / "resnet-deploy")
 
 
 OTHERS: dict[str, Callable[[fake_tensorrt.FakeCuda, pytest.MonkeyPatch], object]] = {
@@ -228,9 +229,8 @@ OTHERS: dict[str, Callable[[fake_tensorrt.FakeCuda, pytest.MonkeyPatch], object]
 
 @pytest.mark.parametrize("case", OTHERS)
 def test_another_machine_is_another_engine(
-    case: str, builder: Builder, gpu: fake_tensorrt.FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: str, builder: Builder, gpu: fake_tensorrt.FakeCuda, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = summing.write(tmp_path / "b")
     file = build(path).file
     OTHERS[case](gpu, monkeypatch)
     obstacle = artefacts(open_bundle(path))[0].obstacle
@@ -245,9 +245,8 @@ def test_another_machine_is_another_engine(
 
 @pytest.mark.parametrize("missing", ["package", "GPU"])
 def test_an_engine_whose_machine_lost_something_says_what(
-    missing: str, builder: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    missing: str, builder: Builder, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = summing.write(tmp_path / "b")
     build(path)
     if missing == "package":
         monkeypatch.setitem(FLAVOURS, "tensorrt", replace(FLAVOURS["tensorrt"], module="no_such_module"))
@@ -257,8 +256,7 @@ def test_an_engine_whose_machine_lost_something_says_what(
     assert artefacts(open_bundle(path))[0].obstacle.startswith(expected[missing])
 
 
-def test_other_options_are_another_engine(builder: Builder, tmp_path: Path) -> None:
-    path = summing.write(tmp_path / "b")
+def test_other_options_are_another_engine(builder: Builder, path: Path) -> None:
     build(path)
     small = EngineConfig(workspace_mib=64)
     assert build(path, small).origin == "built" and builder.asked[-1][4] == small
@@ -269,9 +267,8 @@ def test_other_options_are_another_engine(builder: Builder, tmp_path: Path) -> N
 @pytest.mark.parametrize("off", [0.5, float("nan"), None], ids=["wrong", "NaN", "crash"])
 @pytest.mark.parametrize("existing", [True, False], ids=["over an engine", "into nothing"])
 def test_an_engine_that_fails_is_not_put_in_place(
-    off: float | None, existing: bool, builder: Builder, cache: Path, tmp_path: Path
+    off: float | None, existing: bool, builder: Builder, cache: Path, path: Path
 ) -> None:
-    path = summing.write(tmp_path / "b")
     if existing:
         build(path)
     before = tree(cache)
@@ -282,9 +279,8 @@ def test_an_engine_that_fails_is_not_put_in_place(
     assert tree(cache) == before and len([*cache.iterdir()]) == existing
 
 
-def test_an_engine_in_place_that_fails_is_refused_and_stays(builder: Builder, cache: Path, tmp_path: Path,
+def test_an_engine_in_place_that_fails_is_refused_and_stays(builder: Builder, cache: Path, path: Path,
                                                             monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    path = summing.write(tmp_path / "b")
     build(path)
     before = tree(cache)
     monkeypatch.setattr(Runner, "_run", lambda self, x: {"output": x.mean((2, 3))})
@@ -296,8 +292,7 @@ def refuse() -> None:
     raise ExportError("building the tensorrt engine was ended by SIGKILL (most likely out of memory)")
 
 
-def test_a_build_that_dies_leaves_nothing(builder: Builder, cache: Path, tmp_path: Path) -> None:
-    path = summing.write(tmp_path / "b")
+def test_a_build_that_dies_leaves_nothing(builder: Builder, cache: Path, path: Path) -> None:
     builder.during = refuse
     with pytest.raises(ExportError, match="ended by SIGKILL"):
         build(path)
@@ -343,6 +338,11 @@ RTX = Flavour("tensorrt-rtx", fake_tensorrt.__name__, "model.rtx.engine", "model
 def test_a_flavour_that_does_not_serve_the_gpu_is_not_built(
     builder: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Nor is one that is not installed."""
+    absent = Flavour("tensorrt-rtx", "no_such_module", "x.engine", "x.json", False, False)
+    monkeypatch.setitem(FLAVOURS, "tensorrt-rtx", absent)
+    assert build(summing.write(tmp_path / "b2"))
+    builder.asked.clear()
     monkeypatch.setitem(FLAVOURS, "tensorrt-rtx", RTX)
     _, builds = build_on_device(summing.write(tmp_path / "b"))
     assert [asked[1] for asked in builder.asked] == ["tensorrt"] and len(builds) == 1
@@ -352,23 +352,14 @@ def test_a_flavour_that_does_not_serve_the_gpu_is_not_built(
 
 
 def test_both_flavours_are_built_each_in_its_place(
-    builder: Builder, gpu: fake_tensorrt.FakeCuda, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    builder: Builder, gpu: fake_tensorrt.FakeCuda, cache: Path, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(FLAVOURS, "tensorrt-rtx", RTX)
     gpu.properties.minor = 6
-    path = summing.write(tmp_path / "b")
     _, builds = build_on_device(path)
     assert all(builds) and [asked[1] for asked in builder.asked] == ["tensorrt", "tensorrt-rtx"]
     assert [found.file.name for found in builds] == [ENGINE, "model.rtx.engine"] and len([*cache.iterdir()]) == 2
     assert [artefact.file for artefact in artefacts(open_bundle(path))][:2] == [str(found.file) for found in builds]
-
-
-def test_a_machine_with_one_of_the_two_builds_that(
-    builder: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    absent = Flavour("tensorrt-rtx", "no_such_module", "x.engine", "x.json", False, False)
-    monkeypatch.setitem(FLAVOURS, "tensorrt-rtx", absent)
-    assert build(summing.write(tmp_path / "b"))
 
 
 def test_bundles_of_one_name_have_places_of_their_own(builder: Builder, tmp_path: Path) -> None:
@@ -378,16 +369,13 @@ def test_bundles_of_one_name_have_places_of_their_own(builder: Builder, tmp_path
     assert places[0] != places[1] and [number(place) for place in places] == [1, 2]
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_layers_kept_in_a_wider_type_are_those_of_the_manifest(
-    precision: str, builder: Builder, tmp_path: Path
-) -> None:
-    build_on_device(summing.write(tmp_path / "b", precision=precision, kept=["conv1", "fc"]))
-    assert builder.asked[0][5] == {"conv1", "fc"}
+def test_layers_kept_in_a_wider_type_are_those_of_the_manifest(builder: Builder, tmp_path: Path) -> None:
+    for precision in ("fp16", "int8"):
+        build_on_device(summing.write(tmp_path / precision, precision=precision, kept=["conv1", "fc"]))
+        assert builder.asked[-1][5] == {"conv1", "fc"}
 
 
-def test_a_changed_bundle_is_refused_before_anything_is_built(builder: Builder, cache: Path, tmp_path: Path) -> None:
-    path = summing.write(tmp_path / "b")
+def test_a_changed_bundle_is_refused_before_anything_is_built(builder: Builder, cache: Path, path: Path) -> None:
     (path / ONNX_FILE).write_bytes(summing.network("other"))
     with pytest.raises(ExportError, match=f"{ONNX_FILE}: changed since it was written"):
         build(path)
@@ -434,18 +422,16 @@ def test_a_changed_place_is_refused_before_anything_is_loaded(
     assert len(builder.asked) == 2
 
 
-def test_an_added_file_is_refused(place: Path, tmp_path: Path) -> None:
+def test_a_place_open_to_others_or_with_more_in_it_is_refused(place: Path, tmp_path: Path) -> None:
+    for mode in (0o750, 0o777):
+        place.parent.chmod(mode)
+        for refused in (lambda: artefacts(open_bundle(tmp_path / "b")), lambda: build(tmp_path / "b")):
+            with pytest.raises(ExportError, match=r"engines is not private to this user \(expected mode 0700\)"):
+                refused()
+    place.parent.chmod(0o700)
     (place / "libevil.so").touch()
     with pytest.raises(ExportError, match=r"libevil\.so: not listed in manifest\.json; remove "):
         build(tmp_path / "b")
-
-
-@pytest.mark.parametrize("mode", [0o750, 0o777])
-def test_a_folder_open_to_others_is_refused(mode: int, place: Path, tmp_path: Path) -> None:
-    place.parent.chmod(mode)
-    for refused in (lambda: artefacts(open_bundle(tmp_path / "b")), lambda: build(tmp_path / "b")):
-        with pytest.raises(ExportError, match=r"engines is not private to this user \(expected mode 0700\)"):
-            refused()
 
 
 FOREIGN: dict[str, dict[str, Any]] = {

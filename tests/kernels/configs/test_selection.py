@@ -9,25 +9,15 @@ import pytest
 import torch
 
 import kernels.configs.selection
-from kernels.configs.config import (
-    BottleneckConfig,
-    Config,
-    ConvConfig,
-    HeadConfig,
-    PairConfig,
-    StemConfig,
-    unsupported_reason,
-)
+from kernels.configs.config import Config
+from kernels.configs.convolution import ConvConfig
 from kernels.configs.heuristic import heuristic_config
-from kernels.configs.selection import (
-    config_from_json,
-    config_to_json,
-    problem_key,
-    select_config,
-    tuned_table,
-)
+from kernels.configs.selection import select_config, tuned_table
 from kernels.configs.targets import TARGETS
-from kernels.problems import Problem, Projection, StemProblem, with_dtype
+from kernels.operators.conv2d_bias_relu_maxpool import StemConfig, StemProblem
+from kernels.operators.conv2d_conv1x1_bias_act import BottleneckConfig, PairConfig
+from kernels.operators.mean_linear import HeadConfig
+from kernels.problems import Problem, Projection
 from tests.kernels.cases import BOTTLENECK_CASES, CASES, DTYPES, HEAD_CASES, SMALL
 from tests.kernels.networks import EXTRA, NETWORKS
 
@@ -36,7 +26,7 @@ CONV = ConvConfig(64, 32, 32, 4, 2, split_k=3)
 CONFIGS: dict[str, Config] = {
     "conv": CONV,
     "boxes": ConvConfig(128, 64, 64, 4, 3, box=(2, 8, 8), programs_per_sm=2),
-    "bottleneck": BottleneckConfig(64, 64, 32, 4, 2, "tf32", (1, 8, 8)),
+    "bottleneck": BottleneckConfig(64, 64, 32, 4, 2, box=(1, 8, 8)),
     "pair": PairConfig(CONV, ConvConfig(16, 16, 16, 1, 1, box=(1, 1, 16))),
     "stem": StemConfig(64, 64, 32, 2, 4, 2),
     "head": HeadConfig(16, 64, 32, 4),
@@ -60,8 +50,8 @@ def write_table(folder: Path, configs: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_configs_survive_json(name: str) -> None:
-    entry = json.loads(json.dumps(config_to_json(CONFIGS[name])))
-    assert config_from_json(entry) == CONFIGS[name]
+    entry = json.loads(json.dumps(CONFIGS[name].to_json()))
+    assert Config.from_json(entry) == CONFIGS[name]
 
 
 def test_a_problem_has_a_key_of_its_own() -> None:
@@ -91,21 +81,21 @@ def test_a_problem_has_a_key_of_its_own() -> None:
         StemProblem(replace(SMALL, has_residual=False)),
     ]
     problems: set[Problem] = {*CASES.values(), *EXTRA.values(), *networks, *variants}
-    typed = {with_dtype(problem, dtype) for problem in problems for dtype in DTYPES.values()}
-    keys = {problem_key(problem) for problem in typed}
+    typed = {problem.with_dtype(dtype) for problem in problems for dtype in DTYPES.values()}
+    keys = {problem.key for problem in typed}
     assert len(keys) == len(typed) > 600
 
 
 def test_keys_are_readable() -> None:
     head, bottleneck = HEAD_CASES["resnet18"], BOTTLENECK_CASES["128-projection-s2"]
-    assert problem_key(replace(SMALL, stride=(2, 1))) == "conv fp16 n2 32x6x7 -> 40 3x3 s2x1 p1x1 residual relu"
-    assert problem_key(replace(head, dtype=torch.bfloat16)) == "head bf16 n5 512x7x7 -> 1000"
+    assert replace(SMALL, stride=(2, 1)).key == "conv fp16 n2 32x6x7 -> 40 3x3 s2x1 p1x1 residual relu"
+    assert replace(head, dtype=torch.bfloat16).key == "head bf16 n5 512x7x7 -> 1000"
     expected = "bottleneck fp16 n2 128x8x9 -> 128 3x3 s2x2 p1x1 -> 512 projection 256x8x9 s2x2 relu"
-    assert problem_key(bottleneck) == expected
+    assert bottleneck.key == expected
 
 
 def test_a_tuned_entry_is_used(tuned: Path) -> None:
-    write_table(tuned, {problem_key(SMALL): config_to_json(CONV)})
+    write_table(tuned, {SMALL.key: CONV.to_json()})
     assert select_config(SMALL, TARGET) == CONV != heuristic_config(SMALL, TARGET)
     other = replace(SMALL, batch=3)
     assert select_config(other, TARGET) == heuristic_config(other, TARGET)
@@ -140,7 +130,7 @@ def test_a_broken_table_is_refused_in_one_line(name: str, tuned: Path) -> None:
 
 
 def test_an_entry_that_cannot_run_its_problem_is_refused(tuned: Path) -> None:
-    write_table(tuned, {problem_key(SMALL): config_to_json(replace(CONV, split_k=10))})
+    write_table(tuned, {SMALL.key: replace(CONV, split_k=10).to_json()})
     with pytest.raises(ValueError, match=r"sm_90\.json: conv fp16 n2 .* relu: split_k is 10, expected at most the 9"):
         select_config(SMALL, TARGET)
 
@@ -152,6 +142,6 @@ def test_committed_tables_are_valid() -> None:
     problems = {problem for network in NETWORKS.values() for batch in batches for problem in network(batch)}
     for target in TARGETS.values():
         table = tuned_table(target.name)
-        for problem in (with_dtype(problem, dtype) for problem in problems for dtype in DTYPES.values()):
-            config = table.get(problem_key(problem))
-            assert config is None or unsupported_reason(problem, config, target) is None, (target.name, problem)
+        for problem in (problem.with_dtype(dtype) for problem in problems for dtype in DTYPES.values()):
+            config = table.get(problem.key)
+            assert config is None or config.unsupported_reason(problem, target) is None, (target.name, problem)

@@ -5,11 +5,15 @@ import math
 
 import pytest
 
-from kernels.configs.config import BottleneckConfig, Config, ConvConfig, PairConfig, unsupported_reason
+from kernels.configs.config import Config
+from kernels.configs.convolution import ConvConfig
 from kernels.configs.heuristic import heuristic_config
 from kernels.configs.targets import TARGETS
 from kernels.configs.tuning import neighbours, tune
-from kernels.problems import BottleneckProblem, ConvProblem, HeadProblem, Problem, StemProblem
+from kernels.operators.conv2d_bias_relu_maxpool import StemProblem
+from kernels.operators.conv2d_conv1x1_bias_act import BottleneckConfig, BottleneckProblem, PairConfig
+from kernels.operators.mean_linear import HeadProblem
+from kernels.problems import ConvProblem, Problem
 
 FIRST = ConvProblem(32, 64, 56, 56, 64, (3, 3), padding=(1, 1), relu=True)
 BOTTLENECK = BottleneckProblem(FIRST, 256, has_residual=True, relu=True)
@@ -20,6 +24,7 @@ PROBLEMS = {
     "stem": StemProblem(ConvProblem(8, 3, 224, 224, 64, (7, 7), (2, 2), (3, 3), relu=True)),
     "head": HeadProblem(8, 2048, 7, 7, 1000),
 }
+SM_90 = TARGETS["sm_90"]
 
 
 def differences(a: Config, b: Config) -> set[str]:
@@ -36,42 +41,34 @@ def test_neighbours_are_valid_and_one_decision_away(name: str, target: str) -> N
     found = list(neighbours(problem, start, t))
     assert len(found) >= 3 and len(set(found)) == len(found) and start not in found
     for config in found:
-        assert unsupported_reason(problem, config, t) is None
+        assert config.unsupported_reason(problem, t) is None
         assert len(differences(start, config)) == 1, config
-
-
-def distance(config: ConvConfig, goal: ConvConfig) -> float:
-    sides = ("block_m", "block_n", "block_k", "num_warps", "num_stages")
-    return 1 + sum(abs(math.log2(getattr(config, s) / getattr(goal, s))) for s in sides) + (config.box != goal.box)
 
 
 def test_the_search_finds_the_fastest() -> None:
     goal = ConvConfig(64, 32, 32, 8, 2)
 
-    def measure(problem: Problem, config: Config) -> float | None:
-        assert isinstance(config, ConvConfig)
-        return distance(config, goal)
+    def measure(problem: Problem, config: Config) -> float:
+        sides = ("block_m", "block_n", "block_k", "num_warps", "num_stages")
+        steps = [abs(math.log2(getattr(config, side) / getattr(goal, side))) for side in sides]
+        return 1 + sum(steps) + (config.box != goal.box)
 
-    config, seconds, measured = tune(FIRST, TARGETS["sm_90"], measure)
+    config, seconds, measured = tune(FIRST, SM_90, measure)
     assert config == goal and seconds == 1 and 5 < measured < 100
 
 
 def test_what_fails_is_not_taken() -> None:
-    start = heuristic_config(FIRST, TARGETS["sm_90"])
-
-    def measure(problem: Problem, config: Config) -> float | None:
-        return 1.0 if config == start else None
-
-    assert tune(FIRST, TARGETS["sm_90"], measure)[0] == start
+    start = heuristic_config(FIRST, SM_90)
+    assert tune(FIRST, SM_90, lambda problem, config: 1.0 if config == start else None)[0] == start
     with pytest.raises(ValueError, match=r"no configuration of ConvProblem.* gives a right result on sm_90"):
-        tune(FIRST, TARGETS["sm_90"], lambda problem, config: None)
+        tune(FIRST, SM_90, lambda problem, config: None)
 
 
 @pytest.mark.parametrize("fused_is_faster", [True, False], ids=["fused", "pair"])
 def test_a_bottleneck_is_one_kernel_or_two_whichever_is_faster(fused_is_faster: bool) -> None:
-    def measure(problem: Problem, config: Config) -> float | None:
+    def measure(problem: Problem, config: Config) -> float:
         return 1.0 if isinstance(config, BottleneckConfig) == fused_is_faster else 2.0
 
-    config, seconds, _ = tune(BOTTLENECK, TARGETS["sm_90"], measure)
+    config, seconds, _ = tune(BOTTLENECK, SM_90, measure)
     assert isinstance(config, BottleneckConfig if fused_is_faster else PairConfig) and seconds == 1.0
-    assert unsupported_reason(BOTTLENECK, config, TARGETS["sm_90"]) is None
+    assert config.unsupported_reason(BOTTLENECK, SM_90) is None

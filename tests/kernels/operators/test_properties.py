@@ -15,19 +15,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels.launch
-from kernels.configs.config import Config, unsupported_reason
+from kernels.configs.config import Config
 from kernels.launch import target_of
-from kernels.oracle import MAX_Z, Inputs, has_relu, make_inputs, operator_call, oracle, p1_failures
-from kernels.problems import (
-    KERNEL_DTYPES,
-    PROBLEMS,
-    BottleneckProblem,
-    ConvProblem,
-    Problem,
-    StemProblem,
-    with_dtype,
-)
-from tests.kernels.launching import POISONS, launch, on_device, quick_config
+from kernels.operators.registry import OPERATORS as OPERATOR_ARGUMENTS
+from kernels.operators.registry import Arguments
+from kernels.oracle import make_inputs, oracle, p1_failures
+from kernels.problems import KERNEL_DTYPES, ConvProblem, Problem
+from kernels.rounding import MAX_Z
+from tests.kernels.launching import POISONS, launch, on_device, quick_config, same
 from tests.kernels.strategies import (
     BOXABLE,
     LARGE,
@@ -48,9 +43,11 @@ from tests.kernels.strategies import (
 MANY_VALUES = 64
 
 
+Inputs = Arguments[Tensor]
+
+
 def operator(problem: Problem, inputs: Inputs) -> Tensor:
-    name, arguments = operator_call(problem, inputs)
-    y: Tensor = getattr(torch.ops.resnet_deploy, name)(*arguments)
+    y: Tensor = getattr(torch.ops.resnet_deploy, inputs.operator)(*inputs.values())
     return y
 
 
@@ -100,33 +97,52 @@ def outcome(run: Callable[[], Tensor]) -> Tensor | str:
 def test_dense_tensors_give_what_the_oracle_gives_and_others_are_refused(
     name: str, way: Way, data: st.DataObject
 ) -> None:
+    """The operator's fake refuses alike, or is shaped and laid out like the real output."""
     case = data.draw(laid_out(OPERATORS[name](way.limits)))
     inputs = case.inputs(way.device)
-    given_inputs = inputs.clone()
+    given_inputs = inputs.map(lambda tensor: tensor.detach().clone())
     y = outcome(lambda: way.run(case.problem, inputs))
-    assert inputs.equal(given_inputs)
-    strided = [argument for argument, tensor in inputs.named().items() if not is_dense(tensor)]
+    assert same(inputs, given_inputs)
+    if way.run is operator:
+        assert_like(outcome(lambda: fake(inputs)), y)
+    strided = [argument for argument, tensor in inputs.tensors().items() if not is_dense(tensor)]
     if isinstance(y, Tensor):
         assert strided == []
         assert failures(y, case.problem, given_inputs) == []
         assert is_dense(y)
         return
     (argument,) = strided
-    if argument == "residual" and isinstance(case.problem, BottleneckProblem):
-        argument = "shortcut"
     assert re.match(rf"{argument} (of shape .* )?has strides .*, expected", y)
+
+
+def fake(inputs: Inputs) -> Tensor:
+    with FakeTensorMode() as mode:
+        values = [mode.from_tensor(value) if isinstance(value, Tensor) else value for value in inputs.values()]
+        y: Tensor = getattr(torch.ops.resnet_deploy, inputs.operator)(*values)
+    return y
+
+
+def assert_like(faked: Tensor | str, y: Tensor | str) -> None:
+    if isinstance(y, str) or isinstance(faked, str):
+        assert faked == y
+        return
+    # Along an axis of one element any stride will do.
+    strides = [(a, b) for a, b, size in zip(y.stride(), faked.stride(), y.shape, strict=True) if size > 1]
+    assert (faked.shape, faked.dtype, faked.layout) == (y.shape, y.dtype, y.layout)
+    assert all(a == b for a, b in strides), f"{y.stride()} of {tuple(y.shape)}, faked {faked.stride()}"
+    assert faked.storage_offset() == y.storage_offset() and faked.requires_grad == y.requires_grad
 
 
 def check_configuration(problem: Problem, config: Config, poison: float, device: torch.device) -> None:
     """P1 from poisoned memory. What the interpreter takes, a GPU may not."""
     target = target_of(device) if device.type == "cuda" else None
-    reason = unsupported_reason(problem, config, target)
+    reason = config.unsupported_reason(problem, target)
     assume(target is None or reason is None)
     assert reason is None
     inputs = make_inputs(problem, device)
-    given_inputs = inputs.clone()
+    given_inputs = inputs.map(Tensor.clone)
     assert failures(launch(problem, inputs, config, poison), problem, given_inputs) == []
-    assert inputs.equal(given_inputs)
+    assert same(inputs, given_inputs)
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -156,42 +172,6 @@ def test_the_kernels_equal_the_oracle_over_boxes(name: str, device: torch.device
     check_configuration(problem, config, data.draw(st.sampled_from(POISONS)), device)
 
 
-@dataclass(frozen=True)
-class Call:
-    """An operator and its arguments by name."""
-
-    name: str
-    arguments: dict[str, Any]
-
-    def run(self) -> Tensor:
-        y: Tensor = getattr(torch.ops.resnet_deploy, self.name)(*self.arguments.values())
-        return y
-
-    def fake(self) -> Tensor:
-        with FakeTensorMode() as mode:
-            faked = [
-                mode.from_tensor(value) if isinstance(value, Tensor) else value for value in self.arguments.values()
-            ]
-            y: Tensor = getattr(torch.ops.resnet_deploy, self.name)(*faked)
-        return y
-
-    def launch(self) -> Tensor:
-        return kernels.launch.run(self.name, *self.arguments.values())
-
-    def problem_and_inputs(self) -> tuple[Problem, Inputs]:
-        problem = PROBLEMS[self.name](*self.arguments.values())
-        tensors = {name: value for name, value in self.arguments.items() if isinstance(value, Tensor)}
-        if isinstance(problem, BottleneckProblem) and problem.has_residual:
-            tensors["residual"] = tensors.pop("shortcut")
-        return problem, Inputs(**tensors)
-
-
-def call_of(problem: Problem, inputs: Inputs) -> Call:
-    name, arguments = operator_call(problem, inputs)
-    parameters = getattr(torch.ops.resnet_deploy, name).default._schema.arguments
-    return Call(name, dict(zip([parameter.name for parameter in parameters], arguments, strict=True)))
-
-
 DTYPES = (
     torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.uint8, torch.int32, torch.int64,
     torch.bool, torch.complex64,
@@ -219,14 +199,14 @@ def other_tensors(tensor: Tensor) -> st.SearchStrategy[Tensor]:
 
 
 @st.composite
-def other_calls(draw: st.DrawFn, problems: st.SearchStrategy[Problem], device: torch.device) -> Call:
+def other_calls(draw: st.DrawFn, problems: st.SearchStrategy[Problem], device: torch.device) -> Inputs:
     """A right call of which one argument was replaced; where there are groups, they may not divide its outputs."""
     problem = draw(problems)
     if isinstance(problem, ConvProblem) and problem.groups > 1:
         problem = replace(problem, c_out=problem.c_out + draw(st.integers(0, 2)))
-    call = call_of(problem, make_inputs(problem, device))
-    name = draw(st.sampled_from([name for name, value in call.arguments.items() if value is not None]))
-    value = call.arguments[name]
+    call = make_inputs(problem, device)
+    name = draw(st.sampled_from([name for name in call.names() if getattr(call, name) is not None]))
+    value = getattr(call, name)
     if isinstance(value, Tensor):
         other: Any = draw(other_tensors(value))
     elif isinstance(value, bool):
@@ -234,8 +214,8 @@ def other_calls(draw: st.DrawFn, problems: st.SearchStrategy[Problem], device: t
     elif isinstance(value, int):
         other = draw(st.integers(-1, 8))
     else:
-        other = draw(st.lists(st.integers(-1, 8), min_size=0, max_size=3))
-    return replace(call, arguments={**call.arguments, name: other})
+        other = draw(st.lists(st.integers(-1, 8), min_size=0, max_size=3).map(tuple))
+    return replace(call, **{name: other})
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -244,63 +224,52 @@ def other_calls(draw: st.DrawFn, problems: st.SearchStrategy[Problem], device: t
 def test_a_call_with_another_argument_is_right_or_refused(name: str, device: torch.device, data: st.DataObject) -> None:
     """By the operator, its fake and the launcher alike."""
     call = data.draw(other_calls(OPERATORS[name](SMALL), device))
-    y = outcome(call.run)
-    fake = outcome(call.fake)
+    y, faked = outcome(lambda: operator(None, call)), outcome(lambda: fake(call))
     if isinstance(y, str):
-        assert fake == y
-        if call.arguments["x"].dtype in KERNEL_DTYPES:
-            assert outcome(call.launch) == y
+        assert faked == y
+        if call.x.dtype in KERNEL_DTYPES:
+            assert outcome(lambda: kernels.launch.run(call.operator, *call.values())) == y
         return
-    problem, inputs = call.problem_and_inputs()
-    assert isinstance(fake, Tensor) and tuple(fake.shape) == tuple(y.shape) == problem.out_shape
-    assert {tensor.dtype for tensor in inputs.named().values()} == {y.dtype}
+    problem = call.problem()
+    assert isinstance(faked, Tensor) and tuple(faked.shape) == tuple(y.shape) == problem.out_shape
+    assert {tensor.dtype for tensor in call.tensors().values()} == {y.dtype}
     if y.numel() > 0:
-        assert failures(y, problem, inputs) == []
-        assert failures(quick_launch(problem, inputs), problem, inputs) == []
-
-
-@pytest.mark.parametrize("name", OPERATORS)
-@examples(40)
-@given(st.data())
-def test_the_fake_is_shaped_and_laid_out_like_the_real_output(name: str, data: st.DataObject) -> None:
-    case = data.draw(laid_out(OPERATORS[name](LARGE)))
-    call = call_of(case.problem, case.inputs())
-    y, fake = outcome(call.run), outcome(call.fake)
-    if isinstance(y, str) or isinstance(fake, str):
-        assert fake == y
-        return
-    # Along an axis of one element any stride will do.
-    strides = [(a, b) for a, b, size in zip(y.stride(), fake.stride(), y.shape, strict=True) if size > 1]
-    assert (fake.shape, fake.dtype, fake.layout) == (y.shape, y.dtype, y.layout)
-    assert all(a == b for a, b in strides), f"{y.stride()} of {tuple(y.shape)}, faked {fake.stride()}"
-    assert fake.storage_offset() == y.storage_offset() and fake.requires_grad == y.requires_grad
+        assert failures(y, problem, call) == []
+        assert failures(quick_launch(problem, call), problem, call) == []
 
 
 def activations(inputs: Inputs) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in inputs.named().items() if name in ("x", "residual", "shortcut")}
+    return {name: tensor for name, tensor in inputs.tensors().items() if name in ("x", "residual", "shortcut")}
 
 
 def dense(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last if tensor.ndim == 4 else torch.contiguous_format)
 
 
+def with_zero_channel(problem: Problem, inputs: Inputs) -> tuple[Problem, Inputs]:
+    """One more channel of x, full of zeros, whose weights are large."""
+    n, _, height, width = inputs.x.shape
+    x = torch.cat([inputs.x, inputs.x.new_zeros(n, 1, height, width)], 1)
+    weight = torch.cat([inputs.weight, torch.full_like(inputs.weight[:, :1], 1e4)], 1)
+    wider = replace(inputs, x=dense(x), weight=dense(weight))
+    return wider.problem(), wider
+
+
 @examples(30)
 @given(st.data())
-def test_permuted_images_give_permuted_outputs(way: Way, data: st.DataObject) -> None:
-    """To P1: where an image lies among others can decide the order of its sums."""
+def test_images_stand_alone_and_a_channel_of_zeros_changes_nothing(way: Way, data: st.DataObject) -> None:
+    """To P1: where an image lies among others, and how long a reduction is, can decide the order of sums."""
     problem = data.draw(any_problem(way.limits))
     order = torch.tensor(data.draw(st.permutations(range(problem.batch))), device=way.device)
     inputs = make_inputs(problem, way.device)
     permuted = {name: dense(tensor[order]) for name, tensor in activations(inputs).items()}
     y = way.run(problem, replace(inputs, **permuted))
-    _, sigma = oracle(problem, inputs)
+    expected = oracle(problem, inputs)
     error = (y - way.run(problem, inputs)[order]).abs().cpu()
-    assert bool((error <= MAX_Z[problem.dtype] * sigma[order.cpu()]).all())
-
-
-def without_shortcut(problem: Problem) -> Problem:
-    assert isinstance(problem, (ConvProblem, BottleneckProblem))
-    return replace(problem, has_residual=False, projection=None)
+    assert bool((error <= MAX_Z[problem.dtype] * expected[1][order.cpu()]).all())
+    if getattr(problem, "groups", 1) == 1:
+        y = way.run(*with_zero_channel(problem, inputs))
+        assert failures(y, problem, inputs) == []
 
 
 @examples(30)
@@ -309,45 +278,24 @@ def test_a_shortcut_of_zeros_is_none(way: Way, data: st.DataObject) -> None:
     problem = data.draw(with_shortcut(way.limits))
     inputs = make_inputs(problem, way.device)
     zeros = {name: torch.zeros_like(tensor) for name, tensor in activations(inputs).items() if name != "x"}
-    none = dict.fromkeys(("residual", "shortcut", "shortcut_weight"))
     y = way.run(problem, replace(inputs, **zeros))
-    assert torch.equal(y, way.run(without_shortcut(problem), replace(inputs, **none)))
+    without = replace(problem, has_residual=False, projection=None)
+    tensors = {name: getattr(inputs, name) for name in without.shapes}
+    none = OPERATOR_ARGUMENTS[without.operator](**tensors, **without.settings)
+    assert torch.equal(y, way.run(without, none))
 
 
 @examples(30)
 @given(st.data())
 def test_without_bias_a_power_of_two_goes_through(way: Way, data: st.DataObject) -> None:
     """In float32, where no exponent ends in between; ReLU and maximum keep it as they are."""
-    problem = with_dtype(data.draw(any_problem(way.limits)), torch.float32)
+    problem = data.draw(any_problem(way.limits)).with_dtype(torch.float32)
     factor = 2.0 ** data.draw(st.integers(-20, 20))
     inputs = make_inputs(problem, way.device)
-    biases = {name: torch.zeros_like(t) for name, t in inputs.named().items() if name in ("bias", "expand_bias")}
+    biases = {name: torch.zeros_like(t) for name, t in inputs.tensors().items() if name in ("bias", "expand_bias")}
     inputs = replace(inputs, **biases)
     scaled = {name: tensor * factor for name, tensor in activations(inputs).items()}
     assert torch.equal(way.run(problem, replace(inputs, **scaled)), way.run(problem, inputs) * factor)
-
-
-def with_zero_channel(problem: Problem, inputs: Inputs) -> tuple[Problem, Inputs]:
-    """One more channel of x, full of zeros, whose weights are large."""
-    n, c, height, width = inputs.x.shape
-    x = torch.cat([inputs.x, inputs.x.new_zeros(n, 1, height, width)], 1)
-    weight = torch.cat([inputs.weight, torch.full_like(inputs.weight[:, :1], 1e4)], 1)
-    wider = replace(inputs, x=dense(x), weight=dense(weight))
-    if isinstance(problem, BottleneckProblem):
-        return replace(problem, first=replace(problem.first, c_in=c + 1)), wider
-    if isinstance(problem, StemProblem):
-        return replace(problem, conv=replace(problem.conv, c_in=c + 1)), wider
-    return replace(problem, c_in=c + 1), wider
-
-
-@examples(30)
-@given(st.data())
-def test_a_channel_of_zeros_changes_nothing(way: Way, data: st.DataObject) -> None:
-    """To P1: a longer reduction may be summed in another order."""
-    problem = data.draw(any_problem(way.limits).filter(lambda problem: getattr(problem, "groups", 1) == 1))
-    inputs = make_inputs(problem, way.device)
-    y = way.run(*with_zero_channel(problem, inputs))
-    assert failures(y, problem, inputs) == []
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -359,15 +307,15 @@ def test_nan_and_inf_stay_in_their_image(name: str, way: Way, data: st.DataObjec
     problem = data.draw(OPERATORS[name](way.limits))
     inputs = make_inputs(problem, way.device)
     if data.draw(st.booleans()):  # so that an infinity stays one and ReLU can end it, where a sum of both gives NaN
-        weights = {name: tensor.abs() for name, tensor in inputs.named().items() if name.endswith("weight")}
+        weights = {name: tensor.abs() for name, tensor in inputs.tensors().items() if name.endswith("weight")}
         inputs = replace(inputs, **weights)
     clean = way.run(problem, inputs)
-    tensor = inputs.named()[data.draw(st.sampled_from([*activations(inputs)]))]
+    tensor = inputs.tensors()[data.draw(st.sampled_from([*activations(inputs)]))]
     index = data.draw(st.tuples(*[st.integers(0, size - 1) for size in tensor.shape]))
     tensor[index] = data.draw(st.sampled_from([math.nan, math.inf, -math.inf]))
     y = way.run(problem, inputs)
     pre, _ = oracle(problem, inputs)
-    expected = pre.relu() if has_relu(problem) else pre
+    expected = pre.relu() if problem.relu else pre
     others = [image for image in range(problem.batch) if image != index[0]]
     assert torch.equal(y[others], clean[others])
     classes = (torch.isnan, torch.isposinf, torch.isneginf)

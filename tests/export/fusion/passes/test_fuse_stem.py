@@ -9,52 +9,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.export.networks import fuse_exactly, reason
+from tests.export.networks import Called, fuse_exactly, kinds, reason
 
 IMAGES = torch.randn(4, 3, 33, 30, generator=torch.Generator().manual_seed(0))
-STEM = ["conv2d_bias_relu_maxpool"]
 
 
 def stem(pool: nn.Module, **conv: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 6, 3, **conv), nn.BatchNorm2d(6), nn.ReLU(), pool)
 
 
-class Called(nn.Module):
-    """A stem by function calls."""
-
-    def __init__(self, call: Callable[[Tensor, Tensor], object]) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 6, 5, padding=2)
-        self.call = call
-
-    def forward(self, x: Tensor) -> object:
-        return self.call(x, self.conv(x))
+def called(call: Callable[[Tensor, Tensor], object]) -> nn.Module:
+    """A stem by function calls, of the input and a convolution of it."""
+    return Called(lambda x, m: call(x, m.conv(x)), conv=nn.Conv2d(3, 6, 5, padding=2))
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        stem(nn.MaxPool2d(3, 2, 1), stride=2, padding=1),
-        stem(nn.MaxPool2d((3, 3), stride=(2, 2), padding=(1, 1))),
-        Called(lambda x, y: F.max_pool2d(F.relu(y), 3, 2, 1)),
-        nn.Sequential(
-            nn.Conv2d(3, 6, (1, 4), (2, 1), (0, 3), bias=False), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
-        ),
-    ],
-    ids=["resnet", "tuples", "functional", "asymmetric"],
-)
-def test_fused(model: nn.Module) -> None:
-    assert fuse_exactly(model, IMAGES) == STEM
+FUSED: dict[str, nn.Module] = {
+    "resnet": stem(nn.MaxPool2d(3, 2, 1), stride=2, padding=1),
+    "tuples": stem(nn.MaxPool2d((3, 3), stride=(2, 2), padding=(1, 1))),
+    "functional": called(lambda x, y: F.max_pool2d(F.relu(y), 3, 2, 1)),
+    "asymmetric": nn.Sequential(
+        nn.Conv2d(3, 6, (1, 4), (2, 1), (0, 3), bias=False), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
+    ),
+}
 
 
-class TwoReaders(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 6, 3, padding=1)
+@pytest.mark.parametrize("case", FUSED)
+def test_fused(case: str) -> None:
+    assert kinds(fuse_exactly(FUSED[case], IMAGES)) == ["conv2d_bias_relu_maxpool"]
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y = F.relu(self.conv(x))
-        return y, F.max_pool2d(y, 3, 2, 1)
+
+def two_readers(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    y = F.relu(y)
+    return y, F.max_pool2d(y, 3, 2, 1)
 
 
 GEOMETRY = "expected kernel 3, stride 2, padding 1, dilation 1 and no ceil_mode"
@@ -67,14 +53,15 @@ LEFT: dict[str, tuple[nn.Module, str]] = {
     "ceil_mode": (stem(nn.MaxPool2d(3, 2, 1, ceil_mode=True)), GEOMETRY),
     "grouped convolution": (stem(nn.MaxPool2d(3, 2, 1), groups=3), "the convolution is grouped or dilated"),
     "dilated convolution": (stem(nn.MaxPool2d(3, 2, 1), dilation=2), "the convolution is grouped or dilated"),
-    "no ReLU": (Called(lambda x, y: F.max_pool2d(y, 3, 2, 1)), "there is no ReLU between them"),
-    "residual": (Called(lambda x, y: F.max_pool2d(F.relu(y + x.repeat(1, 2, 1, 1)), 3, 2, 1)), "output is a sum"),
-    "second reader": (TwoReaders(), "the convolution's output has 2 readers"),
+    "no ReLU": (called(lambda x, y: F.max_pool2d(y, 3, 2, 1)), "there is no ReLU between them"),
+    "residual": (called(lambda x, y: F.max_pool2d(F.relu(y + x.repeat(1, 2, 1, 1)), 3, 2, 1)), "output is a sum"),
+    "second reader": (called(two_readers), "the convolution's output has 2 readers"),
 }
 
 
 @pytest.mark.parametrize("case", LEFT)
 def test_left_with_its_reason(case: str) -> None:
     model, message = LEFT[case]
-    assert [kind for kind in fuse_exactly(model, IMAGES) if kind != "repeat"] == ["conv2d_bias_act", "max_pool2d"]
-    assert message in reason(model, IMAGES, "max_pool2d")
+    program = fuse_exactly(model, IMAGES)
+    assert [kind for kind in kinds(program) if kind != "repeat"] == ["conv2d_bias_act", "max_pool2d"]
+    assert message in reason(program, "max_pool2d")

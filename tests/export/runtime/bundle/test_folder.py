@@ -36,6 +36,7 @@ def test_what_was_written_is_read(bundle: Path) -> None:
     assert contents == OLD
     assert manifest["name"] == "x" and set(manifest["files"]) == set(OLD)
     assert files(bundle).keys() == {*OLD, MANIFEST}
+    assert json.loads((bundle / MANIFEST).read_text())["files"]["b.bin"]["bytes"] == 1
 
 
 def test_a_bundle_exchanged_while_it_is_read_is_read_again(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,56 +120,46 @@ def test_a_manifest_cannot_name_a_file_outside(tmp_path: Path, name: str) -> Non
         read_verified(folder)
 
 
-def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path) -> None:
-    (tmp_path / "holiday").mkdir()
-    (tmp_path / "holiday" / "photo.jpg").write_bytes(b"dear")
-    with pytest.raises(ExportError, match="is not a bundle"):
-        write(tmp_path / "holiday", NEW)
-    assert (tmp_path / "holiday" / "photo.jpg").read_bytes() == b"dear"
-
-
-FOREIGN: dict[str, dict[str, str]] = {
-    "a manifest of something else": {MANIFEST: '{"name": "my browser extension", "files": []}', "src.js": "mine"},
-    "a manifest that is no JSON": {MANIFEST: "hello"},
+FOREIGN: dict[str, tuple[dict[str, str], str]] = {
+    "no manifest": ({"photo.jpg": "dear"}, "is not a bundle"),
+    "a manifest of something else": (
+        {MANIFEST: '{"name": "my browser extension", "files": []}', "src.js": "mine"},
+        "is not a bundle",
+    ),
+    "a manifest that is no JSON": ({MANIFEST: "hello"}, "is not a bundle"),
 }
 
 
 @pytest.mark.parametrize("case", FOREIGN)
-def test_a_folder_with_another_kind_of_manifest_is_never_replaced(tmp_path: Path, case: str) -> None:
-    (tmp_path / "mine").mkdir()
-    for name, text in FOREIGN[case].items():
-        (tmp_path / "mine" / name).write_text(text)
-    with pytest.raises(ExportError, match="is not a bundle"):
-        write(tmp_path / "mine", NEW)
-    assert {path.name: path.read_text() for path in (tmp_path / "mine").iterdir()} == FOREIGN[case]
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path, case: str, when: str) -> None:
+    """Nor one that appears during the export."""
+    (contents, message), output = FOREIGN[case], tmp_path / "mine"
+
+    def appear() -> None:
+        output.mkdir()
+        for name, text in contents.items():
+            (output / name).write_text(text)
+
+    if when == "before":
+        appear()
+    with pytest.raises(ExportError, match=message), staged(output) as staging:
+        if when == "during":
+            appear()
+        publish(staging, output, NEW, {})
+    assert {path.name: path.read_text() for path in output.iterdir()} == contents
 
 
-def test_a_bundle_with_a_file_of_the_users_is_never_replaced(bundle: Path) -> None:
+def test_what_is_the_users_is_never_replaced(bundle: Path, tmp_path: Path) -> None:
     (bundle / "notes.txt").write_text("dear")
     with pytest.raises(ExportError, match=r"holds notes\.txt, which is not part of the bundle"):
         write(bundle, NEW)
     assert (bundle / "notes.txt").read_text() == "dear"
-
-
-def test_a_folder_that_appears_during_the_export_is_never_replaced(tmp_path: Path) -> None:
-    output = tmp_path / "bundle"
-    with pytest.raises(ExportError, match="is not a bundle"), staged(output) as staging:
-        output.mkdir()
-        (output / "photo.jpg").write_text("dear")
-        publish(staging, output, NEW, {})
-    assert (output / "photo.jpg").read_text() == "dear"
-
-
-def test_a_file_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"dear")
-    with pytest.raises(ExportError, match="not a folder"):
-        write(tmp_path / "file", NEW)
-
-
-def test_a_path_below_a_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(ExportError, match="cannot be written"):
-        write(tmp_path / "file" / "bundle", NEW)
+    for output, message in ((tmp_path / "file", "not a folder"), (tmp_path / "file" / "bundle", "cannot be written")):
+        with pytest.raises(ExportError, match=message):
+            write(output, NEW)
+    assert (tmp_path / "file").read_bytes() == b"dear"
 
 
 def test_the_manifest_is_readable(bundle: Path) -> None:

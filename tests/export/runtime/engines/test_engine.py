@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 from torch import Tensor, nn
 
@@ -28,8 +27,8 @@ from export.runtime.engines.engine import (
 )
 from export.runtime.engines.options import DEFAULT_ENGINE, TARGETS, EngineConfig
 from tests.export.lowering import qdq
+from tests.export.networks import BATCH
 
-BATCH = Batch(1, 4, 8)
 RTX, FULL = FLAVOURS["tensorrt-rtx"], FLAVOURS["tensorrt"]
 FP16 = PRECISIONS["fp16"]
 SHAPE = (3, 32, 32)
@@ -37,8 +36,8 @@ SHAPE = (3, 32, 32)
 
 @pytest.fixture(scope="module")
 def onnx_files(calibrated: dict[str, nn.Module], pictures: dict[str, Tensor]) -> dict[str, bytes]:
-    program = fuse(calibrated["resnet20"], pictures["resnet20"], BATCH)
-    return {name: lower_onnx(program, pictures["resnet20"], p, {}).serialize() for name, p in PRECISIONS.items()}
+    program = fuse(calibrated["resnet8"], pictures["resnet8"], BATCH)
+    return {name: lower_onnx(program, pictures["resnet8"], p, {}).serialize() for name, p in PRECISIONS.items()}
 
 
 def build_quantised(
@@ -50,10 +49,10 @@ def build_quantised(
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_engine_is_built_in_the_precision_asked_for(precision: str, onnx_files: dict[str, bytes]) -> None:
     engine = build_engine(onnx_files[precision], RTX, PRECISIONS[precision], BATCH, SHAPE)
-    assert engine.convolutions == 21
-    assert len(engine.plan) > 100_000 and engine.version and engine.seconds > 0
+    assert engine.convolutions == 9
+    assert len(engine.plan) > 10_000 and engine.version and engine.seconds > 0
     kind = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}[precision]
-    assert sum(layer["type"] == "CONVOLUTION" and layer["outputs"] == [kind] for layer in engine.layers) == 21
+    assert sum(layer["type"] == "CONVOLUTION" and layer["outputs"] == [kind] for layer in engine.layers) == 9
     assert json.loads(json.dumps(engine.layers)) == list(engine.layers)
 
 
@@ -63,27 +62,12 @@ def test_a_quantised_engine_is_built() -> None:
     assert build_quantised(qdq.network(kept="fc"), kept=frozenset({"fc"})).convolutions == 2
 
 
-OTHERS = [("fp32", "fp16"), ("fp16", "fp32"), ("bf16", "fp16"), ("fp16", "bf16")]
-
-
-@pytest.mark.parametrize(("file", "asked"), OTHERS)
-def test_engine_of_another_precision_is_impossible(file: str, asked: str, onnx_files: dict[str, bytes]) -> None:
+def test_an_engine_that_is_not_what_was_asked_is_impossible(onnx_files: dict[str, bytes]) -> None:
+    """The proof has its own tests: here, that it is asked for."""
     with pytest.raises(ExportError, match="would compute in"):
-        build_engine(onnx_files[file], RTX, PRECISIONS[asked], BATCH, SHAPE)
-
-
-DOCTORED: dict[str, dict[str, Any]] = {
-    "one input without Q/DQ": {"float_input": "stage1.conv2"},
-    "float weights": {"float_weights": "fc"},
-    "float32 arithmetic": {"dtype": np.float32},
-    "a layer kept unasked": {"kept": "stage1.conv1"},
-}
-
-
-@pytest.mark.parametrize("case", DOCTORED)
-def test_an_int8_engine_that_is_not_is_impossible(case: str) -> None:
+        build_engine(onnx_files["fp32"], RTX, FP16, BATCH, SHAPE)
     with pytest.raises(ExportError, match="would not compute in INT8"):
-        build_quantised(qdq.network(**DOCTORED[case]))
+        build_quantised(qdq.network(kept="stage1.conv1"))
 
 
 @pytest.mark.parametrize("content", [b"", b"not an ONNX file", b"\x08\x08" * 50])
@@ -313,13 +297,12 @@ def test_a_layer_that_the_accelerator_cannot_run_is_refused_by_name() -> None:
     build_worker._use_dla(trt, chosen, network, {"stage1.conv1", "fc"}, 1)
     assert (chosen.default_device_type, chosen.DLA_core) == (trt.DeviceType.DLA, 1)
     assert flags == [trt.BuilderFlag.GPU_FALLBACK]
+    assert (
+        why_not_buildable(RTX, 0)
+        == "EngineConfig.dla_core=0: this device has 0 deep-learning accelerators that TensorRT can use"
+    )
     with pytest.raises(ExportError, match=r"^EngineConfig.dla_core: fc cannot run on the deep-learning accelerator$"):
         build_worker._use_dla(trt, options({"stage1.conv1"}), network, {"stage1.conv1", "fc"}, 1)
-
-
-def test_a_core_that_is_not_there_is_refused_before_any_work() -> None:
-    found = "this device has 0 deep-learning accelerators that TensorRT can use"
-    assert why_not_buildable(RTX, 0) == f"EngineConfig.dla_core=0: {found}"
 
 
 def test_a_full_tensorrt_builds_on_the_device_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,10 +316,5 @@ def test_a_full_tensorrt_builds_on_the_device_only(monkeypatch: pytest.MonkeyPat
 def test_full_tensorrt_builds_the_same_network(precision: str, onnx_files: dict[str, bytes]) -> None:
     pytest.importorskip("tensorrt", reason="needs the full TensorRT package")
     engine = build_engine(onnx_files[precision], FULL, PRECISIONS[precision], BATCH, SHAPE)
-    assert engine.convolutions == 21 and engine.layers
-
-
-@pytest.mark.tensorrt
-def test_full_tensorrt_builds_in_int8() -> None:
-    pytest.importorskip("tensorrt", reason="needs the full TensorRT package")
+    assert engine.convolutions == 9 and engine.layers
     assert build_engine(qdq.network(), FULL, INT8, qdq.BATCH, qdq.SHAPE).convolutions == 2

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from torch import Tensor, nn
 
-from export import Batch, ExportError, fuse
+from export import ExportError, fuse
 from export.base.precision import INT8, PRECISIONS, Precision
 from export.lowering.onnx_file import lower_onnx
 from export.runtime.engines.engine import FLAVOURS, import_flavour
 from export.runtime.engines.precision_proof import Proof, prove_precision
 from tests.export.lowering import qdq
+from tests.export.networks import BATCH
 
 FP16 = PRECISIONS["fp16"]
 FLOATS = ("fp32", "fp16", "bf16")
@@ -86,37 +87,34 @@ def test_wider_arithmetic_under_q_and_dq_is_refused(trt: Any) -> None:
         prove(trt, content, INT8, frozenset({"stage1.conv2"}))
 
 
-@pytest.mark.parametrize("kept", ["fc", "stage1.conv1"])
-def test_a_kept_layer_that_is_quantised_is_refused(kept: str, trt: Any) -> None:
-    with pytest.raises(ExportError, match=f"{kept} would compute in INT8, its weights are quantised: expected HALF"):
-        prove(trt, qdq.network(), INT8, frozenset({kept}))
+def test_a_quantised_layer_is_no_float_layer(trt: Any) -> None:
+    content = qdq.network()
+    for kept in ("fc", "stage1.conv1"):
+        with pytest.raises(
+            ExportError, match=f"{kept} would compute in INT8, its weights are quantised: expected HALF"
+        ):
+            prove(trt, content, INT8, frozenset({kept}))
     with pytest.raises(ExportError, match="conv9 is to be kept in a wider type, but the network has no such layer"):
-        prove(trt, qdq.network(), INT8, frozenset({"conv9"}))
-
-
-@pytest.mark.parametrize(("precision", "dtype"), [("fp16", np.float16), ("fp32", np.float32)])
-def test_a_quantised_network_is_no_float_network(precision: str, dtype: type, trt: Any) -> None:
-    with pytest.raises(ExportError, match="conv1 would compute in INT8, its weights are quantised"):
-        prove(trt, qdq.network(dtype=dtype), PRECISIONS[precision])
+        prove(trt, content, INT8, frozenset({"conv9"}))
+    for precision, dtype in (("fp16", np.float16), ("fp32", np.float32)):
+        with pytest.raises(ExportError, match="conv1 would compute in INT8, its weights are quantised"):
+            prove(trt, qdq.network(dtype=dtype), PRECISIONS[precision])
 
 
 @pytest.fixture(scope="module")
 def onnx_files(calibrated: dict[str, nn.Module], pictures: dict[str, Tensor]) -> dict[str, bytes]:
-    program = fuse(calibrated["resnet20"], pictures["resnet20"], Batch(1, 4, 8))
-    return {name: lower_onnx(program, pictures["resnet20"], PRECISIONS[name], {}).serialize() for name in FLOATS}
+    program = fuse(calibrated["resnet8"], pictures["resnet8"], BATCH)
+    return {name: lower_onnx(program, pictures["resnet8"], PRECISIONS[name], {}).serialize() for name in FLOATS}
 
 
-@pytest.mark.parametrize("asked", [*FLOATS, "int8"])
 @pytest.mark.parametrize("file", FLOATS)
-def test_a_network_is_of_its_own_precision_alone(file: str, asked: str, onnx_files: dict[str, bytes], trt: Any) -> None:
-    precision = INT8 if asked == "int8" else PRECISIONS[asked]
-    if file == asked:
-        proof = prove(trt, onnx_files[file], precision)
-        assert proof.convolutions == 21 and len(proof.types) == 22
-        assert set(proof.types.values()) == {{"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}[file]}
-    else:
+def test_a_network_is_of_its_own_precision_alone(file: str, onnx_files: dict[str, bytes], trt: Any) -> None:
+    proof = prove(trt, onnx_files[file], PRECISIONS[file])
+    assert proof.convolutions == 9 and len(proof.types) == 10
+    assert set(proof.types.values()) == {{"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}[file]}
+    for other in (INT8, *(PRECISIONS[name] for name in FLOATS if name != file)):
         with pytest.raises(ExportError, match=r"would compute in|would not compute in INT8"):
-            prove(trt, onnx_files[file], precision)
+            prove(trt, onnx_files[file], other)
 
 
 def test_one_layer_of_another_type_is_enough(trt: Any) -> None:

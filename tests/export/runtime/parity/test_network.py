@@ -33,30 +33,17 @@ def check(candidate: NDArray, eager: NDArray, oracle: NDArray):  # type: ignore[
     return compare({"y": candidate}, [{"y": eager}], {"y": oracle}, K, FLOOR)["y"]
 
 
-def test_the_same_error_as_eager_is_equal(oracle: NDArray[np.float64], eager: NDArray[np.float64]) -> None:
+def test_the_same_error_as_eager_and_none_are_equal(oracle: NDArray[np.float64], eager: NDArray[np.float64]) -> None:
     result = check(oracle - (eager - oracle), eager, oracle)
     assert result and result.ratio == pytest.approx(1.0, rel=1e-3)
     assert result.decision == "equal" and result.top1_agreement == 1.0
-
-
-def test_the_oracle_itself_is_equal(oracle: NDArray[np.float64], eager: NDArray[np.float64]) -> None:
     assert check(oracle.copy(), eager, oracle)
 
 
-def _swap_channels(y: NDArray) -> NDArray:
-    return y[:, [1, 0, *range(2, y.shape[1])]]
-
-
-def _one_wrong(y: NDArray) -> NDArray:
-    y = y.copy()
-    y[3, 4] += 0.1
-    return y
-
-
-def _with(value: float) -> Callable[[NDArray], NDArray]:
+def _with(value: float, index: tuple[int, int] = (5, 5)) -> Callable[[NDArray], NDArray]:
     def change(y: NDArray) -> NDArray:
         y = y.copy()
-        y[5, 5] = value
+        y[index] = value
         return y
 
     return change
@@ -67,8 +54,8 @@ BROKEN: dict[str, Callable[[NDArray], NDArray]] = {
     "constant": lambda y: np.repeat(y[:1], len(y), axis=0),
     "NaN": _with(float("nan")),
     "Inf": _with(float("inf")),
-    "swapped channels": _swap_channels,
-    "one wrong value": _one_wrong,
+    "swapped channels": lambda y: y[:, [1, 0, *range(2, y.shape[1])]],
+    "one wrong value": lambda y: _with(y[3, 4] + 0.1, (3, 4))(y),
     "shifted by a constant": lambda y: y + 0.01,
     "scaled": lambda y: y * 1.01,
     "rolled along the batch": lambda y: np.roll(y, 1, axis=0),
@@ -136,14 +123,11 @@ def test_an_output_that_eager_computes_exactly_may_still_be_rounded() -> None:
     assert not check(oracle * (1 + 2 * U), oracle, oracle)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nothing_is_compared_with_a_broken_oracle(value: float, oracle: NDArray[np.float64]) -> None:
-    broken = _with(value)(oracle)
-    with pytest.raises(ValueError, match="NaN or Inf in y"):
-        check(broken, broken, broken)
-
-
-def test_no_output_is_no_proof() -> None:
+def test_nothing_is_compared_with_a_broken_oracle_or_none(oracle: NDArray[np.float64]) -> None:
+    for value in (float("nan"), float("inf")):
+        broken = _with(value)(oracle)
+        with pytest.raises(ValueError, match="NaN or Inf in y"):
+            check(broken, broken, broken)
     with pytest.raises(ValueError, match="at least one output"):
         compare({}, [{}], {}, K, FLOOR)
 

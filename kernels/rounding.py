@@ -1,0 +1,123 @@
+"""What rounding explains of an operator's error: the one model that the tests, the tuner and the criteria share.
+
+A sum of K products p of inputs and weights, a bias b and a residual r carries the variance
+
+    S = (0.41 u)^2 (sum p^2 + b^2) + u32^2 max(1, K/2) (sum p^2 + b^2 + r^2)
+
+that rounding weight and bias to the storage type (the first term, absent where they are exact) and accumulating in
+float32 explain. Rounding a value v to the storage type adds R(v) = (0.41 u)^2 v^2. With pre the value before the
+ReLU, sigma^2 is, for
+
+    conv2d_bias_act             S + R(pre)                 sum p^2 = conv(x^2, W^2)
+    linear                      S + R(y)                   sum p^2 = x^2 @ W^2
+    conv2d_projection_bias_act  S + R(pre)                 sum p^2 = conv(x^2, W^2) + conv(s^2, Ws^2), K of both
+    conv2d_conv1x1_bias_act     S + R(pre) + conv(V, We^2) as the two above on the intermediate h, which itself
+                                                           carries V = S_h + R(h) where h > 0
+    conv2d_bias_relu_maxpool    S + R(pre)                 at the pixel that is the largest of its window
+    mean                        T + R(y)                   T = u32^2 max(1, HW/2) mean(x^2) / HW, the sum over pixels
+    mean_linear                 S + R(y) + V @ W^2         sum p^2 = m^2 @ W^2, on the mean m with V = T + R(m)
+
+A runtime that adds in an operator of its own also rounds the summands: R(pre - r) more for a residual r,
+and R(r) besides where r is a projection. max-pool alone must be exact.
+
+z is the error in units of sigma: its root mean square over an operator's values, and its largest, have limits.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+UNIT_ROUNDOFF = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
+# Root mean square of a rounding error, in units of roundoff times value.
+ROUNDING_RMS = 0.41
+MAX_RMS_Z = 1.6
+MAX_Z = {torch.float16: 9.0, torch.bfloat16: 9.0, torch.float32: 16.0}
+# Below this many sigma, a ReLU can give nothing but an exact 0.
+ZERO_BELOW_SIGMA = 8.0
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The standard deviation that rounding explains, and the largest value that what a ReLU reads may have."""
+
+    sigma: Tensor
+    upper: Tensor
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How a candidate rounds.
+
+    Attributes:
+        roundoff: u of the storage type.
+        rounds_weights: whether weights and biases are rounded to it; otherwise they are exact.
+        separate_addition: whether residuals are added in an operator of their own.
+        dtype: in which the variances are computed.
+    """
+
+    roundoff: float
+    rounds_weights: bool = False
+    separate_addition: bool = False
+    dtype: torch.dtype = torch.float32
+
+    def of(self, value: Tensor) -> Tensor:
+        """R: the variance of rounding `value` to the storage type."""
+        return (ROUNDING_RMS * self.roundoff * value.to(self.dtype)).square()
+
+    def sum(self, products: Tensor, constants: Tensor | float, length: int, other: Tensor | float = 0.0) -> Tensor:
+        """S: the variance of a sum of `length` products, before it is rounded.
+
+        Args:
+            products: the sum of the squared products.
+            constants: b^2.
+            length: K.
+            other: r^2.
+        """
+        summed = products + constants
+        variance = _accumulation(length) * (summed + other)
+        return variance + (ROUNDING_RMS * self.roundoff) ** 2 * summed if self.rounds_weights else variance
+
+    def convolution(
+        self,
+        pre: Tensor,
+        products: Tensor,
+        bias: Tensor,
+        length: int,
+        shortcut: Tensor | None = None,
+        projection: Tensor | None = None,
+        stride: Sequence[int] = (1, 1),
+    ) -> Tensor:
+        """S + R(pre) of a convolution with a shortcut, its projection or neither, given its own sum p^2 and K."""
+        constants = bias.square()[:, None, None]
+        if shortcut is None:
+            return self.sum(products, constants, length) + self.of(pre)
+        if projection is None:
+            variance = self.sum(products, constants, length, shortcut.square())
+        else:
+            products = products + F.conv2d(shortcut.square(), projection.square(), None, stride)
+            variance = self.sum(products, constants, length + projection[0].numel())
+            shortcut = F.conv2d(shortcut, projection, None, stride)
+            if self.separate_addition:
+                variance = variance + self.of(shortcut)
+        if self.separate_addition:
+            variance = variance + self.of(pre - shortcut)
+        return variance + self.of(pre)
+
+
+def mean_variance(x: Tensor, dims: list[int], keepdim: bool = False) -> Tensor:
+    """T: the variance of a mean accumulated in float32, before it is rounded."""
+    length = math.prod(x.shape[dim] for dim in dims)
+    return _accumulation(length) * x.square().mean(dims, keepdim) / length
+
+
+def bound_of(variance: Tensor, pre: Tensor) -> Bound:
+    sigma = variance.sqrt()
+    return Bound(sigma, pre.to(sigma.dtype) + ZERO_BELOW_SIGMA * sigma)
+
+
+def _accumulation(length: int) -> float:
+    return UNIT_ROUNDOFF[torch.float32] ** 2 * max(1.0, length / 2)
