@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import EllipsisType
 from typing import Any
 
 import pytest
@@ -54,26 +55,32 @@ class Trial:
         return p1_failures(y, self.problem, self.inputs, self.expected)
 
     @property
-    def residual(self) -> str:
-        """The name of what is added as it is."""
-        return "shortcut" if isinstance(self.problem, BottleneckProblem) else "residual"
+    def tensors(self) -> dict[str, Tensor]:
+        return self.inputs.tensors()
+
+    @property
+    def convolution(self) -> ConvProblem:
+        assert isinstance(self.problem, ConvProblem | StemProblem | BottleneckProblem)
+        return self.problem.convolution
 
 
 def compute(problem: Problem, inputs: Arguments[Tensor], relu: bool = True, hidden: Hidden = F.relu) -> Tensor:
     """Written out once more, independently of the operators' references; `hidden` is what a bottleneck has between."""
-    i = inputs.map(Tensor.float)
+    wide = inputs.map(Tensor.float)
+    i = wide.tensors()
     if isinstance(problem, HeadProblem):
-        return F.linear(i.x.mean((2, 3)).to(problem.dtype).float(), i.weight, i.bias)
+        return F.linear(i["x"].mean((2, 3)).to(problem.dtype).float(), i["weight"], i["bias"])
+    assert isinstance(problem, ConvProblem | StemProblem | BottleneckProblem)
     conv = problem.convolution
-    y = F.conv2d(i.x, i.weight, i.bias, conv.stride, conv.padding)
+    y = F.conv2d(i["x"], i["weight"], i["bias"], conv.stride, conv.padding)
     if isinstance(problem, StemProblem):
         return F.max_pool2d(y.relu() if relu else y, 3, 2, 1)
     if isinstance(problem, BottleneckProblem):
-        y = F.conv2d(hidden(y).to(problem.dtype).float(), i.expand_weight, i.expand_bias)
+        y = F.conv2d(hidden(y).to(problem.dtype).float(), i["expand_weight"], i["expand_bias"])
     if problem.projection:
-        y = y + F.conv2d(i.shortcut, i.shortcut_weight, None, problem.projection.stride)
+        y = y + F.conv2d(i["shortcut"], i["shortcut_weight"], None, problem.projection.stride)
     if problem.has_residual:
-        y = y + i.operands()["residual"]
+        y = y + wide.operands()["residual"]
     return y.relu() if relu else y
 
 
@@ -84,7 +91,7 @@ def make_trial(name: str, dtype: str) -> Trial:
     return Trial(problem, inputs, compute(problem, inputs).to(problem.dtype), oracle(problem, inputs))
 
 
-def with_value(y: Tensor, index: tuple[int | slice, ...], value: Tensor | float) -> Tensor:
+def with_value(y: Tensor, index: tuple[int | slice | EllipsisType, ...], value: Tensor | float) -> Tensor:
     changed = y.clone()
     changed[index] = value
     return changed
@@ -104,10 +111,15 @@ def one_value_slightly_off(trial: Trial) -> Tensor:
     return with_value(trial.correct, index, pre[index] + 1.5 * MAX_Z[trial.problem.dtype] * sigma[index])
 
 
+def without_residual(trial: Trial) -> Tensor:
+    name = "shortcut" if isinstance(trial.problem, BottleneckProblem) else "residual"
+    changes: dict[str, Any] = {name: torch.zeros_like(trial.tensors[name])}
+    return trial.compute(**changes)
+
+
 def relu_before_addition(trial: Trial) -> Tensor:
     residual = trial.inputs.operands()["residual"]
-    without = trial.compute(**{trial.residual: torch.zeros_like(residual)}).float()
-    return (without + residual.float()).to(trial.problem.dtype)
+    return (without_residual(trial).float() + residual.float()).to(trial.problem.dtype)
 
 
 def without_last_slice(weight: Tensor) -> Tensor:
@@ -117,15 +129,15 @@ def without_last_slice(weight: Tensor) -> Tensor:
 
 
 def tap_transposed(trial: Trial) -> Tensor:
-    weight = trial.inputs.weight.clone()
-    weight[:, :, 0, 1], weight[:, :, 1, 0] = trial.inputs.weight[:, :, 1, 0], trial.inputs.weight[:, :, 0, 1]
+    weight = trial.tensors["weight"].clone()
+    weight[:, :, 0, 1], weight[:, :, 1, 0] = trial.tensors["weight"][:, :, 1, 0], trial.tensors["weight"][:, :, 0, 1]
     return trial.compute(weight=weight)
 
 
 def padding_with_the_edge(trial: Trial) -> Tensor:
-    (pad_h, pad_w), x = trial.problem.convolution.padding, trial.inputs.x.float()
+    (pad_h, pad_w), x = trial.convolution.padding, trial.tensors["x"].float()
     x = F.pad(x, (pad_w, pad_w, pad_h, pad_h), mode="replicate").to(trial.problem.dtype)
-    unpadded = replace(trial.problem.convolution, height=x.shape[2], width=x.shape[3], padding=(0, 0))
+    unpadded = replace(trial.convolution, height=x.shape[2], width=x.shape[3], padding=(0, 0))
     problem: Problem = unpadded
     if isinstance(trial.problem, BottleneckProblem):
         problem = replace(trial.problem, first=unpadded)
@@ -137,20 +149,20 @@ def padding_with_the_edge(trial: Trial) -> Tensor:
 def coarser_operands(trial: Trial) -> Tensor:
     """An operand that lost bits on the way: bfloat16 called float16, tf32 called float32, and the like."""
     kept = {torch.float16: 2.0**8, torch.bfloat16: 2.0**5, torch.float32: 2.0**11}[trial.problem.dtype]
-    mantissa, exponent = torch.frexp(trial.inputs.x.double())
+    mantissa, exponent = torch.frexp(trial.tensors["x"].double())
     return trial.compute(x=torch.ldexp((mantissa * kept).round() / kept, exponent).to(trial.problem.dtype))
 
 
 def accumulated_in_storage_type(trial: Trial) -> Tensor:
     """A sum over taps and slices of 16 channels that is rounded after every term."""
-    x, weight, conv = trial.inputs.x.float(), trial.inputs.weight.float(), trial.problem.convolution
-    y = trial.inputs.bias.float()[:, None, None].expand(trial.correct.shape).to(trial.problem.dtype)
+    x, weight, conv = trial.tensors["x"].float(), trial.tensors["weight"].float(), trial.convolution
+    y = trial.tensors["bias"].float()[:, None, None].expand(trial.correct.shape).to(trial.problem.dtype)
     for c in range(0, conv.c_in, 16):
         for r, s in torch.cartesian_prod(torch.arange(3), torch.arange(3)).tolist():
             tap = torch.zeros_like(weight[:, c : c + 16])
             tap[:, :, r, s] = weight[:, c : c + 16, r, s]
             y = (y.float() + F.conv2d(x[:, c : c + 16], tap, None, conv.stride, conv.padding)).to(trial.problem.dtype)
-    return (y.float() + trial.inputs.residual.float()).relu().to(trial.problem.dtype)
+    return (y.float() + trial.tensors["residual"].float()).relu().to(trial.problem.dtype)
 
 
 def truncated(trial: Trial) -> Tensor:
@@ -163,18 +175,20 @@ def truncated(trial: Trial) -> Tensor:
 
 def pooled(trial: Trial, kernel: int, padding: int, *, shift: int = 0) -> Tensor:
     """Pooled over another window of the same stride, in an output of the right size."""
-    conv, i = trial.problem.convolution, trial.inputs.map(Tensor.float)
+    conv, i = trial.convolution, trial.inputs.map(Tensor.float).tensors()
     _, _, height, width = trial.problem.out_shape
-    y = F.conv2d(i.x, i.weight, i.bias, conv.stride, conv.padding).relu()
+    y = F.conv2d(i["x"], i["weight"], i["bias"], conv.stride, conv.padding).relu()
     y = F.pad(y.roll((shift, shift), dims=(2, 3)), (0, 2, 0, 2))
     return F.max_pool2d(y, kernel, 2, padding)[:, :, :height, :width].to(trial.problem.dtype)
 
 
 def mean_over_one_pixel_fewer(trial: Trial) -> Tensor:
-    x = trial.inputs.x.float()
+    x = trial.tensors["x"].float()
     pixels = x[0, 0].numel()
     mean = (x.sum((2, 3)) / (pixels - 1)).to(trial.problem.dtype)
-    return F.linear(mean.float(), trial.inputs.weight.float(), trial.inputs.bias.float()).to(trial.problem.dtype)
+    return F.linear(mean.float(), trial.tensors["weight"].float(), trial.tensors["bias"].float()).to(
+        trial.problem.dtype
+    )
 
 
 Defect = Callable[[Trial], Tensor]
@@ -187,8 +201,8 @@ ANY: dict[str, Defect] = {
     "channels-swapped": lambda trial: swapped(trial.correct, 1),
     "images-swapped": lambda trial: trial.correct.flip(0),
     "one-value-slightly-off": one_value_slightly_off,
-    "other-batch's-output": lambda trial: trial.compute(x=make_inputs(trial.problem, seed=1).x),
-    "bias-dropped": lambda trial: trial.compute(bias=torch.zeros_like(trial.inputs.bias)),
+    "other-batch's-output": lambda trial: trial.compute(x=make_inputs(trial.problem, seed=1).tensors()["x"]),
+    "bias-dropped": lambda trial: trial.compute(bias=torch.zeros_like(trial.tensors["bias"])),
     "operands-rounded-coarser": coarser_operands,
     "wrong-shape": lambda trial: trial.correct[..., :1],
     "wrong-dtype": lambda trial: trial.correct.double(),
@@ -198,31 +212,29 @@ OF_A_CONVOLUTION: dict[str, Defect] = {
         trial.correct, (0, slice(None), 0, 0), trial.correct[0, :, 0, 1]
     ),
     "tap-transposed": tap_transposed,
-    "stride-phase-off-by-one": lambda trial: trial.compute(x=trial.inputs.x.roll(1, dims=3)),
+    "stride-phase-off-by-one": lambda trial: trial.compute(x=trial.tensors["x"].roll(1, dims=3)),
     "padding-with-the-edge": padding_with_the_edge,
-    "last-k-slice-lost": lambda trial: trial.compute(weight=without_last_slice(trial.inputs.weight)),
+    "last-k-slice-lost": lambda trial: trial.compute(weight=without_last_slice(trial.tensors["weight"])),
 }
 # Not of a stem: a maximum over nine pixels is almost never negative.
 OF_A_RELU: dict[str, Defect] = {"relu-dropped": lambda trial: trial.compute(relu=False)}
 OF_A_RESIDUAL: dict[str, Defect] = {
-    "residual-dropped": lambda trial: trial.compute(
-        **{trial.residual: torch.zeros_like(trial.inputs.operands()["residual"])}
-    ),
+    "residual-dropped": without_residual,
     "relu-before-addition": relu_before_addition,
 }
 OF_A_PROJECTION: dict[str, Defect] = {
-    "projection-dropped": lambda trial: trial.compute(shortcut=torch.zeros_like(trial.inputs.shortcut)),
-    "projection-channels-swapped": lambda trial: trial.compute(shortcut=swapped(trial.inputs.shortcut, 1)),
-    "shortcut-phase-off-by-one": lambda trial: trial.compute(shortcut=trial.inputs.shortcut.roll(-1, dims=3)),
+    "projection-dropped": lambda trial: trial.compute(shortcut=torch.zeros_like(trial.tensors["shortcut"])),
+    "projection-channels-swapped": lambda trial: trial.compute(shortcut=swapped(trial.tensors["shortcut"], 1)),
+    "shortcut-phase-off-by-one": lambda trial: trial.compute(shortcut=trial.tensors["shortcut"].roll(-1, dims=3)),
     "last-shortcut-slice-lost": lambda trial: trial.compute(
-        shortcut_weight=without_last_slice(trial.inputs.shortcut_weight)
+        shortcut_weight=without_last_slice(trial.tensors["shortcut_weight"])
     ),
 }
 OF_A_BOTTLENECK: dict[str, Defect] = {
     "hidden-relu-dropped": lambda trial: trial.compute(hidden=lambda h: h),
     "hidden-channels-swapped": lambda trial: trial.compute(hidden=lambda h: swapped(h.relu(), 1)),
     "hidden-row-lost": lambda trial: trial.compute(hidden=lambda h: with_value(h.relu(), (0, slice(None), -1), 0.0)),
-    "expand-bias-dropped": lambda trial: trial.compute(expand_bias=torch.zeros_like(trial.inputs.expand_bias)),
+    "expand-bias-dropped": lambda trial: trial.compute(expand_bias=torch.zeros_like(trial.tensors["expand_bias"])),
 }
 OF_A_STEM: dict[str, Defect] = {
     "pool-over-2x2": lambda trial: pooled(trial, 2, 0),
@@ -230,9 +242,9 @@ OF_A_STEM: dict[str, Defect] = {
     "pool-not-padded": lambda trial: pooled(trial, 3, 0),
 }
 OF_A_HEAD: dict[str, Defect] = {
-    "mean-lacks-a-pixel": lambda trial: trial.compute(x=with_value(trial.inputs.x, (..., -1, -1), 0.0)),
+    "mean-lacks-a-pixel": lambda trial: trial.compute(x=with_value(trial.tensors["x"], (..., -1, -1), 0.0)),
     "mean-divided-by-one-pixel-fewer": mean_over_one_pixel_fewer,
-    "input-channels-swapped": lambda trial: trial.compute(x=swapped(trial.inputs.x, 1)),
+    "input-channels-swapped": lambda trial: trial.compute(x=swapped(trial.tensors["x"], 1)),
 }
 DEFECTS: dict[str, dict[str, Defect]] = {
     "conv": {**ANY, **OF_A_CONVOLUTION, **OF_A_RELU, **OF_A_RESIDUAL},

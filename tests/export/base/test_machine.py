@@ -16,7 +16,7 @@ def test_one_version_is_told_everywhere(monkeypatch: pytest.MonkeyPatch, tmp_pat
     """Of torch with its build, which the metadata on PyPI leave out."""
     assert installed_version("torch") == installed_versions()["torch"] == torch.__version__
     names, program = ("output",), torch.nn.Identity()
-    runtimes = {EagerRunner(program, torch.float32, names).runtime, ProgramRunner(program, None, names).runtime}  # type: ignore[arg-type]
+    runtimes = {EagerRunner(program, torch.float32, names).runtime, ProgramRunner(program, None, names).runtime}  # type: ignore[arg-type]  # it is not run
     assert runtimes == {f"torch {torch.__version__}"}
     (tmp_path / "torch-2.14.1.dist-info").mkdir()
     (tmp_path / "torch-2.14.1.dist-info" / "METADATA").write_text(

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,17 +55,18 @@ def test_configs_survive_json(name: str) -> None:
     assert Config.from_json(entry) == CONFIGS[name]
 
 
+def changed(field: str, value: Any) -> Problem:
+    return replace(SMALL, **{field: value})
+
+
 def test_a_problem_has_a_key_of_its_own() -> None:
     networks = [problem for network in NETWORKS.values() for batch in (1, 32) for problem in network(batch)]
-    variants = [
+    variants: list[Problem] = [
         SMALL,
-        *(
-            replace(SMALL, **{field: getattr(SMALL, field) + 1})
-            for field in ("batch", "c_in", "height", "width", "c_out")
-        ),
+        *(changed(field, getattr(SMALL, field) + 1) for field in ("batch", "c_in", "height", "width", "c_out")),
         replace(SMALL, kernel=(3, 1)),
         replace(SMALL, kernel=(1, 3)),
-        *(replace(SMALL, **{field: pair}) for field in ("stride", "padding", "dilation") for pair in ((2, 3), (3, 2))),
+        *(changed(field, pair) for field in ("stride", "padding", "dilation") for pair in ((2, 3), (3, 2))),
         replace(SMALL, groups=2),
         replace(SMALL, relu=False),
         replace(SMALL, has_residual=False),
