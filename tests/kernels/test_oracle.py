@@ -43,12 +43,9 @@ class Trial:
     correct: Tensor
     expected: tuple[Tensor, Tensor]
 
-    def compute(
-        self, relu: bool = True, problem: Problem | None = None, hidden: Hidden = F.relu, **changes: Any
-    ) -> Tensor:
-        """The operator in float32, rounded as it does, with some of its inputs or hyperparameters replaced."""
-        y = compute(problem or self.problem, replace(self.inputs, **changes), relu, hidden)
-        return y.to(self.problem.dtype)
+    def compute(self, relu: bool = True, hidden: Hidden = F.relu, **changes: Any) -> Tensor:
+        """The operator in float32, rounded as it does, with some of its inputs replaced."""
+        return compute(self.problem, replace(self.inputs, **changes), relu, hidden).to(self.problem.dtype)
 
     def failures(self, y: Tensor) -> list[str]:
         return p1_failures(y, self.problem, self.inputs, self.expected)
@@ -106,24 +103,6 @@ def relu_before_addition(trial: Trial) -> Tensor:
 
 def without_last_slice(weight: Tensor) -> Tensor:
     return with_value(weight, (slice(None), slice(-16, None), *[-1] * (weight.ndim - 2)), 0.0)
-
-
-def tap_transposed(trial: Trial) -> Tensor:
-    weight = trial.inputs.weight.clone()
-    weight[:, :, 0, 1], weight[:, :, 1, 0] = trial.inputs.weight[:, :, 1, 0], trial.inputs.weight[:, :, 0, 1]
-    return trial.compute(weight=weight)
-
-
-def padding_with_the_edge(trial: Trial) -> Tensor:
-    (pad_h, pad_w), x = trial.problem.convolution.padding, trial.inputs.x.float()
-    x = F.pad(x, (pad_w, pad_w, pad_h, pad_h), mode="replicate").to(trial.problem.dtype)
-    unpadded = replace(trial.problem.convolution, height=x.shape[2], width=x.shape[3], padding=(0, 0))
-    problem: Problem = unpadded
-    if isinstance(trial.problem, BottleneckProblem):
-        problem = replace(trial.problem, first=unpadded)
-    if isinstance(trial.problem, StemProblem):
-        problem = StemProblem(unpadded)
-    return trial.compute(problem=problem, x=x)
 
 
 def coarser_operands(trial: Trial) -> Tensor:
@@ -186,8 +165,6 @@ ANY: dict[str, Defect] = {
 }
 OF_A_CONVOLUTION: dict[str, Defect] = {
     "one-corner-pixel-wrong": lambda t: with_value(t.correct, (0, slice(None), 0, 0), t.correct[0, :, 0, 1]),
-    "tap-transposed": tap_transposed,
-    "padding-with-the-edge": padding_with_the_edge,
 }
 # Not of a stem: a maximum over nine pixels is almost never negative.
 OF_A_RELU: dict[str, Defect] = {"relu-dropped": lambda t: t.compute(relu=False)}
@@ -217,6 +194,8 @@ def of_arguments(problem: Problem) -> dict[str, Defect]:
             changes["channels-swapped"] = swapped
         if argument.endswith("weight"):
             changes["last-slice-lost"] = without_last_slice
+            if shape[2:] not in ((), (1, 1)):
+                changes["taps-transposed"] = lambda weight: weight.transpose(2, 3)
         elif len(shape) == 4 and not isinstance(problem, HeadProblem):
             changes["shifted"] = lambda tensor: tensor.roll(1, dims=3)
         for name, change in changes.items():
