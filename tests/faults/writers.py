@@ -172,7 +172,7 @@ def read_training(folder: Path) -> int | None:
         resnet8 = create_model("resnet8", in_channels=1)
         load_weights(resnet8, model)
         assert epochs == 2 and torch.equal(resnet8.fc.bias, bias)
-    return int(bias[0]) if epochs == 2 else 0
+    return int(bias[0]) if model.exists() else 0  # the state alone is there to go on with
 
 
 WRITERS = {

@@ -1,10 +1,9 @@
 """The comparator accepts a correct output and refuses every output that is broken on purpose."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import EllipsisType
-from typing import Any
 
 import pytest
 import torch
@@ -44,16 +43,6 @@ class Trial:
     correct: Tensor
     expected: tuple[Tensor, Tensor]
 
-    def compute(
-        self, relu: bool = True, problem: Problem | None = None, hidden: Hidden = F.relu, **changes: Any
-    ) -> Tensor:
-        """The operator in float32, rounded as it does, with some of its inputs or hyperparameters replaced."""
-        y = compute(problem or self.problem, replace(self.inputs, **changes), relu, hidden)
-        return y.to(self.problem.dtype)
-
-    def failures(self, y: Tensor) -> list[str]:
-        return p1_failures(y, self.problem, self.inputs, self.expected)
-
     @property
     def tensors(self) -> dict[str, Tensor]:
         return self.inputs.tensors()
@@ -62,6 +51,13 @@ class Trial:
     def convolution(self) -> ConvProblem:
         assert isinstance(self.problem, ConvProblem | StemProblem | BottleneckProblem)
         return self.problem.convolution
+
+    def compute(self, changes: Mapping[str, Tensor] = {}, relu: bool = True, hidden: Hidden = F.relu) -> Tensor:
+        """The operator in float32, rounded as it does, with some of its inputs replaced."""
+        return compute(self.problem, replace(self.inputs, **changes), relu, hidden).to(self.problem.dtype)
+
+    def failures(self, y: Tensor) -> list[str]:
+        return p1_failures(y, self.problem, self.inputs, self.expected)
 
 
 def compute(problem: Problem, inputs: Arguments[Tensor], relu: bool = True, hidden: Hidden = F.relu) -> Tensor:
@@ -97,11 +93,9 @@ def with_value(y: Tensor, index: tuple[int | slice | EllipsisType, ...], value: 
     return changed
 
 
-def swapped(tensor: Tensor, axis: int) -> Tensor:
-    """The first two channels along an axis change places."""
-    order = torch.arange(tensor.shape[axis])
-    order[:2] = torch.tensor([1, 0])
-    return tensor.index_select(axis, order)
+def swapped(tensor: Tensor) -> Tensor:
+    """The first two channels change places."""
+    return tensor[:, [1, 0, *range(2, tensor.shape[1])]]
 
 
 def one_value_slightly_off(trial: Trial) -> Tensor:
@@ -111,46 +105,22 @@ def one_value_slightly_off(trial: Trial) -> Tensor:
     return with_value(trial.correct, index, pre[index] + 1.5 * MAX_Z[trial.problem.dtype] * sigma[index])
 
 
-def without_residual(trial: Trial) -> Tensor:
-    name = "shortcut" if isinstance(trial.problem, BottleneckProblem) else "residual"
-    changes: dict[str, Any] = {name: torch.zeros_like(trial.tensors[name])}
-    return trial.compute(**changes)
-
-
 def relu_before_addition(trial: Trial) -> Tensor:
-    residual = trial.inputs.operands()["residual"]
-    return (without_residual(trial).float() + residual.float()).to(trial.problem.dtype)
+    name = "shortcut" if isinstance(trial.problem, BottleneckProblem) else "residual"
+    residual = trial.tensors[name]
+    without = trial.compute({name: torch.zeros_like(residual)}).float()
+    return (without + residual.float()).to(trial.problem.dtype)
 
 
 def without_last_slice(weight: Tensor) -> Tensor:
-    kept = weight.clone()
-    kept[:, -16:, -1, -1] = 0
-    return kept
-
-
-def tap_transposed(trial: Trial) -> Tensor:
-    weight = trial.tensors["weight"].clone()
-    weight[:, :, 0, 1], weight[:, :, 1, 0] = trial.tensors["weight"][:, :, 1, 0], trial.tensors["weight"][:, :, 0, 1]
-    return trial.compute(weight=weight)
-
-
-def padding_with_the_edge(trial: Trial) -> Tensor:
-    (pad_h, pad_w), x = trial.convolution.padding, trial.tensors["x"].float()
-    x = F.pad(x, (pad_w, pad_w, pad_h, pad_h), mode="replicate").to(trial.problem.dtype)
-    unpadded = replace(trial.convolution, height=x.shape[2], width=x.shape[3], padding=(0, 0))
-    problem: Problem = unpadded
-    if isinstance(trial.problem, BottleneckProblem):
-        problem = replace(trial.problem, first=unpadded)
-    if isinstance(trial.problem, StemProblem):
-        problem = StemProblem(unpadded)
-    return trial.compute(problem=problem, x=x)
+    return with_value(weight, (slice(None), slice(-16, None), *[-1] * (weight.ndim - 2)), 0.0)
 
 
 def coarser_operands(trial: Trial) -> Tensor:
     """An operand that lost bits on the way: bfloat16 called float16, tf32 called float32, and the like."""
     kept = {torch.float16: 2.0**8, torch.bfloat16: 2.0**5, torch.float32: 2.0**11}[trial.problem.dtype]
     mantissa, exponent = torch.frexp(trial.tensors["x"].double())
-    return trial.compute(x=torch.ldexp((mantissa * kept).round() / kept, exponent).to(trial.problem.dtype))
+    return trial.compute({"x": torch.ldexp((mantissa * kept).round() / kept, exponent).to(trial.problem.dtype)})
 
 
 def accumulated_in_storage_type(trial: Trial) -> Tensor:
@@ -193,67 +163,72 @@ def mean_over_one_pixel_fewer(trial: Trial) -> Tensor:
 
 Defect = Callable[[Trial], Tensor]
 ANY: dict[str, Defect] = {
-    "zeros": lambda trial: torch.zeros_like(trial.correct),
-    "constant": lambda trial: torch.full_like(trial.correct, float(trial.correct.float().mean())),
-    "nan-everywhere": lambda trial: torch.full_like(trial.correct, float("nan")),
-    "nan-in-one-lane": lambda trial: with_value(trial.correct, (1, 3, ...), float("nan")),
-    "inf-in-one-lane": lambda trial: with_value(trial.correct, (1, 3, ...), float("inf")),
-    "channels-swapped": lambda trial: swapped(trial.correct, 1),
-    "images-swapped": lambda trial: trial.correct.flip(0),
+    "zeros": lambda t: torch.zeros_like(t.correct),
+    "constant": lambda t: torch.full_like(t.correct, float(t.correct.float().mean())),
+    "nan-everywhere": lambda t: torch.full_like(t.correct, float("nan")),
+    "nan-in-one-lane": lambda t: with_value(t.correct, (1, 3, ...), float("nan")),
+    "inf-in-one-lane": lambda t: with_value(t.correct, (1, 3, ...), float("inf")),
+    "channels-swapped": lambda t: swapped(t.correct),
+    "images-swapped": lambda t: t.correct.flip(0),
     "one-value-slightly-off": one_value_slightly_off,
-    "other-batch's-output": lambda trial: trial.compute(x=make_inputs(trial.problem, seed=1).tensors()["x"]),
-    "bias-dropped": lambda trial: trial.compute(bias=torch.zeros_like(trial.tensors["bias"])),
+    "other-batch's-output": lambda t: t.compute({"x": make_inputs(t.problem, seed=1).tensors()["x"]}),
     "operands-rounded-coarser": coarser_operands,
-    "wrong-shape": lambda trial: trial.correct[..., :1],
-    "wrong-dtype": lambda trial: trial.correct.double(),
+    "wrong-shape": lambda t: t.correct[..., :1],
+    "wrong-dtype": lambda t: t.correct.double(),
 }
 OF_A_CONVOLUTION: dict[str, Defect] = {
-    "one-corner-pixel-wrong": lambda trial: with_value(
-        trial.correct, (0, slice(None), 0, 0), trial.correct[0, :, 0, 1]
-    ),
-    "tap-transposed": tap_transposed,
-    "stride-phase-off-by-one": lambda trial: trial.compute(x=trial.tensors["x"].roll(1, dims=3)),
-    "padding-with-the-edge": padding_with_the_edge,
-    "last-k-slice-lost": lambda trial: trial.compute(weight=without_last_slice(trial.tensors["weight"])),
+    "one-corner-pixel-wrong": lambda t: with_value(t.correct, (0, slice(None), 0, 0), t.correct[0, :, 0, 1]),
 }
 # Not of a stem: a maximum over nine pixels is almost never negative.
-OF_A_RELU: dict[str, Defect] = {"relu-dropped": lambda trial: trial.compute(relu=False)}
-OF_A_RESIDUAL: dict[str, Defect] = {
-    "residual-dropped": without_residual,
-    "relu-before-addition": relu_before_addition,
-}
-OF_A_PROJECTION: dict[str, Defect] = {
-    "projection-dropped": lambda trial: trial.compute(shortcut=torch.zeros_like(trial.tensors["shortcut"])),
-    "projection-channels-swapped": lambda trial: trial.compute(shortcut=swapped(trial.tensors["shortcut"], 1)),
-    "shortcut-phase-off-by-one": lambda trial: trial.compute(shortcut=trial.tensors["shortcut"].roll(-1, dims=3)),
-    "last-shortcut-slice-lost": lambda trial: trial.compute(
-        shortcut_weight=without_last_slice(trial.tensors["shortcut_weight"])
-    ),
-}
+OF_A_RELU: dict[str, Defect] = {"relu-dropped": lambda t: t.compute(relu=False)}
+OF_A_RESIDUAL: dict[str, Defect] = {"relu-before-addition": relu_before_addition}
 OF_A_BOTTLENECK: dict[str, Defect] = {
-    "hidden-relu-dropped": lambda trial: trial.compute(hidden=lambda h: h),
-    "hidden-channels-swapped": lambda trial: trial.compute(hidden=lambda h: swapped(h.relu(), 1)),
-    "hidden-row-lost": lambda trial: trial.compute(hidden=lambda h: with_value(h.relu(), (0, slice(None), -1), 0.0)),
-    "expand-bias-dropped": lambda trial: trial.compute(expand_bias=torch.zeros_like(trial.tensors["expand_bias"])),
+    "hidden-relu-dropped": lambda t: t.compute(hidden=lambda h: h),
+    "hidden-channels-swapped": lambda t: t.compute(hidden=lambda h: swapped(h.relu())),
+    "hidden-row-lost": lambda t: t.compute(hidden=lambda h: with_value(h.relu(), (0, slice(None), -1), 0.0)),
 }
 OF_A_STEM: dict[str, Defect] = {
-    "pool-over-2x2": lambda trial: pooled(trial, 2, 0),
-    "pool-window-shifted": lambda trial: pooled(trial, 3, 1, shift=1),
-    "pool-not-padded": lambda trial: pooled(trial, 3, 0),
+    "pool-over-2x2": lambda t: pooled(t, 2, 0),
+    "pool-window-shifted": lambda t: pooled(t, 3, 1, shift=1),
+    "pool-not-padded": lambda t: pooled(t, 3, 0),
 }
 OF_A_HEAD: dict[str, Defect] = {
-    "mean-lacks-a-pixel": lambda trial: trial.compute(x=with_value(trial.tensors["x"], (..., -1, -1), 0.0)),
+    "mean-lacks-a-pixel": lambda t: t.compute({"x": with_value(t.tensors["x"], (..., -1, -1), 0.0)}),
     "mean-divided-by-one-pixel-fewer": mean_over_one_pixel_fewer,
-    "input-channels-swapped": lambda trial: trial.compute(x=swapped(trial.tensors["x"], 1)),
 }
-DEFECTS: dict[str, dict[str, Defect]] = {
-    "conv": {**ANY, **OF_A_CONVOLUTION, **OF_A_RELU, **OF_A_RESIDUAL},
-    "projection": {**ANY, **OF_A_CONVOLUTION, **OF_A_RELU, **OF_A_PROJECTION},
-    "bottleneck-residual": {**ANY, **OF_A_CONVOLUTION, **OF_A_RELU, **OF_A_RESIDUAL, **OF_A_BOTTLENECK},
-    "bottleneck-projection": {**ANY, **OF_A_CONVOLUTION, **OF_A_RELU, **OF_A_PROJECTION, **OF_A_BOTTLENECK},
-    "stem": {**ANY, **OF_A_CONVOLUTION, **OF_A_STEM},
-    "head": {**ANY, **OF_A_HEAD},
+
+
+def of_arguments(problem: Problem) -> dict[str, Defect]:
+    """Each tensor the operator takes: dropped, its channels swapped, shifted by a pixel, its last slice of K lost."""
+    found: dict[str, Defect] = {}
+    for argument, shape in problem.shapes.items():
+        changes: dict[str, Callable[[Tensor], Tensor]] = {"dropped": torch.zeros_like}
+        if len(shape) > 1:
+            changes["channels-swapped"] = swapped
+        if argument.endswith("weight"):
+            changes["last-slice-lost"] = without_last_slice
+            if shape[2:] not in ((), (1, 1)):
+                changes["taps-transposed"] = lambda weight: weight.transpose(2, 3)
+        elif len(shape) == 4 and not isinstance(problem, HeadProblem):
+            changes["shifted"] = lambda tensor: tensor.roll(1, dims=3)
+        for name, change in changes.items():
+            found[f"{argument}-{name}"] = functools.partial(changed, argument, change)
+    return found
+
+
+def changed(argument: str, change: Callable[[Tensor], Tensor], trial: Trial) -> Tensor:
+    return trial.compute({argument: change(trial.tensors[argument])})
+
+
+OF_A_KIND: dict[str, dict[str, Defect]] = {
+    "conv": {**OF_A_CONVOLUTION, **OF_A_RELU, **OF_A_RESIDUAL},
+    "projection": {**OF_A_CONVOLUTION, **OF_A_RELU},
+    "bottleneck-residual": {**OF_A_CONVOLUTION, **OF_A_RELU, **OF_A_RESIDUAL, **OF_A_BOTTLENECK},
+    "bottleneck-projection": {**OF_A_CONVOLUTION, **OF_A_RELU, **OF_A_BOTTLENECK},
+    "stem": {**OF_A_CONVOLUTION, **OF_A_STEM},
+    "head": OF_A_HEAD,
 }
+DEFECTS = {name: {**ANY, **of_arguments(problem), **OF_A_KIND[name]} for name, problem in PROBLEMS.items()}
 
 
 @pytest.mark.parametrize("name", PROBLEMS)

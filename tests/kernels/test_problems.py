@@ -2,69 +2,65 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from kernels.operators.conv2d_bias_relu_maxpool import StemProblem
 from kernels.operators.conv2d_conv1x1_bias_act import BottleneckProblem
 from kernels.operators.mean_linear import HeadProblem
 from kernels.operators.registry import OPERATORS
-from kernels.problems import ConvProblem, Projection, conv_output_size
+from kernels.problems import ConvProblem, Problem, Projection, conv_output_size
 from tests.kernels.cases import CASES
 
+CONV = ConvProblem(8, 3, 224, 224, 64, (7, 7), (2, 2), (3, 3), relu=True)
+STRIDED = ConvProblem(1, 256, 56, 56, 512, (1, 1), (2, 2), has_residual=True, dtype=torch.float32)
+PROJECTED = ConvProblem(4, 128, 28, 28, 512, (1, 1), relu=True, projection=Projection(256, 56, 56, (2, 2)))
+FIRST = ConvProblem(2, 64, 56, 56, 64, (3, 3), padding=(1, 1), relu=True)
+BOTTLENECK = BottleneckProblem(FIRST, 256, has_residual=True, relu=True)
+PIXELS, SHORTCUT = 2 * 56 * 56, Projection(64, 56, 56, (1, 1))
+# Shape of the output, FLOPs, elements of activations and of weights.
+COSTS: dict[str, tuple[Problem, tuple[int, ...], int, int, int]] = {
+    "conv": (CONV, (8, 64, 112, 112), 2 * 100352 * 64 * 147, 8 * (224**2 * 3 + 112**2 * 64), 64 * 148),
+    "groups": (
+        ConvProblem(1, 128, 8, 8, 128, (3, 3), padding=(1, 1), groups=32),
+        (1, 128, 8, 8), 2 * 64 * 128 * 36, 2 * 64 * 128, 128 * 37,
+    ),
+    # A strided convolution reads only the pixels under its taps.
+    "strided-1x1": (STRIDED, (1, 512, 28, 28), 2 * 784 * 512 * 256, 784 * (256 + 2 * 512), 512 * 257),
+    "strided-3x3": (
+        replace(STRIDED, kernel=(3, 3), padding=(1, 1)),
+        (1, 512, 28, 28), 2 * 784 * 512 * 2304, 56**2 * 256 + 2 * 784 * 512, 512 * 2305,
+    ),
+    "projection": (PROJECTED, (4, 512, 28, 28), 8 * 784 * 512 * 384, 4 * 784 * (128 + 256 + 512), 512 * 385),
+    # What lies between is neither written nor read.
+    "bottleneck": (
+        BOTTLENECK,
+        (2, 256, 56, 56), 2 * PIXELS * (64 * 576 + 256 * 64), PIXELS * (64 + 256 + 256), 64 * 577 + 256 * 65,
+    ),
+    "bottleneck-projection": (
+        replace(BOTTLENECK, has_residual=False, projection=SHORTCUT),
+        (2, 256, 56, 56), 2 * PIXELS * (64 * 576 + 256 * 128), PIXELS * (64 + 64 + 256), 64 * 577 + 256 * 129,
+    ),
+    "stem": (StemProblem(CONV), (8, 64, 56, 56), 2 * 100352 * 64 * 147, 8 * (224**2 * 3 + 56**2 * 64), 64 * 148),
+    "head": (HeadProblem(32, 2048, 7, 7, 1000), (32, 1000), 64 * 2048 * 1000, 32 * (2048 * 49 + 1000), 1000 * 2049),
+}  # fmt: skip
 
-def test_costs_of_a_convolution() -> None:
-    stem = ConvProblem(8, 3, 224, 224, 64, (7, 7), (2, 2), (3, 3))
-    assert stem.out_shape == (8, 64, 112, 112)
-    assert (stem.gemm_m, stem.gemm_n, stem.gemm_k) == (100352, 64, 147)
-    assert stem.flops == 2 * 100352 * 64 * 147
-    assert stem.activation_bytes == 2 * 8 * (224 * 224 * 3 + 112 * 112 * 64)
-    assert stem.weight_bytes == 2 * 64 * (147 + 1)
-    grouped = ConvProblem(1, 128, 8, 8, 128, (3, 3), padding=(1, 1), groups=32)
+
+@pytest.mark.parametrize("name", COSTS)
+def test_costs(name: str) -> None:
+    problem, shape, flops, activations, weights = COSTS[name]
+    size = problem.dtype.itemsize
+    assert (problem.out_shape, problem.flops) == (shape, flops)
+    assert (problem.activation_bytes, problem.weight_bytes) == (size * activations, size * weights)
+
+
+def test_sizes_of_the_matrix_product() -> None:
+    assert (CONV.gemm_m, CONV.gemm_n, CONV.gemm_k, PROJECTED.gemm_k) == (100352, 64, 147, 128)
+    grouped, _, _, _, _ = COSTS["groups"]
+    assert isinstance(grouped, ConvProblem)
     assert (grouped.c_in_per_group, grouped.gemm_n, grouped.gemm_k) == (4, 4, 36)
-    assert grouped.flops == 2 * 64 * 128 * 36 and grouped.weight_bytes == 2 * 128 * 37
-
-
-def test_a_strided_convolution_reads_only_the_pixels_under_its_taps() -> None:
-    strided = ConvProblem(1, 256, 56, 56, 512, (1, 1), (2, 2), has_residual=True, dtype=torch.float32)
-    assert strided.activation_bytes == 4 * (28 * 28 * 256 + 2 * 28 * 28 * 512)
-    assert replace(strided, kernel=(3, 3), padding=(1, 1)).activation_bytes == 4 * (56 * 56 * 256 + 2 * 28 * 28 * 512)
-
-
-def test_costs_of_a_projection() -> None:
-    problem = ConvProblem(4, 128, 28, 28, 512, (1, 1), relu=True, projection=Projection(256, 56, 56, (2, 2)))
-    assert problem.gemm_k == 128
-    assert problem.flops == 2 * (4 * 28 * 28) * 512 * (128 + 256)
-    assert problem.activation_bytes == 2 * 4 * 28 * 28 * (128 + 256 + 512)
-    assert problem.weight_bytes == 2 * 512 * (128 + 256 + 1)
-
-
-def test_costs_of_a_bottleneck() -> None:
-    first = ConvProblem(2, 64, 56, 56, 64, (3, 3), padding=(1, 1), relu=True)
-    problem = BottleneckProblem(first, 256, has_residual=True, relu=True)
-    pixels = 2 * 56 * 56
-    assert problem.out_shape == (2, 256, 56, 56)
-    assert problem.flops == 2 * pixels * (64 * 576 + 256 * 64)
-    assert problem.activation_bytes == 2 * pixels * (64 + 256 + 256), "what lies between is neither written nor read"
-    assert problem.weight_bytes == 2 * (64 * 577 + 256 * 65)
-    assert problem.parts == (first, ConvProblem(2, 64, 56, 56, 256, (1, 1), has_residual=True, relu=True))
-    projected = replace(problem, has_residual=False, projection=Projection(64, 56, 56, (1, 1)))
-    assert projected.flops == problem.flops + 2 * pixels * 256 * 64
-    assert projected.activation_bytes == 2 * pixels * (64 + 64 + 256)
-    assert projected.weight_bytes == problem.weight_bytes + 2 * 256 * 64
-
-
-def test_costs_of_a_stem_and_a_head() -> None:
-    stem = StemProblem(ConvProblem(8, 3, 224, 224, 64, (7, 7), (2, 2), (3, 3), relu=True))
-    assert stem.out_shape == (8, 64, 56, 56)
-    assert stem.flops == 2 * 8 * 112 * 112 * 64 * 147
-    assert stem.activation_bytes == 2 * 8 * (224 * 224 * 3 + 56 * 56 * 64)
-    assert stem.weight_bytes == 2 * 64 * 148
-    assert StemProblem(replace(stem.conv, height=19, width=23)).out_shape == (8, 64, 5, 6)
-    head = HeadProblem(32, 2048, 7, 7, 1000, torch.float32)
-    assert head.out_shape == (32, 1000)
-    assert head.flops == 2 * 32 * 2048 * 1000
-    assert head.activation_bytes == 4 * 32 * (2048 * 49 + 1000)
-    assert head.weight_bytes == 4 * 1000 * 2049
+    assert BOTTLENECK.parts == (FIRST, ConvProblem(2, 64, 56, 56, 256, (1, 1), has_residual=True, relu=True))
+    assert StemProblem(replace(CONV, height=19, width=23)).out_shape == (8, 64, 5, 6)
 
 
 def test_dense_means_a_matrix_product() -> None:
