@@ -29,19 +29,20 @@ SMALL: dict[str, tuple[type[BasicBlock | Bottleneck], tuple[int, int, int, int]]
     "basic": (BasicBlock, (1, 1, 1, 1)),
     "bottleneck": (Bottleneck, (2, 1, 1, 1)),
 }
+K = TypeVar("K")
 T = TypeVar("T")
 
 
-class Made(dict[str, T]):
-    """Holds what `make` gives for a name, from when it is first asked for."""
+class Made(dict[K, T]):
+    """Holds what `make` gives for a key, from when it is first asked for."""
 
-    def __init__(self, make: Callable[[str], T]) -> None:
+    def __init__(self, make: Callable[[K], T]) -> None:
         super().__init__()
         self._make = make
 
-    def __missing__(self, name: str) -> T:
-        self[name] = self._make(name)
-        return self[name]
+    def __missing__(self, key: K) -> T:
+        self[key] = self._make(key)
+        return self[key]
 
 
 logging.getLogger("torch.__trace").disabled = True  # torch.export's account of itself, for which pytest has a handler

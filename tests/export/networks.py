@@ -41,6 +41,9 @@ class Called(nn.Module):
 class Functional(nn.Module):
     """Convolutions and BatchNorm by function call, in-place ReLU and `+=`."""
 
+    mean: Tensor
+    var: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(8, 3, 3, 3) * 0.3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -86,7 +87,7 @@ class Subject:
             return runner.trace({"input": self.images[:4].numpy()})
 
     def check(
-        self, scheme: Scheme, trace: dict[str, Tensor], program: QuantisedProgram | None = None
+        self, scheme: Scheme, trace: Mapping[str, Tensor], program: QuantisedProgram | None = None
     ) -> OperatorChecks:
         """P4, as the export asks for it."""
         return check_quantised(program or self.quantised[scheme], self.calibration.ranges, scheme, trace)

@@ -153,7 +153,7 @@ def hidden_underflow() -> nn.Module:
     a, b, fc = nn.Conv2d(1, 16, 3), nn.Conv2d(16, 16, 3), nn.Linear(16, 10)
     with torch.no_grad():
         a.weight[8:] *= 1e-8
-        a.bias[8:] *= 1e-8  # type: ignore[index]
+        a.get_parameter("bias")[8:] *= 1e-8
         b.weight[:, 8:] *= 5e5
     return Called(lambda x, m: m.fc(torch.relu(m.b(torch.relu(m.a(x)))).mean((2, 3))), a=a, b=b, fc=fc).eval()
 
@@ -175,8 +175,8 @@ def two_heads() -> nn.Module:
     conv, norm, other = nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8))
     with torch.no_grad():
         conv.weight.mul_(1e6)
-        norm.running_var.fill_(1e12)  # type: ignore[union-attr]
-        other[1].running_mean.normal_()  # type: ignore[union-attr, operator]
+        norm.get_buffer("running_var").fill_(1e12)
+        other.get_buffer("1.running_mean").normal_()
     heads = Called(
         lambda x, m: {"a": m.norm(m.conv(x)).mean((2, 3)), "b": m.other(x).mean((2, 3))},
         conv=conv,

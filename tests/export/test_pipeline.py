@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from export import Batch, ExportConfig, ExportError, ExportResult, export_bundle, verify_bundle
-from export.base.precision import PRECISIONS
+from export.base.precision import PRECISIONS, Precision
 from export.fusion.program import FusedProgram
 from export.lowering.runners import ProgramRunner
 from export.runtime.parity.accuracy import Labelled, Meter
@@ -119,7 +119,7 @@ def test_engine_of_another_version_is_refused_before_it_is_loaded(bundle: Path, 
     assert "built by tensorrt-rtx 1.0.0.1" in rungs["tensorrt-rtx"].not_run
 
 
-DOCTORED = {
+DOCTORED: dict[str, tuple[dict[str, Any], str]] = {
     "another format": ({"format": 99}, "has format 99"),
     "engine outside the bundle": ({"engines": {"/etc/hostname": {"flavour": "tensorrt-rtx"}}}, "not a bundle of this"),
     "no outputs": ({"outputs": None}, "not a bundle of this"),
@@ -149,9 +149,9 @@ def test_weak_evidence_writes_nothing_and_keeps_the_old_bundle(resnet8: nn.Modul
 
 
 class Defective(ProgramRunner):
-    def __init__(self, program: FusedProgram, *args: Any) -> None:
+    def __init__(self, program: FusedProgram, precision: Precision, names: tuple[str, ...]) -> None:
         defect = mutants.MUTANTS[mutants.PROJECTION]["projection dropped"]
-        super().__init__(program, *args, operators=defect.operators(program))
+        super().__init__(program, precision, names, operators=defect.operators(program))
 
 
 WRONG: dict[str, tuple[type[ProgramRunner], str]] = {

@@ -6,6 +6,7 @@ Nothing long is run: what would train, tune, measure, compile or compute an expo
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import random
 import shutil
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import safetensors.torch
 import torch
@@ -116,19 +118,13 @@ def once(function: Callable[..., Any]) -> Callable[..., Any]:
 def actions_of(module: ModuleType) -> list[argparse.Action]:
     """The arguments that a script takes."""
     seen: list[argparse.Action] = []
-    parse = Parser.parse_known_args
 
     def note(self: Parser, *arguments: Any) -> Any:
         seen.extend(self._actions)
         raise SystemExit(0)
 
-    Parser.parse_known_args = note  # type: ignore[method-assign,assignment]
-    try:
+    with mock.patch.object(Parser, "parse_known_args", note), contextlib.suppress(SystemExit):
         module.parse_args([])
-    except SystemExit:
-        pass
-    finally:
-        Parser.parse_known_args = parse  # type: ignore[method-assign]
     return [action for action in seen if not isinstance(action, argparse._HelpAction)]
 
 

@@ -180,10 +180,10 @@ def _audit(folder: Path, escapes: list[str], event: str, arguments: tuple[Any, .
         raise PermissionError(f"not allowed: {event}")
 
 
-def _inside(folder: Path, path: object) -> bool:
+def _inside(folder: Path, path: str | bytes | os.PathLike[str] | int) -> bool:
     if isinstance(path, int):
         return True  # a file that is open already
-    resolved = os.path.realpath(os.fsdecode(path))  # type: ignore[arg-type]
+    resolved = os.path.realpath(os.fsdecode(path))
     return resolved == os.devnull or resolved == str(folder) or resolved.startswith(f"{folder}{os.sep}")
 
 

@@ -6,6 +6,7 @@ again.
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -88,7 +89,8 @@ def disagreement(launch: KernelLaunch) -> list[str]:
 
 def first_stage(launch: KernelLaunch) -> str:
     """The kernel in Triton's own language of tensors, before anything is known of a GPU."""
-    backend, stages, context = make_backend(GPU), {}, ir.context()
+    backend, context = make_backend(GPU), ir.context()
+    stages: dict[str, Callable[[Any, dict[str, Any]], Any]] = {}
     ir.load_dialects(context)
     backend.load_dialects(context)
     source, options = ASTSource(kernel_of(launch), *kernel_signature(launch)), backend.parse_options(launch.options)

@@ -32,6 +32,7 @@ def quick_config(problem: Problem) -> Config:
     """Few large tiles and few slices of K, without boxes: what the interpreter runs fastest."""
     if isinstance(problem, HeadProblem):
         return HeadConfig(16, power_of_two(problem.c_out, 1024), power_of_two(problem.c_in, 512), num_warps=4)
+    assert isinstance(problem, ConvProblem | StemProblem | BottleneckProblem)
     conv = problem.convolution
     block_k = min(512, 1 << (conv.c_in_per_group.bit_length() - 1))
     if conv.c_in_per_group < 16 or conv.groups > 8:  # a slice across all taps, else one within a tap
@@ -47,13 +48,16 @@ def quick_config(problem: Problem) -> Config:
 
 
 def quick_pair(problem: BottleneckProblem) -> PairConfig:
-    return PairConfig(quick_config(problem.first), quick_config(problem.second))
+    first, second = quick_config(problem.first), quick_config(problem.second)
+    assert isinstance(first, ConvConfig) and isinstance(second, ConvConfig)
+    return PairConfig(first, second)
 
 
 def quick_boxes(problem: ConvProblem | BottleneckProblem) -> Config:
     """The largest slice of K that divides the channels, in boxes of which the fewest lie outside the image."""
     conv, config = problem.convolution, quick_config(problem)
-    projected = problem.projection.c_in if problem is conv and problem.projection else 0
+    assert isinstance(config, ConvConfig | BottleneckConfig)
+    projected = conv.projection.c_in if conv.projection else 0
     return replace(config, block_k=math.gcd(conv.c_in, 256, projected), box=box_of(conv, config.block_m))
 
 
@@ -62,8 +66,13 @@ def on_device(config: Config, device: torch.device) -> Config | None:
     return None if device.type == "cuda" else config
 
 
-def run(inputs: Arguments[Tensor], config: Config | None = None, **options: Tensor | Workspace | None) -> Tensor:
-    return kernels.launch.run(inputs.operator, *inputs.values(), config=config, **options)
+def run(
+    inputs: Arguments[Tensor],
+    config: Config | None = None,
+    out: Tensor | None = None,
+    workspace: Workspace | None = None,
+) -> Tensor:
+    return kernels.launch.run(inputs.operator, *inputs.values(), out=out, config=config, workspace=workspace)
 
 
 def launch(
@@ -74,7 +83,7 @@ def launch(
     workspace: Workspace | None = None,
 ) -> Tensor:
     """Run the kernels into an output full of poison, and see that they leave the memory on either side alone."""
-    device = inputs.x.device
+    device = inputs.tensors()["x"].device
     box = getattr(getattr(config, "first", config), "box", None)
     if box is not None and device.type == "cuda" and not target_of(device).has_tma:
         pytest.skip("boxes need sm_90 or newer")

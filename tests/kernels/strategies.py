@@ -1,6 +1,7 @@
 """What the property tests draw: problems, how their tensors lie in memory, and configurations to launch them with."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -148,7 +149,7 @@ def heads(limits: Limits) -> st.SearchStrategy[HeadProblem]:
     return st.builds(HeadProblem, st.integers(1, limits.batch), channels, size, size, channels, dtype)
 
 
-OPERATORS = {
+OPERATORS: dict[str, Callable[[Limits], st.SearchStrategy[Problem]]] = {
     "conv2d_bias_act": convs,
     "conv2d_projection_bias_act": projections,
     "conv2d_conv1x1_bias_act": bottlenecks,
@@ -308,8 +309,8 @@ def _stem_configs(draw: st.DrawFn, problem: StemProblem) -> StemConfig:
 
 @st.composite
 def _head_configs(draw: st.DrawFn, problem: HeadProblem) -> HeadConfig:
-    sizes = (problem.batch, problem.c_out, problem.c_in)
-    return HeadConfig(*[draw(_blocks(size)) for size in sizes], draw(_WARPS))
+    blocks = (draw(_blocks(problem.batch)), draw(_blocks(problem.c_out)), draw(_blocks(problem.c_in)))
+    return HeadConfig(*blocks, draw(_WARPS))
 
 
 def configs(problem: Problem) -> st.SearchStrategy[Config]:
@@ -320,4 +321,7 @@ def configs(problem: Problem) -> st.SearchStrategy[Config]:
     if isinstance(problem, BottleneckProblem):
         pairs = st.builds(PairConfig, conv_configs(problem.first), conv_configs(problem.second))
         return chosen | pairs | bottleneck_configs(problem)
-    return chosen | (_stem_configs(problem) if isinstance(problem, StemProblem) else _head_configs(problem))
+    if isinstance(problem, StemProblem):
+        return chosen | _stem_configs(problem)
+    assert isinstance(problem, HeadProblem)
+    return chosen | _head_configs(problem)

@@ -50,7 +50,7 @@ def test_batch_0_launches_nothing(name: str, device: torch.device, monkeypatch: 
 def test_nan_propagates_through_every_path(config: ConvConfig, device: torch.device) -> None:
     """Under padding too: what lies outside of the image is 0, whatever its neighbours in memory are."""
     inputs = make_inputs(SMALL, device)
-    inputs.x[0, 2, 3, 4] = float("nan")
+    inputs.tensors()["x"][0, 2, 3, 4] = float("nan")
     y = launch(SMALL, inputs, config).cpu()
     expected = torch.zeros(SMALL.out_shape, dtype=torch.bool)
     expected[0, :, 2:5, 3:6] = True
@@ -153,9 +153,10 @@ def test_any_stride_along_an_axis_of_one_element_goes_into_a_box(device: torch.d
     """torch calls such tensors channels_last; a TMA descriptor takes strides of multiples of 16 bytes."""
     problem = ODD_CASES["one-pixel-image"].with_batch(1)
     inputs = make_inputs(problem, device)
-    strange = inputs.x.as_strided(inputs.x.shape, (7, 1, 3, 5))
+    x = inputs.tensors()["x"]
+    strange = x.as_strided(x.shape, (7, 1, 3, 5))
     assert strange.is_contiguous(memory_format=torch.channels_last)
-    y = launch(problem, replace(inputs, x=strange), ConvConfig(16, 64, 32, 4, 2, box=(1, 4, 4)))
+    y = launch(problem, replace(inputs, **{"x": strange}), ConvConfig(16, 64, 32, 4, 2, box=(1, 4, 4)))
     assert p1_failures(y, problem, inputs) == []
 
 

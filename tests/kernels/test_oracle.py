@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import EllipsisType
 from typing import Any
 
 import pytest
@@ -53,19 +54,21 @@ class Trial:
 
 def compute(problem: Problem, inputs: Arguments[Tensor], relu: bool = True, hidden: Hidden = F.relu) -> Tensor:
     """Written out once more, independently of the operators' references; `hidden` is what a bottleneck has between."""
-    i = inputs.map(Tensor.float)
+    wide = inputs.map(Tensor.float)
+    i = wide.tensors()
     if isinstance(problem, HeadProblem):
-        return F.linear(i.x.mean((2, 3)).to(problem.dtype).float(), i.weight, i.bias)
+        return F.linear(i["x"].mean((2, 3)).to(problem.dtype).float(), i["weight"], i["bias"])
+    assert isinstance(problem, ConvProblem | StemProblem | BottleneckProblem)
     conv = problem.convolution
-    y = F.conv2d(i.x, i.weight, i.bias, conv.stride, conv.padding)
+    y = F.conv2d(i["x"], i["weight"], i["bias"], conv.stride, conv.padding)
     if isinstance(problem, StemProblem):
         return F.max_pool2d(y.relu() if relu else y, 3, 2, 1)
     if isinstance(problem, BottleneckProblem):
-        y = F.conv2d(hidden(y).to(problem.dtype).float(), i.expand_weight, i.expand_bias)
+        y = F.conv2d(hidden(y).to(problem.dtype).float(), i["expand_weight"], i["expand_bias"])
     if problem.projection:
-        y = y + F.conv2d(i.shortcut, i.shortcut_weight, None, problem.projection.stride)
+        y = y + F.conv2d(i["shortcut"], i["shortcut_weight"], None, problem.projection.stride)
     if problem.has_residual:
-        y = y + i.operands()["residual"]
+        y = y + wide.operands()["residual"]
     return y.relu() if relu else y
 
 
@@ -76,7 +79,7 @@ def make_trial(name: str, dtype: str) -> Trial:
     return Trial(problem, inputs, compute(problem, inputs).to(problem.dtype), oracle(problem, inputs))
 
 
-def with_value(y: Tensor, index: tuple[int | slice, ...], value: Tensor | float) -> Tensor:
+def with_value(y: Tensor, index: tuple[int | slice | EllipsisType, ...], value: Tensor | float) -> Tensor:
     changed = y.clone()
     changed[index] = value
     return changed
@@ -94,6 +97,12 @@ def one_value_slightly_off(trial: Trial) -> Tensor:
     return with_value(trial.correct, index, pre[index] + 1.5 * MAX_Z[trial.problem.dtype] * sigma[index])
 
 
+def without_residual(trial: Trial) -> Tensor:
+    name = "shortcut" if isinstance(trial.problem, BottleneckProblem) else "residual"
+    changes: dict[str, Any] = {name: torch.zeros_like(trial.tensors[name])}
+    return trial.compute(**changes)
+
+
 def relu_before_addition(trial: Trial) -> Tensor:
     name = "shortcut" if isinstance(trial.problem, BottleneckProblem) else "residual"
     residual = getattr(trial.inputs, name)
@@ -108,20 +117,20 @@ def without_last_slice(weight: Tensor) -> Tensor:
 def coarser_operands(trial: Trial) -> Tensor:
     """An operand that lost bits on the way: bfloat16 called float16, tf32 called float32, and the like."""
     kept = {torch.float16: 2.0**8, torch.bfloat16: 2.0**5, torch.float32: 2.0**11}[trial.problem.dtype]
-    mantissa, exponent = torch.frexp(trial.inputs.x.double())
+    mantissa, exponent = torch.frexp(trial.tensors["x"].double())
     return trial.compute(x=torch.ldexp((mantissa * kept).round() / kept, exponent).to(trial.problem.dtype))
 
 
 def accumulated_in_storage_type(trial: Trial) -> Tensor:
     """A sum over taps and slices of 16 channels that is rounded after every term."""
-    x, weight, conv = trial.inputs.x.float(), trial.inputs.weight.float(), trial.problem.convolution
-    y = trial.inputs.bias.float()[:, None, None].expand(trial.correct.shape).to(trial.problem.dtype)
+    x, weight, conv = trial.tensors["x"].float(), trial.tensors["weight"].float(), trial.convolution
+    y = trial.tensors["bias"].float()[:, None, None].expand(trial.correct.shape).to(trial.problem.dtype)
     for c in range(0, conv.c_in, 16):
         for r, s in torch.cartesian_prod(torch.arange(3), torch.arange(3)).tolist():
             tap = torch.zeros_like(weight[:, c : c + 16])
             tap[:, :, r, s] = weight[:, c : c + 16, r, s]
             y = (y.float() + F.conv2d(x[:, c : c + 16], tap, None, conv.stride, conv.padding)).to(trial.problem.dtype)
-    return (y.float() + trial.inputs.residual.float()).relu().to(trial.problem.dtype)
+    return (y.float() + trial.tensors["residual"].float()).relu().to(trial.problem.dtype)
 
 
 def truncated(trial: Trial) -> Tensor:
@@ -134,18 +143,20 @@ def truncated(trial: Trial) -> Tensor:
 
 def pooled(trial: Trial, kernel: int, padding: int, *, shift: int = 0) -> Tensor:
     """Pooled over another window of the same stride, in an output of the right size."""
-    conv, i = trial.problem.convolution, trial.inputs.map(Tensor.float)
+    conv, i = trial.convolution, trial.inputs.map(Tensor.float).tensors()
     _, _, height, width = trial.problem.out_shape
-    y = F.conv2d(i.x, i.weight, i.bias, conv.stride, conv.padding).relu()
+    y = F.conv2d(i["x"], i["weight"], i["bias"], conv.stride, conv.padding).relu()
     y = F.pad(y.roll((shift, shift), dims=(2, 3)), (0, 2, 0, 2))
     return F.max_pool2d(y, kernel, 2, padding)[:, :, :height, :width].to(trial.problem.dtype)
 
 
 def mean_over_one_pixel_fewer(trial: Trial) -> Tensor:
-    x = trial.inputs.x.float()
+    x = trial.tensors["x"].float()
     pixels = x[0, 0].numel()
     mean = (x.sum((2, 3)) / (pixels - 1)).to(trial.problem.dtype)
-    return F.linear(mean.float(), trial.inputs.weight.float(), trial.inputs.bias.float()).to(trial.problem.dtype)
+    return F.linear(mean.float(), trial.tensors["weight"].float(), trial.tensors["bias"].float()).to(
+        trial.problem.dtype
+    )
 
 
 Defect = Callable[[Trial], Tensor]

@@ -7,7 +7,7 @@ import pytest
 from kernels.configs.config import Config
 from kernels.configs.convolution import ConvConfig
 from kernels.configs.heuristic import heuristic_config
-from kernels.configs.targets import TARGETS
+from kernels.configs.targets import TARGETS, Target
 from kernels.operators.conv2d_bias_relu_maxpool import StemConfig
 from kernels.operators.conv2d_conv1x1_bias_act import BottleneckConfig, PairConfig
 from kernels.operators.mean_linear import HeadConfig
@@ -22,7 +22,7 @@ BOXES = replace(CONFIG, box=(1, 4, 8))
 
 
 @pytest.mark.parametrize("target", [*TARGETS.values(), None], ids=[*TARGETS, "interpreter"])
-def test_every_parameter_of_the_kernel_is_given_once(target) -> None:
+def test_every_parameter_of_the_kernel_is_given_once(target: Target | None) -> None:
     for problem in CASES.values():
         for launch in plan(problem, heuristic_config(problem, target or TARGETS["sm_90"]), target):
             given = [*launch.operands, *launch.scalars]

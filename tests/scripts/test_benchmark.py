@@ -202,7 +202,7 @@ def test_a_turn_on_the_cpu_times_one_run_and_not_its_input(monkeypatch: pytest.M
         return 2.0 ** next(ticks)
 
     monkeypatch.setattr(timing, "time", SimpleNamespace(sleep=log.append, perf_counter=tick))
-    seconds = cpu_turn(Recorder(log), itertools.cycle("abc"), 2)  # type: ignore[arg-type]
+    seconds = cpu_turn(Recorder(log), itertools.cycle("abc"), 2)  # type: ignore[arg-type]  # a letter is as good as a tensor
     once = ["clock", "step", "clock"]
     assert log[1:] == [("load", "a"), "step", ("load", "b"), *once, ("load", "c"), *once]
     assert seconds == [1.0, 4.0]
@@ -226,7 +226,7 @@ def test_a_turn_on_a_gpu_times_one_run_behind_another(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("synchronize"))
-    seconds = cuda_turn(Recorder(log), itertools.cycle("ab"), 2)  # type: ignore[arg-type]
+    seconds = cuda_turn(Recorder(log), itertools.cycle("ab"), 2)  # type: ignore[arg-type]  # as above
     once = ["step", "event", "step", "event"]
     assert log == [("load", "a"), *once, ("load", "b"), *once, "synchronize"]
     assert seconds == [1e-3, 4e-3]

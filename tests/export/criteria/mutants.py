@@ -108,7 +108,9 @@ def corner_pixel(y: Tensor) -> Tensor:
 
 def without_last_k_slice(weight: Tensor) -> Tensor:
     kept = weight.clone()
-    kept[(slice(None), slice(-max(1, weight.shape[1] // 16), None), *[-1] * (weight.dim() - 2))] = 0
+    last = slice(-max(1, weight.shape[1] // 16), None)
+    index: tuple[int | slice, ...] = (slice(None), last, *[-1] * (weight.dim() - 2))
+    kept[index] = 0
     return kept
 
 

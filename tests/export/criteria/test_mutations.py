@@ -72,7 +72,7 @@ def bottlenecks() -> nn.Module:
     """Behind a stem with max-pool."""
     model = CifarResNet(Bottleneck, (2, 2, 2), 10, 3)
     model.conv1 = nn.Conv2d(3, 16, 7, 2, 3, bias=False)
-    model.relu = nn.Sequential(nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+    model.add_module("relu", nn.Sequential(nn.ReLU(), nn.MaxPool2d(3, 2, 1)))
     return model
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from export import fuse
 from export.base.precision import PRECISIONS
-from export.criteria.evidence import check_evidence
+from export.criteria.evidence import Evidence, check_evidence
 from export.criteria.operators import check_operators, evaluate
 from export.fusion.nodes import FUSED_OPERATORS, duplicate, is_call, module_path, named_args
 from export.fusion.program import FusedProgram
@@ -55,13 +55,13 @@ def test_every_operator_is_checked_and_within_its_rounding(program: FusedProgram
     checks = check_operators(program, FP16, trace)
     assert checks and not checks.unchecked
     assert len(checks.checks) == 8  # 7 convolutions, two of them with a projection, and the head
-    assert all(0.5 < check.rms_z < 1.2 for check in checks.checks)
+    assert all(isinstance(check, OperatorCheck) and 0.5 < check.rms_z < 1.2 for check in checks.checks)
 
 
 def stem() -> nn.Module:
     """A convolution whose ReLU is dead over whole windows of the pool in half of the channels."""
     conv = nn.Conv2d(3, 8, 7, 2, 3)
-    conv.bias.data = torch.tensor([0.5, -1.5] * 4)  # type: ignore[union-attr]
+    conv.get_parameter("bias").data = torch.tensor([0.5, -1.5] * 4)
     return nn.Sequential(OrderedDict(conv=conv, relu=nn.ReLU(), pool=nn.MaxPool2d(3, 2, 1)))
 
 
@@ -108,7 +108,8 @@ def test_one_operator_alone_is_within_its_rounding(case: str, pictures: dict[str
         for runner in runners:
             checks = check_operators(program, p, traced(runner, images), runner.name == "onnx")
             (check,) = checks.checks
-            assert check and check.kind == case.partition(",")[0] and not checks.unchecked, check
+            assert isinstance(check, OperatorCheck) and check.kind == case.partition(",")[0] and not checks.unchecked
+            assert check, check
             if precision != "fp32":
                 assert 0.75 < check.rms_z < 1.25  # the formula is neither too strict nor too generous
 
@@ -119,6 +120,7 @@ def test_a_separate_addition_has_its_own_rounding(pictures: dict[str, Tensor]) -
     program = alone("conv2d_projection_bias_act", images)
     trace = traced(OnnxRuntimeRunner(lower_onnx(program, images, FP16, {}), FP16), images)
     separate, fused = (check_operators(program, FP16, trace, separately).checks[0] for separately in (True, False))
+    assert isinstance(separate, OperatorCheck) and isinstance(fused, OperatorCheck)
     assert separate and fused.rms_z > 1.15 * separate.rms_z
 
 
@@ -179,7 +181,7 @@ def test_evaluate_refuses_to_compare_a_value_with_itself(program: FusedProgram) 
         evaluate(program.source, "conv2d", {"conv2d": torch.zeros(1)})
 
 
-def evidence(model: nn.Module, images: Tensor):  # type: ignore[no-untyped-def]
+def evidence(model: nn.Module, images: Tensor) -> Evidence:
     with torch.no_grad():
         return check_evidence(fuse(model, images, BATCH).source, images, images, [model(images).double()])
 
@@ -187,7 +189,8 @@ def evidence(model: nn.Module, images: Tensor):  # type: ignore[no-untyped-def]
 def test_good_evidence(calibrated: dict[str, nn.Module], pictures: dict[str, Tensor]) -> None:
     found = evidence(calibrated["resnet8"], pictures["resnet8"])
     assert found, found.weaknesses
-    assert found.classes >= 3 and 0.1 < found.active_share[0] < found.active_share[1] < 0.9
+    assert found.classes is not None and found.classes >= 3
+    assert found.active_share is not None and 0.1 < found.active_share[0] < found.active_share[1] < 0.9
 
 
 def test_an_untouched_network_is_weak_evidence(pictures: dict[str, Tensor]) -> None:
@@ -206,7 +209,7 @@ def test_zeros_as_input_are_weak_evidence(calibrated: dict[str, nn.Module], pict
 def test_a_dead_layer_is_weak_evidence(pictures: dict[str, Tensor]) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5))
     model(pictures["resnet8"])
-    model[0].bias.data -= 100
+    model.get_parameter("0.bias").data.sub_(100)
     found = evidence(model.eval(), pictures["resnet8"])
     assert any(weakness.startswith("1: share of positive values after the ReLU is 0") for weakness in found.weaknesses)
 
@@ -214,7 +217,7 @@ def test_a_dead_layer_is_weak_evidence(pictures: dict[str, Tensor]) -> None:
 def test_a_vanishing_branch_is_weak_evidence(pictures: dict[str, Tensor]) -> None:
     conv = nn.Conv2d(3, 3, 1)
     conv.weight.data *= 1e-4
-    conv.bias.data *= 1e-4  # type: ignore[union-attr]
+    conv.get_parameter("bias").data.mul_(1e-4)
     model = Called(lambda x, m: (x + m.conv(x)).mean((2, 3)), conv=conv)
     found = evidence(model.eval(), pictures["resnet8"])
     assert any("rms ratio of the two summands" in weakness for weakness in found.weaknesses)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
 import pytest
 import torch
@@ -22,12 +21,15 @@ SHORTCUTS = [
 ]
 
 
+Programs = Mapping[type[nn.Module], FusedProgram]
+
+
 @pytest.fixture(scope="module")
-def programs() -> Mapping[Any, FusedProgram]:
-    return Made(lambda network: fuse(network().eval(), torch.zeros(2, 3, 32, 32), networks.BATCH))  # type: ignore[operator]
+def programs() -> Programs:
+    return Made(lambda network: fuse(network().eval(), torch.zeros(2, 3, 32, 32), networks.BATCH))
 
 
-def test_graph_of_two_heads_has_two_outputs(programs: Mapping[Any, FusedProgram]) -> None:
+def test_graph_of_two_heads_has_two_outputs(programs: Programs) -> None:
     graph = describe_graph(programs[networks.TwoHeads].master)
     assert [(n["role"], n["name"], n["kind"]) for n in graph["nodes"]] == [
         ("input", "x", ""), ("fused", "conv", "conv2d_bias_act"), ("fused", "head", "mean_linear"),
@@ -38,7 +40,7 @@ def test_graph_of_two_heads_has_two_outputs(programs: Mapping[Any, FusedProgram]
     assert graph["nodes"][1]["parts"] == ["conv", "bn", "relu"] and graph["nodes"][5]["shape"] == ["N", 2, 32, 32]
 
 
-def test_graph_names_residuals_projections_and_what_was_left(programs: Mapping[Any, FusedProgram]) -> None:
+def test_graph_names_residuals_projections_and_what_was_left(programs: Programs) -> None:
     backbone = describe_graph(programs[networks.Backbone].master)
     names = [n["name"] for n in backbone["nodes"]]
     assert [(names[e["from"]], names[e["to"]], e["role"]) for e in backbone["edges"] if e["role"]] == SHORTCUTS
@@ -51,7 +53,7 @@ def test_graph_names_residuals_projections_and_what_was_left(programs: Mapping[A
 
 
 @pytest.mark.parametrize("network", networks.ALL, ids=lambda network: network.__name__)
-def test_graph_agrees_with_the_coverage(network: type[nn.Module], programs: Mapping[Any, FusedProgram]) -> None:
+def test_graph_agrees_with_the_coverage(network: type[nn.Module], programs: Programs) -> None:
     program = programs[network]
     graph = describe_graph(program.master)
     for role, operators in (("fused", program.coverage.fused), ("left", program.coverage.left)):

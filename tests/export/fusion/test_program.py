@@ -6,6 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from export.fusion.nodes import moves_data, schema_name
 from export.fusion.program import output_names
 from export.lowering.onnx_file import lower_onnx
 from export.lowering.runners import OnnxRuntimeRunner, ProgramRunner
-from resnet.models import BasicBlock, Bottleneck, ResNet, create_model
+from resnet.models import BasicBlock, BlockFactory, Bottleneck, ResNet, create_model
 from tests.conftest import Made
 from tests.export import networks
 from tests.export.networks import BATCH, Called, assert_exact, judged
@@ -40,7 +41,7 @@ def fused(images: Tensor) -> Fused:
         model = networks.make(network, images)
         return model, fuse(model, images, BATCH)
 
-    return Made(make)  # type: ignore[arg-type]
+    return Made(make)
 
 
 @pytest.mark.parametrize("network", networks.ALL, ids=lambda network: network.__name__)
@@ -69,8 +70,8 @@ def test_coverage_names_what_was_fused_and_what_was_left(fused: Fused) -> None:
     assert reasons == ["BatchNorm not folded: the convolution's output has 2 readers"] * 2
 
 
-def small(block: Callable[..., nn.Module], *depths: int) -> Callable[[], nn.Module]:
-    return lambda: ResNet(block, depths, 10, 3)  # type: ignore[arg-type]
+def small(block: BlockFactory, *depths: int) -> Callable[[], nn.Module]:
+    return lambda: ResNet(block, depths, 10, 3)
 
 
 # what is fused at which level -> how many operators there are
@@ -145,7 +146,8 @@ def test_every_batch_size_in_the_range(size: int, images: Tensor) -> None:
 def test_the_model_is_left_as_it_was(images: Tensor) -> None:
     model = networks.make(networks.Functional, images)
     calls: list[int] = []
-    model.fc.register_forward_hook(lambda *_: calls.append(1))  # type: ignore[union-attr]
+    fc = model.get_submodule("fc")
+    fc.register_forward_hook(lambda *_: calls.append(1))
     state = model.state_dict(keep_vars=True)
     before = {name: (t.clone(), t.data_ptr(), t.stride(), t.dtype) for name, t in state.items()}
     example = images.clone()
@@ -154,7 +156,7 @@ def test_the_model_is_left_as_it_was(images: Tensor) -> None:
     for name, (value, *facts) in before.items():
         assert torch.equal(after[name], value), name
         assert [after[name].data_ptr(), after[name].stride(), after[name].dtype] == facts, name
-    assert not model.training and len(model.fc._forward_hooks) == 1 and torch.equal(example, images)  # type: ignore[arg-type]
+    assert not model.training and len(fc._forward_hooks) == 1 and torch.equal(example, images)
 
 
 def test_ambient_modes_have_no_influence(fused: Fused, images: Tensor) -> None:
@@ -166,7 +168,7 @@ def test_ambient_modes_have_no_influence(fused: Fused, images: Tensor) -> None:
         assert torch.get_default_dtype() == torch.float64
     finally:
         torch.set_default_dtype(torch.float32)
-    assert torch.equal(got, program(images))  # type: ignore[arg-type]
+    assert torch.equal(got, program(images))
 
 
 def test_nan_propagates_as_in_the_eager_model(fused: Fused, images: Tensor) -> None:
@@ -175,10 +177,12 @@ def test_nan_propagates_as_in_the_eager_model(fused: Fused, images: Tensor) -> N
     poisoned[2, 0, 5, 5] = float("nan")
     poisoned[4, 1, 7, 7] = float("inf")
     got, expected = program(poisoned), model(poisoned)
-    assert torch.equal(torch.isnan(got), torch.isnan(expected)) and bool(torch.isnan(got[2]).any())  # type: ignore[arg-type, index]
+    assert torch.equal(torch.isnan(got), torch.isnan(expected)) and bool(torch.isnan(got[2]).any())
 
 
 class Counting(nn.Module):
+    calls: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("calls", torch.zeros(()))
@@ -242,8 +246,8 @@ def test_other_arguments_are_refused(fused: Fused, images: Tensor) -> None:
 def test_batchnorm_after_an_unbatched_convolution_is_not_folded(images: Tensor) -> None:
     """Its channels are the picture's rows."""
 
-    def unbatched(x: Tensor, m: nn.Module) -> Tensor:
-        return F.batch_norm(m.conv(x[0]), m.mean, m.var)[None]  # type: ignore[operator, arg-type]
+    def unbatched(x: Tensor, m: Any) -> Tensor:
+        return F.batch_norm(m.conv(x[0]), m.mean, m.var)[None]
 
     mean, var = (nn.Parameter(value, requires_grad=False) for value in (torch.randn(32), torch.rand(32) + 0.5))
     model = Called(unbatched, conv=nn.Conv2d(3, 32, 3, padding=1), mean=mean, var=var).eval()
@@ -252,7 +256,7 @@ def test_batchnorm_after_an_unbatched_convolution_is_not_folded(images: Tensor) 
 
 def test_folded_weight_outside_the_fp16_range_is_refused() -> None:
     model = set_to("stem.1.running_var", (3,), 0.0)
-    model.get_submodule("stem.1").weight.data[3] = 1e6  # type: ignore[index, union-attr]
+    model.get_parameter("stem.1.weight").data[3] = 1e6
     program = fuse(model, EXAMPLE, BATCH)
     with pytest.raises(ExportError, match=r"stem_0_weight reaches .*expected at most 6\.55e\+04"):
         program.at(PRECISIONS["fp16"])
@@ -269,5 +273,5 @@ def test_any_layout_of_the_input_gives_the_same(fused: Fused, images: Tensor) ->
     expected = program(images)
     strided = torch.cat([images, images], dim=3)[:, :, :, : images.shape[3]]
     for x in (images.contiguous(memory_format=torch.channels_last), strided):
-        assert torch.equal(program(x), expected)  # type: ignore[arg-type]
-    assert bool(torch.isfinite(expected).all())  # type: ignore[arg-type]
+        assert torch.equal(program(x), expected)
+    assert bool(torch.isfinite(expected).all())

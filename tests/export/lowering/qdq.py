@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import onnx
@@ -83,7 +85,7 @@ class _Network:
         onnx.checker.check_model(model, full_check=True)
         return model
 
-    def _node(self, kind: str, inputs: list[str], name: str, **attributes: object) -> str:
+    def _node(self, kind: str, inputs: list[str], name: str, **attributes: Any) -> str:
         self._nodes.append(helper.make_node(kind, inputs, [name], name=name, **attributes))
         return name
 

@@ -155,7 +155,7 @@ def test_the_same_model_gives_the_same_bytes_that_take_any_batch(
 
 def computed_whole(model: nn.Module, images: Tensor, dtype: torch.dtype) -> NDArray[np.float64]:
     with torch.no_grad():
-        return copy.deepcopy(model).to(dtype)(images.to(dtype)).double().numpy()  # type: ignore[no-any-return]
+        return copy.deepcopy(model).to(dtype)(images.to(dtype)).double().numpy()
 
 
 def test_a_static_batch_is_a_fixed_shape(calibrated: dict[str, nn.Module], pictures: dict[str, Tensor]) -> None:

@@ -258,9 +258,9 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ran: list[str] = []
     ranges = calibration._ranges
 
-    def counted(*arguments: object) -> dict[str, Range]:
+    def counted(*arguments: Any) -> dict[str, Range]:
         ran.append("run")
-        return ranges(*arguments)  # type: ignore[arg-type]
+        return ranges(*arguments)
 
     monkeypatch.setattr(calibration, "_ranges", counted)
     return ran

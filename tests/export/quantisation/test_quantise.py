@@ -139,7 +139,7 @@ def test_with_all_layers_kept_the_network_is_as_it_was(in_8_bits: dict[str, q8.S
 @pytest.mark.parametrize("name", ["basic", "resnet8"])
 def test_the_network_still_computes_what_it_did(subject: q8.Subject, scheme: Scheme) -> None:
     assert_right(subject, scheme)
-    assert not torch.equal(subject.quantised[scheme](subject.images), subject.program(subject.images))  # type: ignore[arg-type]
+    assert not torch.equal(subject.quantised[scheme](subject.images), subject.program(subject.images))
 
 
 def test_the_graph_is_left_as_it_was(in_8_bits: dict[str, q8.Subject], scheme: Scheme) -> None:
@@ -193,7 +193,7 @@ def nearly_dead() -> nn.Module:
         conv1.weight[1] *= 1e-12 / conv1.weight[1].abs().max()
         conv1.weight[2:4] = 0.0
         conv1.weight[4] = 1e-30
-        conv1.bias[1:5] = torch.tensor([1.0, 0.0, 0.7, -3.0])  # type: ignore[index]
+        conv1.get_parameter("bias")[1:5] = torch.tensor([1.0, 0.0, 0.7, -3.0])
     return nn.Sequential(conv1, conv2).eval()
 
 
@@ -204,7 +204,7 @@ def test_a_bias_that_int32_could_not_hold_is_right_all_the_same(pictures: dict[s
     interpreter.values = {}
     with torch.no_grad():
         interpreter.run(x)
-        expected = copy.deepcopy(subject.model)[0].double()(x)  # type: ignore[index]
+        expected = copy.deepcopy(subject.model.get_submodule("0")).double()(x)
     y = interpreter.values[q8.layers(program)["0"].name]
     step = (expected.amax() - expected.amin()) / 255
     assert (y - expected).abs().amax() < 2 * step

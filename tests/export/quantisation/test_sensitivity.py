@@ -57,7 +57,7 @@ def test_weight_outliers_within_a_channel_cost_most(pictures: dict[str, Tensor])
     """Every filter has one tap, on what is always 0, so large that 8 bits leave nothing of the others."""
 
     def outlier(first: nn.Conv2d, middle: nn.Conv2d) -> None:
-        first.weight[0], first.bias[0] = 0.0, 0.0  # type: ignore[index]
+        first.weight[0], first.get_parameter("bias")[0] = 0.0, 0.0
         middle.weight[:, 0, 0, 0] = 200 * middle.weight.abs().amax()
 
     subject = q8.quantised(three(outlier), pictures["resnet8"])

@@ -44,7 +44,8 @@ def test_the_axis_names_the_limit_of_most() -> None:
 @settings(max_examples=50, deadline=None)
 def test_every_number_is_drawn_inside(values: list[float | None]) -> None:
     (plot,) = plots(Z, [[check("a", value, values[0]) for value in values]])
-    drawn = [*plot.grid, *(mark.x for row in plot.rows for mark in (*row.points, *row.limits))]
+    marks = [x for row in plot.rows for x in (*(p.x for p in row.points), *(line.x for line in row.limits))]
+    drawn = [*plot.grid, *marks]
     assert all(0 <= x <= 100 for x in drawn) and len(plot.grid) <= 9
     labels = sorted(line.x for line in plot.axis if line.shape == "decade")
     assert all(after - before >= 14 for before, after in itertools.pairwise(labels))
@@ -57,14 +58,12 @@ EDGES = st.lists(st.tuples(st.integers(0, 29), st.integers(1, 10), st.sampled_fr
 @settings(max_examples=60, deadline=None)
 def test_lanes_of_any_graph(found: list[tuple[int, int, str]]) -> None:
     """A lane holds one value at a time, and whatever has no lane is told in words."""
-    edges = [{"from": a, "to": a + length, "role": role} for a, length, role in dict.fromkeys(found)]
+    arrows = [(start, start + length, role) for start, length, role in dict.fromkeys(found)]
+    edges = [{"from": start, "to": end, "role": role} for start, end, role in arrows]
     drawn = boxes({"nodes": [node("fused", str(i)) for i in range(40)], "edges": edges})
-    for edge in edges:
-        box = drawn[edge["to"]]
-        told = str(edge["from"]) in box.reads.get(edge["role"], ())
-        assert told or (
-            not edge["role"] and box.follows and drawn[edge["from"]].followed and edge["from"] == edge["to"] - 1
-        )
+    for start, end, role in arrows:
+        told = str(start) in drawn[end].reads.get(role, ())
+        assert told or (not role and drawn[end].follows and drawn[start].followed and start == end - 1)
     held: dict[int, str] = {}
     for box in drawn:
         assert all(0 <= lane.index < LANES for lane in box.lanes)

@@ -304,7 +304,7 @@ def centred(model: nn.Module, head: nn.Linear, images: Tensor) -> nn.Module:
     rows: list[Tensor] = []
     with head.register_forward_hook(lambda module, args, output: rows.append(output)), torch.no_grad():
         model(images)
-        head.bias -= rows[0].mean(0)
+        head.bias.sub_(rows[0].mean(0))
     return model
 
 

@@ -41,7 +41,7 @@ class Builder:
 
     def __init__(self) -> None:
         self.asked: list[tuple[Any, ...]] = []
-        self.off = 0.0
+        self.off: float | None = 0.0
         self.during: Callable[[], object] = lambda: None
 
     def __call__(self, onnx: bytes, flavour: Flavour, precision: Any, *facts: Any) -> Engine:
@@ -260,7 +260,8 @@ def test_other_options_are_another_engine(builder: Builder, path: Path) -> None:
     build(path)
     small = EngineConfig(workspace_mib=64)
     assert build(path, small).origin == "built" and builder.asked[-1][4] == small
-    assert artefacts(open_bundle(path))[0].engine.config == small  # type: ignore[union-attr]
+    engine = artefacts(open_bundle(path))[0].engine
+    assert engine is not None and engine.config == small
     assert build(path).origin == "restored"
 
 
@@ -273,7 +274,7 @@ def test_an_engine_that_fails_is_not_put_in_place(
         build(path)
     before = tree(cache)
     summing.write(path, "second")
-    builder.off = off  # type: ignore[assignment]
+    builder.off = off
     found = build(path)
     assert not found and found.origin == "built" and found.rung.verdict not in ("", "equal")
     assert tree(cache) == before and len([*cache.iterdir()]) == existing

@@ -59,7 +59,7 @@ def test_messages(message: str) -> None:
 def test_the_table_names_what_there_is(name: str) -> None:
     owner, argument = re.split(r"[.(]", name.rstrip(")"))
     named = NAMED[owner]
-    fields = {field.name for field in dataclasses.fields(named)} if inspect.isclass(named) else ()
+    fields = {field.name for field in dataclasses.fields(named)} if dataclasses.is_dataclass(named) else ()
     assert argument in (fields or inspect.signature(named).parameters)
     assert FLAGS[name].partition(" ")[0] in known_flags("train" if owner in ("TrainingConfig", "train") else "export")
 

@@ -12,7 +12,7 @@ from kernels.configs.convolution import ConvConfig, box_of
 from kernels.configs.heuristic import heuristic_config
 from kernels.configs.targets import TARGETS, Target
 from kernels.operators.conv2d_bias_relu_maxpool import StemProblem
-from kernels.operators.conv2d_conv1x1_bias_act import BottleneckProblem, PairConfig
+from kernels.operators.conv2d_conv1x1_bias_act import BottleneckConfig, BottleneckProblem, PairConfig
 from kernels.operators.mean_linear import HeadProblem
 from kernels.problems import ConvProblem, Problem, Projection
 from tests.kernels.cases import CASES, DTYPES
@@ -25,6 +25,7 @@ def resized(problem: Problem, batch: int, size: int) -> Problem:
     """The same layer on other images: (size, size) pixels come in."""
     if isinstance(problem, HeadProblem):
         return problem.with_batch(batch)
+    assert isinstance(problem, ConvProblem | StemProblem | BottleneckProblem)
     first = replace(problem.convolution, batch=batch, height=size, width=size)
     if isinstance(problem, StemProblem):
         return StemProblem(first)
@@ -58,6 +59,7 @@ def test_every_chosen_config_is_supported_and_fits(target: Target) -> None:
         for conv, chosen in launches:
             if not isinstance(chosen, ConvConfig):
                 continue
+            assert isinstance(conv, ConvProblem)
             assert chosen.block_n < 2 * max(16, conv.gemm_n), conv
             if dtype != torch.float32:
                 assert not target.has_wgmma or (chosen.block_m >= 64 and chosen.num_warps % 4 == 0), conv
@@ -77,7 +79,7 @@ def test_boxes_and_fusion_are_chosen_where_they_can_be() -> None:
     pair = resized(CASES["bottleneck 64-identity"], 32, 56)
     for target in TARGETS.values():
         config = heuristic_config(pair, target)
-        assert not isinstance(config, PairConfig)
+        assert isinstance(config, BottleneckConfig)
         assert (config.box is not None) == target.has_tma
 
 

@@ -56,6 +56,10 @@ def test_configs_survive_json(name: str) -> None:
     assert Config.from_json(entry) == CONFIGS[name]
 
 
+def changed(field: str, value: Any) -> Problem:
+    return replace(SMALL, **{field: value})
+
+
 def test_a_problem_has_a_key_of_its_own() -> None:
     changes: list[dict[str, Any]] = [{"groups": 2}, {"relu": False}, {"has_residual": False}]
     changes += [{field: getattr(SMALL, field) + 1} for field in ("batch", "c_in", "height", "width", "c_out")]

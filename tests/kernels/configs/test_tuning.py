@@ -17,7 +17,7 @@ from kernels.problems import ConvProblem, Problem
 
 FIRST = ConvProblem(32, 64, 56, 56, 64, (3, 3), padding=(1, 1), relu=True)
 BOTTLENECK = BottleneckProblem(FIRST, 256, has_residual=True, relu=True)
-PROBLEMS = {
+PROBLEMS: dict[str, Problem] = {
     "conv": FIRST,
     "batch-1": dataclasses.replace(FIRST, batch=1, c_in=512, c_out=512, height=7, width=7),
     "bottleneck": BOTTLENECK,
@@ -49,6 +49,7 @@ def test_the_search_finds_the_fastest() -> None:
     goal = ConvConfig(64, 32, 32, 8, 2)
 
     def measure(problem: Problem, config: Config) -> float:
+        assert isinstance(config, ConvConfig)
         sides = ("block_m", "block_n", "block_k", "num_warps", "num_stages")
         steps = [abs(math.log2(getattr(config, side) / getattr(goal, side))) for side in sides]
         return 1 + sum(steps) + (config.box != goal.box)

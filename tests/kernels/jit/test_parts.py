@@ -1,5 +1,8 @@
 """What the kernels share: block orders, boxes and addresses, on their own."""
 
+# mypy: allow-untyped-defs
+# What a kernel is called with is given types by Triton.
+
 import ast
 from pathlib import Path
 

@@ -161,7 +161,7 @@ def test_the_operator_its_fake_and_the_launcher_refuse_alike(operator: str, name
 
 @pytest.mark.parametrize("operator", PROBLEMS)
 def test_another_device_is_refused(operator: str) -> None:
-    weight = call_of(operator).weight
+    weight = call_of(operator).tensors()["weight"]
     elsewhere = torch.empty_strided(weight.shape, weight.stride(), device="meta")
     with pytest.raises(ValueError, match="weight is on meta, expected cpu"):
         faked(call_of(operator, weight=elsewhere))

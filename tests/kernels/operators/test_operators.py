@@ -19,7 +19,7 @@ from kernels.operators.conv2d_projection_bias_act import conv2d_projection_bias_
 from kernels.operators.mean_linear import HeadProblem, mean_linear
 from kernels.operators.registry import OPERATORS, Arguments
 from kernels.oracle import make_inputs, oracle, p1_failures
-from kernels.problems import Problem
+from kernels.problems import ConvProblem, Problem
 from kernels.rounding import MAX_Z
 from tests.kernels.cases import CASES, DTYPES, ODD_CASES, ONE_OF_EACH, SMALL
 from tests.kernels.launching import same
@@ -78,19 +78,20 @@ def test_operator_on_a_gpu_equals_the_oracle(name: str, dtype: str) -> None:
 
 def plain_composition(problem: Problem, inputs: Arguments[Tensor]) -> Tensor:
     """The operator in torch's own words, in the dtype of the inputs."""
-    i = inputs
+    i = inputs.tensors()
     if isinstance(problem, HeadProblem):
-        return F.linear(F.adaptive_avg_pool2d(i.x, 1).flatten(1), i.weight, i.bias)
+        return F.linear(F.adaptive_avg_pool2d(i["x"], 1).flatten(1), i["weight"], i["bias"])
+    assert isinstance(problem, ConvProblem | StemProblem | BottleneckProblem)
     conv = problem.convolution
-    y = F.conv2d(i.x, i.weight, i.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    y = F.conv2d(i["x"], i["weight"], i["bias"], conv.stride, conv.padding, conv.dilation, conv.groups)
     if isinstance(problem, StemProblem):
         return F.max_pool2d(F.relu(y), 3, 2, 1)
     if isinstance(problem, BottleneckProblem):
-        y = F.conv2d(F.relu(y), i.expand_weight, i.expand_bias)
+        y = F.conv2d(F.relu(y), i["expand_weight"], i["expand_bias"])
     if problem.has_residual:
-        y = y + (i.shortcut if isinstance(problem, BottleneckProblem) else i.residual)
+        y = y + (i["shortcut"] if isinstance(problem, BottleneckProblem) else i["residual"])
     if problem.projection:
-        y = y + F.conv2d(i.shortcut, i.shortcut_weight, stride=problem.projection.stride)
+        y = y + F.conv2d(i["shortcut"], i["shortcut_weight"], stride=problem.projection.stride)
     return F.relu(y) if problem.relu else y
 
 
@@ -120,7 +121,8 @@ def test_the_public_function_takes_hyperparameters_by_name(name: str) -> None:
 
 def test_defaults() -> None:
     inputs = make_inputs(replace(SMALL, padding=(0, 0), has_residual=False, relu=False))
-    assert torch.equal(conv2d_bias_act(inputs.x, inputs.weight, inputs.bias), run(inputs))
+    x, weight, bias = inputs.tensors().values()
+    assert torch.equal(conv2d_bias_act(x, weight, bias), run(inputs))
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
@@ -142,6 +144,17 @@ def test_opcheck(name: str) -> None:
 class EveryOperator(nn.Module):
     """A small network of all five operators, weights as buffers."""
 
+    stem: Tensor
+    conv: Tensor
+    expand: Tensor
+    identity: Tensor
+    project: Tensor
+    back: Tensor
+    head: Tensor
+    bias_5: Tensor
+    bias_8: Tensor
+    bias_16: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
@@ -156,7 +169,8 @@ class EveryOperator(nn.Module):
             self.register_buffer(f"bias_{size}", torch.randn(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        b8, b16, same = self.bias_8, self.bias_16, {"padding": (1, 1), "relu": True}
+        same: dict[str, Any] = {"padding": (1, 1), "relu": True}
+        b8, b16 = self.bias_8, self.bias_16
         a = conv2d_bias_relu_maxpool(x, self.stem, b8, padding=(1, 1))
         b = conv2d_bias_act(a, self.conv, b8, **same)
         c = conv2d_bias_act(b, self.conv, b8, a, **same)
@@ -209,7 +223,7 @@ def test_compile_keeps_the_operators() -> None:
 def test_gradients_are_refused_and_never_wrong(name: str) -> None:
     inputs = make_inputs(ONE_OF_EACH[name].with_dtype(torch.float32))
     expected = run(inputs)
-    inputs.weight.requires_grad_()
+    inputs.tensors()["weight"].requires_grad_()
     y = run(inputs)
     assert torch.equal(y, expected)
     with pytest.raises(RuntimeError, match=inputs.operator):

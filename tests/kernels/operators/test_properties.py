@@ -16,7 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels.launch
 from kernels.configs.config import Config
+from kernels.configs.convolution import ConvConfig
 from kernels.launch import target_of
+from kernels.operators.conv2d_conv1x1_bias_act import BottleneckConfig
 from kernels.operators.registry import OPERATORS as OPERATOR_ARGUMENTS
 from kernels.operators.registry import Arguments
 from kernels.oracle import make_inputs, oracle, p1_failures
@@ -46,13 +48,13 @@ MANY_VALUES = 64
 Inputs = Arguments[Tensor]
 
 
-def operator(problem: Problem, inputs: Inputs) -> Tensor:
+def operator(problem: Problem | None, inputs: Inputs) -> Tensor:
     y: Tensor = getattr(torch.ops.resnet_deploy, inputs.operator)(*inputs.values())
     return y
 
 
 def quick_launch(problem: Problem, inputs: Inputs) -> Tensor:
-    return launch(problem, inputs, on_device(quick_config(problem), inputs.x.device))
+    return launch(problem, inputs, on_device(quick_config(problem), inputs.tensors()["x"].device))
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def test_the_kernels_equal_the_oracle_under_every_configuration(
     check_configuration(problem, data.draw(configs(problem)), data.draw(st.sampled_from(POISONS)), device)
 
 
-BOXED: dict[str, Callable[..., st.SearchStrategy[Config]]] = {
+BOXED: dict[str, Callable[..., st.SearchStrategy[ConvConfig | BottleneckConfig]]] = {
     "conv2d_bias_act": conv_configs,
     "conv2d_projection_bias_act": conv_configs,
     "conv2d_conv1x1_bias_act": bottleneck_configs,
@@ -227,7 +229,7 @@ def test_a_call_with_another_argument_is_right_or_refused(name: str, device: tor
     y, faked = outcome(lambda: operator(None, call)), outcome(lambda: fake(call))
     if isinstance(y, str):
         assert faked == y
-        if call.x.dtype in KERNEL_DTYPES:
+        if call.tensors()["x"].dtype in KERNEL_DTYPES:
             assert outcome(lambda: kernels.launch.run(call.operator, *call.values())) == y
         return
     problem = call.problem()
@@ -248,10 +250,10 @@ def dense(tensor: Tensor) -> Tensor:
 
 def with_zero_channel(problem: Problem, inputs: Inputs) -> tuple[Problem, Inputs]:
     """One more channel of x, full of zeros, whose weights are large."""
-    n, _, height, width = inputs.x.shape
-    x = torch.cat([inputs.x, inputs.x.new_zeros(n, 1, height, width)], 1)
-    weight = torch.cat([inputs.weight, torch.full_like(inputs.weight[:, :1], 1e4)], 1)
-    wider = replace(inputs, x=dense(x), weight=dense(weight))
+    x, weight = (inputs.tensors()[name] for name in ("x", "weight"))
+    x = torch.cat([x, torch.zeros_like(x[:, :1])], 1)
+    weight = torch.cat([weight, torch.full_like(weight[:, :1], 1e4)], 1)
+    wider = replace(inputs, **{"x": dense(x), "weight": dense(weight)})
     return wider.problem(), wider
 
 

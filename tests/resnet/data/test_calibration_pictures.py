@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +35,9 @@ def names(inputs: PictureInputs, root: Path) -> list[str]:
     return [str(path.relative_to(root)) for path in inputs.pictures]
 
 
-def refusal(source: Path | str, **arguments: object) -> str:
+def refusal(source: Path | str, measured: Collection[Path] = ()) -> str:
     with pytest.raises(DataError) as caught:
-        open_calibration(str(source), PLAIN, **arguments)  # type: ignore[arg-type]
+        open_calibration(str(source), PLAIN, measured)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from tests.export.networks import Called, fuse_exactly, kinds, reason
 IMAGES = torch.randn(4, 3, 33, 30, generator=torch.Generator().manual_seed(0))
 
 
-def stem(pool: nn.Module, **conv: int) -> nn.Module:
+def stem(pool: nn.Module, **conv: Any) -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 6, 3, **conv), nn.BatchNorm2d(6), nn.ReLU(), pool)
 
 

@@ -87,6 +87,11 @@ def a_link(bundle: Path) -> None:
     (bundle / "b.bin").symlink_to(bundle.parent / "b.bin")
 
 
+def a_folder(bundle: Path) -> None:
+    (bundle / "sub").mkdir()
+    (bundle / "sub" / "c").touch()
+
+
 def flip(path: Path) -> None:
     content = path.read_bytes()
     path.write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
@@ -96,7 +101,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "a changed file": (lambda b: (b / "a.bin").write_bytes(b"x" * 100), "Hash mismatch for 'a.bin'"),
     "a changed manifest": (lambda b: flip(b / "manifest.json"), "Hash mismatch for 'manifest.json'"),
     "an added file": (lambda b: (b / "c.bin").touch(), "Extra files found .*c.bin"),
-    "an added folder with a file": (lambda b: ((b / "sub").mkdir(), (b / "sub" / "c").touch()), "Extra files .*sub/c"),
+    "an added folder with a file": (a_folder, "Extra files .*sub/c"),
     "a removed file": (lambda b: (b / "b.bin").unlink(), "Missing files .*b.bin"),
     "a link to the same": (a_link, "b.bin"),
     "files exchanged": (

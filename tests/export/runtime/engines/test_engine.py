@@ -213,7 +213,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     package = SimpleNamespace(**{name: getattr(real, name) for name in dir(real)})
     package.Runtime = type("Runtime", (Inspected,), {"kernels": kernels("Int8")})
 
-    class Builder(real.Builder):  # type: ignore[name-defined, misc]
+    class Builder(real.Builder):  # type: ignore[name-defined]  # of a module that is known at run time only
         def create_builder_config(self) -> Any:
             package.seen = super().create_builder_config()
             return package.seen

@@ -64,7 +64,8 @@ DOCTORED = {
 @pytest.mark.parametrize("case", DOCTORED)
 def test_a_quantised_network_with_one_float_layer_is_refused(case: str, layer: str, trt: Any) -> None:
     argument, reason = DOCTORED[case]
-    content = qdq.network(**{argument: layer})
+    doctored: dict[str, Any] = {argument: layer}
+    content = qdq.network(**doctored)
     for kept in (frozenset(), frozenset({"fc", "stage1.conv1", "stage1.conv2"} - {layer})):
         with pytest.raises(ExportError, match="would"):
             prove(trt, content, INT8, kept)

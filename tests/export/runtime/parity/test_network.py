@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from export.runtime.parity.network import compare, relative_error
+from export.runtime.parity.network import NetworkCheck, compare, relative_error
 
 U = 2.0**-11
 FLOOR = 0.41 * U
@@ -29,7 +29,7 @@ def eager(oracle: NDArray[np.float64]) -> NDArray[np.float64]:
     return oracle + np.random.default_rng(1).normal(size=oracle.shape) * 1e-3
 
 
-def check(candidate: NDArray, eager: NDArray, oracle: NDArray):  # type: ignore[no-untyped-def]
+def check(candidate: NDArray, eager: NDArray, oracle: NDArray) -> NetworkCheck:
     return compare({"y": candidate}, [{"y": eager}], {"y": oracle}, K, FLOOR)["y"]
 
 
