@@ -81,6 +81,10 @@ def test_every_flipped_bit_is_noticed_and_the_file_named(bundle: Path, name: str
     read_verified(bundle)
 
 
+def a_link(bundle: Path) -> None:
+    (bundle / MANIFEST).symlink_to((bundle / MANIFEST).rename(bundle.parent / "m"))
+
+
 TAMPERED: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing file": (lambda b: (b / "a.bin").unlink(), "a.bin: missing"),
     "unlisted file": (lambda b: (b / "evil.so").write_bytes(b""), "evil.so: not listed"),
@@ -90,11 +94,7 @@ TAMPERED: dict[str, tuple[Callable[[Path], object], str]] = {
     "link": (lambda b: ((b / "b.bin").unlink(), (b / "b.bin").symlink_to("a.bin")), "b.bin: expected a plain file"),
     "folder": (lambda b: (b / "sub").mkdir(), "sub: expected a plain file"),
     "no manifest": (lambda b: (b / MANIFEST).unlink(), "expected a bundle"),
-    "manifest a link": (
-        lambda b: ((b / MANIFEST).rename(b.parent / "m"), (b / MANIFEST).symlink_to(b.parent / "m")),
-        "expected a bundle",
-    ),
-    "empty manifest": (lambda b: (b / MANIFEST).write_bytes(b""), "changed since it was written"),
+    "manifest a link": (a_link, "expected a bundle"),
     "manifest of another kind": (lambda b: (b / MANIFEST).write_text("[1, 2]"), "changed since it was written"),
     "nested manifest": (lambda b: (b / MANIFEST).write_text("[" * 100_000), "changed since it was written"),
 }
@@ -120,13 +120,10 @@ def test_a_manifest_cannot_name_a_file_outside(tmp_path: Path, name: str) -> Non
         read_verified(folder)
 
 
-FOREIGN: dict[str, tuple[dict[str, str], str]] = {
-    "no manifest": ({"photo.jpg": "dear"}, "is not a bundle"),
-    "a manifest of something else": (
-        {MANIFEST: '{"name": "my browser extension", "files": []}', "src.js": "mine"},
-        "is not a bundle",
-    ),
-    "a manifest that is no JSON": ({MANIFEST: "hello"}, "is not a bundle"),
+FOREIGN: dict[str, dict[str, str]] = {
+    "no manifest": {"photo.jpg": "dear"},
+    "a manifest of something else": {MANIFEST: '{"name": "my extension", "files": []}', "src.js": "mine"},
+    "a manifest that is no JSON": {MANIFEST: "hello"},
 }
 
 
@@ -134,7 +131,7 @@ FOREIGN: dict[str, tuple[dict[str, str], str]] = {
 @pytest.mark.parametrize("when", ["before", "during"])
 def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path, case: str, when: str) -> None:
     """Nor one that appears during the export."""
-    (contents, message), output = FOREIGN[case], tmp_path / "mine"
+    contents, output = FOREIGN[case], tmp_path / "mine"
 
     def appear() -> None:
         output.mkdir()
@@ -143,7 +140,7 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path, case: str,
 
     if when == "before":
         appear()
-    with pytest.raises(ExportError, match=message), staged(output) as staging:
+    with pytest.raises(ExportError, match="is not a bundle"), staged(output) as staging:
         if when == "during":
             appear()
         publish(staging, output, NEW, {})
@@ -160,8 +157,3 @@ def test_what_is_the_users_is_never_replaced(bundle: Path, tmp_path: Path) -> No
         with pytest.raises(ExportError, match=message):
             write(output, NEW)
     assert (tmp_path / "file").read_bytes() == b"dear"
-
-
-def test_the_manifest_is_readable(bundle: Path) -> None:
-    manifest = json.loads((bundle / MANIFEST).read_text())
-    assert manifest["files"]["b.bin"]["bytes"] == 1
