@@ -72,6 +72,15 @@ def test_external_data_is_refused(
             pass
 
 
+@pytest.mark.parametrize("name", ["a/b", "a\x00b", "x" * 300, "a\nb"])
+def test_names_are_names_in_the_folder(name: str, bundle: Path, tmp_path: Path) -> None:
+    changed = copied(bundle, tmp_path)
+    forge(changed, lambda manifest: manifest["files"].update({name: {"bytes": 0, "sha256": "0" * 64}}))
+    with pytest.raises(ExportError) as error:
+        open_bundle(changed)
+    assert len(str(error.value).splitlines()) == 1 and repr(name)[1:-1] in str(error.value)
+
+
 FORGED: dict[str, Callable[[dict[str, Any]], object]] = {
     "batch of 1.5": lambda m: m["batch"].update(min=1.5),
     "batch of 4.5": lambda m: m["batch"].update(max=4.5),
@@ -86,8 +95,6 @@ FORGED: dict[str, Callable[[dict[str, Any]], object]] = {
     "format": lambda m: m.update(format="2\n3"),
     "size of pictures": lambda m: m["model"]["preprocessing"].update(resize=[10**30, 10**30]),
     "plan elsewhere": lambda m: m.update(engines={"/tmp/x.engine": {"flavour": "tensorrt-rtx", "version": "1"}}),
-    "a long name": lambda m: m["files"].update({"x" * 300: {"bytes": 0, "sha256": "0" * 64}}),
-    "a name of two lines": lambda m: m["files"].update({"a\nb": {"bytes": 0, "sha256": "0" * 64}}),
     "nested": lambda m: m.update(more=nested(980)),
 }  # fmt: skip
 
