@@ -31,6 +31,7 @@ CLASSES = [str(digit) for digit in range(10)]
 METADATA = {"preprocessing": PREPROCESSING.to_json(), "classes": CLASSES}
 EXAMPLE = torch.zeros(1, 1, 16, 16)
 BATCH = Batch(1, 4, 8)
+Change = Callable[[dict[str, Any], dict[str, bytes]], None]  # of a manifest and the files of a bundle
 
 
 def held_out() -> LabelledInputs:
@@ -68,7 +69,7 @@ def write(program: FusedProgram, output: Path, precision: str = "fp32", metadata
     return output
 
 
-def rewrite(bundle: Path, output: Path, change: Callable[[dict[str, Any], dict[str, bytes]], None]) -> Path:
+def rewrite(bundle: Path, output: Path, change: Change) -> Path:
     """A copy that is whole, but whose manifest and files were changed before they were written."""
     manifest, files = read_verified(bundle)
     change(manifest, files)
@@ -77,7 +78,17 @@ def rewrite(bundle: Path, output: Path, change: Callable[[dict[str, Any], dict[s
     return output
 
 
-def change_onnx(change: Callable[[onnx.ModelProto], None]) -> Callable[[dict[str, Any], dict[str, bytes]], None]:
+def add_engine(file: str, flavour: str, version: str, plan: bytes = b"no plan") -> Change:
+    """For `rewrite`: the bundle has, and its manifest lists, an engine that never ran."""
+    facts = {"flavour": flavour, "version": version, "convolutions": 21, "build_seconds": 1.0, "gpu": None}
+
+    def add(manifest: dict[str, Any], files: dict[str, bytes]) -> None:
+        manifest["engines"][file], files[file] = facts, plan
+
+    return add
+
+
+def change_onnx(change: Callable[[onnx.ModelProto], None]) -> Change:
     """For `rewrite`."""
 
     def rewritten(manifest: dict[str, Any], files: dict[str, bytes]) -> None:

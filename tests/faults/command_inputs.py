@@ -152,7 +152,8 @@ def values_for(generator: random.Random, action: argparse.Action) -> list[str]:
     if generator.random() < 0.05:
         count = generator.randrange(3)
     pools = [good_values(action)] * 4
-    pools.append(FILES if writes(action) else (*FILES, *VALUES))
+    writes = "output" in action.dest or "cache" in action.dest
+    pools.append(FILES if writes else (*FILES, *VALUES))
     return [str(generator.choice(generator.choice(pools))) for _ in range(count)]
 
 
@@ -166,10 +167,6 @@ def good_values(action: argparse.Action) -> tuple[Any, ...]:
     return ("0", "1", "2", "8") if action.type in (int, float) else FILES
 
 
-def writes(action: argparse.Action) -> bool:
-    return any(word in action.dest for word in ("output", "cache"))
-
-
 def make_files(source: Path, folder: Path) -> None:
     shutil.copytree(source, folder / "bundle")
     a_picture(folder / "picture.png")
@@ -178,7 +175,7 @@ def make_files(source: Path, folder: Path) -> None:
     safetensors.torch.save_file(state, folder / "weights.safetensors")
     torch.save(state, folder / "weights.pt")
     (folder / "text").write_text("not what you think")
-    (folder / "empty").touch()
-    (folder / "empty.pt").touch()
+    for name in ("empty", "empty.pt"):
+        (folder / name).touch()
     (folder / "link").symlink_to("nowhere")
     os.mkfifo(folder / "pipe")

@@ -42,14 +42,11 @@ def images() -> Tensor:
 @pytest.fixture(scope="session")
 def resnet8(images: Tensor) -> nn.Module:
     """Seeded, with calibrated BatchNorm; tests copy what they change."""
-    model = create_model("resnet8")
-    return initialise(model, crops(photographs(), 16, 3, (SIZE, SIZE), seed=1)).eval()
+    return initialise(create_model("resnet8"), crops(photographs(), 16, 3, (SIZE, SIZE), seed=1)).eval()
 
 
 @pytest.fixture(scope="session")
-def export_again(
-    resnet8: nn.Module, images: Tensor, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[Path], None]:
+def export_again(resnet8: nn.Module, images: Tensor) -> Callable[[Path], None]:
     """`export_bundle` of `resnet8` into a folder, with everything but the computing, which is done once, here.
 
     A forked child may call it: threads, which computing needs, are not forked.
@@ -66,22 +63,20 @@ def export_again(
 
     slow = ("check_model", "fuse", "floating_forms", "_compare", "describe_graph", "render")
     replacements = {name: once(name, getattr(pipeline, name)) for name in slow}
-    example = torch.zeros(1, 3, SIZE, SIZE)
 
     def export(output: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
             for name, function in replacements.items():
                 patch.setattr(pipeline, name, function)
-            result = export_bundle(resnet8, example, output, CONFIG, images=images, metadata=METADATA)
+            result = export_bundle(resnet8, images[:1], output, CONFIG, images=images, metadata=METADATA)
         assert result, result.report.verdict
 
-    export(tmp_path_factory.mktemp("first") / "bundle")
     return export
 
 
 @pytest.fixture(scope="session")
 def bundle(export_again: Callable[[Path], None], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real bundle; tests copy what they change."""
+    """A real bundle, exported before `export_again` is used elsewhere; tests copy what they change."""
     output = tmp_path_factory.mktemp("exported") / "bundle"
     export_again(output)
     return output

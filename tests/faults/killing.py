@@ -76,7 +76,7 @@ def kills(function: Callable[[], object], check: Check) -> int:
         How many kills there were. Skips the test where the system does not allow tracing.
     """
     count = 0
-    while (moment := _run_until(function, count + 1)) is not None:
+    while (moment := run_until(function, count + 1)) is not None:
         count += 1
         check(f"kill {count}, {moment}")
     assert count, "the function took no steps"
@@ -102,18 +102,11 @@ def unflushed(function: Callable[[], object]) -> list[str]:
     return found
 
 
-def kill_once(function: Callable[[], object], moment: int) -> str:
-    """Kill `function` at one moment, counted from 1; a description of it. It must not end before."""
-    killed = _run_until(function, moment)
-    assert killed is not None, f"the function ended before moment {moment}"
-    return killed
-
-
 def random_kills(function: Callable[[], object], check: Check, times: int, seed: int = 0) -> int:
     """Kill `function` `times` times, each at a moment between its start and its end; as `kills` otherwise."""
     generator = random.Random(seed)
     started = time.monotonic()
-    _wait_for_success(_fork(function))
+    _check_ended(os.waitpid(_fork(function), 0)[1])
     seconds = time.monotonic() - started
     check("no kill")
     killed = 0
@@ -132,21 +125,20 @@ def random_kills(function: Callable[[], object], check: Check, times: int, seed:
     return killed
 
 
-def _run_until(function: Callable[[], object], last: int) -> str | None:
-    """Run `function` in a traced child and kill it at moment `last`; what that was, or None where it ended before."""
+def run_until(function: Callable[[], object], last: int) -> str | None:
+    """Kill `function` at moment `last`, counted from 1; what that was, or None where it ended before."""
     seen = 0
     with _traced(function) as child:
         for name, arguments in _entries(child):
             if not _is_step(child, name, arguments):
                 continue
-            seen += 1
-            if seen == last:
+            halves = name in ("write", "pwrite64")
+            seen += 1 + halves
+            if halves and seen == last:
+                _write_half(child, arguments)
+                return f"half-way through {name} of {arguments[2]} bytes"
+            if seen >= last:
                 return f"before {name}"
-            if name in ("write", "pwrite64"):
-                seen += 1
-                if seen == last:
-                    _write_half(child, arguments)
-                    return f"half-way through {name} of {arguments[2]} bytes"
     return None
 
 
@@ -195,7 +187,7 @@ def _entries(child: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         _request(_SYSCALL, child, 0, deliver)
         _, status = os.waitpid(child, 0)
         if not os.WIFSTOPPED(status):
-            assert status == 0, f"the function failed in the child (wait status {status}), which says why on stderr"
+            _check_ended(status)
             return
         deliver = 0
         if os.WSTOPSIG(status) != _SYSCALL_STOP:
@@ -228,10 +220,8 @@ def _write_half(child: int, arguments: tuple[int, ...]) -> None:
         content = os.pread(memory.fileno(), size // 2, address)
     position = int(Path(f"/proc/{child}/fdinfo/{descriptor}").read_text().split()[1])
     target = os.open(f"/proc/{child}/fd/{descriptor}", os.O_WRONLY)
-    try:
-        os.pwrite(target, content, position)
-    finally:
-        os.close(target)
+    os.pwrite(target, content, position)
+    os.close(target)
 
 
 def _text(child: int, address: int) -> str:
@@ -240,8 +230,7 @@ def _text(child: int, address: int) -> str:
         return os.pread(memory.fileno(), 4096, address).partition(b"\0")[0].decode()
 
 
-def _wait_for_success(child: int) -> None:
-    _, status = os.waitpid(child, 0)
+def _check_ended(status: int) -> None:
     assert status == 0, f"the function failed in the child (wait status {status}), which says why on stderr"
 
 

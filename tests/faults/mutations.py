@@ -41,13 +41,9 @@ def places(value: Any) -> Iterator[tuple[Any, Any]]:
         yield from places(inner)
 
 
+@deep_recursion()
 def damaged_json(generator: random.Random, value: Any) -> Any:
     """A copy with one to three things replaced, removed, renamed, doubled or nested."""
-    with deep_recursion():
-        return _damaged(generator, value)
-
-
-def _damaged(generator: random.Random, value: Any) -> Any:
     value = copy.deepcopy(value)
     for _ in range(generator.choice((1, 1, 1, 2, 3))):
         found = list(places(value))
@@ -158,12 +154,8 @@ def _external(generator: random.Random, model: onnx.ModelProto) -> None:
     tensor = _tensor(generator, model)
     tensor.ClearField("raw_data")
     tensor.data_location = onnx.TensorProto.EXTERNAL
-    for key, value in (
-        ("location", generator.choice(_FILES)),
-        ("offset", str(generator.choice(_SIZES))),
-        ("length", str(generator.choice(_SIZES))),
-    ):
-        tensor.external_data.add(key=key, value=value)
+    for key, values in (("location", _FILES), ("offset", _SIZES), ("length", _SIZES)):
+        tensor.external_data.add(key=key, value=str(generator.choice(values)))
 
 
 def _dimensions(generator: random.Random, model: onnx.ModelProto) -> None:
@@ -196,21 +188,10 @@ def _input_shape(generator: random.Random, model: onnx.ModelProto) -> None:
         generator.choice(dims).dim_value = generator.choice(_SIZES)
 
 
-def _replace_weights(generator: random.Random, model: onnx.ModelProto) -> None:
-    tensor = _tensor(generator, model)
-    tensor.raw_data = damaged_bytes(generator, tensor.raw_data)
-
-
 _DAMAGES: tuple[Callable[[random.Random, onnx.ModelProto], object], ...] = (
-    _external,
-    _external,
-    _dimensions,
-    _dimensions,
-    _attribute,
-    _attribute,
-    _attribute,
+    *[_external, _dimensions, _attribute] * 2,
+    lambda g, m: setattr(t := _tensor(g, m), "raw_data", damaged_bytes(g, t.raw_data)),
     _input_shape,
-    _replace_weights,
     lambda g, m: setattr(_node(g, m), "op_type", g.choice(("", "Evil", "Loop", "If", "Softmax", "Gemm", "Cast"))),
     lambda g, m: setattr(_node(g, m), "domain", g.choice(("com.microsoft", "evil", "ai.onnx.ml", "ai.onnx.training"))),
     lambda g, m: _node(g, m).input.append(g.choice(("nowhere", "", "input", _node(g, m).output[0]))),

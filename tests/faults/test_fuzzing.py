@@ -66,8 +66,3 @@ def waits(folder: Path) -> Callable[[int], str]:
 
 def test_one_that_waits_for_ever_is_seen() -> None:
     assert fuzz(waits, 1, clock=1).faults == ["input 0: still waiting after 1 s"]
-
-
-def test_without_misdeeds_there_are_no_faults() -> None:
-    outcome = fuzz(misbehave, 2)
-    assert outcome.words == {"fine": 2} and not outcome.faults

@@ -1,11 +1,10 @@
-"""What nobody may do through a file, a name or a server."""
+"""What nobody may do through a file or a name; servers are in tests/resnet/test_pretrained.py."""
 
 from __future__ import annotations
 
 import ast
 import os
 import re
-import socket
 import stat
 import sys
 from collections.abc import Callable
@@ -21,11 +20,8 @@ from export import ExportError
 from export.base.private_cache import private_folder
 from export.runtime.artefacts import artefacts, running
 from export.runtime.bundle.contents import open_bundle
-from export.runtime.bundle.folder import MANIFEST
 from export.runtime.bundle.golden import GOLDEN_FILE
 from export.runtime.onnx_session import ONNX_FILE, open_file
-from resnet import pretrained
-from resnet.pretrained import PUBLISHED, DownloadError, PublishedFile, download
 from tests import children
 from tests.faults.bundle_inputs import a_picture, class_folders, copied, forge, replace, run, script
 from tests.faults.mutations import nested
@@ -59,10 +55,7 @@ def test_external_data_is_refused(
     monkeypatch.chdir(tmp_path)
     location = {"beside": GOLDEN_FILE, "current folder": "secret", "above": "../secret"}
     external = {"location": location.get(place, str(tmp_path / "secret")), "length": str(len(tensor.raw_data))}
-    if place == "above":
-        (tmp_path / "inside").mkdir()
-        monkeypatch.chdir(tmp_path / "inside")
-    if place == "beside":
+    if place in ("beside", "above"):
         monkeypatch.chdir(changed)
     tensor.ClearField("raw_data")
     tensor.data_location = onnx.TensorProto.EXTERNAL
@@ -79,21 +72,7 @@ def test_external_data_is_refused(
             pass
 
 
-def imports_and_calls(path: Path) -> set[str]:
-    """Every dotted name that a file imports or calls."""
-    tree = ast.parse(path.read_text())
-    names = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
-
-
-@pytest.mark.parametrize(
-    "name", ["../secret", "/etc/hostname", "a/b", "..", ".", "", MANIFEST, "a\x00b", "x" * 300, "a\nb"]
-)
+@pytest.mark.parametrize("name", ["a/b", "a\x00b", "x" * 300, "a\nb"])
 def test_names_are_names_in_the_folder(name: str, bundle: Path, tmp_path: Path) -> None:
     changed = copied(bundle, tmp_path)
     forge(changed, lambda manifest: manifest["files"].update({name: {"bytes": 0, "sha256": "0" * 64}}))
@@ -132,20 +111,6 @@ def test_a_forged_manifest_is_refused_by_every_script(case: str, bundle: Path, t
     run(script("verify"), [str(changed)])
 
 
-@pytest.mark.parametrize(
-    "address",
-    ["https://download.pytorch.org@evil.example/x", "https://download.pytorch.org:8443/x", "file:///etc/passwd"],
-)
-def test_nothing_is_asked_of_other_addresses(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More of them, redirects, lengths and hashes are in tests/resnet/test_pretrained.py, with a server that lies."""
-    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: pytest.fail("connected"))
-    monkeypatch.setattr(pretrained, "PUBLISHED", {"resnet18": PublishedFile(address, "0" * 64, 10)})
-    with pytest.raises(DownloadError, match=r"expected https://download\.pytorch\.org"):
-        download("resnet18", tmp_path / "cache")
-    assert not [path for path in (tmp_path / "cache").iterdir() if path.name.endswith(".pth")]
-    assert all(10**7 < file.max_bytes < 10**9 for file in PUBLISHED.values())
-
-
 def test_caches_are_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = private_folder("engines")
@@ -155,13 +120,10 @@ def test_caches_are_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         with pytest.raises(ExportError, match=r"is not private to this user \(expected mode 0700\)"):
             private_folder("engines")
     folder.chmod(0o700)
-    monkeypatch.setattr(os, "getuid", lambda: 12345)
-    with pytest.raises(ExportError, match="is not private to this user"):
+    with monkeypatch.context() as other, pytest.raises(ExportError, match="is not private to this user"):
+        other.setattr(os, "getuid", lambda: 12345)
         private_folder("engines")
-    monkeypatch.undo()
-    folder.rename(tmp_path / "elsewhere")
-    folder.symlink_to(tmp_path / "elsewhere")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder.symlink_to(folder.rename(tmp_path / "elsewhere"))
     with pytest.raises(ExportError, match="is not private to this user"):
         private_folder("engines")
 
@@ -186,9 +148,14 @@ FORBIDDEN = {"os.system", "os.popen", "eval", "exec", "pickle.loads", "subproces
 def test_no_hub_no_shell_and_arguments_as_lists() -> None:
     started = 0
     for path in SOURCES:
-        names = imports_and_calls(path)
+        nodes = [*ast.walk(ast.parse(path.read_text()))]
+        calls = [node for node in nodes if isinstance(node, ast.Call)]
+        names = {ast.unparse(call.func) for call in calls}
+        names |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        imports = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+        names |= {f"{node.module}.{alias.name}" for node in imports for alias in node.names}
         assert not names & FORBIDDEN and not [n for n in names if ".hub" in n or n.startswith("hub")], path
-        for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+        for call in calls:
             assert "shell" not in {keyword.arg for keyword in call.keywords}, f"{path}: {ast.unparse(call)}"
             if ast.unparse(call.func).startswith("subprocess."):
                 started += 1

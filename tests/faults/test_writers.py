@@ -23,7 +23,7 @@ from export import verify_bundle
 from export.runtime.bundle.folder import read_verified
 from tests.children import finish, fork, in_forks, run, start
 from tests.effort import TIMES
-from tests.faults.killing import kill_once, kills, random_kills, unflushed
+from tests.faults.killing import kills, random_kills, run_until, unflushed
 from tests.faults.writers import WRITERS, Writer, bundle_files, read_bundle, write_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,7 +117,7 @@ def test_killed_at_every_step(
     if begin != NOTHING:
         writer.write(template, OLD)
     if begin == KILLED:
-        kill_once(lambda: writer.write(template, NEW), KILLS[name, begin] // 2)
+        assert run_until(lambda: writer.write(template, NEW), KILLS[name, begin] // 2), "it ended before"
         assert names(template) - writer.names, "the earlier kill left nothing"
         assert writer.read(template) == OLD
     killed = Killed(writer, tmp_path / "folder", template)

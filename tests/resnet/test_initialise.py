@@ -9,9 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from export import sample_inputs
 from resnet.initialise import initialise
 from resnet.models import MODELS, BasicBlock, Bottleneck, create_model
-from tests.resnet.conftest import Photographs
+
+PHOTOGRAPHS = sample_inputs.photographs()
+
+
+def crops(count: int, size: int, seed: int) -> Tensor:
+    """Square crops of photographs, RGB; the same for the same seed."""
+    return sample_inputs.crops(PHOTOGRAPHS, count, 3, (size, size), seed)
 
 
 @dataclass
@@ -79,9 +86,9 @@ SIZES |= dict.fromkeys(("resnet20", "resnet110", "plain20", "plain110"), 32)
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_initialised_network_is_good_evidence_on_other_images(photographs: Photographs, name: str) -> None:
-    model = initialise(create_model(name), photographs.crops(16, SIZES[name], seed=1))
-    found = gather(model, photographs.crops(8, SIZES[name], seed=2))
+def test_initialised_network_is_good_evidence_on_other_images(name: str) -> None:
+    model = initialise(create_model(name), crops(16, SIZES[name], seed=1))
+    found = gather(model, crops(8, SIZES[name], seed=2))
     assert weaknesses(found) == []
     assert len(found.active) > 8 and len(found.branch) == sum(MODELS[name].depths) * name.startswith("resne")
     # room to the limits, for other images than these
@@ -91,22 +98,22 @@ def test_initialised_network_is_good_evidence_on_other_images(photographs: Photo
     assert found.margin > 0.3 or SIZES[name] == 32
 
 
-def test_fresh_network_is_not(photographs: Photographs) -> None:
-    found = gather(create_model("resnet18").eval(), photographs.crops(8, 96, seed=2))
+def test_fresh_network_is_not() -> None:
+    found = gather(create_model("resnet18").eval(), crops(8, 96, seed=2))
     assert {"default statistics", "no folded bias", "logits hardly depend on the image"} <= set(weaknesses(found))
 
 
-def test_the_usual_random_classifier_leaves_the_best_two_logits_close(photographs: Photographs) -> None:
+def test_the_usual_random_classifier_leaves_the_best_two_logits_close() -> None:
     model = create_model("resnet18")
-    initialise(model, photographs.crops(16, 64, seed=1))
+    initialise(model, crops(16, 64, seed=1))
     with torch.no_grad():
         nn.init.normal_(model.fc.weight, generator=torch.Generator().manual_seed(0))
-    assert gather(model, photographs.crops(24, 64, seed=2)).margin < 0.3
+    assert gather(model, crops(24, 64, seed=2)).margin < 0.3
 
 
 @pytest.mark.parametrize(("name", "size"), [("resnet18", 96), ("resnet20", 32), ("plain20", 32)])
-def test_statistics_are_those_of_the_images(photographs: Photographs, name: str, size: int) -> None:
-    images, eps, model = photographs.crops(8, size, seed=1), torch.finfo(torch.float32).eps, create_model(name)
+def test_statistics_are_those_of_the_images(name: str, size: int) -> None:
+    images, eps, model = crops(8, size, seed=1), torch.finfo(torch.float32).eps, create_model(name)
     inputs: dict[nn.Module, Tensor] = {}
     initialise(model, images)
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -128,9 +135,11 @@ def test_statistics_are_those_of_the_images(photographs: Photographs, name: str,
         assert max(norm.get_buffer("running_var").median() for norm in norms) < 0.5
 
 
-def test_leaves_nothing_behind(photographs: Photographs) -> None:
-    model = create_model("resnet20").train()
-    assert initialise(model, photographs.crops(8, 32, seed=1)) is model
+def test_leaves_nothing_behind() -> None:
+    model, images = create_model("resnet20").train(), crops(8, 32, seed=1)
+    kept, state = images.clone(), torch.get_rng_state()
+    assert initialise(model, images) is model
+    assert torch.equal(images, kept) and torch.equal(torch.get_rng_state(), state)
     assert not any(m.training for m in model.modules())
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
     assert all(p.requires_grad and p.grad is None and not p.is_inference() for p in model.parameters())
@@ -141,8 +150,8 @@ def bits(model: nn.Module) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def reference(photographs: Photographs) -> dict[str, bytes]:
-    return bits(initialise(create_model("resnet20"), photographs.crops(8, 32, seed=1), seed=3))
+def reference() -> dict[str, bytes]:
+    return bits(initialise(create_model("resnet20"), crops(8, 32, seed=1), seed=3))
 
 
 @contextmanager
@@ -166,11 +175,9 @@ AMBIENT: dict[str, Callable[[], AbstractContextManager[object]]] = {
 
 
 @pytest.mark.parametrize("ambient", AMBIENT)
-def test_depends_on_nothing_but_its_arguments(
-    photographs: Photographs, reference: dict[str, bytes], ambient: str
-) -> None:
+def test_depends_on_nothing_but_its_arguments(reference: dict[str, bytes], ambient: str) -> None:
     model = create_model("resnet20")
-    images = photographs.crops(8, 32, seed=1)
+    images = crops(8, 32, seed=1)
     with AMBIENT[ambient]():
         if ambient == "global-seed":
             torch.manual_seed(99)
@@ -178,22 +185,14 @@ def test_depends_on_nothing_but_its_arguments(
     assert bits(model) == reference
 
 
-def test_leaves_images_and_global_generator_alone(photographs: Photographs) -> None:
-    images = photographs.crops(8, 32, seed=1)
-    kept, model, state = images.clone(), create_model("resnet20"), torch.get_rng_state()
-    initialise(model, images)
-    assert torch.equal(images, kept)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_seeds_differ(photographs: Photographs, reference: dict[str, bytes]) -> None:
-    other = bits(initialise(create_model("resnet20"), photographs.crops(8, 32, seed=1), seed=4))
+def test_seeds_differ(reference: dict[str, bytes]) -> None:
+    other = bits(initialise(create_model("resnet20"), crops(8, 32, seed=1), seed=4))
     assert all(other[n] != reference[n] for n in other if not n.endswith("num_batches_tracked"))
 
 
 @pytest.mark.parametrize(("classes", "count"), [(1, 7), (2, 2), (5, 7), (300, 2)])
-def test_any_class_count_and_few_images(photographs: Photographs, classes: int, count: int) -> None:
-    images = photographs.crops(count, 32, seed=1)[:, :1]
+def test_any_class_count_and_few_images(classes: int, count: int) -> None:
+    images = crops(count, 32, seed=1)[:, :1]
     model = initialise(create_model("resnet20", num_classes=classes, in_channels=1), images)
     with torch.no_grad():
         y = model(images)
@@ -201,8 +200,6 @@ def test_any_class_count_and_few_images(photographs: Photographs, classes: int, 
 
 
 IMAGES = torch.linspace(-1, 1, 4 * 3 * 32 * 32).reshape(4, 3, 32, 32)
-
-
 BAD_IMAGES = {
     "float64": (IMAGES.double(), "float32.*float64"),
     "uint8": (IMAGES.mul(255).byte(), "float32.*uint8"),
@@ -225,8 +222,8 @@ def test_bad_images_are_refused_before_the_model_is_changed(case: str) -> None:
     assert bits(model) == before and model.training
 
 
-def test_repeated_images_make_no_equal_classes(photographs: Photographs) -> None:
-    images = photographs.crops(3, 32, seed=1).repeat(4, 1, 1, 1)
+def test_repeated_images_make_no_equal_classes() -> None:
+    images = crops(3, 32, seed=1).repeat(4, 1, 1, 1)
     model = initialise(create_model("resnet20"), images)
     with torch.no_grad():
         best = model(images).topk(2, dim=1).values

@@ -72,21 +72,12 @@ def refusal(path: Path, text: str) -> str:
     return message
 
 
-TEXTS = {
-    "empty": "",
-    "text": "resnet20",
-    "cut-off": CARDS["measured"].to_metadata()["model_card"][:-9],
-    "list": "[1, 2]",
-    "number": "3",
-    "nothing": "null",
-    "no-entries": "{}",
-    "deep": "[" * 100_000,
-}
+CUT_OFF = CARDS["measured"].to_metadata()["model_card"][:-9]
 
 
-@pytest.mark.parametrize("case", TEXTS)
-def test_texts_that_are_no_cards_are_refused(case: str, tmp_path: Path) -> None:
-    refusal(tmp_path / "model.safetensors", TEXTS[case])
+@pytest.mark.parametrize("text", ["", "resnet20", CUT_OFF, "[1, 2]", "3", "null", "{}", "[" * 100_000], ids=len)
+def test_texts_that_are_no_cards_are_refused(text: str, tmp_path: Path) -> None:
+    refusal(tmp_path / "model.safetensors", text)
 
 
 def record(**changes: Any) -> dict[str, Any]:
@@ -96,20 +87,13 @@ def record(**changes: Any) -> dict[str, Any]:
 # changes to a sound card, and the words that must say so
 MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown-model": ({"model": "resnet21"}, "unknown model 'resnet21'"),
-    "model-number": ({"model": 20}, "unknown model 20"),
     "model-list": ({"model": ["resnet20"]}, "unhashable"),
     "preprocessing-nothing": ({"preprocessing": None}, "expected the description of a preprocessing, got None"),
-    "preprocessing-empty": ({"preprocessing": {}}, "expected the description of a preprocessing"),
     "preprocessing-std": ({"preprocessing": {**GREY.to_json(), "std": [0]}}, "positive deviations"),
-    "preprocessing-step": ({"preprocessing": {**GREY.to_json(), "rotate": 90}}, "unknown steps"),
     "classes-number": ({"classes": 10}, "expected a list of classes, got 10"),
-    "classes-text": ({"classes": "cat"}, "expected a list of classes, got 'cat'"),
     "classes-mapping": ({"classes": {"cat": 0}}, "expected a list of classes, got {'cat': 0}"),
-    "accuracy-text": ({"accuracy": "high"}, "could not convert"),
     "accuracy-percent": ({"accuracy": 97.2}, "accuracy between 0 and 1, got 97.2"),
-    "accuracy-negative": ({"accuracy": -0.1}, "accuracy between 0 and 1"),
     "accuracy-nan": ({"accuracy": float("nan")}, "accuracy between 0 and 1, got nan"),
-    "images-text": ({"test_images": "many"}, "invalid literal"),
     "images-infinite": ({"test_images": float("inf")}, "infinity"),
     "images-nan": ({"test_images": float("nan")}, "NaN"),
 }
@@ -121,8 +105,7 @@ def test_malformed_cards_are_refused(case: str, tmp_path: Path) -> None:
     assert expected in refusal(tmp_path / "model.safetensors", json.dumps(record(**changes)))
 
 
-@pytest.mark.parametrize("key", record())
-def test_cards_with_a_missing_entry_are_refused(key: str, tmp_path: Path) -> None:
-    entries = record()
-    del entries[key]
-    assert f"('{key}')" in refusal(tmp_path / "model.safetensors", json.dumps(entries))
+@pytest.mark.parametrize("missing", record())
+def test_cards_with_a_missing_entry_are_refused(missing: str, tmp_path: Path) -> None:
+    entries = {key: value for key, value in record().items() if key != missing}
+    assert f"('{missing}')" in refusal(tmp_path / "model.safetensors", json.dumps(entries))

@@ -19,6 +19,9 @@ from torch.torch_version import TorchVersion
 
 from resnet.models import create_model
 from resnet.weights import WeightsError, load_weights, save_weights
+from tests.faults.weights_inputs import Payload
+
+State = dict[str, Tensor]
 
 
 def trained() -> nn.Module:
@@ -35,8 +38,8 @@ def trained() -> nn.Module:
 
 
 @pytest.fixture
-def state() -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in trained().state_dict().items()}
+def state() -> State:
+    return trained().state_dict()
 
 
 @pytest.fixture
@@ -68,7 +71,7 @@ def refusal(model: nn.Module, path: Path) -> str:
     return message
 
 
-def assert_loaded(model: nn.Module, state: dict[str, Tensor]) -> None:
+def assert_loaded(model: nn.Module, state: State) -> None:
     loaded = model.state_dict()
     assert loaded.keys() == state.keys()
     for name, tensor in state.items():
@@ -76,41 +79,40 @@ def assert_loaded(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth", ".PTH", ".pth.tar"])
-def test_loads(model: nn.Module, state: dict[str, Tensor], tmp_path: Path, suffix: str) -> None:
+def test_loads(model: nn.Module, state: State, tmp_path: Path, suffix: str) -> None:
     path = save(state, tmp_path / f"weights{suffix}")
     info = load_weights(model.train(), str(path))
     assert_loaded(model, state)
-    assert model.training
-    assert info.path == str(path)
+    assert model.training and info.path == str(path)
     assert info.format == ("safetensors" if suffix == ".safetensors" else "torch")
     assert (info.size, info.sha256) == (path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
     assert (info.wrappers, info.ignored, info.dtypes) == ((), (), ("float32",))
     assert (info.num_classes, info.in_channels) == (10, 3)
 
 
-def test_loads_the_format_before_zip(model: nn.Module, state: dict[str, Tensor], tmp_path: Path) -> None:
+def test_loads_the_format_before_zip(model: nn.Module, state: State, tmp_path: Path) -> None:
     torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     load_weights(model, tmp_path / "old.pth")
     assert_loaded(model, state)
 
 
-def prefixed(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def prefixed(prefix: str, state: State) -> State:
     return {prefix + name: tensor for name, tensor in state.items()}
 
 
-def other(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def other(state: State) -> State:
     """Weights that must not be taken."""
     return {name: tensor + 1 for name, tensor in state.items()}
 
 
-def from_timm(state: dict[str, Tensor]) -> dict[str, object]:
+def from_timm(state: State) -> dict[str, object]:
     momentum = {"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]}
     arguments = argparse.Namespace(model="resnet18", mean=(0.5,), opt_kwargs={}, aug=None)
     written = {"epoch": 7, "optimizer": momentum, "args": arguments}
     return {**written, "state_dict_ema": other(state), "state_dict": state}
 
 
-Wrap = Callable[[dict[str, Tensor]], Mapping[str, object]]
+Wrap = Callable[[State], Mapping[str, object]]
 
 
 def beside_an_epoch(key: str) -> Wrap:
@@ -144,7 +146,7 @@ WRAPPED: dict[str, tuple[Wrap, tuple[str, ...], tuple[str, ...]]] = {
 
 @pytest.mark.parametrize("case", WRAPPED)
 def test_wrappers_are_removed_and_reported(
-    model: nn.Module, state: dict[str, Tensor], tmp_path: Path, caplog: pytest.LogCaptureFixture, case: str
+    model: nn.Module, state: State, tmp_path: Path, caplog: pytest.LogCaptureFixture, case: str
 ) -> None:
     wrap, wrappers, ignored = WRAPPED[case]
     path = save(wrap(state), tmp_path / "weights.pt")
@@ -156,36 +158,17 @@ def test_wrappers_are_removed_and_reported(
     assert all(word in message for word in (*wrappers, *ignored, info.sha256, str(path)))
 
 
-def test_other_architecture_of_timm_is_refused(tmp_path: Path) -> None:
-    """resnet50d: three convolutions in the stem, and a pool before the projection that shifts its names."""
-    with torch.device("meta"):
-        model = create_model("resnet50")
-    theirs = {}
-    for name, tensor in model.state_dict().items():
-        name = name.replace("downsample.1.", "downsample.2.").replace("downsample.0.", "downsample.1.")
-        theirs[name] = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)  # one number each in the file
-    stem = theirs.pop("conv1.weight")
-    theirs |= {f"conv1.{index}.weight": stem for index in (0, 1, 3, 4, 6)}
-    path = save({"state_dict": theirs, "arch": "resnet50d"}, tmp_path / "model_best.pth.tar")
-    with pytest.raises(WeightsError) as caught:
-        load_weights(model, path)
-    message = str(caught.value)
-    assert message.startswith(f"{path}: tensors do not fit the model: 17 missing (conv1.weight, ")
-    assert " unexpected (" in message and " misshapen (layer1.0.downsample.1.weight: file " in message
-
-
-def test_batch_counters_may_be_missing(model: nn.Module, state: dict[str, Tensor], tmp_path: Path) -> None:
+def test_batch_counters_may_be_missing(model: nn.Module, state: State, tmp_path: Path) -> None:
     counters = [name for name in state if name.endswith("num_batches_tracked")]
-    for name in counters:
-        del state[name]
-    load_weights(model, save(state, tmp_path / "weights.safetensors"))
+    stored = {name: tensor for name, tensor in state.items() if name not in counters}
+    load_weights(model, save(stored, tmp_path / "weights.safetensors"))
     assert_loaded(model, state | {name: torch.tensor(0) for name in counters})
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_other_precisions_are_converted_and_reported(
-    model: nn.Module, state: dict[str, Tensor], tmp_path: Path, dtype: torch.dtype, suffix: str
+    model: nn.Module, state: State, tmp_path: Path, dtype: torch.dtype, suffix: str
 ) -> None:
     stored = {n: t.to(dtype) if t.is_floating_point() else t for n, t in state.items()}
     info = load_weights(model, save(stored, tmp_path / f"weights{suffix}"))
@@ -194,7 +177,7 @@ def test_other_precisions_are_converted_and_reported(
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
-def changed(**tensors: Tensor) -> Callable[[dict[str, Tensor]], object]:
+def changed(**tensors: Tensor) -> Callable[[State], object]:
     """Other tensors in place of some; `__` in a name is a dot."""
     return lambda state: state.update({name.replace("__", "."): tensor for name, tensor in tensors.items()})
 
@@ -202,26 +185,13 @@ def changed(**tensors: Tensor) -> Callable[[dict[str, Tensor]], object]:
 SEVEN_CLASSES = {"fc__weight": torch.ones(7, 64), "fc__bias": torch.ones(7)}
 ONE_CHANNEL = {"conv1__weight": torch.ones(16, 1, 3, 3)}
 # what is wrong with the tensors: a change to a sound state dict, and the words that must say so
-MISFITS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
+MISFITS: dict[str, tuple[Callable[[State], object], str]] = {
     "missing": (lambda s: s.pop("bn1.weight"), r"1 missing \(bn1.weight\)$"),
     "unexpected": (changed(head=torch.ones(2)), r"1 unexpected \(head\)$"),
-    "misshapen": (
-        changed(layer1__0__conv1__weight=torch.ones(16, 16, 5, 5)),
-        r"1 misshapen \(layer1.0.conv1.weight: file \[16, 16, 5, 5\], model \[16, 16, 3, 3\]\)$",
-    ),
-    "many": (
-        lambda s: [s.pop(n) for n in list(s) if n.startswith("layer3")],
-        r"35 missing \(layer3.0.conv1.weight, layer3.0.bn1.weight, layer3.0.bn1.bias, ...\)$",
-    ),
-    "empty": (lambda s: s.clear(), r"107 missing \(conv1.weight, "),
-    "prefix-on-one-name": (
-        lambda s: s.update({"module.fc.bias": s.pop("fc.bias")}),
-        r"1 missing \(fc.bias\), 1 unexpected \(module.fc.bias\)",
-    ),
-    "other-architecture": (
-        lambda s: s.update(create_model("resnet32").state_dict()),
-        r"model: 72 unexpected \(layer1\.3\.[^;]+$",
-    ),
+    "misshapen": (changed(bn1__bias=torch.ones(5)), r"1 misshapen \(bn1.bias: file \[5\], model \[16\]\)$"),
+    "many": (lambda s: [s.pop(n) for n in [*s][:9]], r"8 missing \(conv1.weight, bn1.weight, bn1.bias, ...\)$"),
+    "one-prefix": (lambda s: s.update({"module.fc.bias": s.pop("fc.bias")}), r"1 missing \(fc.bias\), 1 unexpected"),
+    "deeper": (lambda s: s.update(create_model("resnet32").state_dict()), r"72 unexpected \(layer1\.3\.[^;]+$"),
     "classes": (
         changed(**SEVEN_CLASSES),
         r"7 classes, the model has 10 \(fc.weight: file \[7, 64\], model \[10, 64\]\);"
@@ -239,36 +209,24 @@ MISFITS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     "nan": (lambda s: s["layer2.0.bn1.bias"].fill_(float("nan")), r"NaN or Inf in layer2.0.bn1.bias;"),
     "inf": (lambda s: s["fc.weight"][3, 5:6].fill_(-float("inf")), r"NaN or Inf in fc.weight;"),
     "overflow": (changed(fc__bias=torch.ones(10).double() * 1e300), r"NaN or Inf in fc.bias;"),
-    "negative-variance": (
-        lambda s: s["layer1.2.bn2.running_var"][-1:].fill_(-1e-12),
-        r"negative variance in layer1.2.bn2.running_var;",
-    ),
+    "negative": (lambda s: s["bn1.running_var"][-1:].fill_(-1e-12), r"negative variance in bn1.running_var;"),
     "integers": (changed(fc__bias=torch.ones(10, dtype=torch.int64)), r"fc.bias is int64"),
-    "complex": (changed(fc__bias=torch.ones(10, dtype=torch.complex64)), r"fc.bias is complex64"),
+    "sparse": (changed(fc__bias=torch.ones(10).to_sparse()), "fc.bias is float32, torch.sparse_coo"),
+    "meta": (changed(fc__bias=torch.ones(10, device="meta")), "fc.bias is float32, torch.strided, on meta"),
     "counter": (changed(bn1__num_batches_tracked=torch.tensor(0.5)), r"tracked is float32"),
 }
 
 
 @pytest.mark.parametrize("case", MISFITS)
-def test_misfits_are_refused(model: nn.Module, state: dict[str, Tensor], tmp_path: Path, case: str) -> None:
+def test_misfits_are_refused(model: nn.Module, state: State, tmp_path: Path, case: str) -> None:
     change, expected = MISFITS[case]
     change(state)
-    message = refusal(model, save(state, tmp_path / "weights.safetensors"))
+    message = refusal(model, save(state, tmp_path / "weights.pt"))
     assert re.search(expected, message), message
-
-
-@pytest.mark.parametrize("tensor", [torch.ones(10).to_sparse(), torch.ones(10, device="meta")], ids=["sparse", "meta"])
-def test_tensors_without_plain_data_are_refused(
-    model: nn.Module, state: dict[str, Tensor], tmp_path: Path, tensor: Tensor
-) -> None:
-    message = refusal(model, save(state | {"fc.bias": tensor}, tmp_path / "weights.pt"))
-    assert "fc.bias is float32" in message
 
 
 CONTENT: dict[str, object] = {
     "list": [torch.ones(2)],
-    "tensor": torch.ones(2),
-    "number": 3,
     "no-tensors": {"epoch": 3, "lr": 0.1},
     "mixed": {"fc.weight": torch.ones(2), "epoch": 3},
     "numbered": {0: torch.ones(2)},
@@ -316,7 +274,7 @@ def test_files_that_are_no_weights_are_refused(model: nn.Module, tmp_path: Path,
 @pytest.mark.parametrize("kept", [0.001, 0.3, 0.999], ids=str)
 @pytest.mark.parametrize(("suffix", "look"), [(".safetensors", "safetensors file"), (".pt", "a truncated zip archive")])
 def test_truncated_files_are_refused(
-    model: nn.Module, state: dict[str, Tensor], tmp_path: Path, kept: float, suffix: str, look: str
+    model: nn.Module, state: State, tmp_path: Path, kept: float, suffix: str, look: str
 ) -> None:
     path = save(state, tmp_path / f"weights{suffix}")
     size = int(kept * path.stat().st_size)
@@ -333,29 +291,19 @@ def test_truncated_files_are_refused(
     ],
 )
 def test_wrong_suffix_is_refused(
-    model: nn.Module, state: dict[str, Tensor], tmp_path: Path, written: str, named: str, look: str
+    model: nn.Module, state: State, tmp_path: Path, written: str, named: str, look: str
 ) -> None:
     path = save(state, tmp_path / f"weights{written}").rename(tmp_path / named)
     assert look in refusal(model, path)
 
 
-class Payload:
-    """Creates a file when unpickled."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
-        return os.mkdir, (str(self.marker),)
-
-
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize("place", ["whole", "beside-the-weights", "in-timm's-arguments"])
 def test_code_in_a_pickle_is_refused_and_not_run(
-    model: nn.Module, state: dict[str, Tensor], tmp_path: Path, zipped: bool, place: str
+    model: nn.Module, state: State, tmp_path: Path, zipped: bool, place: str
 ) -> None:
     marker, path = tmp_path / "executed", tmp_path / "weights.pt"
-    content: object = Payload(marker)
+    content: object = Payload(os.mkdir, (str(marker),))
     if place != "whole":
         content = {"state_dict": state, "args": argparse.Namespace(lr=content) if "timm" in place else content}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
@@ -366,7 +314,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(
     assert marker.exists()
 
 
-def test_arguments_are_let_in_for_one_load_only(model: nn.Module, state: dict[str, Tensor], tmp_path: Path) -> None:
+def test_arguments_are_let_in_for_one_load_only(model: nn.Module, state: State, tmp_path: Path) -> None:
     path = save({"state_dict": state, "args": argparse.Namespace(lr=0.1)}, tmp_path / "weights.pt")
     before = set(torch.serialization.get_safe_globals())
     load_weights(model, path)
@@ -375,16 +323,10 @@ def test_arguments_are_let_in_for_one_load_only(model: nn.Module, state: dict[st
         torch.load(path, weights_only=True)
 
 
-def test_pickled_module_is_refused_with_the_way_out(model: nn.Module, tmp_path: Path) -> None:
-    torch.save(trained(), tmp_path / "module.pth")
-    message = refusal(model, tmp_path / "module.pth")
-    assert "resnet.models.CifarResNet" in message and "torch.save(model.state_dict(), path)" in message
-
-
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
 @pytest.mark.parametrize("version", ["2.9.1", "2.10.0a0", "1.13.1"])
 def test_old_pytorch_opens_no_pickles(
-    model: nn.Module, state: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
+    model: nn.Module, state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
 ) -> None:
     monkeypatch.setattr(torch, "__version__", TorchVersion(version))
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("opened"))
@@ -394,25 +336,24 @@ def test_old_pytorch_opens_no_pickles(
     assert_loaded(model, state)
 
 
-def unreadable(path: Path) -> Path:
-    """A file whose first byte cannot be read."""
-    path.symlink_to("/proc/self/mem")
+def linked(path: Path, target: str) -> Path:
+    path.symlink_to(target)
     return path
 
 
 NO_FILES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "missing": (lambda folder: folder / "weights.pt", "No such file"),
-    "through-a-file": (lambda folder: save({}, folder / "file.pt") / "weights.pt", "Not a directory"),
     "directory": (lambda folder: folder.rename(folder.with_suffix(".pt")), "a directory; expected a regular file"),
-    "read-errors": (lambda folder: unreadable(folder / "weights.pt"), "bytes, cannot be read ("),
-    "read-errors-too": (lambda folder: unreadable(folder / "weights.safetensors"), "bytes, cannot be read ("),
+    "device": (
+        lambda folder: linked(folder / "weights.pt", "/dev/zero"),
+        "a pipe, socket or device; expected a",
+    ),
+    "unreadable": (lambda folder: linked(folder / "weights.pt", "/proc/self/mem"), "bytes, cannot be read ("),
 }
 
 
 @pytest.mark.parametrize("case", NO_FILES)
 def test_paths_that_are_no_files_are_refused(model: nn.Module, tmp_path: Path, case: str) -> None:
-    if "read-errors" in case and not Path("/proc/self/mem").exists():
-        pytest.skip("needs a file whose first byte is unreadable")
     make, expected = NO_FILES[case]
     (tmp_path / "folder").mkdir()
     assert expected in refusal(model, make(tmp_path / "folder"))
@@ -427,24 +368,13 @@ def test_pipe_is_refused_without_waiting(model: nn.Module, tmp_path: Path) -> No
     assert messages and "a pipe, socket or device" in messages[0]
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_file_without_permission_is_refused(
-    model: nn.Module, state: dict[str, Tensor], tmp_path: Path, suffix: str
-) -> None:
-    path = save(state, tmp_path / f"weights{suffix}")
-    path.chmod(0)
-    if os.access(path, os.R_OK):
-        pytest.skip("this user reads files of any mode")
-    assert "cannot be read (Permission denied)" in refusal(model, path)
-
-
 def test_unprintable_names_stay_on_one_line(model: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     message = refusal(model, save({"a\nb\x1b[31m" + "c" * 999: torch.ones(1)}, path))
     assert r"a\nb\x1b[31mccc" in message and "\x1b" not in message
 
 
-def test_saved_weights_load_again(model: nn.Module, state: dict[str, Tensor], tmp_path: Path) -> None:
+def test_saved_weights_load_again(model: nn.Module, state: State, tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     save_weights(path, state, {"model": "resnet20", "note": "a\nb \u00e9"})
     info = load_weights(model, path)
@@ -484,7 +414,7 @@ NO_PLACES: dict[str, tuple[Callable[[Path], object], str, str]] = {
 
 
 @pytest.mark.parametrize("case", NO_PLACES)
-def test_places_that_are_no_files_are_refused(state: dict[str, Tensor], tmp_path: Path, case: str) -> None:
+def test_places_that_are_no_files_are_refused(state: State, tmp_path: Path, case: str) -> None:
     make, name, expected = NO_PLACES[case]
     path = tmp_path / "folder" / name
     path.parent.mkdir()

@@ -11,12 +11,7 @@ from export.base.errors import ExportError, MissingDependency
 
 @pytest.mark.parametrize(
     ("given", "shown"),
-    [
-        ("class 'a\nb'", r"class 'a\nb'"),
-        ("\x1b[31mred", r"\x1b[31mred"),
-        ("a\u2028b\u202e", r"a\u2028b\u202e"),
-        ("größer ≤ 1 µs", "größer ≤ 1 µs"),
-    ],
+    [("a\nb", r"a\nb"), ("\x1b[31m", r"\x1b[31m"), ("\u2028b\u202e", r"\u2028b\u202e"), ("größer ≤ µ", "größer ≤ µ")],
 )
 def test_what_cannot_be_printed_is_escaped(given: str, shown: str) -> None:
     assert str(ExportError(given)) == shown
@@ -26,16 +21,8 @@ ABSENT = ModuleNotFoundError("No module named 'tensorrt'", name="tensorrt")
 ERRORS: dict[str, tuple[str, ImportError, str]] = {
     "absent": ("tensorrt", ABSENT, "tensorrt is not installed; install it with: pip install -e '.[x]'"),
     "parent absent": ("cuda.bindings", ModuleNotFoundError(name="cuda"), "cuda.bindings is not installed; "),
-    "library": (
-        "tensorrt",
-        ImportError("libnvinfer.so.10: cannot open shared object file: No such file or directory"),
-        "tensorrt is installed but does not load: libnvinfer.so.10: cannot open shared object file: No such file or",
-    ),
-    "what it needs": (
-        "onnxruntime",
-        ModuleNotFoundError("No module named 'flatbuffers'", name="flatbuffers"),
-        "onnxruntime is installed but does not load: No module named 'flatbuffers'",
-    ),
+    "library": ("tensorrt", ImportError("libnvinfer.so"), "tensorrt is installed but does not load: libnvinfer.so"),
+    "what it needs": ("x", ModuleNotFoundError("no y", name="y"), "x is installed but does not load: no y"),
 }
 
 

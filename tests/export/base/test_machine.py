@@ -23,9 +23,7 @@ def test_one_version_is_told_everywhere(monkeypatch: pytest.MonkeyPatch, tmp_pat
     fused = ProgramRunner(program, PRECISIONS["fp32"], names)  # type: ignore[arg-type]  # it is not run
     assert eager.runtime == fused.runtime == f"torch {torch.__version__}"
     (tmp_path / "torch-2.14.1.dist-info").mkdir()
-    (tmp_path / "torch-2.14.1.dist-info" / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: torch\nVersion: 2.14.1\n"
-    )
+    (tmp_path / "torch-2.14.1.dist-info" / "METADATA").write_text("Name: torch\nVersion: 2.14.1\n")
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     assert installed_version("torch") == "2.14.1"
     (tmp_path / "torch").mkdir()

@@ -29,28 +29,20 @@ def node(role: str, name: str, kind: str = "", parts: tuple[str, ...] = (), reas
 def facts() -> dict[str, Any]:
     """The arguments of `render` for a small network of which one operator was left and one engine was not run."""
     shown = {"checked": [check("conv1"), check("block.conv2", 1.2, 3.0)], "unchecked": ["norm"]}
+    weights = {"file": "mine.safetensors", "sha256": "ab" * 32}
+    engine = {"flavour": "tensorrt-rtx", "version": "1.7"}
+    options = {"targets": ["sm_80", "sm_89"], "workspace_mib": 64}
+    evidence = {"active_share": [0.25, 0.75], "branch_ratio": [0.5, 2.0]}
+    edges = [(0, 1, ""), (1, 2, ""), (2, 3, ""), (1, 3, "residual"), (3, 4, ""), (2, 5, "")]
     return {
         "manifest": {
-            "model": {
-                "name": "mine",
-                "trained": True,
-                "weights": {"file": "mine.safetensors", "sha256": "ab" * 32},
-                "classes": ["cat", "dog"],
-            },
+            "model": {"name": "mine", "trained": True, "weights": weights, "classes": ["cat", "dog"]},
             "precision": "fp16",
             "batch": {"min": 1, "opt": 8, "max": 32},
             "inputs": [{"name": "input", "shape": ["batch", 3, 32, 32], "dtype": "float32"}],
             "outputs": [{"name": "output", "shape": ["batch", 2], "dtype": "float32"}],
             "opset": 18,
-            "engines": {
-                "model.rtx.engine": {
-                    "flavour": "tensorrt-rtx",
-                    "version": "1.7",
-                    "convolutions": 3,
-                    "build_seconds": 0.35,
-                    "options": {"targets": ["sm_80", "sm_89"], "workspace_mib": 64},
-                }
-            },
+            "engines": {"model.rtx.engine": {**engine, "convolutions": 3, "build_seconds": 0.35, "options": options}},
             "versions": {"torch": "2.13.0", "python": "3.11.7"},
         },
         "parity": {
@@ -58,13 +50,7 @@ def facts() -> dict[str, Any]:
             "verdict": "equal to the eager model",
             "images": 16,
             "kept": ["block.conv2"],
-            "evidence": {
-                "weaknesses": [],
-                "active_share": [0.25, 0.75],
-                "branch_ratio": [0.5, 2.0],
-                "logit_variation": 0.875,
-                "classes": 9,
-            },
+            "evidence": {"weaknesses": [], **evidence, "logit_variation": 0.875, "classes": 9},
             "rungs": [
                 rung("eager", seconds_per_image=3.5781),
                 rung("fused", operators=shown),
@@ -91,14 +77,7 @@ def facts() -> dict[str, Any]:
                 node("output", "scores"),
                 node("output", "mask"),
             ],
-            "edges": [
-                {"from": 0, "to": 1, "role": ""},
-                {"from": 1, "to": 2, "role": ""},
-                {"from": 2, "to": 3, "role": ""},
-                {"from": 1, "to": 3, "role": "residual"},
-                {"from": 3, "to": 4, "role": ""},
-                {"from": 2, "to": 5, "role": ""},
-            ],
+            "edges": [{"from": a, "to": b, "role": role} for a, b, role in edges],
         },
         "command": "python scripts/export.py --fp16",
         "skipped": {"tensorrt": "tensorrt is not installed"},

@@ -16,13 +16,10 @@ from torch import nn
 
 from export import Batch, ExportError, MissingDependency
 from export.base.batch import Arrays
-from export.base.private_cache import private_folder
-from export.runtime import engine_store
 from export.runtime.artefacts import artefacts, running, running_first
 from export.runtime.bundle.contents import open_bundle
-from export.runtime.bundle.folder import FORMAT, staged
+from export.runtime.bundle.folder import FORMAT
 from export.runtime.engines import engine as tensorrt_engine
-from export.runtime.engines.options import DEFAULT_ENGINE
 from export.runtime.engines.runner import TensorRTRunner
 from export.runtime.onnx_session import ONNX_FILE, open_session, rounded_copy
 from resnet.initialise import initialise
@@ -30,7 +27,8 @@ from resnet.models import create_model
 from tests.export import digits
 
 RTX_FILE = "model.rtx.engine"
-Change = dict[str, Any] | Callable[[dict[str, Any], dict[str, bytes]], None]
+RTX_ENGINE = digits.add_engine(RTX_FILE, "tensorrt-rtx", "1.2.3")
+Change = dict[str, Any] | digits.Change
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +58,8 @@ def changed(bundles: dict[str, Path], tmp_path: Path) -> Callable[[Change], Path
     """The fp32 bundle, whole, with another manifest or other files."""
 
     def rewrite(change: Change) -> Path:
-        if isinstance(change, dict):
-            return digits.rewrite(bundles["fp32"], tmp_path / "b", lambda manifest, files: manifest.update(change))
-        return digits.rewrite(bundles["fp32"], tmp_path / "b", change)
+        function = change if callable(change) else lambda manifest, files: manifest.update(change)
+        return digits.rewrite(bundles["fp32"], tmp_path / "b", function)
 
     return rewrite
 
@@ -87,9 +84,8 @@ def test_any_number_of_images(
 def test_the_manifest_is_read(bundles: dict[str, Path]) -> None:
     bundle = open_bundle(bundles["fp32"])
     assert bundle.image_shape == (1, 16, 16) and bundle.batch == digits.BATCH and bundle.precision.name == "fp32"
-    assert bundle.classes == digits.CLASSES and bundle.class_count == 10 and dict(bundle.outputs) == {
-        "output": ("batch", 10)
-    }  # fmt: skip
+    assert bundle.classes == digits.CLASSES and bundle.class_count == 10
+    assert dict(bundle.outputs) == {"output": ("batch", 10)}
     assert bundle.preprocessing == digits.PREPROCESSING.to_json()
     (artefact,) = artefacts(bundle)
     assert (artefact.form, artefact.file, artefact.obstacle) == ("onnx", "model.onnx", "")
@@ -139,15 +135,6 @@ def test_outputs_of_another_shape_than_the_manifest_says_are_refused(
         run(path, inputs)
 
 
-def with_engine(version: str, plan: bytes = b"no plan") -> Change:
-    facts = {"flavour": "tensorrt-rtx", "version": version, "convolutions": 21, "build_seconds": 1.0, "gpu": None}
-
-    def add(manifest: dict[str, Any], files: dict[str, bytes]) -> None:
-        manifest["engines"][RTX_FILE], files[RTX_FILE] = facts, plan
-
-    return add
-
-
 class FakePackage:
     __version__ = "1.2.3"
 
@@ -182,7 +169,7 @@ def test_an_engine_comes_first_and_leaves_its_place_to_onnx_with_a_reason(
 ) -> None:
     place, name, answer, reason = ENGINES[case]
     monkeypatch.setattr(place, name, answer)
-    bundle = open_bundle(changed(with_engine("1.2.3")))
+    bundle = open_bundle(changed(RTX_ENGINE))
     engine, file = artefacts(bundle)
     assert (engine.form, engine.file, engine.runtime) == ("tensorrt-rtx", RTX_FILE, "tensorrt-rtx 1.2.3")
     assert file.file == ONNX_FILE and not file.obstacle
@@ -214,32 +201,11 @@ def test_an_engine_runs_in_batches_it_accepts(
             return {"output": x.mean(axis=(1, 2)) @ np.eye(16, 10, dtype=np.float32)}
 
     monkeypatch.setattr("export.runtime.artefacts.TensorRTRunner", Counting)
-    bundle = open_bundle(changed(with_engine("1.2.3", b"the plan")))
+    bundle = open_bundle(changed(digits.add_engine(RTX_FILE, "tensorrt-rtx", "1.2.3", b"the plan")))
     with running_first(bundle) as (artefact, infer):
         np.testing.assert_array_equal(infer(inputs)["output"], inputs.mean(axis=(1, 2))[:, :10])
     assert not artefact.obstacle and artefact.file == RTX_FILE
     assert seen == [b"the plan", ("output",), str(bundle.path / RTX_FILE), 8, 8, 4, "closed"]
-
-
-@pytest.mark.usefixtures("gpu")
-def test_an_engine_built_here_comes_before_that_of_the_bundle(
-    changed: Callable[[Change], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(engine_store, "why_not_usable", lambda flavour: "")
-    monkeypatch.setattr(engine_store, "_machine", lambda flavour: {"version": "1.2.3", "gpu": "RTX"})
-    bundle = open_bundle(changed(with_engine("1.2.3")))
-    flavour = tensorrt_engine.FLAVOURS["tensorrt-rtx"]
-    key = engine_store.engine_key(bundle.onnx_sha256, bundle.precision, bundle.batch, flavour, DEFAULT_ENGINE)
-    place = engine_store.engine_place(bundle.path, flavour)
-    private_folder(engine_store.ENGINES_FOLDER)
-    engine = tensorrt_engine.Engine(flavour, b"built here", "1.2.3", bundle.precision, 21, 1.0)
-    with staged(place) as staging:
-        engine_store.write_place(staging, place, [engine_store.BuiltEngine(engine, key)])
-    here, listed, file = artefacts(bundle)
-    assert (here.form, here.file, here.obstacle) == ("tensorrt-rtx, built here", str(place / RTX_FILE), "")
-    assert here.engine is not None and here.engine.plan == b"built here"
-    assert (listed.file, file.file) == (RTX_FILE, ONNX_FILE)
 
 
 def test_without_a_runtime_the_extra_is_named(bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

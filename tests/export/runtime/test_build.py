@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from export import ExportError
 from export.base.batch import Arrays
-from export.base.precision import FORMATS
 from export.runtime import build as build_module
 from export.runtime.artefacts import artefacts
 from export.runtime.build import DeviceBuild, build_on_device
@@ -29,7 +28,7 @@ from export.runtime.engines.runner import TensorRTRunner
 from export.runtime.onnx_session import ONNX_FILE
 from export.runtime.runner import Interface
 from export.runtime.verify import verify_bundle
-from tests.export import summing
+from tests.export import digits, summing
 from tests.export.runtime.engines import fake_tensorrt
 
 ENGINE, LAYERS = "model.trt.engine", "model.trt.layers.json"
@@ -123,9 +122,7 @@ def test_an_engine_is_built_verified_and_put_in_place(builder: Builder, cache: P
     _, (found,) = build_on_device(path, progress=steps.append)
     assert found and found.origin == "built" and found.rung.verdict == "equal" and found.rung.outputs
     place = found.file.parent
-    assert steps == [
-        "check the files", "build the tensorrt engine", f"run {found.file}", f"put it in {place}"
-    ]  # fmt: skip
+    assert steps == ["check the files", "build the tensorrt engine", f"run {found.file}", f"put it in {place}"]
     assert place.parent == cache and place.name.startswith("b-tensorrt-") and [*cache.iterdir()] == [place]
     assert stat.S_IMODE(cache.stat().st_mode) == 0o700
     assert builder.asked == [
@@ -160,18 +157,21 @@ def test_the_same_again_is_only_verified(builder: Builder, cache: Path, path: Pa
 def test_the_bundle_lists_it_first_and_verifies_it(builder: Builder, path: Path) -> None:
     file = build(path).file
     first = artefacts(open_bundle(path))[0]
-    assert (first.form, first.file, first.runtime, first.obstacle) == (
-        "tensorrt, built here", str(file), "tensorrt 10.3.0", ""
-    )  # fmt: skip
+    assert (first.form, first.file, first.obstacle) == ("tensorrt, built here", str(file), "")
+    assert first.runtime == "tensorrt 10.3.0"
     rung = next(rung for rung in verify_bundle(path) if rung.file == str(file))
     assert rung and rung.outputs
     summing.write(path, "second")
     first, onnx = artefacts(open_bundle(path))
     assert (first.file, onnx.file) == (str(file), ONNX_FILE)
-    assert first.obstacle == (
-        f"built from another model.onnx; build it again: build_on_device({str(path)!r})"
-    )  # fmt: skip
+    assert first.obstacle == f"built from another model.onnx; build it again: build_on_device({str(path)!r})"
     assert next(rung for rung in verify_bundle(path) if rung.file == str(file)).not_run == first.obstacle
+
+
+def test_it_comes_before_the_engine_of_the_bundle(builder: Builder, path: Path, tmp_path: Path) -> None:
+    path = digits.rewrite(path, tmp_path / "with engine", digits.add_engine(ENGINE, "tensorrt", "10.3.0"))
+    file = str(build(path).file)
+    assert [artefact.file for artefact in artefacts(open_bundle(path))] == [file, ENGINE, ONNX_FILE]
 
 
 def test_the_way_back_is_without_a_build(builder: Builder, path: Path) -> None:
@@ -191,11 +191,8 @@ def test_the_way_back_is_without_a_build(builder: Builder, path: Path) -> None:
 
 
 def test_an_engine_that_is_wrong_by_now_is_built_anew_on_the_way_back(
-    builder: Builder, path: Path, monkeypatch: pytest.MonkeyPatch
+    builder: Builder, place: Path, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = build(path).file.parent
-    summing.write(path, "second")
-    build(path)
     summing.write(path)
 
     class FirstWrong(Runner):
@@ -300,8 +297,7 @@ def test_a_build_that_dies_leaves_nothing(builder: Builder, cache: Path, path: P
     assert not [*cache.iterdir()]
 
 
-def test_the_second_of_two_builds_says_so(builder: Builder, tmp_path: Path) -> None:
-    path = summing.write(tmp_path / "b")
+def test_the_second_of_two_builds_says_so(builder: Builder, path: Path) -> None:
     said: list[str] = []
 
     def again() -> None:
@@ -315,10 +311,9 @@ def test_the_second_of_two_builds_says_so(builder: Builder, tmp_path: Path) -> N
 
 
 def test_a_build_that_another_one_overtook_is_not_repeated(
-    builder: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    builder: Builder, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between the first look and the lock, another process builds the same."""
-    path = summing.write(tmp_path / "b")
     place = build(path).file.parent
     summing.write(path, "second")
     real = build_module.staged
@@ -397,9 +392,8 @@ def test_without_gpu_or_package_nothing_is_left(cache: Path, tmp_path: Path, mon
 
 
 @pytest.fixture
-def place(builder: Builder, tmp_path: Path) -> Path:
-    """Of the bundle `b`, with an engine and the one before it."""
-    path = summing.write(tmp_path / "b")
+def place(builder: Builder, path: Path) -> Path:
+    """Of the bundle, with an engine and the one before it."""
     build(path)
     summing.write(path, "second")
     return build(path).file.parent
@@ -458,21 +452,3 @@ def test_a_user_without_a_home_has_built_nothing(tmp_path: Path, monkeypatch: py
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", homeless)
     assert [artefact.file for artefact in artefacts(open_bundle(summing.write(tmp_path / "b")))] == [ONNX_FILE]
-
-
-@pytest.mark.parametrize("behaviour", ["", "silent", "crash"])
-def test_an_engine_in_its_own_process(
-    behaviour: str, gpu: fake_tensorrt.FakeCuda, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With the stand-in for TensorRT and CUDA, and everything above it as it is."""
-
-    def engine(onnx: bytes, flavour: Flavour, *facts: Any) -> Engine:
-        return Engine(flavour, fake_tensorrt.plan(behaviour=behaviour), "10.3.0", FORMATS["fp16"], 3, 1.0)
-
-    monkeypatch.setattr(build_module, "build_engine", engine)
-    monkeypatch.setattr(
-        "export.runtime.engines.runner._DEVICE_ENGINE", "tests.export.runtime.engines.fake_tensorrt:device_engine"
-    )
-    found = build(summing.write(tmp_path / "b"))
-    assert bool(found) == found.file.exists() == (behaviour == "")
-    assert len([*cache.iterdir()]) == (behaviour == "")

@@ -10,6 +10,7 @@ import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from sklearn.datasets import load_digits
 from resnet.data.labelled import DataError, LabelledImages, LabelledInputs, Splits
 from resnet.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from resnet.data.sources import open_splits, open_test, suggest_preprocessing, suggest_size
+from tests.faults.weights_inputs import Payload
 
 PLAIN = Preprocessing((4, 4), (4, 4), (0.0,) * 3, (1.0,) * 3)
 
@@ -49,9 +51,6 @@ def contents(*data: LabelledImages) -> Counter[tuple[int, bytes]]:
     return Counter((int(part.labels[i]), part.picture(i).tobytes()) for part in data for i in range(len(part)))
 
 
-# digits
-
-
 def test_digits_are_scikit_learns_split_the_same_way_every_time() -> None:
     data, again, expected = parts(open_splits("digits")), parts(open_splits("digits")), load_digits()
     pictures = (expected.images / 16 * 255).round().astype(np.uint8)
@@ -66,8 +65,6 @@ def test_digits_are_scikit_learns_split_the_same_way_every_time() -> None:
     counts = np.array([np.bincount(part.labels, minlength=10) for part in data])  # each class in the same proportion
     assert np.abs(counts - [[0.72], [0.08], [0.2]] * counts.sum(axis=0)).max() <= 1 and counts.min() > 0
 
-
-# CIFAR, in the four ways it is published
 
 FOLDERS = {
     ("cifar10", "binary"): "cifar-10-batches-bin",
@@ -189,9 +186,6 @@ def test_the_test_part_of_cifar_needs_no_split(tmp_path: Path) -> None:
     assert "got 0 of 'cifar10 1'" in refusal(source)
 
 
-# what is wrong with the files: a change to those of a sound CIFAR, and the words that must say so
-
-
 Change = Callable[[dict[str, bytes]], object]
 
 
@@ -206,8 +200,7 @@ def repickled(member: str, **changes: Any) -> Change:
     return change
 
 
-def batch(**changes: Any) -> Change:
-    return repickled("test_batch", **changes)
+batch = partial(repickled, "test_batch")
 
 
 def replaced(member: str, change: Callable[[bytes], bytes]) -> Change:
@@ -225,39 +218,29 @@ def asking_for(module: str, name: str) -> Change:
     return replaced("test_batch", lambda _: content)
 
 
+# what is wrong with the files: a change to those of a sound CIFAR, and the words that must say so
 FAULTS: dict[str, tuple[str, str, Change, str]] = {
     f"{version}-{name}-{case}": (version, name, change, expected)
     for version, name, case, change, expected in (
         ("binary", "cifar10", "missing-batch", lambda m: m.pop("data_batch_3.bin"), "data_batch_3.bin is missing"),
-        ("binary", "cifar100", "missing-names", lambda m: m.pop("fine_label_names.txt"), "_names.txt is missing"),
         ("binary", "cifar10", "truncated", replaced("test_batch.bin", lambda c: c[:-1]), "bytes, got 30729 bytes"),
         ("binary", "cifar100", "empty", replaced("train.bin", lambda c: b""), "train.bin to hold records of 3074"),
         ("binary", "cifar100", "of-cifar10", replaced("test.bin", lambda c: c[: 100 * 3073]), "3074 bytes, got 307300"),
         ("binary", "cifar10", "label", replaced("data_batch_2.bin", with_byte(3073, 10)), "10 classes, got 0 to 10"),
         ("binary", "cifar100", "label", replaced("test.bin", with_byte(6149, 255)), "100 classes, got 0 to 255"),
         ("binary", "cifar10", "names", replaced("batches.meta.txt", lambda c: b"a\n" * 9), "batches.meta.txt, got 9"),
-        ("python", "cifar100", "missing-test", lambda m: m.pop("test"), "test is missing"),
         ("python", "cifar10", "truncated", replaced("test_batch", lambda c: c[:-9]), "test_batch as CIFAR publishes"),
-        ("python", "cifar100", "empty", replaced("train", lambda c: b""), "train as CIFAR publishes it"),
-        ("python", "cifar10", "html", replaced("data_batch_1", lambda c: b"<html>"), "data_batch_1 as CIFAR publishes"),
         ("python", "cifar10", "list", replaced("test_batch", lambda c: pickle.dumps([1])), "a dictionary, got list"),
         ("python", "cifar10", "label-high", batch(labels=[10] * 10), "labels of 10 classes, got 10 to 10"),
         ("python", "cifar100", "label-low", repickled("test", fine_labels=[-1] * 100), "100 classes, got -1 to -1"),
         ("python", "cifar10", "label-huge", batch(labels=[1 << 70] * 10), "test_batch to hold a list of integers"),
-        ("python", "cifar10", "no-labels", batch(labels=None), "list of integers as labels, got NoneType"),
         ("python", "cifar100", "coarse-only", repickled("train", fine_labels=None), "as labels, got NoneType"),
         ("python", "cifar10", "label-text", batch(labels=["cat"] * 10), "test_batch to hold a list of integers"),
-        ("python", "cifar10", "label-lists", batch(labels=[[1]] * 10), "test_batch to hold a list of integers"),
-        ("python", "cifar10", "label-ragged", batch(labels=[[1], 2] * 5), "test_batch to hold a list of integers"),
-        ("python", "cifar10", "label-number", batch(labels=3), "list of integers as labels, got int"),
         ("python", "cifar10", "label-array", batch(labels=np.arange(10)), "as labels, got ndarray"),
         ("python", "cifar10", "fewer-labels", batch(labels=[1] * 9), "got (10, 3072) and 9"),
-        ("python", "cifar10", "no-data", batch(data=None), "got NoneType and 10"),
         ("python", "cifar10", "data-list", batch(data=[[0] * 3072] * 10), "got list and 10"),
         ("python", "cifar10", "data-float", batch(data=lambda data: data / 255), "pictures [N, 3072] and N labels"),
-        ("python", "cifar10", "data-narrow", batch(data=lambda data: data[:, :1024].copy()), "got (10, 1024) and 10"),
         ("python", "cifar100", "names", repickled("meta", fine_label_names=[b"a"] * 90), "in meta, got 90"),
-        ("python", "cifar100", "names-number", repickled("meta", fine_label_names=100), "classes in meta, got 0"),
         ("python", "cifar10", "eval", asking_for("builtins", "eval"), "asks for 'builtins.eval'"),
         ("python", "cifar10", "numpy-load", asking_for("numpy", "load"), "asks for 'numpy.load'"),
         ("python", "cifar10", "dtype", asking_for("numpy", "dtype.__class__"), "asks for 'numpy.dtype.__class__'"),
@@ -276,21 +259,11 @@ def test_malformed_cifar_is_refused(case: str, tmp_path: Path) -> None:
         assert message.startswith(f"{source}: ") and expected in message
 
 
-class Payload:
-    """Creates a folder when unpickled."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
-        return os.system, (f"mkdir '{self.marker}'",)
-
-
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 @pytest.mark.parametrize(("name", "member"), [("cifar10", "data_batch_5"), ("cifar100", "meta")])
 def test_code_in_a_pickle_is_refused_and_not_run(name: str, member: str, protocol: int, tmp_path: Path) -> None:
     members, marker = cifar_members(name, "python"), tmp_path / "executed"
-    members[member] = pickle.dumps({"data": Payload(marker)}, protocol)
+    members[member] = pickle.dumps({"data": Payload(os.system, (f"mkdir '{marker}'",))}, protocol)
     message = refusal(write_folder(tmp_path / "cifar", members))
     assert f"expected {member} as CIFAR" in message and f"asks for '{os.system.__module__}.system'" in message
     assert not marker.exists()
@@ -298,36 +271,17 @@ def test_code_in_a_pickle_is_refused_and_not_run(name: str, member: str, protoco
     assert marker.exists()
 
 
-# what is wrong with the archive
+def flipped(share: float) -> Callable[[bytes], bytes]:
+    """One bit, so far from the beginning."""
+    return lambda content: with_byte(at := int(share * len(content)), content[at] ^ 0x10)(content)
 
 
-def flipped(position: float) -> Callable[[Path], None]:
-    """One bit of an archive, so far from its beginning."""
-
-    def damage(path: Path) -> None:
-        content = bytearray(path.read_bytes())
-        content[int(position * len(content))] ^= 0x10
-        path.write_bytes(content)
-
-    return damage
-
-
-def truncated(kept: Callable[[int], int]) -> Callable[[Path], None]:
-    return lambda path: os.truncate(path, kept(path.stat().st_size))
-
-
-def wrong_checksum(path: Path) -> None:
-    content = path.read_bytes()
-    path.write_bytes(content[:-8] + bytes([content[-8] ^ 1]) + content[-7:])
-
-
-DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
-    "empty": ("gz", truncated(lambda size: 0)),
-    "half": ("gz", truncated(lambda size: size // 2)),
-    "all-but-a-byte": ("gz", truncated(lambda size: size - 1)),
-    "text": ("gz", lambda path: path.write_bytes(b"not found\n" * 1000)),
-    **{f"flipped-at-{at}": ("gz", flipped(at)) for at in (0, 0.2, 0.4, 0.6, 0.8, 0.95)},
-    "checksum": ("gz", wrong_checksum),
+DAMAGES: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
+    "empty": ("gz", lambda content: b""),
+    "text": ("gz", lambda content: b"not found\n" * 1000),
+    "all-but-a-byte": ("gz", lambda content: content[:-1]),
+    **{f"flipped-at-{share}": ("gz", flipped(share)) for share in (0, 0.2, 0.6, 0.95)},
+    "checksum": ("gz", lambda content: with_byte(len(content) - 8, content[-8] ^ 1)(content)),
     "flipped-xz": ("xz", flipped(0.5)),
 }
 
@@ -337,16 +291,10 @@ def test_damaged_archives_are_refused(case: str, tmp_path: Path) -> None:
     compression, damage = DAMAGES[case]
     path = write_archive(tmp_path / f"cifar.tar.{compression}", cifar_members("cifar10", "python"))
     open_test(str(path))
-    damage(path)
+    path.write_bytes(damage(path.read_bytes()))
     assert refusal(path).startswith(f"{path}: expected an archive of CIFAR-10 or CIFAR-100")
-
-
-def test_archives_of_other_things_are_refused(tmp_path: Path) -> None:
     path = write_archive(tmp_path / "other.tar.gz", {"cat.png": b"\x89PNG"})
     assert refusal(path).startswith(f"{path}: expected CIFAR-10 or CIFAR-100 as published")
-
-
-# class folders
 
 
 def write_pictures(folder: Path, count: int, mode: str = "RGB", size: tuple[int, int] = (6, 5)) -> Path:
@@ -387,6 +335,7 @@ def test_plain_class_folders(tmp_path: Path) -> None:
     for part, again in zip(parts(splits), parts(open_splits(str(root))), strict=True):
         assert_labelled_by_folder(part)
         assert part.name == "pets" and part.pictures == again.pictures
+    assert open_test(str(root), {"pets"}).pictures == splits.test.pictures  # for a network trained on the others
     assert everything.picture(3).tobytes() == Image.open(root / "bird" / "003.png").tobytes()
 
 
@@ -413,12 +362,6 @@ def test_divided_class_folders(folders: tuple[str, ...], tmp_path: Path) -> None
     assert held_out.pictures == splits.test.pictures  # of what a network was trained on, only that
     shown = splits.test if "test" in folders else splits.validation
     assert open_test(str(tmp_path / "pets"), {"birds"}).pictures == shown.pictures
-
-
-def test_of_an_undivided_folder_a_network_trained_on_it_sees_only_what_was_held_out(tmp_path: Path) -> None:
-    root = str(write_classes(tmp_path / "pets", cat=10, dog=10))
-    assert len(open_test(root)) == 20
-    assert open_test(root, {"pets"}).pictures == open_splits(root).test.pictures
 
 
 def test_a_folder_has_not_the_name_of_a_data_set_everybody_knows(tmp_path: Path) -> None:
@@ -469,11 +412,6 @@ def divided(**counts: dict[str, int]) -> Callable[[Path], object]:
     return lambda root: [write_classes(root / part, **classes) for part, classes in counts.items()]
 
 
-def classes_with(path: str, content: str, **counts: int) -> Callable[[Path], object]:
-    """Class folders and a file that is no picture."""
-    return lambda root: (write_classes(root, **counts) / path).write_text(content)
-
-
 PETS, FOX = {"cat": 5, "dog": 5}, {"cat": 2, "fox": 2}
 # folders that are no source: what is in them, and the words that must say so
 NO_CLASSES: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -481,8 +419,11 @@ NO_CLASSES: dict[str, tuple[Callable[[Path], object], str]] = {
     "pictures-without-folders": (lambda root: write_pictures(root, 3), "got one without folders"),
     "one-class": (lambda root: write_classes(root, cat=9), "root: expected pictures of at least two classes, got only"),
     "empty-class": (lambda root: write_classes(root, cat=9, dog=0), "root/dog: expected pictures (.bmp, "),
-    "no-pictures": (classes_with("b/x.txt", "", a=9, b=0), "got 1 files"),
-    "text-as-picture": (classes_with("cat/page.jpg", "<html>", **PETS), "root/cat/page.jpg: expected a picture ("),
+    "no-pictures": (lambda root: (write_classes(root, a=9, b=0) / "b/x.txt").touch(), "got 1 files"),
+    "text-as-picture": (
+        lambda root: (write_classes(root, **PETS) / "cat/page.jpg").touch(),
+        "root/cat/page.jpg: expected a picture (",
+    ),
     "foreign-in-val": (divided(train=PETS, val=FOX), "val/fox: expected one of the classes in train/: cat, dog"),
     "foreign-in-test": (divided(train=PETS, test=FOX), "root/test/fox: expected one of the classes in train/"),
     "empty-part": (divided(train=PETS, test={}), "root/test: expected a folder of class folders"),
@@ -511,14 +452,9 @@ def test_too_few_pictures_of_a_class_to_split_are_refused(count: int, tmp_path: 
     assert [part.labels.tolist().count(1) for part in parts(open_splits(str(root)))] == [1, 1, 1]
 
 
-def cut_off(path: Path) -> None:
-    Image.open(write_pictures(path.parents[2] / "large", 1, size=(64, 64)) / "000.png").save(path)
-    os.truncate(path, path.stat().st_size // 2)
-
-
 # what happened to pets/dog/000.tiff, and the words that must say so when it is read
 UNREADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "cut-off": (cut_off, "dog/000.tiff: expected a picture ("),
+    "cut-off": (lambda path: os.truncate(path, path.stat().st_size // 2), "dog/000.tiff: expected a picture ("),
     "gone": (Path.unlink, "dog/000.tiff: expected a picture (no such file)"),
     "without-range": (lambda path: Image.new("F", (4, 4)).save(path), "8 or 16 bits per channel"),
 }
@@ -528,7 +464,7 @@ UNREADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_an_unreadable_file_is_named_when_it_is_its_turn(case: str, tmp_path: Path) -> None:
     root = write_classes(tmp_path / "pets", cat=2, dog=2)
     (root / "dog" / "000.png").unlink()
-    Image.new("RGB", (4, 4)).save(root / "dog" / "000.tiff")
+    Image.new("RGB", (64, 64)).save(root / "dog" / "000.tiff")
     data, (change, expected) = open_test(str(root)), UNREADABLE[case]
     change(root / "dog" / "000.tiff")
     batches = LabelledInputs(data, PLAIN).batches(2)
@@ -540,14 +476,10 @@ def test_an_unreadable_file_is_named_when_it_is_its_turn(case: str, tmp_path: Pa
         assert message.startswith(str(root / "dog" / "000.tiff")) and expected in message and "\n" not in message
 
 
-@pytest.mark.parametrize("name", ["nothing", "", "digit", "cifar10"])
-def test_paths_that_do_not_exist_are_refused(name: str, tmp_path: Path) -> None:
-    source = tmp_path / "nowhere" / name
-    for opener in (open_splits, open_test):
+@pytest.mark.parametrize("opener", [open_splits, open_test], ids=["splits", "test"])
+def test_paths_that_do_not_exist_are_refused(opener: Callable[[str], object], tmp_path: Path) -> None:
+    for source in (tmp_path / "nothing", tmp_path / "nowhere" / "digit", tmp_path / "cifar10"):
         assert refusal(source, opener).startswith(f"{source}: expected digits, a folder of class folders or an archive")
-
-
-# batches and suggestions
 
 
 def images(count: int, height: int, width: int, channels: int = 3, low: int = 0, high: int = 256) -> LabelledImages:
@@ -581,10 +513,9 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("case", SIZES)
-def test_suggested_size(case: str) -> None:
-    shape, designed, expected = SIZES[case]
-    assert suggest_size(images(1, *shape), designed) == expected
+def test_suggested_size() -> None:
+    for case, (shape, designed, expected) in SIZES.items():
+        assert suggest_size(images(1, *shape), designed) == expected, case
 
 
 @pytest.mark.parametrize("channels", [1, 3], ids=["grey", "rgb"])
@@ -607,15 +538,12 @@ def test_suggestion_for_digits_at_another_size() -> None:
     assert abs(inputs.mean()) < half and abs(inputs.std() - 1) < half
 
 
-def test_suggestion_for_large_pictures() -> None:
+def test_suggestion_for_large_pictures_and_those_of_one_colour() -> None:
     expected = Preprocessing((224, 224), (256, 256), IMAGENET_MEAN, IMAGENET_STD)
     assert suggest_preprocessing(images(2, 70, 80), (224, 224)) == expected
     assert suggest_preprocessing(images(2, 70, 80), (63, 63)).mean != IMAGENET_MEAN
     grey = suggest_preprocessing(images(2, 70, 80, channels=1), (64, 64))
     assert (grey.channels, grey.resize) == (1, (64, 64))
-
-
-def test_suggestion_for_pictures_of_one_colour() -> None:
     assert suggest_preprocessing(images(2, 8, 8, channels=1, low=51, high=52), (8, 8)).mean == (0.2,)
     assert min(suggest_preprocessing(images(2, 8, 8, low=51, high=52), (8, 8)).std) > 0
 

@@ -31,11 +31,12 @@ from resnet.training.loop import Epoch
 from resnet.training.reports import EXPERIMENTS, compare_report, depths_report, regularisers_report
 from resnet.training.settings import TrainingConfig
 
+Data = tuple[Splits, Preprocessing]
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @pytest.fixture(scope="module")
-def stripes() -> tuple[Splits, Preprocessing]:
+def stripes() -> Data:
     """Two classes that any network tells apart: stripes across and stripes down."""
     generator = np.random.default_rng(0)
     pictures = generator.integers(0, 60, (60, 8, 8)).astype(np.uint8)
@@ -93,9 +94,7 @@ def test_the_shallowest_within_one_standard_error_is_recommended() -> None:
     assert chosen.trial.model == "resnet20" and error == pytest.approx((98 / 104 * 6 / 104 / 104) ** 0.5)
     assert recommend(outcomes, 100_000)[0].trial.model == "resnet56"
     assert recommend(outcomes, 10)[0].trial.model == "resnet8"
-
-
-def test_an_accuracy_of_all_is_not_certain() -> None:
+    # an accuracy of all is not certain
     assert standard_error(1.0, 143) == pytest.approx((145 / 147 * 2 / 147 / 147) ** 0.5)
     assert standard_error(0.5, 10_000) == pytest.approx(0.5 / 10_004**0.5)
 
@@ -124,14 +123,11 @@ def test_each_regulariser_is_on_alone_and_once_per_seed() -> None:
     for label, config in settings.items():
         changed = [name for name in names if getattr(config, name) != getattr(none, name)]
         assert len(changed) == 1 + (label == "L2 decoupled"), (label, changed)
-
-
-def test_seeds_of_one_setting_are_put_together() -> None:
     groups = by_setting([outcome("resnet8", 0.9, "L1, seed 0"), outcome("resnet8", 0.8, "L1, seed 1")])
     assert [*groups] == ["L1"] and len(groups["L1"]) == 2
 
 
-def test_the_report_of_plain_against_residual_says_what_was_measured(stripes: tuple[Splits, Preprocessing]) -> None:
+def test_the_report_of_plain_against_residual_says_what_was_measured(stripes: Data) -> None:
     depths = (20, 32, 56)
     plain = [outcome(f"plain{d}", 0.5, loss=2.0, first=300.0) for d in depths]
     residual = [outcome(f"resnet{d}", 0.75, loss=0.25, first=2.0) for d in depths]
@@ -144,16 +140,14 @@ def test_the_report_of_plain_against_residual_says_what_was_measured(stripes: tu
     assert page.startswith("# Plain against residual") and "![" in page and "| plain20 | 2.000 | 50.00 |" in page
 
 
-def test_the_report_of_depths_recommends(
-    stripes: tuple[Splits, Preprocessing], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_report_of_depths_recommends(stripes: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Timer, "blocked_autorange", lambda timer, **_: timer.timeit(1))  # no second for each
     report = depths_report([outcome("resnet8", 0.5), outcome("resnet14", 0.95)], *stripes)
     assert report.findings[0].startswith("Recommended: resnet14") and report.picture.startswith(PNG)
     assert report.rows[0][0] == "resnet8" and report.rows[0][3] == "1.00"
 
 
-def test_the_report_of_regularisers_says_what_is_beyond_chance(stripes: tuple[Splits, Preprocessing]) -> None:
+def test_the_report_of_regularisers_says_what_is_beyond_chance(stripes: Data) -> None:
     outcomes = [outcome("resnet8", 0.5, f"none, seed {i}") for i in range(3)]
     outcomes += [outcome("resnet8", 0.52, f"L1, seed {i}") for i in range(3)]
     outcomes += [outcome("resnet8", 0.95, f"crop, seed {i}") for i in range(3)]
@@ -161,7 +155,7 @@ def test_the_report_of_regularisers_says_what_is_beyond_chance(stripes: tuple[Sp
     assert report.findings[1].endswith("apart from none: crop.") and report.picture.startswith(PNG)
 
 
-def test_a_trial_goes_on_where_it_stopped(stripes: tuple[Splits, Preprocessing], tmp_path: Path) -> None:
+def test_a_trial_goes_on_where_it_stopped(stripes: Data, tmp_path: Path) -> None:
     trial = Trial("resnet8", "resnet8", TrainingConfig(epochs=2, batch_size=10, warmup_epochs=0))
     ran: list[Epoch] = []
 

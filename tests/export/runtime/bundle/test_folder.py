@@ -96,7 +96,6 @@ TAMPERED: dict[str, tuple[Callable[[Path], object], str]] = {
     "folder": (lambda b: (b / "sub").mkdir(), "sub: expected a plain file"),
     "no manifest": (lambda b: (b / MANIFEST).unlink(), "expected a bundle"),
     "manifest a link": (lambda b: replace_by_link(b / MANIFEST), "expected a bundle"),
-    "empty manifest": (lambda b: (b / MANIFEST).write_bytes(b""), "changed since it was written"),
     "manifest of another kind": (lambda b: (b / MANIFEST).write_text("[1, 2]"), "changed since it was written"),
     "nested manifest": (lambda b: (b / MANIFEST).write_text("[" * 100_000), "changed since it was written"),
 }
@@ -122,13 +121,10 @@ def test_a_manifest_cannot_name_a_file_outside(tmp_path: Path, name: str) -> Non
         read_verified(folder)
 
 
-FOREIGN: dict[str, tuple[dict[str, str], str]] = {
-    "no manifest": ({"photo.jpg": "dear"}, "is not a bundle"),
-    "a manifest of something else": (
-        {MANIFEST: '{"name": "my browser extension", "files": []}', "src.js": "mine"},
-        "is not a bundle",
-    ),
-    "a manifest that is no JSON": ({MANIFEST: "hello"}, "is not a bundle"),
+FOREIGN: dict[str, dict[str, str]] = {
+    "no manifest": {"photo.jpg": "dear"},
+    "a manifest of something else": {MANIFEST: '{"name": "my extension", "files": []}', "src.js": "mine"},
+    "a manifest that is no JSON": {MANIFEST: "hello"},
 }
 
 
@@ -136,7 +132,7 @@ FOREIGN: dict[str, tuple[dict[str, str], str]] = {
 @pytest.mark.parametrize("when", ["before", "during"])
 def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path, case: str, when: str) -> None:
     """Nor one that appears during the export."""
-    (contents, message), output = FOREIGN[case], tmp_path / "mine"
+    contents, output = FOREIGN[case], tmp_path / "mine"
 
     def appear() -> None:
         output.mkdir()
@@ -145,7 +141,7 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path, case: str,
 
     if when == "before":
         appear()
-    with pytest.raises(ExportError, match=message), staged(output) as staging:
+    with pytest.raises(ExportError, match="is not a bundle"), staged(output) as staging:
         if when == "during":
             appear()
         publish(staging, output, NEW, {})
@@ -162,8 +158,3 @@ def test_what_is_the_users_is_never_replaced(bundle: Path, tmp_path: Path) -> No
         with pytest.raises(ExportError, match=message):
             write(output, NEW)
     assert (tmp_path / "file").read_bytes() == b"dear"
-
-
-def test_the_manifest_is_readable(bundle: Path) -> None:
-    manifest = json.loads((bundle / MANIFEST).read_text())
-    assert manifest["files"]["b.bin"]["bytes"] == 1

@@ -191,9 +191,6 @@ class FakeCuda:
         assert stream in self.live and self.recording is None
         return self._done()
 
-    def cudaStreamDestroy(self, stream: int) -> tuple[Any, ...]:
-        return self._gone(stream)
-
     def cudaStreamBeginCapture(self, stream: int, mode: Any) -> tuple[Any, ...]:
         assert stream in self.live and mode == self.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self.recording = []
@@ -211,12 +208,6 @@ class FakeCuda:
         executable = self._handle()
         self.graphs[executable] = self.graphs[graph]
         return self._done(executable)
-
-    def cudaGraphDestroy(self, graph: int) -> tuple[Any, ...]:
-        return self._gone(graph)
-
-    def cudaGraphExecDestroy(self, graph: int) -> tuple[Any, ...]:
-        return self._gone(graph)
 
     def cudaGraphLaunch(self, graph: int, stream: int) -> tuple[Any, ...]:
         assert graph in self.live
@@ -236,9 +227,6 @@ class FakeCuda:
     def cudaEventElapsedTime(self, start: int, end: int) -> tuple[Any, ...]:
         return self._done(float(self.events[end] - self.events[start]))
 
-    def cudaEventDestroy(self, event: int) -> tuple[Any, ...]:
-        return self._gone(event)
-
     def _done(self, *values: Any) -> tuple[Any, ...]:
         return (real_cuda.cudaError_t.cudaSuccess, *values)
 
@@ -247,9 +235,11 @@ class FakeCuda:
         self.live.add(self._next)
         return self._next
 
-    def _gone(self, handle: int) -> tuple[Any, ...]:
+    def cudaStreamDestroy(self, handle: int) -> tuple[Any, ...]:
         self.live.remove(handle)
         return self._done()
+
+    cudaGraphDestroy = cudaGraphExecDestroy = cudaEventDestroy = cudaStreamDestroy
 
 
 _present: list[FakeCuda] = []

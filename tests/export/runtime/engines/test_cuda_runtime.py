@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
+import sys
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from cuda.bindings import runtime as real_cuda
@@ -70,14 +69,7 @@ def test_bindings_that_find_no_driver_library(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("extra", ["tensorrt", "tensorrt-rtx"])
 def test_missing_bindings_name_the_extra(extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def hidden(name: str, *arguments: Any) -> Any:
-        if name.startswith("cuda"):
-            raise ModuleNotFoundError(name="cuda")
-        return real(name, *arguments)
-
-    monkeypatch.setattr(builtins, "__import__", hidden)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)  # an import of it fails
     expected = rf"cuda.bindings is not installed; install it with: pip install -e '.\[{extra}\]'"
     with pytest.raises(MissingDependency, match=expected):
         import_cuda(extra)

@@ -25,7 +25,6 @@ NONSENSE: Mapping[str, tuple[dict[str, Any], str]] = {
     "H100": ({"targets": ("sm_90",)}, "H100 and H200 (sm_90)"),
     "Orin after an RTX": ({"targets": ("sm_86", "sm_87")}, "got 'sm_87'"),
     "Thor": ({"targets": ("sm_110",)}, f"TensorRT-RTX builds for {', '.join(TARGETS)}, not for Orin (sm_87)"),
-    "a name": ({"targets": ("ampere",)}, "got 'ampere'"),
     "twice": ({"targets": ("sm_86", "sm_86")}, "expected each GPU once, got sm_86 sm_86"),
     "core -1": ({"dla_core": -1}, "--dla: expected the number of a core, 0 or more, got -1"),
     "folder": ({"timing_cache": Path("/")}, "--timing-cache: expected a file in a folder that exists, got /"),
@@ -70,7 +69,6 @@ def test_engines_for_other_gpus_are_not_built_on_jetson(monkeypatch: pytest.Monk
 
 TAKEN: Mapping[str, tuple[str, dict[str, Any]]] = {
     "defaults": ("tensorrt", {}),
-    "defaults of RTX": ("tensorrt-rtx", {}),
     "all of RTX": ("tensorrt-rtx", {"workspace_mib": 64, "optimization_level": 0, "targets": TARGETS}),
     "most of the full one": ("tensorrt", {"workspace_mib": 1, "optimization_level": 5, "timing_cache": Path("/c"),
                                           "version_compatible": True, "dla_core": 0}),

@@ -13,14 +13,13 @@ from export.benchmark.timing import Clock, cuda_turn, measure
 from export.runtime.engines.engine import FLAVOURS, Engine, Flavour
 from export.runtime.engines.runner import TensorRTRunner
 from export.runtime.runner import Interface
+from tests.export.runtime.engines import fake_tensorrt
 from tests.export.runtime.engines.fake_tensorrt import FLAVOUR, plan
 
 
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "export.runtime.engines.runner._DEVICE_ENGINE", "tests.export.runtime.engines.fake_tensorrt:device_engine"
-    )
+    monkeypatch.setattr("export.runtime.engines.runner._DEVICE_ENGINE", f"{fake_tensorrt.__name__}:device_engine")
 
 
 def runner_of(content: bytes, flavour: Flavour = FLAVOUR) -> TensorRTRunner:

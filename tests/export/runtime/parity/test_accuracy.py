@@ -11,14 +11,7 @@ from numpy.typing import NDArray
 
 from export import ExportError
 from export.base.batch import Arrays
-from export.runtime.parity.accuracy import (
-    Accuracy,
-    class_count,
-    class_indices,
-    count_correct,
-    lost_accuracy,
-    measure,
-)
+from export.runtime.parity.accuracy import Accuracy, class_count, class_indices, count_correct, lost_accuracy, measure
 from export.runtime.parity.network import NetworkCheck
 from export.runtime.parity.rungs import Evidence, ParityReport, Rung
 from export.terminal.console import print_accuracy
