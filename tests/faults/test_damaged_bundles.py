@@ -20,8 +20,9 @@ from export.runtime.bundle.folder import MANIFEST
 from export.runtime.engines import engine as tensorrt_engine
 from export.runtime.engines.engine import FLAVOURS, Flavour
 from export.terminal.flags import in_flags
-from tests.faults.bundle_inputs import ENGINE, copied, script, with_engine
+from tests.faults.bundle_inputs import ENGINE, copied, with_engine
 from tests.faults.writers import write_bundle
+from tests.scripts.loading import load_script
 
 EXAMPLE = torch.zeros(1, 3, 16, 16)
 
@@ -33,7 +34,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 def test_a_flipped_bit_in_any_file_is_refused_by_its_name(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    broken, verify = with_engine(bundle, tmp_path, "1.0"), script("verify")
+    broken, verify = with_engine(bundle, tmp_path, "1.0"), load_script("verify")
     names = sorted(path.name for path in broken.iterdir())
     assert names == ["golden.safetensors", MANIFEST, "model.onnx", ENGINE, "parity.json", "report.html"]
     for name in names:
@@ -163,7 +164,7 @@ def test_an_unknown_flag_or_model_gets_the_nearest_one(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     required, wrong, right = FLAGS[name]
-    module = script(name)
+    module = load_script(name)
     with pytest.raises(SystemExit) as end:
         module.main([*required, wrong])
     said = capsys.readouterr()
