@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import io
 import json
 import random
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -29,8 +27,8 @@ from export.runtime.verify import verify_bundle
 from resnet.data.preprocessing import Preprocessing
 from resnet.errors import ResNetError
 from tests.faults.mutations import damaged_bytes, damaged_json, damaged_onnx, damaged_safetensors, deep_recursion
+from tests.scripts.loading import load_script
 
-ROOT = Path(__file__).resolve().parents[2]
 LARGEST = 32 << 20  # bytes of a manifest: the file that holds it is limited too
 TryOne = Callable[[int], str]
 
@@ -45,9 +43,9 @@ def manifests(source: Path, folder: Path) -> TryOne:
     manifest = json.loads((bundle / MANIFEST).read_text())
     del manifest["manifest_sha256"]
     commands = {
-        script("verify"): [str(bundle)],
-        script("classify"): [str(bundle), str(a_picture(folder / "picture.png"))],
-        script("evaluate"): [str(bundle), str(class_folders(folder / "data"))],
+        load_script("verify"): [str(bundle)],
+        load_script("classify"): [str(bundle), str(a_picture(folder / "picture.png"))],
+        load_script("evaluate"): [str(bundle), str(class_folders(folder / "data"))],
     }
 
     def try_one(index: int) -> str:
@@ -159,18 +157,6 @@ def read(path: Path) -> bool:
     bundle.check_input((preprocessing.channels, *preprocessing.size))
     class_indices(("class 0", "class 1"), bundle.classes, bundle.class_count)
     return True
-
-
-def script(name: str) -> ModuleType:
-    """A script as a module, with the path as it was."""
-    path = list(sys.path)
-    spec = importlib.util.spec_from_file_location(f"{name}_fuzzed", ROOT / "scripts" / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look themselves up
-    spec.loader.exec_module(module)
-    sys.path[:] = path
-    return module
 
 
 def run(module: ModuleType, arguments: list[str]) -> str:

@@ -23,7 +23,8 @@ from export.base.errors import ExportError
 from export.terminal.command_line import Parser
 from resnet.data import sources
 from resnet.models import MODELS, create_model
-from tests.faults.bundle_inputs import TryOne, a_picture, class_folders, run, script
+from tests.faults.bundle_inputs import TryOne, a_picture, class_folders, run
+from tests.scripts.loading import load_script
 
 # Where each script's work begins.
 WORK = {
@@ -92,7 +93,7 @@ def confined(name: str, work: tuple[str, ...]) -> ModuleType:
     def small(model: str, **arguments: Any) -> torch.nn.Module:
         return made("resnet8", **arguments) if model in MODELS else create_model(model, **arguments)
 
-    module = script(name)
+    module = load_script(name)
     names = vars(module)
     names |= dict.fromkeys(work, refuse)
     if "create_model" in names:

@@ -17,8 +17,9 @@ from export import ExportConfig, ExportError, MissingDependency, export_bundle, 
 from export.runtime.artefacts import artefacts, running, running_first
 from export.runtime.bundle.contents import open_bundle
 from export.runtime.engines import engine as tensorrt_engine
-from tests.faults.bundle_inputs import ENGINE, script, with_engine
+from tests.faults.bundle_inputs import ENGINE, with_engine
 from tests.faults.writers import write_bundle
+from tests.scripts.loading import load_script
 
 OCCUPIED: dict[str, tuple[Callable[[Path], object], str]] = {
     "hidden file": (lambda p: (p / ".git").mkdir(parents=True), "exists and is not a bundle"),
@@ -105,7 +106,7 @@ def test_an_unknown_flag_or_model_gets_the_nearest_one(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     required, wrong, right = FLAGS[name]
-    module = script(name)
+    module = load_script(name)
     with pytest.raises(SystemExit) as end:
         module.main([*required, wrong])
     said = capsys.readouterr()

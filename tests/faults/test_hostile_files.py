@@ -23,8 +23,9 @@ from export.runtime.bundle.contents import open_bundle
 from export.runtime.bundle.golden import GOLDEN_FILE
 from export.runtime.onnx_session import ONNX_FILE, open_file
 from tests import children
-from tests.faults.bundle_inputs import a_picture, class_folders, copied, forge, replace, run, script
+from tests.faults.bundle_inputs import a_picture, class_folders, copied, forge, replace, run
 from tests.faults.mutations import nested
+from tests.scripts.loading import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(path for room in ("export", "kernels", "resnet", "scripts") for path in (ROOT / room).rglob("*.py"))
@@ -104,11 +105,11 @@ def test_a_forged_manifest_is_refused_by_every_script(case: str, bundle: Path, t
     """Those that fuzzing found, or that it comes by too rarely. What it can be made to say is in one line."""
     changed = copied(bundle, tmp_path)
     forge(changed, FORGED[case])
-    classify, evaluate = script("classify"), script("evaluate")
+    classify, evaluate = load_script("classify"), load_script("evaluate")
     commands = {classify: a_picture(tmp_path / "picture.png"), evaluate: class_folders(tmp_path / "data")}
     worked = {run(module, [str(changed), str(argument)]) for module, argument in commands.items()}
     assert case == "nested" or worked == {"exit code 2"}
-    run(script("verify"), [str(changed)])
+    run(load_script("verify"), [str(changed)])
 
 
 def test_caches_are_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

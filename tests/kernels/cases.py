@@ -43,20 +43,13 @@ def _network_cases() -> dict[str, ConvProblem]:
     shapes += [(3, 16, 3, 1, 1), *_basic_shapes(16, (16, 32, 64))]
     for index, (c_in, c_out, kernel, stride, groups) in enumerate(dict.fromkeys(shapes)):
         name = f"{c_in}-{c_out}-{kernel}x{kernel}-s{stride}" + (f"-g{groups}" if groups > 1 else "")
+        batch, height, width, padding = 1 + index % 2, 7 + index % 3, 9 - index % 2, kernel // 2
+        # The last convolution of a block, the only one with a residual, is a 1x1 or a 3x3 of stride 1.
+        residual = stride == 1 and c_out >= c_in
         cases[name] = ConvProblem(
-            batch=1 + index % 2,
-            c_in=c_in,
-            height=7 + index % 3,
-            width=9 - index % 2,
-            c_out=c_out,
-            kernel=(kernel, kernel),
-            stride=(stride, stride),
-            padding=(kernel // 2, kernel // 2),
-            groups=groups,
-            # The last convolution of a block, the only one with a residual, is a 1x1 or a 3x3 of stride 1.
-            has_residual=stride == 1 and c_out >= c_in,
-            relu=True,
-        )
+            batch, c_in, height, width, c_out, (kernel, kernel), (stride, stride), (padding, padding),
+            groups=groups, has_residual=residual, relu=True,
+        )  # fmt: skip
     return cases
 
 
@@ -154,11 +147,8 @@ BOTTLENECK_CASES = {
     "one-pixel-image": replace(_BOTTLENECK, first=replace(_BOTTLENECK.first, height=1, width=1)),
     "first-1x1": replace(_BOTTLENECK, first=replace(_BOTTLENECK.first, kernel=(1, 1), padding=(0, 0))),
     "first-dilation-2": replace(_BOTTLENECK, first=replace(_BOTTLENECK.first, dilation=(2, 2), padding=(2, 2))),
-    "tails-everywhere": replace(
-        _BOTTLENECK_PROJECTED,
-        first=replace(_BOTTLENECK.first, c_in=13, c_out=21),
-        c_out=70,
-        projection=Projection(37, 12, 14, (2, 2)),
+    "tails-everywhere": BottleneckProblem(
+        replace(_BOTTLENECK.first, c_in=13, c_out=21), 70, projection=Projection(37, 12, 14, (2, 2)), relu=True
     ),
     "one-channel-between": replace(_BOTTLENECK, first=replace(_BOTTLENECK.first, c_out=1)),
 }

@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels.launch
 from kernels.configs.config import Config
@@ -75,12 +77,19 @@ def run(
     return kernels.launch.run(inputs.operator, *inputs.values(), out=out, config=config, workspace=workspace)
 
 
+def operator(inputs: Arguments[Tensor]) -> Tensor:
+    """As PyTorch dispatches it."""
+    y: Tensor = getattr(torch.ops.resnet_deploy, inputs.operator)(*inputs.values())
+    return y
+
+
+def fake(inputs: Arguments[Tensor]) -> Tensor:
+    with FakeTensorMode() as mode:
+        return operator(inputs.map(mode.from_tensor))
+
+
 def launch(
-    problem: Problem,
-    inputs: Arguments[Tensor],
-    config: Config | None,
-    poison: float = POISONS[0],
-    workspace: Workspace | None = None,
+    problem: Problem, inputs: Any, config: Config | None, poison: float = POISONS[0], workspace: Workspace | None = None
 ) -> Tensor:
     """Run the kernels into an output full of poison, and see that they leave the memory on either side alone."""
     device = inputs.tensors()["x"].device

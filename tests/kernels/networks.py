@@ -1,6 +1,7 @@
 """Whole networks as the problems their fused operators have, in order and with repetitions."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,45 +16,30 @@ from kernels.problems import ConvProblem, Problem, Projection
 BATCHES = (1, 32)
 
 
-def _stem(batch: int) -> StemProblem:
-    return StemProblem(ConvProblem(batch, 3, 224, 224, 64, (7, 7), (2, 2), (3, 3), relu=True))
-
-
-def resnet18(batch: int) -> list[Problem]:
-    problems: list[Problem] = [_stem(batch)]
-    c_in, size = 64, 56
-    for width in (64, 128, 256, 512):
-        for block in range(2):
-            stride = 2 if block == 0 and width > 64 else 1
-            shortcut = Projection(c_in, size, size, (2, 2)) if stride == 2 else None
-            problems.append(ConvProblem(batch, c_in, size, size, width, (3, 3), (stride, stride), (1, 1), relu=True))
-            c_in, size = width, size // stride
-            problems.append(
-                ConvProblem(
-                    batch, width, size, size, width, (3, 3), padding=(1, 1), relu=True,
-                    has_residual=shortcut is None, projection=shortcut,
-                )
-            )  # fmt: skip
-    return [*problems, HeadProblem(batch, 512, 7, 7, 1000)]
-
-
-def resnet50(batch: int) -> list[Problem]:
-    problems: list[Problem] = [_stem(batch)]
-    c_in, size = 64, 56
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(blocks):
-            stride = 2 if block == 0 and width > 64 else 1
-            shortcut = Projection(c_in, size, size, (stride, stride)) if block == 0 else None
-            problems.append(ConvProblem(batch, c_in, size, size, width, (1, 1), relu=True))
-            first = ConvProblem(batch, width, size, size, width, (3, 3), (stride, stride), (1, 1), relu=True)
-            problems.append(
-                BottleneckProblem(first, 4 * width, has_residual=shortcut is None, projection=shortcut, relu=True)
+def _network(batch: int, blocks: tuple[int, int, int, int], bottleneck: bool) -> list[Problem]:
+    problems: list[Problem] = [StemProblem(ConvProblem(batch, 3, 224, 224, 64, (7, 7), (2, 2), (3, 3), relu=True))]
+    c_in, size, expansion = 64, 56, 4 if bottleneck else 1
+    for width, count in zip((64, 128, 256, 512), blocks, strict=True):
+        for block in range(count):
+            stride, c_out = 2 if block == 0 and width > 64 else 1, width * expansion
+            shortcut = Projection(c_in, size, size, (stride, stride)) if block == 0 and c_in != c_out else None
+            first = ConvProblem(
+                batch, width if bottleneck else c_in, size, size, width, (3, 3), (stride, stride), (1, 1), relu=True
             )
-            c_in, size = 4 * width, size // stride
-    return [*problems, HeadProblem(batch, 2048, 7, 7, 1000)]
+            if bottleneck:
+                problems.append(ConvProblem(batch, c_in, size, size, width, (1, 1), relu=True))
+                problems.append(BottleneckProblem(first, c_out, shortcut is None, shortcut, relu=True))
+            else:
+                second = replace(first, c_in=width, height=size // stride, width=size // stride, stride=(1, 1))
+                problems += [first, replace(second, has_residual=shortcut is None, projection=shortcut)]
+            c_in, size = c_out, size // stride
+    return [*problems, HeadProblem(batch, c_in, 7, 7, 1000)]
 
 
-NETWORKS: dict[str, Callable[[int], list[Problem]]] = {"resnet18": resnet18, "resnet50": resnet50}
+NETWORKS: dict[str, Callable[[int], list[Problem]]] = {
+    "resnet18": lambda batch: _network(batch, (2, 2, 2, 2), bottleneck=False),
+    "resnet50": lambda batch: _network(batch, (3, 4, 6, 3), bottleneck=True),
+}
 
 # Beside the two networks: every other shape of load and width of tile.
 EXTRA: dict[str, Problem] = {

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from hypothesis import HealthCheck, settings
@@ -55,18 +56,9 @@ SMALL = Limits(batch=3, channels=33, groups=3, size=5, kernel=3)
 BOXABLE = replace(SMALL, groups=1, boxable=True)
 
 
-@dataclass(frozen=True)
-class _Axis:
-    size: int
-    kernel: int
-    stride: int
-    padding: int
-    dilation: int
-
-
 @st.composite
-def _axes(draw: st.DrawFn, limits: Limits, most_dilated: int) -> _Axis:
-    """One axis of a convolution, with at least one pixel of output."""
+def _axes(draw: st.DrawFn, limits: Limits, most_dilated: int) -> tuple[int, int, int, int, int]:
+    """One axis of a convolution, with at least one pixel of output: size, kernel, stride, padding, dilation."""
     kernels = [kernel for kernel in (1, 3, 5, 7) if kernel <= limits.kernel]
     # 1x1 boxes are a matrix product, where little can go wrong.
     kernel = draw(st.sampled_from([*kernels, 3, 3] if limits.boxable else kernels))
@@ -74,7 +66,7 @@ def _axes(draw: st.DrawFn, limits: Limits, most_dilated: int) -> _Axis:
     dilation = draw(st.integers(1, 1 if limits.boxable else most_dilated))
     smallest = max(1, dilation * (kernel - 1) + 1 - 2 * padding)
     size = draw(st.integers(smallest, max(smallest, limits.size)))
-    return _Axis(size, kernel, draw(st.integers(1, 1 if limits.boxable else 3)), padding, dilation)
+    return size, kernel, draw(st.integers(1, 1 if limits.boxable else 3)), padding, dilation
 
 
 def _channels(limits: Limits, groups: int = 1) -> st.SearchStrategy[int]:
@@ -86,26 +78,16 @@ def _channels(limits: Limits, groups: int = 1) -> st.SearchStrategy[int]:
 @st.composite
 def _convolutions(draw: st.DrawFn, limits: Limits, grouped: bool = False, most_dilated: int = 2) -> ConvProblem:
     rows, columns = draw(_axes(limits, most_dilated)), draw(_axes(limits, most_dilated))
+    (height, width), kernel, stride, padding, dilation = zip(rows, columns, strict=True)
     groups = draw(st.just(1) | st.integers(1, limits.groups)) if grouped else 1
-    return ConvProblem(
-        batch=draw(st.integers(1, limits.batch)),
-        c_in=groups * draw(_channels(limits, groups)),
-        height=rows.size,
-        width=columns.size,
-        c_out=groups * draw(_channels(limits, groups)),
-        kernel=(rows.kernel, columns.kernel),
-        stride=(rows.stride, columns.stride),
-        padding=(rows.padding, columns.padding),
-        dilation=(rows.dilation, columns.dilation),
-        groups=groups,
-        dtype=draw(st.sampled_from([*DTYPES.values()])),
-    )
+    batch, dtype = draw(st.integers(1, limits.batch)), draw(st.sampled_from([*DTYPES.values()]))
+    c_in, c_out = (groups * draw(_channels(limits, groups)) for _ in range(2))
+    return ConvProblem(batch, c_in, height, width, c_out, kernel, stride, padding, dilation, groups, dtype)
 
 
-@st.composite
-def convs(draw: st.DrawFn, limits: Limits) -> ConvProblem:
-    conv = draw(_convolutions(limits, grouped=True))
-    return replace(conv, has_residual=draw(st.booleans()), relu=draw(st.booleans()))
+def convs(limits: Limits) -> st.SearchStrategy[ConvProblem]:
+    conv, flag = _convolutions(limits, grouped=True), st.booleans()
+    return st.builds(lambda c, residual, relu: replace(c, has_residual=residual, relu=relu), conv, flag, flag)
 
 
 @st.composite
@@ -123,11 +105,9 @@ def projections(draw: st.DrawFn, limits: Limits) -> ConvProblem:
 
 
 @st.composite
-def bottlenecks(
-    draw: st.DrawFn, limits: Limits, shortcuts: tuple[str, ...] = ("none", "residual", "projection")
-) -> BottleneckProblem:
+def bottlenecks(draw: st.DrawFn, limits: Limits) -> BottleneckProblem:
     first = replace(draw(_convolutions(limits)), relu=True)
-    shortcut = draw(st.sampled_from(shortcuts))
+    shortcut = draw(st.sampled_from(("none", "residual", "projection")))
     return BottleneckProblem(
         first,
         draw(_channels(limits)),
@@ -149,7 +129,7 @@ def heads(limits: Limits) -> st.SearchStrategy[HeadProblem]:
     return st.builds(HeadProblem, st.integers(1, limits.batch), channels, size, size, channels, dtype)
 
 
-OPERATORS: dict[str, Callable[[Limits], st.SearchStrategy[Problem]]] = {
+OPERATORS: dict[str, Callable[[Limits], st.SearchStrategy[Any]]] = {
     "conv2d_bias_act": convs,
     "conv2d_projection_bias_act": projections,
     "conv2d_conv1x1_bias_act": bottlenecks,
@@ -160,15 +140,6 @@ OPERATORS: dict[str, Callable[[Limits], st.SearchStrategy[Problem]]] = {
 
 def any_problem(limits: Limits) -> st.SearchStrategy[Problem]:
     return st.one_of([strategy(limits) for strategy in OPERATORS.values()])
-
-
-def with_shortcut(limits: Limits) -> st.SearchStrategy[ConvProblem | BottleneckProblem]:
-    """Those that add a residual or a projection."""
-    return st.one_of(
-        convs(limits).map(lambda problem: replace(problem, has_residual=True)),
-        projections(limits),
-        bottlenecks(limits, ("residual", "projection")),
-    )
 
 
 @dataclass(frozen=True)
@@ -211,10 +182,9 @@ def dense_order(ndim: int) -> tuple[int, ...]:
     return (0, 2, 3, 1) if ndim == 4 else tuple(range(ndim))
 
 
-@st.composite
-def dense_layouts(draw: st.DrawFn, ndim: int) -> Layout:
-    loose, requires_grad = draw(st.booleans()), draw(st.booleans())
-    return Layout(dense_order(ndim), offset=draw(st.integers(0, 3)), loose=loose, requires_grad=requires_grad)
+def dense_layouts(ndim: int) -> st.SearchStrategy[Layout]:
+    order, flag = st.just(dense_order(ndim)), st.booleans()
+    return st.builds(Layout, order, offset=st.integers(0, 3), loose=flag, requires_grad=flag)
 
 
 @st.composite
@@ -227,6 +197,10 @@ def any_layouts(draw: st.DrawFn, ndim: int) -> Layout:
 def is_dense(tensor: Tensor) -> bool:
     """channels_last for 4 axes, else contiguous, in torch's own words."""
     return tensor.is_contiguous(memory_format=torch.channels_last if tensor.ndim == 4 else torch.contiguous_format)
+
+
+def dense(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last if tensor.ndim == 4 else torch.contiguous_format)
 
 
 @dataclass(frozen=True)
@@ -300,17 +274,14 @@ def bottleneck_configs(draw: st.DrawFn, problem: BottleneckProblem) -> Bottlenec
     return config
 
 
-@st.composite
-def _stem_configs(draw: st.DrawFn, problem: StemProblem) -> StemConfig:
-    conv = problem.conv
-    blocks = (draw(_blocks(conv.out_width)), draw(_blocks(conv.c_out)), draw(_blocks(conv.gemm_k)))
-    return StemConfig(*blocks, draw(st.integers(1, 4)), draw(_WARPS), draw(_STAGES))
+def _stem_configs(conv: ConvProblem) -> st.SearchStrategy[StemConfig]:
+    blocks = [_blocks(size) for size in (conv.out_width, conv.c_out, conv.gemm_k)]
+    return st.builds(StemConfig, *blocks, st.integers(1, 4), _WARPS, _STAGES)
 
 
-@st.composite
-def _head_configs(draw: st.DrawFn, problem: HeadProblem) -> HeadConfig:
-    blocks = (draw(_blocks(problem.batch)), draw(_blocks(problem.c_out)), draw(_blocks(problem.c_in)))
-    return HeadConfig(*blocks, draw(_WARPS))
+def _head_configs(problem: HeadProblem) -> st.SearchStrategy[HeadConfig]:
+    blocks = [_blocks(size) for size in (problem.batch, problem.c_out, problem.c_in)]
+    return st.builds(HeadConfig, *blocks, _WARPS)
 
 
 def configs(problem: Problem) -> st.SearchStrategy[Config]:
@@ -322,6 +293,6 @@ def configs(problem: Problem) -> st.SearchStrategy[Config]:
         pairs = st.builds(PairConfig, conv_configs(problem.first), conv_configs(problem.second))
         return chosen | pairs | bottleneck_configs(problem)
     if isinstance(problem, StemProblem):
-        return chosen | _stem_configs(problem)
+        return chosen | _stem_configs(problem.conv)
     assert isinstance(problem, HeadProblem)
     return chosen | _head_configs(problem)

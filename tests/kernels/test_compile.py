@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +20,9 @@ from kernels.operators.conv2d_conv1x1_bias_act import BottleneckConfig, Bottlene
 from kernels.operators.mean_linear import HeadConfig, HeadProblem
 from kernels.plan import plan
 from kernels.problems import ConvProblem, Projection
+from tests import children
 
 ROOT = Path(__file__).resolve().parents[2]
-HANGS = 3 * 3600  # seconds: a few minutes of work, on however busy a machine
 
 
 @pytest.fixture(scope="module")
@@ -31,16 +30,10 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What compile_worker.py found, without the interpreter; nothing is taken from an earlier run's cache."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.compile_worker"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=HANGS,
-    )
+    done = children.run([sys.executable, "-m", "tests.kernels.compile_worker"], cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
 
 
 KERNELS = {
@@ -60,9 +53,7 @@ def test_networks_compile_to_good_code(target: str, report: dict[str, Any]) -> N
         what = f"{kernel['kernel']} for {kernel['problem']} as {kernel['config']}"
         problems += [f"{what}: {fault}" for fault in kernel["faults"]]
         if not 0 < kernel["shared_bytes"] <= kernel["shared_bound"]:
-            problems.append(
-                f"{what}: {kernel['shared_bytes']} bytes of shared memory, estimated {kernel['shared_bound']}"
-            )
+            problems.append(f"{what}: {kernel['shared_bytes']} bytes of shared, estimated {kernel['shared_bound']}")
         assert 0 < kernel["registers"] <= 255, what
     assert not problems, "\n".join(["", *problems])
     names = {kernel["kernel"] for kernel in compiled}
@@ -107,19 +98,9 @@ def kernel_of(problem: Any, config: Any, **changes: Any) -> CompiledKernel:
     """A good kernel for sm_90, some of its findings replaced."""
     (launch,) = plan(problem, config, TARGETS["sm_90"])
     good = CompiledKernel(
-        launch=launch,
-        target=TARGETS["sm_90"],
-        registers=160,
-        stack_bytes=0,
-        spill_loads=0,
-        spill_stores=0,
-        shared_bytes=98304,
-        tensor_core_ops={"HGMMA": 8},
-        global_loads={4: 8},
-        async_copies={16: 36},
-        box_loads=0,
-        cubin=b"",
-    )
+        launch, TARGETS["sm_90"], registers=160, stack_bytes=0, spill_loads=0, spill_stores=0, shared_bytes=98304,
+        tensor_core_ops={"HGMMA": 8}, global_loads={4: 8}, async_copies={16: 36}, box_loads=0, cubin=b"",
+    )  # fmt: skip
     return replace(good, **changes)
 
 
@@ -135,9 +116,7 @@ GOOD = {
     "single-slice": kernel_of(POINTWISE, CONFIG, global_loads={4: 8, 16: 12}, async_copies={}),
     "32-rows": kernel_of(PROBLEM, replace(CONFIG, block_m=32), tensor_core_ops={"HMMA": 64}),
     "previous-target": kernel_of(PROBLEM, CONFIG, target=TARGETS["sm_80"], tensor_core_ops={"HMMA": 64}),
-    "tile-too-small-for-16-bytes": kernel_of(
-        PROBLEM, ConvConfig(64, 16, 32, 4, 3), async_copies={8: 4, 16: 36}
-    ),
+    "tile-too-small-for-16-bytes": kernel_of(PROBLEM, ConvConfig(64, 16, 32, 4, 3), async_copies={8: 4, 16: 36}),
     "boxes": kernel_of(PROBLEM, BOXES, **BOXED),
     "bottleneck": kernel_of(BOTTLENECK, BottleneckConfig(128, 64, 64, 4, 2)),
     "stem": kernel_of(STEM, StemConfig(64, 64, 32, 2, 4, 2), async_copies={}),

@@ -15,7 +15,7 @@ from kernels.operators.conv2d_conv1x1_bias_act import BottleneckProblem
 from kernels.operators.mean_linear import HeadProblem
 from kernels.operators.registry import Arguments
 from kernels.oracle import make_inputs, oracle, p1_failures
-from kernels.problems import ConvProblem, Problem
+from kernels.problems import ConvProblem, Problem, Projection
 from kernels.rounding import MAX_Z
 from tests.kernels.cases import DTYPES, projected
 
@@ -25,9 +25,7 @@ PROBLEMS: dict[str, Problem] = {
     "conv": _CONV,
     "projection": projected(_CONV, 80, (2, 2), beyond=1),
     "bottleneck-residual": BottleneckProblem(_FIRST, 64, has_residual=True, relu=True),
-    "bottleneck-projection": BottleneckProblem(
-        _FIRST, 64, projection=projected(_FIRST, 80, (2, 2), beyond=1).projection, relu=True
-    ),
+    "bottleneck-projection": BottleneckProblem(_FIRST, 64, projection=Projection(80, 10, 10, (2, 2)), relu=True),
     "stem": StemProblem(replace(_FIRST, c_in=3, height=21, width=23, kernel=(7, 7), padding=(3, 3))),
     "head": HeadProblem(5, 70, 7, 7, 33),
 }
@@ -177,7 +175,7 @@ ANY: dict[str, Defect] = {
     "wrong-dtype": lambda t: t.correct.double(),
 }
 OF_A_CONVOLUTION: dict[str, Defect] = {
-    "one-corner-pixel-wrong": lambda t: with_value(t.correct, (0, slice(None), 0, 0), t.correct[0, :, 0, 1]),
+    "one-corner-pixel-wrong": lambda t: with_value(t.correct, (0, slice(None), 0, 0), t.correct[0, :, 0, 1])
 }
 # Not of a stem: a maximum over nine pixels is almost never negative.
 OF_A_RELU: dict[str, Defect] = {"relu-dropped": lambda t: t.compute(relu=False)}
@@ -198,6 +196,11 @@ OF_A_HEAD: dict[str, Defect] = {
 }
 
 
+def with_changed(argument: str, change: Callable[[Tensor], Tensor], trial: Trial) -> Tensor:
+    """The operator of a trial, one of whose arguments is changed."""
+    return trial.compute({argument: change(trial.tensors[argument])})
+
+
 def of_arguments(problem: Problem) -> dict[str, Defect]:
     """Each tensor the operator takes: dropped, its channels swapped, shifted by a pixel, its last slice of K lost."""
     found: dict[str, Defect] = {}
@@ -212,12 +215,8 @@ def of_arguments(problem: Problem) -> dict[str, Defect]:
         elif len(shape) == 4 and not isinstance(problem, HeadProblem):
             changes["shifted"] = lambda tensor: tensor.roll(1, dims=3)
         for name, change in changes.items():
-            found[f"{argument}-{name}"] = functools.partial(changed, argument, change)
+            found[f"{argument}-{name}"] = functools.partial(with_changed, argument, change)
     return found
-
-
-def changed(argument: str, change: Callable[[Tensor], Tensor], trial: Trial) -> Tensor:
-    return trial.compute({argument: change(trial.tensors[argument])})
 
 
 OF_A_KIND: dict[str, dict[str, Defect]] = {

@@ -1,9 +1,14 @@
-"""The scripts as modules, in this process: starting one for each refusal would take longer than the refusals."""
+"""The scripts as a user runs them: as modules in this process, which is quick, or in one of their own."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
+import io
+import logging
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -25,10 +30,30 @@ def load_script(name: str) -> ModuleType:
     return module
 
 
-def exit_code(script: str, *arguments: object) -> int | str | None:
-    """Of the script's main, called in this process; argparse exits by itself."""
-    try:
-        code: int = load_script(script).main([*map(str, arguments)])
-    except SystemExit as stopped:
-        return stopped.code
-    return code
+def run_here(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """What a script says and its exit code, in this process; what it sets for the process is put back."""
+    out, err, level = io.StringIO(), io.StringIO(), logging.getLogger("resnet").level
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = load_script(script).main([*map(str, arguments)])
+        except SystemExit as stopped:  # argparse exits by itself
+            code = stopped.code
+    logging.getLogger("resnet").setLevel(level)
+    assert isinstance(code, int)
+    return subprocess.CompletedProcess([script], code, out.getvalue(), err.getvalue())
+
+
+def run(script: str, *arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The same in a process of its own, in the folder `cwd`, with more variables in its environment."""
+    command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *map(str, arguments)]
+    variables = {**os.environ, **environment}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=3600, env=variables)
+
+
+def refusal(process: subprocess.CompletedProcess[str]) -> str:
+    """The one line, beside those about progress, of a script that refused: exit code 2 and nothing on stdout."""
+    (line,) = (line for line in process.stderr.splitlines() if " s  " not in line)
+    script = Path(process.args[-1] if len(process.args) == 1 else process.args[1]).stem
+    assert process.returncode == 2 and process.stdout == "", process.stderr
+    assert line.startswith(f"{script}.py: error: ")
+    return line.removeprefix(f"{script}.py: error: ")

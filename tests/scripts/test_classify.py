@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from PIL import Image
 from torch import nn
 
 from tests.export import digits
-from tests.scripts.loading import ROOT, exit_code, load_script
+from tests.scripts.loading import load_script, refusal, run, run_here
 
 
 @pytest.fixture
@@ -38,9 +36,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def test_probabilities_without_pytorch(bundle: Path, pictures: list[Path], network: nn.Module, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "classify.py"), str(bundle), *map(str, pictures), "--json"]
-    environment = {**os.environ, **digits.without_torch(tmp_path / "hidden")}
-    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=3600, env=environment)
+    process = run("classify", bundle, *pictures, "--json", cwd=tmp_path, **digits.without_torch(tmp_path / "hidden"))
     assert process.returncode == 0, process.stderr
     assert process.stderr.startswith(f"{bundle}/model.onnx on onnxruntime ") and process.stderr.count("\n") == 1
     records = json.loads(process.stdout)["images"]
@@ -59,9 +55,8 @@ def test_probabilities_without_pytorch(bundle: Path, pictures: list[Path], netwo
         np.testing.assert_allclose(found, probabilities[:5], rtol=2 * limit)
 
 
-def test_a_table_for_each_picture(bundle: Path, pictures: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
-    assert exit_code("classify", bundle, *pictures[:2]) == 0
-    lines = capsys.readouterr().out.splitlines()
+def test_a_table_for_each_picture(bundle: Path, pictures: list[Path]) -> None:
+    lines = run_here("classify", bundle, *pictures[:2]).stdout.splitlines()
     assert len(lines) == 12 and lines[0].strip() == str(pictures[0]) and lines[6].strip() == str(pictures[1])
     assert " % " in lines[1] and "█" in lines[1]
 
@@ -74,16 +69,13 @@ def test_softmax_in_float64() -> None:
     assert len(classify.most_probable(np.zeros(9))) == 5 and len(classify.most_probable(np.zeros(2))) == 2
 
 
-def test_without_names_a_class_has_its_number(
-    bundle: Path, pictures: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_names_a_class_has_its_number(bundle: Path, pictures: list[Path], tmp_path: Path) -> None:
     nameless = digits.rewrite(bundle, tmp_path / "b", lambda manifest, files: manifest["model"].pop("classes"))
-    assert exit_code("classify", nameless, pictures[3], "--json") == 0
-    (record,) = json.loads(capsys.readouterr().out)["images"]
+    (record,) = json.loads(run_here("classify", nameless, pictures[3], "--json").stdout)["images"]
     assert all(found["label"] == f"class {found['class']}" for found in record["predictions"])
 
 
-def model(**facts: object) -> Callable[[dict[str, Any], dict[str, bytes]], None]:
+def model(**facts: object) -> digits.Change:
     return lambda manifest, files: manifest["model"].update(facts)
 
 
@@ -100,14 +92,10 @@ def nan_in_the_classifier(network: onnx.ModelProto) -> None:
 
 OBLONG = {**digits.PREPROCESSING.to_json(), "size": [8, 16]}
 # a change to a sound bundle, the exit code and what is said
-REFUSED: dict[str, tuple[Callable[[dict[str, Any], dict[str, bytes]], None], int, str]] = {
+REFUSED: dict[str, tuple[digits.Change, int, str]] = {
     "no preprocessing": (model(preprocessing=None), 2, "takes inputs of shape [1, 16, 16], not pictures"),
     "another preprocessing": (model(preprocessing={"size": 3}), 2, "expected the description of a preprocessing"),
-    "pictures of another size": (
-        model(preprocessing=OBLONG),
-        2,
-        "takes inputs of shape [1, 16, 16]: its preprocessing makes [1, 8, 16]",
-    ),
+    "pictures of another size": (model(preprocessing=OBLONG), 2, "[1, 16, 16]: its preprocessing makes [1, 8, 16]"),
     "too few names": (model(classes=["one", "two"]), 2, "expected the names of 10 classes, got 2"),
     "no logits": (two_dimensions_more, 2, "expected a first output of shape [N, classes]"),
     "NaN": (digits.change_onnx(nan_in_the_classifier), 1, "0.png: model.onnx returns NaN or Inf for this picture"),
@@ -116,23 +104,12 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any], dict[str, bytes]], None], int
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_bundle_that_is_no_classifier_of_pictures_is_refused(
-    case: str, bundle: Path, pictures: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    case: str, bundle: Path, pictures: list[Path], tmp_path: Path
 ) -> None:
     change, code, message = REFUSED[case]
-    assert exit_code("classify", digits.rewrite(bundle, tmp_path / "b", change), pictures[0]) == code
-    out, error = capsys.readouterr()
-    assert out == "" and message in error.splitlines()[-1] and error.count("\n") == (1 if code == 2 else 2)
-    assert code == 1 or error.startswith("classify.py: error: ")
-
-
-def test_what_is_no_bundle_and_a_changed_one_are_refused(
-    bundles: Path, pictures: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    changed = f"{bundles / 'changed'}/model.onnx: changed since it was written"
-    for bundle, message in ((tmp_path, f"{tmp_path}: expected a bundle"), (bundles / "changed", changed)):
-        assert exit_code("classify", bundle, pictures[0]) == 2
-        out, error = capsys.readouterr()
-        assert out == "" and error.startswith(f"classify.py: error: {message}") and error.count("\n") == 1
+    process = run_here("classify", digits.rewrite(bundle, tmp_path / "b", change), pictures[0])
+    assert process.returncode == code and process.stdout == ""
+    assert message in (refusal(process) if code == 2 else process.stderr.splitlines()[-1])
 
 
 def truncated_picture(path: Path) -> None:
@@ -142,7 +119,6 @@ def truncated_picture(path: Path) -> None:
 
 UNREADABLE: dict[str, Callable[[Path], object]] = {
     "missing": lambda path: None,
-    "text": lambda path: path.write_text("a cat"),
     "truncated": truncated_picture,
     "folder": Path.mkdir,
     "pipe": os.mkfifo,
@@ -150,11 +126,9 @@ UNREADABLE: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("kind", UNREADABLE)
-def test_an_unreadable_picture_is_named(
-    kind: str, bundle: Path, pictures: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unreadable_picture_is_named(kind: str, bundle: Path, pictures: list[Path], tmp_path: Path) -> None:
     path = tmp_path / "broken.png"
     UNREADABLE[kind](path)
-    assert exit_code("classify", bundle, *pictures, path) == 2
-    out, error = capsys.readouterr()
-    assert out == "" and f"classify.py: error: {path}: expected a picture" in error.splitlines()[-1]
+    process = run_here("classify", bundle, *pictures, path)
+    assert process.returncode == 2 and process.stdout == ""
+    assert f"classify.py: error: {path}: expected a picture" in process.stderr.splitlines()[-1]

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 
-from tests.scripts.loading import ROOT, exit_code, load_script
+from tests.scripts.loading import load_script, refusal, run, run_here
 
 SMALL = ("--model", "resnet8", "--targets", "sm_87", "sm_120", "--batch", "1")
 
@@ -19,12 +16,11 @@ SMALL = ("--model", "resnet8", "--targets", "sm_87", "sm_120", "--batch", "1")
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What --json prints, in a process of its own: here the kernels may have been imported for the interpreter."""
-    command = [sys.executable, str(ROOT / "scripts" / "compile_kernels.py"), *SMALL, "--json"]
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
     folder = tmp_path_factory.mktemp("anywhere")
-    process = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=3600, env=environment)
+    process = run("compile_kernels", *SMALL, "--json", cwd=folder, TRITON_INTERPRET="0")
     assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout)
+    found: dict[str, Any] = json.loads(process.stdout)
+    return found
 
 
 def test_json_has_every_kernel_and_the_launches(compiled: dict[str, Any]) -> None:
@@ -37,17 +33,15 @@ def test_json_has_every_kernel_and_the_launches(compiled: dict[str, Any]) -> Non
 
 @pytest.mark.parametrize("faults", [[], ["spills"]], ids=["sound", "at-fault"])
 def test_a_table_per_target_the_launches_and_a_verdict(
-    faults: list[str],
-    compiled: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    faults: list[str], compiled: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, *others = compiled["kernels"]
     kernels = [{**first, "faults": faults}, *others]
     monkeypatch.setattr(load_script("compile_kernels"), "problems_of", lambda *_: [])
     monkeypatch.setattr(load_script("compile_kernels"), "compile_for", lambda *_: (kernels, compiled["launches"]))
-    assert exit_code("compile_kernels", *SMALL) == len(faults)
-    out = capsys.readouterr().out
+    process = run_here("compile_kernels", *SMALL)
+    out = process.stdout
+    assert process.returncode == len(faults)
     for word in ("sm_87", "sm_120", "registers", "head fp16 n1 64x8x8 -> 10", "resnet8 batch 1", *faults):
         assert word in out
     assert out.splitlines()[-1] == f"{len(kernels)} kernels for 2 targets: {len(faults) or 'none'} at fault"
@@ -64,11 +58,8 @@ NONSENSE = {
 
 
 @pytest.mark.parametrize("case", NONSENSE)
-def test_nonsense_is_one_line_and_exit_2(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nonsense_is_one_line_and_exit_2(case: str) -> None:
     if torch.cuda.is_available() and case in ("interpreter", "tuning-without-a-gpu"):
         pytest.skip("there is a GPU")
     (script, *arguments), expected = NONSENSE[case]
-    assert exit_code(script, *arguments) == 2
-    out, error = capsys.readouterr()
-    (line,) = (line for line in error.splitlines() if " s  " not in line)  # progress lines apart
-    assert out == "" and line.startswith(f"{script}.py: error: ") and expected in line
+    assert expected in refusal(run_here(script, *arguments))

@@ -19,7 +19,8 @@ from export.runtime.engines.options import EngineConfig
 from export.runtime.parity.network import NetworkCheck
 from export.runtime.parity.rungs import Rung
 from tests.export import digits, summing
-from tests.scripts.loading import ROOT, exit_code, load_script
+from tests.scripts import loading
+from tests.scripts.loading import load_script, refusal, run_here
 
 ABSENT = ("onnx", "rich", "PIL", "sklearn", "scipy", "matplotlib", "jinja2", "model_signing")
 
@@ -32,10 +33,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     """With a cache of its own, where nothing but numpy, safetensors and ONNX Runtime can be imported."""
-    command = [sys.executable, str(ROOT / "scripts" / "verify.py"), *map(str, arguments)]
     hidden = digits.without_torch(folder / "hidden", *ABSENT)
-    environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), **hidden}
-    process = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=3600, env=environment)
+    process = loading.run("verify", *arguments, cwd=folder, XDG_CACHE_HOME=str(folder / "cache"), **hidden)
     assert not (folder / "cache" / "resnet-deploy").exists()
     return process
 
@@ -56,17 +55,6 @@ def test_a_bundle_is_verified_with_what_a_device_has(bundle: Path, tmp_path: Pat
     assert [line.split("s  ")[1] for line in process.stderr.splitlines()] == ["check the files", "run model.onnx"]
 
 
-def the_refusal(code: object, out: str, error: str) -> str:
-    """The one line that is not about progress, of a script that ended with 2."""
-    (line,) = (line for line in error.splitlines() if " s  " not in line)
-    assert code == 2 and out == "" and line.startswith("verify.py: error: ")
-    return line.removeprefix("verify.py: error: ")
-
-
-def refusal(process: subprocess.CompletedProcess[str]) -> str:
-    return the_refusal(process.returncode, process.stdout, process.stderr)
-
-
 def test_build_without_tensorrt_says_so(bundle: Path, tmp_path: Path) -> None:
     line = refusal(run(tmp_path, bundle, "--build"))
     assert line.startswith("no tensorrt engine: tensorrt is not installed; ") and "no tensorrt-rtx engine: " in line
@@ -74,19 +62,13 @@ def test_build_without_tensorrt_says_so(bundle: Path, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not why_no_gpu("tensorrt"), reason="there is a GPU")
 def test_build_without_a_gpu_says_so_and_leaves_nothing(
-    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """TensorRT-RTX could build here, but nothing could verify what it built."""
     pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    line = the_refusal(exit_code("verify", bundle, "--build"), *capsys.readouterr())
-    assert line.endswith("no tensorrt-rtx engine: no NVIDIA GPU here")
+    assert refusal(run_here("verify", bundle, "--build")).endswith("no tensorrt-rtx engine: no NVIDIA GPU here")
     assert not (tmp_path / "cache" / "resnet-deploy").exists()
-
-
-def test_without_the_library_of_signatures_the_extra_is_named(bundle: Path, tmp_path: Path) -> None:
-    line = refusal(run(tmp_path, bundle, "--public-key", "key.pem"))
-    assert line == "model_signing is not installed; install it with: pip install -e '.[sign]'"
 
 
 # Builds that no machine here can make.
@@ -111,9 +93,7 @@ BUILDS = {
 
 
 @pytest.mark.parametrize("case", BUILDS)
-def test_what_was_built_is_said_with_the_next_command(
-    case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_was_built_is_said_with_the_next_command(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     build, code, line = BUILDS[case]
     asked: list[Any] = []
 
@@ -122,26 +102,30 @@ def test_what_was_built_is_said_with_the_next_command(
         return [], [build]
 
     monkeypatch.setattr(load_script("verify"), "build_on_device", build_on_device)
-    assert exit_code("verify", "some/bundle", "--build", "--workspace", 64) == code
-    assert asked == [Path("some/bundle"), EngineConfig(workspace_mib=64)]
-    _, row, *said = capsys.readouterr().out.splitlines()
+    process = run_here("verify", "some/bundle", "--build", "--workspace", 64)
+    assert process.returncode == code and asked == [Path("some/bundle"), EngineConfig(workspace_mib=64)]
+    _, row, *said = process.stdout.splitlines()
     assert row.startswith("tensorrt, built here  tensorrt 10.3.0") and ("NaN" in row) == bool(code) and " 5.0 " in row
     assert said[0].startswith(line)
     assert len(said) == (1 if code else 2) and (code or said[1].startswith("next: python scripts/evaluate.py"))
-    assert exit_code("verify", "some/bundle", "--build", "--json") == code
-    record = json.loads(capsys.readouterr().out)
-    assert record["passed"] is not bool(code) and record["rungs"][0]["file"] == str(ENGINE)
+    process = run_here("verify", "some/bundle", "--build", "--json")
+    record = json.loads(process.stdout)
+    assert (
+        process.returncode == code and record["passed"] is not bool(code) and record["rungs"][0]["file"] == str(ENGINE)
+    )
 
 
 def test_an_engine_of_this_machine_as_it_was_is_to_be_built_again(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "model.trt.engine").write_bytes(b"plan")
     outdated = Rung("tensorrt, built here", "", "fp16", str(tmp_path / "model.trt.engine"), not_run="another GPU")
     monkeypatch.setattr(load_script("verify"), "verify_bundle", lambda *arguments: [outdated])
-    assert exit_code("verify", tmp_path) == 0
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last == f"next: the same command with --build, for {outdated.file}"
+    process = run_here("verify", tmp_path)
+    assert (
+        process.returncode == 0
+        and process.stdout.splitlines()[-1] == f"next: the same command with --build, for {outdated.file}"
+    )
 
 
 NONSENSE = {
@@ -157,14 +141,12 @@ NONSENSE = {
 
 
 @pytest.mark.parametrize("case", NONSENSE)
-def test_nonsense_is_one_line_and_exit_2(case: str, bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nonsense_is_one_line_and_exit_2(case: str, bundle: Path) -> None:
     arguments, expected = NONSENSE[case]
-    assert expected in the_refusal(exit_code("verify", bundle, *arguments), *capsys.readouterr())
+    assert expected in refusal(run_here("verify", bundle, *arguments))
 
 
-def test_the_signature_is_checked_before_anything_else(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_signature_is_checked_before_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(bundle: Path, key: Path) -> None:
         raise ExportError(f"{signature_path(bundle).name}: not the signature of {bundle} by {key}")
 
@@ -175,6 +157,5 @@ def test_the_signature_is_checked_before_anything_else(
     for name in ("verify_bundle", "build_on_device"):
         monkeypatch.setattr(load_script("verify"), name, read)
     for flags in ([], ["--build"]):
-        code = exit_code("verify", "some/bundle", "--public-key", "key.pem", *flags)
-        line = the_refusal(code, *capsys.readouterr())
+        line = refusal(run_here("verify", "some/bundle", "--public-key", "key.pem", *flags))
         assert line == "bundle.sig: not the signature of some/bundle by key.pem"

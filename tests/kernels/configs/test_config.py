@@ -30,20 +30,6 @@ PAIR = PairConfig(GATHERED, GATHERED)
 STRIPS = StemConfig(64, 64, 32, 2, 4, 2)
 MEANS = HeadConfig(16, 64, 32, 4)
 
-SUPPORTED: dict[str, tuple[Problem, Config]] = {
-    "conv": (CONV, GATHERED),
-    "dense-boxes": (CONV, BOXES),
-    "boxes": (PADDED, SQUARES),
-    "projection": (PROJECTED, GATHERED),
-    "projection-boxes": (PROJECTED, BOXES),
-    "split": (PADDED, replace(GATHERED, split_k=18)),
-    "bottleneck": (BOTTLENECK, FUSED),
-    "bottleneck-boxes": (BOTTLENECK, replace(FUSED, box=(2, 8, 8))),
-    "bottleneck-projection": (BOTTLENECK_PROJECTED, FUSED),
-    "pair": (BOTTLENECK, PAIR),
-    "stem": (STEM, STRIPS),
-    "head": (HEAD, MEANS),
-}
 REFUSED: dict[str, tuple[Problem, Config, str]] = {
     "float64": (CONV.with_dtype(torch.float64), GATHERED, "dtype is torch.float64, expected one of torch.float16"),
     "int8": (HEAD.with_dtype(torch.int8), MEANS, "dtype is torch.int8"),
@@ -107,13 +93,6 @@ REFUSED: dict[str, tuple[Problem, Config, str]] = {
         CONV, replace(GATHERED, num_stages=20), "up to 245760 bytes of shared memory, expected at most 232448 on sm_90",
     ),
 }  # fmt: skip
-
-
-@pytest.mark.parametrize("name", SUPPORTED)
-def test_valid_configs_are_supported(name: str) -> None:
-    problem, config = SUPPORTED[name]
-    assert config.unsupported_reason(problem, TARGETS["sm_90"]) is None
-    assert config.unsupported_reason(problem, None) is None
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -15,7 +15,7 @@ from kernels.operators.conv2d_bias_relu_maxpool import StemProblem
 from kernels.operators.conv2d_conv1x1_bias_act import BottleneckConfig, BottleneckProblem, PairConfig
 from kernels.operators.mean_linear import HeadProblem
 from kernels.problems import ConvProblem, Problem, Projection
-from tests.kernels.cases import CASES, DTYPES
+from tests.kernels.cases import CASES, DTYPES, projected
 from tests.kernels.networks import EXTRA, NETWORKS
 
 SIZES = ((1, 7), (1, 56), (8, 14), (128, 56), (32, 224))
@@ -29,14 +29,12 @@ def resized(problem: Problem, batch: int, size: int) -> Problem:
     first = replace(problem.convolution, batch=batch, height=size, width=size)
     if isinstance(problem, StemProblem):
         return StemProblem(first)
-    projection = problem.projection
-    if projection:
-        height = (first.out_height - 1) * projection.stride[0] + 1
-        width = (first.out_width - 1) * projection.stride[1] + 1
-        projection = Projection(projection.c_in, height, width, projection.stride)
+    shortcut = problem.projection
+    if shortcut:
+        shortcut = projected(replace(first, projection=None), shortcut.c_in, shortcut.stride).projection
     if isinstance(problem, BottleneckProblem):
-        return replace(problem, first=first, projection=projection)
-    return replace(first, projection=projection)
+        return replace(problem, first=first, projection=shortcut)
+    return replace(first, projection=shortcut)
 
 
 def every_problem() -> list[Problem]:
@@ -89,15 +87,15 @@ def test_what_no_config_can_run_is_refused(problem: Problem) -> None:
         heuristic_config(problem.with_dtype(torch.float64), TARGETS["sm_80"])
 
 
-def computed(size: tuple[int, ...], box: tuple[int, ...]) -> int:
-    return math.prod(-(-pixels // side) * side for pixels, side in zip(size, box, strict=True))
-
-
 @pytest.mark.parametrize("block_m", [16, 64, 128])
 @pytest.mark.parametrize("size", [(1, 56, 56), (2, 28, 28), (32, 14, 14), (5, 7, 7), (1, 7, 7), (3, 33, 1)], ids=str)
 def test_the_box_computes_the_fewest_pixels(size: tuple[int, int, int], block_m: int) -> None:
     problem = ConvProblem(size[0], 64, size[1], size[2], 64, (3, 3), padding=(1, 1))
     box = box_of(problem, block_m)
+
+    def computed(size: tuple[int, ...], box: tuple[int, ...]) -> int:
+        return math.prod(-(-pixels // side) * side for pixels, side in zip(size, box, strict=True))
+
     powers = [2**e for e in range(8)]
     boxes = [sides for sides in itertools.product(powers, repeat=3) if math.prod(sides) == block_m]
     least = min(computed(size, sides) for sides in boxes)

@@ -3,7 +3,7 @@
 import inspect
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,28 +17,15 @@ from kernels.operators.conv2d_bias_relu_maxpool import StemProblem, conv2d_bias_
 from kernels.operators.conv2d_conv1x1_bias_act import BottleneckProblem, conv2d_conv1x1_bias_act
 from kernels.operators.conv2d_projection_bias_act import conv2d_projection_bias_act
 from kernels.operators.mean_linear import HeadProblem, mean_linear
-from kernels.operators.registry import OPERATORS, Arguments
+from kernels.operators.registry import OPERATORS
 from kernels.oracle import make_inputs, oracle, p1_failures
-from kernels.problems import ConvProblem, Problem
 from kernels.rounding import MAX_Z
-from tests.kernels.cases import CASES, DTYPES, ODD_CASES, ONE_OF_EACH, SMALL
-from tests.kernels.launching import same
+from tests.kernels.cases import CASES, DTYPES, NETWORK_CASES, ONE_OF_EACH, SMALL
+from tests.kernels.launching import operator, same
+from tests.kernels.strategies import is_dense
 
 # Without the convolutions of the networks, which add nothing but size.
-REFERENCE_CASES = {
-    name: problem
-    for name, problem in CASES.items()
-    if not name.startswith("conv ") or name.removeprefix("conv ") in ODD_CASES
-}
-
-
-def run(inputs: Arguments[Tensor]) -> Tensor:
-    y: Tensor = getattr(torch.ops.resnet_deploy, inputs.operator)(*inputs.values())
-    return y
-
-
-def is_dense(y: Tensor) -> bool:
-    return y.is_contiguous(memory_format=torch.channels_last if y.ndim == 4 else torch.contiguous_format)
+REFERENCE_CASES = {name: p for name, p in CASES.items() if name.removeprefix("conv ") not in NETWORK_CASES}
 
 
 def test_one_of_each_covers_every_operator() -> None:
@@ -55,11 +42,11 @@ def test_reference_equals_the_oracle(name: str) -> None:
         y = inputs.reference()
         assert p1_failures(y, problem, given) == [], dtype
         assert is_dense(y)
-        assert torch.equal(y, run(inputs))
+        assert torch.equal(y, operator(inputs))
         assert same(inputs, given)
     wide = make_inputs(problem.with_dtype(torch.float64))
     _, sigma = oracle(problem.with_dtype(torch.float32), wide)  # 29 bits fewer
-    difference = (run(wide) - plain_composition(problem, wide)).abs()
+    difference = (operator(wide) - plain_composition(problem, wide)).abs()
     assert bool((difference <= MAX_Z[torch.float32] * 2.0**-29 * sigma).all())
 
 
@@ -71,40 +58,32 @@ def test_operator_on_a_gpu_equals_the_oracle(name: str, dtype: str) -> None:
     inputs = make_inputs(problem, "cuda")
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
-        y = run(inputs).cpu()
+        y = operator(inputs).cpu()
     assert is_dense(y)
     assert p1_failures(y, problem, inputs) == []
 
 
-def plain_composition(problem: Problem, inputs: Arguments[Tensor]) -> Tensor:
+def plain_composition(problem: Any, i: Any) -> Tensor:
     """The operator in torch's own words, in the dtype of the inputs."""
-    i = inputs.tensors()
     if isinstance(problem, HeadProblem):
-        return F.linear(F.adaptive_avg_pool2d(i["x"], 1).flatten(1), i["weight"], i["bias"])
-    assert isinstance(problem, ConvProblem | StemProblem | BottleneckProblem)
+        return F.linear(F.adaptive_avg_pool2d(i.x, 1).flatten(1), i.weight, i.bias)
     conv = problem.convolution
-    y = F.conv2d(i["x"], i["weight"], i["bias"], conv.stride, conv.padding, conv.dilation, conv.groups)
+    y = F.conv2d(i.x, i.weight, i.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
     if isinstance(problem, StemProblem):
         return F.max_pool2d(F.relu(y), 3, 2, 1)
     if isinstance(problem, BottleneckProblem):
-        y = F.conv2d(F.relu(y), i["expand_weight"], i["expand_bias"])
+        y = F.conv2d(F.relu(y), i.expand_weight, i.expand_bias)
     if problem.has_residual:
-        y = y + (i["shortcut"] if isinstance(problem, BottleneckProblem) else i["residual"])
+        y = y + (i.shortcut if isinstance(problem, BottleneckProblem) else i.residual)
     if problem.projection:
-        y = y + F.conv2d(i["shortcut"], i["shortcut_weight"], stride=problem.projection.stride)
+        y = y + F.conv2d(i.shortcut, i.shortcut_weight, stride=problem.projection.stride)
     return F.relu(y) if problem.relu else y
 
 
-FUNCTIONS = {
-    function.__name__: function
-    for function in (
-        conv2d_bias_act,
-        conv2d_bias_relu_maxpool,
-        conv2d_conv1x1_bias_act,
-        conv2d_projection_bias_act,
-        mean_linear,
-    )
-}
+_FUNCTIONS: tuple[Callable[..., Tensor], ...] = (
+    *(conv2d_bias_act, conv2d_bias_relu_maxpool, conv2d_conv1x1_bias_act, conv2d_projection_bias_act, mean_linear),
+)
+FUNCTIONS = {function.__name__: function for function in _FUNCTIONS}
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
@@ -115,20 +94,19 @@ def test_the_public_function_takes_hyperparameters_by_name(name: str) -> None:
     function = FUNCTIONS[problem.operator]
     defaults = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1, "relu": False}
     given = {key: value for key, value in problem.settings.items() if (key, value) not in defaults.items()}
-    assert torch.equal(function(*inputs.tensors().values(), **given), run(inputs))
+    assert torch.equal(function(*inputs.tensors().values(), **given), operator(inputs))
     assert [*inspect.signature(function).parameters] == [*OPERATORS[problem.operator].names()]
 
 
 def test_defaults() -> None:
     inputs = make_inputs(replace(SMALL, padding=(0, 0), has_residual=False, relu=False))
-    x, weight, bias = inputs.tensors().values()
-    assert torch.equal(conv2d_bias_act(x, weight, bias), run(inputs))
+    assert torch.equal(conv2d_bias_act(inputs.x, inputs.weight, inputs.bias), operator(inputs))
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_batch_0_gives_an_empty_output(name: str) -> None:
     problem = ONE_OF_EACH[name].with_batch(0)
-    y = run(make_inputs(problem))
+    y = operator(make_inputs(problem))
     assert y.shape == problem.out_shape and y.shape[0] == 0 and y.dtype == problem.dtype
 
 
@@ -144,17 +122,6 @@ def test_opcheck(name: str) -> None:
 class EveryOperator(nn.Module):
     """A small network of all five operators, weights as buffers."""
 
-    stem: Tensor
-    conv: Tensor
-    expand: Tensor
-    identity: Tensor
-    project: Tensor
-    back: Tensor
-    head: Tensor
-    bias_5: Tensor
-    bias_8: Tensor
-    bias_16: Tensor
-
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
@@ -169,8 +136,7 @@ class EveryOperator(nn.Module):
             self.register_buffer(f"bias_{size}", torch.randn(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        same: dict[str, Any] = {"padding": (1, 1), "relu": True}
-        b8, b16 = self.bias_8, self.bias_16
+        b8, b16, same = self.bias_8, self.bias_16, {"padding": (1, 1), "relu": True}
         a = conv2d_bias_relu_maxpool(x, self.stem, b8, padding=(1, 1))
         b = conv2d_bias_act(a, self.conv, b8, **same)
         c = conv2d_bias_act(b, self.conv, b8, a, **same)
@@ -185,10 +151,6 @@ def images(batch: int) -> Tensor:
     return torch.randn(batch, 3, 9, 10).contiguous(memory_format=torch.channels_last)
 
 
-def operators_in(program: torch.export.ExportedProgram) -> list[Any]:
-    return sorted(str(node.target) for node in program.graph.nodes if "resnet_deploy" in str(node.target))
-
-
 @pytest.mark.parametrize("decompose", [False, True], ids=["exported", "decomposed"])
 def test_export_keeps_the_operators_and_the_dynamic_batch(decompose: bool) -> None:
     model = EveryOperator()
@@ -196,14 +158,9 @@ def test_export_keeps_the_operators_and_the_dynamic_batch(decompose: bool) -> No
     program = torch.export.export(model, (images(2),), dynamic_shapes=dynamic)
     if decompose:
         program = program.run_decompositions()
-    counts = {operator: operators_in(program).count(f"resnet_deploy.{operator}.default") for operator in OPERATORS}
-    assert counts == {
-        "conv2d_bias_act": 3,
-        "conv2d_projection_bias_act": 1,
-        "conv2d_conv1x1_bias_act": 2,
-        "conv2d_bias_relu_maxpool": 1,
-        "mean_linear": 1,
-    }
+    targets = [str(node.target) for node in program.graph.nodes]
+    counts = {name: targets.count(f"resnet_deploy.{name}.default") for name in OPERATORS}
+    assert counts == {**dict.fromkeys(OPERATORS, 1), "conv2d_bias_act": 3, "conv2d_conv1x1_bias_act": 2}
     (batch,) = program.range_constraints.values()
     assert (batch.lower, batch.upper) == (1, 32)
     for size in (1, 2, 3, 32):
@@ -222,37 +179,32 @@ def test_compile_keeps_the_operators() -> None:
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_gradients_are_refused_and_never_wrong(name: str) -> None:
     inputs = make_inputs(ONE_OF_EACH[name].with_dtype(torch.float32))
-    expected = run(inputs)
-    inputs.tensors()["weight"].requires_grad_()
-    y = run(inputs)
+    expected = operator(inputs)
+    inputs.weight.requires_grad_()
+    y = operator(inputs)
     assert torch.equal(y, expected)
     with pytest.raises(RuntimeError, match=inputs.operator):
         y.sum().backward()
     with torch.no_grad():
-        assert not run(inputs).requires_grad
-
-
-@pytest.fixture
-def default_dtype_float64() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
+        assert not operator(inputs).requires_grad
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 @pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_the_surroundings_have_no_influence(name: str, dtype: str, request: pytest.FixtureRequest) -> None:
+def test_the_surroundings_have_no_influence(name: str, dtype: str) -> None:
     problem = ONE_OF_EACH[name].with_dtype(DTYPES[dtype])
     inputs = make_inputs(problem)
-    expected = run(inputs)
-    functions = (lambda: run(inputs), inputs.reference)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert all(torch.equal(function(), expected) for function in functions)
-    with torch.inference_mode():
-        assert all(torch.equal(function(), expected) for function in functions)
-    request.getfixturevalue("default_dtype_float64")
-    assert all(torch.equal(function(), expected) and function().dtype == problem.dtype for function in functions)
+    expected = operator(inputs)
+    functions = (lambda: operator(inputs), inputs.reference)
+    before = torch.get_default_dtype()
+    for surroundings in (torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode()):
+        with surroundings:
+            assert all(torch.equal(function(), expected) for function in functions)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert all(torch.equal(function(), expected) and function().dtype == problem.dtype for function in functions)
+    finally:
+        torch.set_default_dtype(before)
 
 
 WITHOUT_TRITON = """
@@ -283,5 +235,5 @@ for operator, arguments in {
 
 def test_without_triton_the_cpu_works_and_a_gpu_call_names_the_package() -> None:
     done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, check=True)
-    for operator, line in zip(("conv2d_bias_act", "mean_linear"), done.stdout.splitlines(), strict=True):
-        assert line.startswith(f"{operator} on a GPU needs the package triton: pip install")
+    for name, line in zip(("conv2d_bias_act", "mean_linear"), done.stdout.splitlines(), strict=True):
+        assert line.startswith(f"{name} on a GPU needs the package triton: pip install")

@@ -1,0 +1,128 @@
+"""Every kernel on every case, and under configurations that the property tests do not draw."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kernels.configs.config import Config
+from kernels.configs.convolution import ConvConfig
+from kernels.operators.conv2d_bias_relu_maxpool import StemConfig
+from kernels.operators.conv2d_conv1x1_bias_act import BottleneckConfig, BottleneckProblem
+from kernels.operators.mean_linear import HeadConfig
+from kernels.problems import ConvProblem, Problem
+from tests.kernels.cases import (
+    BOTTLENECK_CASES,
+    CASES,
+    HEAD_CASES,
+    NETWORK_CASES,
+    ODD_CASES,
+    PROJECTION_CASES,
+    SMALL,
+    STEM_CASES,
+    projected,
+)
+from tests.kernels.launching import check, on_device, quick_boxes, quick_pair
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_case_in_fp16(name: str, device: torch.device) -> None:
+    check(CASES[name], device)
+
+
+def split(parts: int) -> ConvConfig:
+    return ConvConfig(64, 64, 16, 4, 2, split_k=parts)
+
+
+def boxed(n: int, p: int, q: int, block_n: int = 32, block_k: int = 16, programs_per_sm: int = 0) -> ConvConfig:
+    return ConvConfig(n * p * q, block_n, block_k, 4, 2, box=(n, p, q), programs_per_sm=programs_per_sm)
+
+
+DENSE = replace(SMALL, kernel=(1, 1), padding=(0, 0))
+# "small" has 2 images of 6x7 pixels, 32 channels in and 40 out; "c_mid-40" channels 32 -> 40 -> 72, a projection of 48.
+LAUNCHES: dict[str, tuple[Problem, Config]] = {
+    # 14 rows of blocks: more than share their weights.
+    "tiles-14-rows": (replace(SMALL, batch=5), ConvConfig(16, 16, 32, 4, 2)),
+    "tiles-c_in-13-1x1": (ODD_CASES["c_in-13-1x1"], ConvConfig(16, 64, 128, 4, 2)),
+    "tiles-tails-everywhere": (PROJECTION_CASES["tails-everywhere"], ConvConfig(64, 32, 16, 4, 2)),
+    # K slices of 16: "small" has 18, "groups-2" 9 in each group, "even-image" 18 and 3 of its projection,
+    # "tails-everywhere" 8 (across taps) and 3.
+    "split-last-gets-2-slices": (SMALL, split(5)),
+    "split-last-gets-none": (SMALL, split(7)),
+    "split-one-pixel-image": (ODD_CASES["one-pixel-image"], split(6)),
+    "split-groups-2": (ODD_CASES["groups-2"], split(4)),
+    "split-slice-each": (PROJECTION_CASES["even-image"], split(21)),
+    "split-tails-everywhere": (PROJECTION_CASES["tails-everywhere"], split(11)),
+    "boxes-dense": (DENSE, boxed(1, 1, 64)),
+    "boxes-dense-persistent": (DENSE, boxed(1, 1, 64, programs_per_sm=1)),
+    "boxes-tail-in-n": (replace(SMALL, batch=5), boxed(2, 2, 8)),
+    "boxes-tail-in-n-persistent": (replace(SMALL, batch=5), boxed(2, 2, 8, programs_per_sm=2)),
+    "boxes-over-everything": (SMALL, boxed(4, 8, 8, 64, 32)),
+    "boxes-one-image-per-lane": (replace(SMALL, batch=5, height=2, width=3), boxed(16, 1, 1)),
+    "boxes-one-column-per-lane": (ODD_CASES["image-3x50"], boxed(1, 1, 16, 64, 32)),
+    "boxes-one-row-per-lane": (ODD_CASES["image-33x1"], boxed(1, 16, 1)),
+    "boxes-one-pixel-image": (ODD_CASES["one-pixel-image"], boxed(2, 4, 2)),
+    "boxes-c_out-7": (replace(SMALL, c_out=7), boxed(1, 4, 8, 16)),
+    "boxes-c_in-48": (replace(SMALL, c_in=48), boxed(1, 4, 8)),
+    "boxes-padding-2x0": (ODD_CASES["padding-2x0"], boxed(2, 4, 4)),
+    "boxes-padding-over-kernel": (ODD_CASES["padding-over-kernel"], boxed(1, 4, 4)),
+    "boxes-kernel-1x7": (ODD_CASES["kernel-1x7"], boxed(1, 2, 8)),
+    "boxes-kernel-is-the-image": (ODD_CASES["kernel-is-the-image"], boxed(16, 1, 1)),
+    "boxes-projection-even-image": (PROJECTION_CASES["even-image"], boxed(2, 4, 4)),
+    "boxes-projection-1x3": (PROJECTION_CASES["stride-1x3"], boxed(2, 4, 4)),
+    "boxes-projection-dense": (projected(DENSE, 48), boxed(1, 1, 64)),
+    "boxes-projection-dense-strided": (projected(DENSE, 48, (2, 2), beyond=1), boxed(1, 4, 8)),
+    "boxes-projection-one-pixel": (PROJECTION_CASES["one-pixel-image"], boxed(2, 4, 2)),
+    "bottleneck-16-rows": (BOTTLENECK_CASES["c_mid-40-projection"], BottleneckConfig(16, 64, 32, 4, 2)),
+    "bottleneck-boxes": (
+        BOTTLENECK_CASES["c_mid-40-projection"], BottleneckConfig(64, 64, 32, 4, 2, box=(4, 8, 2)),
+    ),
+    # block_q columns of the convolution are block_q / 2 - 1 pooled ones: 7, 15, 31, of which "resnet-odd" has 6 and
+    # "wide-image" 38; neighbouring strips both compute the column between them. "resnet-odd" has 5 pooled rows.
+    "stem-one-row": (STEM_CASES["resnet-odd"].with_batch(1), StemConfig(16, 64, 64, 1, 4, 2)),
+    "stem-3-rows": (STEM_CASES["resnet-odd"].with_batch(1), StemConfig(64, 32, 128, 3, 4, 2)),
+    "stem-8-rows": (STEM_CASES["resnet-odd"].with_batch(1), StemConfig(16, 64, 64, 8, 4, 2)),
+    "stem-6-strips": (STEM_CASES["wide-image"], StemConfig(16, 64, 64, 1, 4, 2)),
+    "stem-3-strips": (STEM_CASES["wide-image"], StemConfig(32, 32, 128, 2, 4, 2)),
+    # Tails of images, classes and channels in 5 partial sums.
+    "head-5-sums": (HEAD_CASES["70-channels"].with_dtype(torch.float32), HeadConfig(16, 16, 16, 4)),
+    "head-32-images": (HEAD_CASES["70-channels-batch-1"], HeadConfig(32, 16, 128, 4)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_every_tile_gives_the_same_result(name: str, device: torch.device) -> None:
+    problem, config = LAUNCHES[name]
+    check(problem, device, config)
+
+
+PAIRS = [name for name in BOTTLENECK_CASES if name == "64-projection-s1" or name[0] in "cfot"]
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_bottleneck_as_a_pair_of_kernels(name: str, device: torch.device) -> None:
+    problem = BOTTLENECK_CASES[name]
+    check(problem, device, on_device(quick_pair(problem), device))
+
+
+REAL = {name: NETWORK_CASES[name] for name in ("64-256-1x1-s1", "2048-512-1x1-s1", "256-256-3x3-s1")}
+BOXABLE: dict[str, ConvProblem | BottleneckProblem] = {
+    **REAL,
+    **{name: PROJECTION_CASES[name] for name in ("basic-512", "bottleneck-256-s2")},
+    **{
+        f"bottleneck {name}": problem
+        for name, problem in BOTTLENECK_CASES.items()
+        if problem.first.c_in % 16 == 0 and quick_boxes(problem).unsupported_reason(problem, None) is None
+    },
+}
+
+
+@pytest.mark.parametrize("name", BOXABLE)
+def test_layers_of_the_networks_over_boxes(name: str, device: torch.device) -> None:
+    check(BOXABLE[name], device, on_device(quick_boxes(BOXABLE[name]), device))
+
+
+def test_boxes_take_every_kind_of_shortcut() -> None:
+    names = ("64-identity", "64-projection-s1", "c_mid-40-projection", "c_mid-40-no-shortcut")
+    assert {f"bottleneck {name}" for name in names} <= BOXABLE.keys()
+    assert "bottleneck first-dilation-2" not in BOXABLE and "bottleneck 128-projection-s2" not in BOXABLE
