@@ -106,6 +106,12 @@ def setting(index: Any, value: Callable[[NDArray], Any]) -> Callable[[NDArray], 
 swapped = setting([3, 5], lambda values: values[[5, 3]])
 
 
+def extremes_swapped(scales: NDArray) -> NDArray:
+    """The smallest and the largest: others may be as good as alike."""
+    ends = [scales.argmin(), scales.argmax()]
+    return setting(ends, lambda values: values[ends[::-1]])(scales)
+
+
 def move_zero_point(model: onnx.ModelProto, *outputs: str) -> None:
     """Of the nodes with these outputs: others that have the same zero point keep theirs."""
     nodes = [node for node in model.graph.node if node.output[0] in outputs]
@@ -189,7 +195,7 @@ MUTANTS: dict[str, Callable[[onnx.ModelProto], Any]] = {
     "weight scale 10 % larger": lambda m: change(m, f"{INNER}.weight.scale", lambda s: s * 1.1),
     "weight scale of one channel": lambda m: change(m, f"{INNER}.weight.scale", setting(-1, lambda s: 2 * s[-1])),
     "two weight channels swapped": lambda m: change(m, f"{INNER}.weight.quantized", swapped),
-    "two scales swapped": lambda m: change(m, f"{INNER}.weight.scale", swapped),
+    "two scales swapped": lambda m: change(m, f"{INNER}.weight.scale", extremes_swapped),
     "two classes swapped": lambda m: change(m, "fc.weight.quantized", swapped),
     "class scale 10 % larger": lambda m: change(m, "fc.weight.scale", lambda s: s * 1.1),
     "last K slice lost": lambda m: change(m, f"{INNER}.weight.quantized", setting((slice(None), -1), lambda w: 0)),

@@ -21,6 +21,7 @@ from export.fusion.nodes import moves_data, schema_name
 from export.fusion.program import output_names
 from export.lowering.onnx_file import lower_onnx
 from export.lowering.runners import OnnxRuntimeRunner, ProgramRunner
+from export.runtime.runner import Runner
 from resnet.models import BasicBlock, BlockFactory, Bottleneck, ResNet, create_model
 from tests.conftest import Made
 from tests.export import networks
@@ -52,9 +53,13 @@ def test_a_users_model_is_right(network: type[nn.Module], fused: Fused, images: 
     names = output_names(program.graph_module)
     oracle = run_oracle(model, program, names, images.numpy())
     for precision, p in PRECISIONS.items():
-        file, references = lower_onnx(program, images, p, {}), run_rounded(oracle, model, program, p)
-        assert file.output_names == names
-        for runner in (ProgramRunner(program, p, names), OnnxRuntimeRunner(file, p)):
+        references = run_rounded(oracle, model, program, p)
+        runners: list[Runner] = [ProgramRunner(program, p, names)]
+        if precision != "fp32" or network in (networks.Backbone, networks.TwoHeads):  # float32 is written as float16 is
+            file = lower_onnx(program, images, p, {})
+            assert file.output_names == names
+            runners.append(OnnxRuntimeRunner(file, p))
+        for runner in runners:
             rung = judged(runner, model, program, images, precision, references)
             assert rung, f"{precision} {runner.name}: {rung.verdict}"
 

@@ -191,7 +191,6 @@ def test_the_size_of_batches_changes_nothing(
     """But for rounding, and for a value that this takes from one bin of a histogram to the next."""
     expected, whole = found[method].ranges, found["minmax"].ranges
     monkeypatch.setattr(calibration, "_BATCH", size)
-    monkeypatch.setattr(calibration_cache, "read", lambda key: None)
     ranges = calibrate(graph, inputs, method).ranges
     assert ranges.keys() == expected.keys()
     width = {"minmax": SINGLE, "percentile": 2 / 2048, "entropy": 4 * 8 / 2048}[method]
