@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -89,7 +88,11 @@ def fake(inputs: Arguments[Tensor]) -> Tensor:
 
 
 def launch(
-    problem: Problem, inputs: Any, config: Config | None, poison: float = POISONS[0], workspace: Workspace | None = None
+    problem: Problem,
+    inputs: Arguments[Tensor],
+    config: Config | None,
+    poison: float = POISONS[0],
+    workspace: Workspace | None = None,
 ) -> Tensor:
     """Run the kernels into an output full of poison, and see that they leave the memory on either side alone."""
     device = inputs.tensors()["x"].device

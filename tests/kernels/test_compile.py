@@ -12,6 +12,7 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from kernels.compile import CompiledKernel, compile_kernel
+from kernels.configs.config import Config
 from kernels.configs.convolution import ConvConfig
 from kernels.configs.targets import TARGETS
 from kernels.jit.implicit_gemm import _conv2d_gathered_kernel
@@ -19,7 +20,7 @@ from kernels.operators.conv2d_bias_relu_maxpool import StemConfig, StemProblem
 from kernels.operators.conv2d_conv1x1_bias_act import BottleneckConfig, BottleneckProblem
 from kernels.operators.mean_linear import HeadConfig, HeadProblem
 from kernels.plan import plan
-from kernels.problems import ConvProblem, Projection
+from kernels.problems import ConvProblem, Problem, Projection
 from tests import children
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,7 +95,7 @@ POINTWISE = replace(PROBLEM, kernel=(1, 1), padding=(0, 0))
 CONFIG = ConvConfig(128, 64, 64, 4, 3)
 
 
-def kernel_of(problem: Any, config: Any, **changes: Any) -> CompiledKernel:
+def kernel_of(problem: Problem, config: Config, **changes: Any) -> CompiledKernel:
     """A good kernel for sm_90, some of its findings replaced."""
     (launch,) = plan(problem, config, TARGETS["sm_90"])
     good = CompiledKernel(

@@ -11,6 +11,7 @@ import kernels.launch
 from kernels.operators.conv2d_bias_relu_maxpool import StemProblem
 from kernels.operators.conv2d_conv1x1_bias_act import BottleneckProblem
 from kernels.operators.mean_linear import HeadProblem
+from kernels.operators.registry import Arguments
 from kernels.oracle import make_inputs
 from kernels.problems import Problem, Projection
 from tests.kernels.cases import SMALL, projected
@@ -123,7 +124,7 @@ for operator, problem in PROBLEMS.items():
 CASES = [(operator, name) for operator, refused in REFUSED.items() for name in refused]
 
 
-def call_of(operator: str, **changes: Any) -> Any:
+def call_of(operator: str, **changes: Any) -> Arguments[Tensor]:
     """The accepted call, some of its arguments replaced."""
     inputs = make_inputs(PROBLEMS[operator].with_dtype(torch.float32))
     assert inputs.operator == operator

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from kernels.operators.conv2d_projection_bias_act import conv2d_projection_bias_
 from kernels.operators.mean_linear import HeadProblem, mean_linear
 from kernels.operators.registry import OPERATORS
 from kernels.oracle import make_inputs, oracle, p1_failures
+from kernels.problems import ConvProblem, Problem
 from kernels.rounding import MAX_Z
 from tests.kernels.cases import CASES, DTYPES, NETWORK_CASES, ONE_OF_EACH, SMALL
 from tests.kernels.launching import operator, same
@@ -46,7 +46,7 @@ def test_reference_equals_the_oracle(name: str) -> None:
         assert same(inputs, given)
     wide = make_inputs(problem.with_dtype(torch.float64))
     _, sigma = oracle(problem.with_dtype(torch.float32), wide)  # 29 bits fewer
-    difference = (operator(wide) - plain_composition(problem, wide)).abs()
+    difference = (operator(wide) - plain_composition(problem, wide.tensors())).abs()
     assert bool((difference <= MAX_Z[torch.float32] * 2.0**-29 * sigma).all())
 
 
@@ -63,20 +63,21 @@ def test_operator_on_a_gpu_equals_the_oracle(name: str, dtype: str) -> None:
     assert p1_failures(y, problem, inputs) == []
 
 
-def plain_composition(problem: Any, i: Any) -> Tensor:
+def plain_composition(problem: Problem, i: dict[str, Tensor]) -> Tensor:
     """The operator in torch's own words, in the dtype of the inputs."""
     if isinstance(problem, HeadProblem):
-        return F.linear(F.adaptive_avg_pool2d(i.x, 1).flatten(1), i.weight, i.bias)
+        return F.linear(F.adaptive_avg_pool2d(i["x"], 1).flatten(1), i["weight"], i["bias"])
+    assert isinstance(problem, ConvProblem | StemProblem | BottleneckProblem)
     conv = problem.convolution
-    y = F.conv2d(i.x, i.weight, i.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    y = F.conv2d(i["x"], i["weight"], i["bias"], conv.stride, conv.padding, conv.dilation, conv.groups)
     if isinstance(problem, StemProblem):
         return F.max_pool2d(F.relu(y), 3, 2, 1)
     if isinstance(problem, BottleneckProblem):
-        y = F.conv2d(F.relu(y), i.expand_weight, i.expand_bias)
+        y = F.conv2d(F.relu(y), i["expand_weight"], i["expand_bias"])
     if problem.has_residual:
-        y = y + (i.shortcut if isinstance(problem, BottleneckProblem) else i.residual)
+        y = y + (i["shortcut"] if isinstance(problem, BottleneckProblem) else i["residual"])
     if problem.projection:
-        y = y + F.conv2d(i.shortcut, i.shortcut_weight, stride=problem.projection.stride)
+        y = y + F.conv2d(i["shortcut"], i["shortcut_weight"], stride=problem.projection.stride)
     return F.relu(y) if problem.relu else y
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 import kernels.launch
 from kernels.configs.config import Config
 from kernels.launch import target_of
+from kernels.operators.conv2d_conv1x1_bias_act import BottleneckProblem
 from kernels.operators.registry import OPERATORS as OPERATOR_ARGUMENTS
 from kernels.oracle import make_inputs, oracle, p1_failures
 from kernels.problems import KERNEL_DTYPES, ConvProblem, Problem
@@ -265,9 +266,10 @@ def test_images_stand_alone_and_a_channel_of_zeros_changes_nothing(way: Way, dat
 @examples(30)
 @given(st.data())
 def test_a_shortcut_of_zeros_is_none(way: Way, data: st.DataObject) -> None:
-    problem: Any = data.draw(
+    problem = data.draw(
         any_problem(way.limits).filter(lambda drawn: bool({"residual", "shortcut"} & set(drawn.shapes)))
     )
+    assert isinstance(problem, ConvProblem | BottleneckProblem)
     inputs = make_inputs(problem, way.device)
     zeros = {name: torch.zeros_like(tensor) for name, tensor in activations(inputs).items() if name != "x"}
     y = way.run(problem, replace(inputs, **zeros))
