@@ -83,7 +83,7 @@ def imported(path: Path) -> Iterator[str]:
             yield from below or {node.module}
 
 
-@pytest.mark.parametrize(("module", "path"), modules(), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(("module", "path"), [*modules()], ids=lambda value: value if isinstance(value, str) else "")
 def test_a_room_imports_those_below_it(module: str, path: Path) -> None:
     assert module == "resnet" or room(module) in RULE
     if path.name == "__init__.py" and module in ("export", "resnet"):
