@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -101,7 +102,7 @@ def test_the_public_function_takes_hyperparameters_by_name(name: str) -> None:
 
 def test_defaults() -> None:
     inputs = make_inputs(replace(SMALL, padding=(0, 0), has_residual=False, relu=False))
-    assert torch.equal(conv2d_bias_act(inputs.x, inputs.weight, inputs.bias), operator(inputs))
+    assert torch.equal(conv2d_bias_act(*inputs.tensors().values()), operator(inputs))
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
@@ -137,15 +138,18 @@ class EveryOperator(nn.Module):
             self.register_buffer(f"bias_{size}", torch.randn(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        b8, b16, same = self.bias_8, self.bias_16, {"padding": (1, 1), "relu": True}
-        a = conv2d_bias_relu_maxpool(x, self.stem, b8, padding=(1, 1))
-        b = conv2d_bias_act(a, self.conv, b8, **same)
-        c = conv2d_bias_act(b, self.conv, b8, a, **same)
-        d = conv2d_projection_bias_act(c, self.conv, b8, b, self.identity, **same)
-        e = conv2d_conv1x1_bias_act(d, self.conv, b8, self.expand, b16, c, self.project, **same)
-        f = conv2d_bias_act(e, self.back, b8, relu=True)
-        g = conv2d_conv1x1_bias_act(f, self.conv, b8, self.expand, b16, e, **same)
-        return mean_linear(g, self.head, self.bias_5)
+        m: Any = self  # whose buffers are tensors
+        same: dict[str, Any] = {"padding": (1, 1), "relu": True}
+        b8, b16 = m.bias_8, m.bias_16
+        a = conv2d_bias_relu_maxpool(x, m.stem, b8, padding=(1, 1))
+        b = conv2d_bias_act(a, m.conv, b8, **same)
+        c = conv2d_bias_act(b, m.conv, b8, a, **same)
+        d = conv2d_projection_bias_act(c, m.conv, b8, b, m.identity, **same)
+        e = conv2d_conv1x1_bias_act(d, m.conv, b8, m.expand, b16, c, m.project, **same)
+        f = conv2d_bias_act(e, m.back, b8, relu=True)
+        g = conv2d_conv1x1_bias_act(f, m.conv, b8, m.expand, b16, e, **same)
+        y: Tensor = mean_linear(g, m.head, m.bias_5)
+        return y
 
 
 def images(batch: int) -> Tensor:
@@ -181,7 +185,7 @@ def test_compile_keeps_the_operators() -> None:
 def test_gradients_are_refused_and_never_wrong(name: str) -> None:
     inputs = make_inputs(ONE_OF_EACH[name].with_dtype(torch.float32))
     expected = operator(inputs)
-    inputs.weight.requires_grad_()
+    inputs.tensors()["weight"].requires_grad_()
     y = operator(inputs)
     assert torch.equal(y, expected)
     with pytest.raises(RuntimeError, match=inputs.operator):

@@ -26,6 +26,12 @@ class Call:
     operator: Any
     arguments: dict[str, Tensor | None]
 
+    def given(self, name: str) -> Tensor:
+        """An argument that there is."""
+        value = self.arguments[name]
+        assert value is not None
+        return value
+
     def run(self) -> Tensor:
         y: Tensor = self.operator(*self.arguments.values())
         return y
@@ -107,7 +113,8 @@ def of_channels(values: Tensor, like: Tensor) -> Tensor:
 
 
 def same(before: dict[str, Tensor | None], after: dict[str, Tensor | None]) -> bool:
-    return all(a is b is None or torch.equal(a, b) for a, b in zip(before.values(), after.values(), strict=True))
+    pairs = zip(before.values(), after.values(), strict=True)
+    return all(torch.equal(a, b) if a is not None and b is not None else a is b for a, b in pairs)
 
 
 def copies(call: Call) -> dict[str, Tensor | None]:
@@ -132,8 +139,8 @@ def test_quantised_values_are_those_of_float64(call: Call) -> None:
     assert same(before, call.arguments)
     assert_foretold(call, got)
     x, scale, zero = call.doubles()
-    whole = call.arguments["zero_point"].dtype
-    error = 0.0 if math.frexp(scale.item())[0] == 0.5 else 2 * roundoff(arithmetic(call.arguments["x"].dtype))
+    whole = call.given("zero_point").dtype
+    error = 0.0 if math.frexp(scale.item())[0] == 0.5 else 2 * roundoff(arithmetic(call.given("x").dtype))
     ends = torch.stack([x / scale * (1 - error), x / scale * (1 + error)]).round() + zero
     low, high = ends.clamp(torch.iinfo(whole).min, torch.iinfo(whole).max).aminmax(dim=0)
     assert got.dtype == whole and got.shape == x.shape
@@ -149,9 +156,9 @@ def test_dequantised_values_are_those_of_float64_rounded(call: Call) -> None:
     assert_foretold(call, got)
     q, scale, zero = call.doubles()
     expected = (q - of_channels(zero, q)) * of_channels(scale, q)
-    dtype = call.arguments["scale"].dtype
+    dtype = call.given("scale").dtype
     # Up to 2^24 whole numbers are exact in float32.
-    rounded = 2 if call.arguments["q"].dtype == torch.int32 else 1
+    rounded = 2 if call.given("q").dtype == torch.int32 else 1
     error = rounded * roundoff(arithmetic(dtype)) + (roundoff(dtype) if dtype != arithmetic(dtype) else 0.0)
     assert got.dtype == dtype and got.shape == q.shape
     assert bool(((got.double() - expected).abs() <= 1.001 * error * expected.abs()).all())
@@ -161,8 +168,8 @@ def test_dequantised_values_are_those_of_float64_rounded(call: Call) -> None:
 @given(dequantise_calls(dtypes=(torch.float16, torch.float32, torch.float64)), st.data())
 def test_dequantised_values_are_quantised_to_themselves(call: Call, data: st.DataObject) -> None:
     """bfloat16 has too few bits for it."""
-    q = call.arguments["q"].to(data.draw(st.sampled_from(WHOLE)))
-    scale, zero = data.draw(scales(call.arguments["scale"].dtype)), data.draw(zero_points(q.dtype))
+    q = call.given("q").to(data.draw(st.sampled_from(WHOLE)))
+    scale, zero = data.draw(scales(call.given("scale").dtype)), data.draw(zero_points(q.dtype))
     assert torch.equal(quantize_linear(dequantize_linear(q, scale, zero), scale, zero), q)
 
 
@@ -170,7 +177,7 @@ def test_dequantised_values_are_quantised_to_themselves(call: Call, data: st.Dat
 @given(quantise_calls() | dequantise_calls(), st.data())
 def test_permuted_rows_give_permuted_outputs(call: Call, data: st.DataObject) -> None:
     """Rows with scales of their own take them along."""
-    order = torch.tensor(data.draw(st.permutations(range(len(next(iter(call.arguments.values())))))))
+    order = torch.tensor(data.draw(st.permutations(range(len(call.given(next(iter(call.arguments))))))))
     permuted = {
         name: value[order] if value is not None and value.ndim else value for name, value in call.arguments.items()
     }
