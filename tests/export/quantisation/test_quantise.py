@@ -38,6 +38,14 @@ def assert_right(subject: q8.Subject, scheme: Scheme) -> None:
     assert checks and not checks.unchecked, checks.first_failure
 
 
+def test_every_value_is_quantised_once_however_many_read_it(subject: q8.Subject, scheme: Scheme) -> None:
+    """The file, in which equal nodes are one, would not show it."""
+    pairs = q8.nodes(subject.quantised[scheme], q8.QUANTIZE)
+    values = [args_of(node)[0] for node in pairs]
+    assert len(values) == len(set(values)) and all(len(node.users) == 1 for node in pairs)
+    assert not [value for value in values if q8.is_dequantised(value)]
+
+
 def test_scales_follow_the_ranges(subject: q8.Subject, scheme: Scheme) -> None:
     program = subject.quantised[scheme]
     for node in q8.nodes(program, q8.QUANTIZE):
