@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from export.criteria.operators import evaluate
-from export.fusion.nodes import args_of, aten, parameter
+from export.fusion.nodes import args_of, aten, deep_copy, parameter
 from export.fusion.program import QuantisedProgram
 from export.quantisation.scheme import CPU, TENSORRT, Scheme
 from export.runtime.parity.checks import OperatorChecks, QuantisedCheck
@@ -184,7 +183,7 @@ def test_broken_files_are_refused(digits: q8.Subject, scheme: Scheme, defect: st
 def rewritten(subject: q8.Subject, scheme: Scheme, change: Rewrite, role: str) -> QuantisedProgram:
     """A program in which a weight was quantised by `change`: (whole numbers, scales, exact) -> the first two."""
     program = subject.quantised[scheme]
-    master = copy.deepcopy(program.master)
+    master = deep_copy(program.master)
     index = 1 if role == "weight" else 2
     exact = parameter(subject.program.master, args_of(q8.layers(subject.program)[INNER])[index])
     whole, scale = (str(node.target) for node in args_of(args_of(q8.layers(program)[INNER])[index])[:2])
@@ -297,7 +296,7 @@ GRAPHS: dict[str, Callable[[QuantisedProgram], None]] = {
 @pytest.mark.parametrize("defect", GRAPHS)
 def test_wrongly_quantised_graphs_are_refused(digits: q8.Subject, scheme: Scheme, defect: str) -> None:
     """The candidate computes exactly what the graph says: it is the graph that is wrong."""
-    program = QuantisedProgram(digits.program, copy.deepcopy(digits.quantised[scheme].master))
+    program = QuantisedProgram(digits.program, deep_copy(digits.quantised[scheme].master))
     GRAPHS[defect](program)
     lost = defect == "ReLU dropped" and scheme is CPU  # in unsigned numbers from 0 on, that changes nothing
     assert lost or not digits.check(scheme, digits.simulated(program), program)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 import json
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from export import ExportError, fuse
-from export.fusion.nodes import source_name
+from export.fusion.nodes import deep_copy, source_name
 from export.quantisation import calibration, calibration_cache
 from export.quantisation.calibration import DEFAULT_METHOD, METHODS, Calibration, InMemory, calibrate
 from export.quantisation.quantise import is_input, quantised_values
@@ -244,7 +243,7 @@ def test_the_second_time_the_network_is_not_run(
 
 
 def with_weight(graph_module: fx.GraphModule) -> fx.GraphModule:
-    changed = copy.deepcopy(graph_module)
+    changed = deep_copy(graph_module)
     with torch.no_grad():
         next(changed.parameters()).view(-1)[0] += 1e-6
     return changed
