@@ -11,9 +11,9 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
-from export import Batch, FusedProgram, fuse
+from export import Batch, ExportConfig, ExportResult, FusedProgram, export_bundle, fuse
 from export.base.precision import PRECISIONS
 from export.base.progress import silent
 from export.forms import floating_forms
@@ -67,6 +67,15 @@ def write(program: FusedProgram, output: Path, precision: str = "fp32", metadata
     with staged(output) as staging:
         publish(staging, output, {ONNX_FILE: forms.files[ONNX_FILE].serialize()}, manifest)
     return output
+
+
+def export(
+    model: nn.Module, images: Tensor, output: Path, metadata: Mapping[str, Any] = METADATA, **settings: Any
+) -> ExportResult:
+    """An export without an engine in fp16, but for `settings`: fields of ExportConfig, and arguments of its own."""
+    arguments = {name: settings.pop(name) for name in ("labelled", "calibration", "progress") if name in settings}
+    config = ExportConfig(**{"precision": "fp16", "batch": BATCH, "engine": "none", **settings})
+    return export_bundle(model, EXAMPLE, output, config, images=images, metadata=metadata, **arguments)
 
 
 def rewrite(bundle: Path, output: Path, change: Change) -> Path:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from export import Batch, FusedProgram, fuse
 from export.base.precision import PRECISIONS
 from export.criteria.operators import check_operators
 from export.criteria.references import run_references
+from export.fusion.interpreter import GraphInterpreter
 from export.fusion.nodes import moves_data, schema_name
 from export.fusion.program import output_names
 from export.runtime.parity.ladder import References, execute, judge
@@ -26,149 +29,117 @@ EXACT = 2.0**-40  # relative: float64 sums of thousands of products, in any orde
 
 
 class Called(nn.Module):
-    """What `call` makes of the input and of the modules and parameters it is given by name."""
+    """What `call` makes of the input and of the modules, parameters and buffers it is given by name."""
 
-    def __init__(self, call: Callable[[Tensor, Any], object], **parts: nn.Module | nn.Parameter) -> None:
+    def __init__(self, call: Callable[[Tensor, Any], object], **parts: nn.Module | Tensor) -> None:
         super().__init__()
         self.call = call
         for name, part in parts.items():
-            setattr(self, name, part)
+            if isinstance(part, nn.Module | nn.Parameter):
+                setattr(self, name, part)
+            else:
+                self.register_buffer(name, part)
 
     def forward(self, x: Tensor) -> object:
         return self.call(x, self)
 
 
-class Functional(nn.Module):
+def functional() -> nn.Module:
     """Convolutions and BatchNorm by function call, in-place ReLU and `+=`."""
 
-    mean: Tensor
-    var: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(8, 3, 3, 3) * 0.3)
-        self.register_buffer("mean", torch.randn(8) * 0.2)
-        self.register_buffer("var", torch.rand(8) + 0.5)
-        self.conv = nn.Conv2d(8, 8, 3, padding=1)
-        self.fc = nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu_(F.batch_norm(F.conv2d(x, self.weight, padding=1), self.mean, self.var))
-        y = self.conv(x)
+    def call(x: Tensor, m: Any) -> Tensor:
+        x = F.relu_(F.batch_norm(F.conv2d(x, m.weight, padding=1), m.mean, m.var))
+        y = m.conv(x)
         y += x
-        return self.fc(F.relu(y).mean((2, 3)))
+        return m.fc(F.relu(y).mean((2, 3)))
+
+    weight, mean, var = nn.Parameter(torch.randn(8, 3, 3, 3) * 0.3), torch.randn(8) * 0.2, torch.rand(8) + 0.5
+    return Called(call, weight=weight, mean=mean, var=var, conv=nn.Conv2d(8, 8, 3, padding=1), fc=nn.Linear(8, 5))
 
 
-class SqueezeExcite(nn.Module):
+def squeeze_excite() -> nn.Module:
     """A residual block whose branch is weighted by a gate, behind a GroupNorm."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
-        self.conv, self.norm = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.GroupNorm(4, 16)
-        squeeze, excite = nn.Conv2d(16, 4, 1), nn.Conv2d(4, 16, 1)
-        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), squeeze, nn.ReLU(), excite, nn.Sigmoid())
-        self.fc = nn.Linear(16, 5)
+    def call(x: Tensor, m: Any) -> Tensor:
+        x = m.stem(x)
+        y = m.norm(m.conv(x))
+        return m.fc(torch.relu(y * m.gate(y) + x).mean((2, 3)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        y = self.norm(self.conv(x))
-        return self.fc(torch.relu(y * self.gate(y) + x).mean((2, 3)))
+    stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+    conv, norm = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.GroupNorm(4, 16)
+    squeeze, excite = nn.Conv2d(16, 4, 1), nn.Conv2d(4, 16, 1)
+    gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), squeeze, nn.ReLU(), excite, nn.Sigmoid())
+    return Called(call, stem=stem, conv=conv, norm=norm, gate=gate, fc=nn.Linear(16, 5))
 
 
-class TwoHeads(nn.Module):
+def two_heads() -> nn.Module:
     """Returns a dictionary: class scores and a feature map."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.bn = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.head, self.mask = nn.Linear(8, 5), nn.Conv2d(8, 2, 1)
+    def call(x: Tensor, m: Any) -> dict[str, Tensor]:
+        y = F.relu(m.bn(m.conv(x)))
+        return {"scores": m.head(y.mean((2, 3))), "mask": m.mask(y)}
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        y = F.relu(self.bn(self.conv(x)))
-        return {"scores": self.head(y.mean((2, 3))), "mask": self.mask(y)}
+    conv, bn = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+    return Called(call, conv=conv, bn=bn, head=nn.Linear(8, 5), mask=nn.Conv2d(8, 2, 1))
 
 
-class SharedConv(nn.Module):
+def shared_conv() -> nn.Module:
     """One convolution with two BatchNorms, a pair called twice, and an output with two readers."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.conv = nn.Conv2d(8, 8, 3, padding=1, bias=False)
-        self.bn_a, self.bn_b = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
-        self.fc = nn.Linear(8, 5)
+    def call(x: Tensor, m: Any) -> Tensor:
+        shared = m.conv(m.stem(x))
+        y = F.relu(m.bn_a(shared)) + m.bn_b(shared)
+        y = F.relu(m.bn_a(m.conv(y)))
+        return m.fc(F.relu(m.bn_a(m.conv(y))).mean((2, 3)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        shared = self.conv(self.stem(x))
-        y = F.relu(self.bn_a(shared)) + self.bn_b(shared)
-        y = F.relu(self.bn_a(self.conv(y)))
-        y = F.relu(self.bn_a(self.conv(y)))
-        return self.fc(y.mean((2, 3)))
+    stem, conv = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, bias=False)
+    return Called(call, stem=stem, conv=conv, bn_a=nn.BatchNorm2d(8), bn_b=nn.BatchNorm2d(8), fc=nn.Linear(8, 5))
 
 
-class Oddments(nn.Module):
+def oddments() -> nn.Module:
     """Groups, dilation, 'same' padding, BatchNorm without affine or behind a pool, Dropout and Identity."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 8, 5, padding="same", dilation=2), nn.BatchNorm2d(8, affine=False)
-        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False), nn.BatchNorm2d(8)
-        self.rest, self.bn3 = nn.Sequential(nn.Dropout(0.5), nn.Identity(), nn.AvgPool2d(2)), nn.BatchNorm2d(8)
-        self.fc = nn.Linear(8, 5)
+    def call(x: Tensor, m: Any) -> Tensor:
+        x = torch.relu(m.bn1(m.conv1(x)))
+        x = m.bn3(m.rest(torch.relu(m.bn2(m.conv2(x)))))
+        return m.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.bn1(self.conv1(x)))
-        x = self.bn3(self.rest(torch.relu(self.bn2(self.conv2(x)))))
-        return self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+    conv1, bn1 = nn.Conv2d(3, 8, 5, padding="same", dilation=2), nn.BatchNorm2d(8, affine=False)
+    conv2, bn2 = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False), nn.BatchNorm2d(8)
+    rest, bn3 = nn.Sequential(nn.Dropout(0.5), nn.Identity(), nn.AvgPool2d(2)), nn.BatchNorm2d(8)
+    return Called(call, conv1=conv1, bn1=bn1, conv2=conv2, bn2=bn2, rest=rest, bn3=bn3, fc=nn.Linear(8, 5))
 
 
-class Parametrized(nn.Module):
+def parametrized() -> nn.Module:
     """Weight normalisation: the weight is computed from two parameters."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3, padding=1))
-        self.bn, self.fc = nn.BatchNorm2d(8), nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(F.relu(self.bn(self.conv(x))).mean((2, 3)))
+    conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3, padding=1))
+    bn, fc = nn.BatchNorm2d(8), nn.Linear(8, 5)
+    return Called(lambda x, m: m.fc(F.relu(m.bn(m.conv(x))).mean((2, 3))), conv=conv, bn=bn, fc=fc)
 
 
-class BatchStatistics(nn.Module):
+def batch_statistics() -> nn.Module:
     """BatchNorm that keeps no running statistics: it normalises by the batch, in eval mode too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.bn = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8, track_running_stats=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn(self.conv(x)))
+    conv, bn = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8, track_running_stats=False)
+    return Called(lambda x, m: F.relu(m.bn(m.conv(x))), conv=conv, bn=bn)
 
 
-class Doubled(nn.Module):
+def doubled() -> nn.Module:
     """Adds a convolution to itself, and to something that is broadcast."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.offset, self.fc = nn.Conv2d(3, 8, 1), nn.Parameter(torch.randn(8, 1, 1)), nn.Linear(8, 5)
+    def call(x: Tensor, m: Any) -> Tensor:
+        y = m.conv(x)
+        return m.fc((y + y + torch.add(m.conv(x) + m.offset, y, alpha=0.5)).mean((2, 3)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
-        z = torch.add(self.conv(x) + self.offset, y, alpha=0.5)
-        return self.fc((y + y + z).mean((2, 3)))
+    return Called(call, conv=nn.Conv2d(3, 8, 1), offset=nn.Parameter(torch.randn(8, 1, 1)), fc=nn.Linear(8, 5))
 
 
-class Casts(nn.Module):
+def casts() -> nn.Module:
     """Has a cast of its own and flattens feature maps, whose layout then matters."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.bn, self.fc = nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.Linear(8 * 16 * 16, 5)
+    def call(x: Tensor, m: Any) -> Tensor:
+        return m.fc(torch.flatten(F.relu(m.bn(m.conv(x * (x > 0).to(x.dtype)))), 1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x * (x > 0).to(x.dtype))
-        return self.fc(torch.flatten(F.relu(self.bn(y)), 1))
+    return Called(call, conv=nn.Conv2d(3, 8, 3, 2, 1), bn=nn.BatchNorm2d(8), fc=nn.Linear(8 * 16 * 16, 5))
 
 
 class UserBottleneck(nn.Module):
@@ -187,120 +158,89 @@ class UserBottleneck(nn.Module):
         return F.relu(self.project(x) + self.bn2(self.expand(y)))
 
 
-class Backbone(nn.Module):
+def backbone() -> nn.Module:
     """Stem with max-pool, bottlenecks dilated and grouped, a head with dropout, and log-probabilities."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
-        self.pool = nn.MaxPool2d(3, 2, 1)
-        self.blocks = nn.Sequential(
-            UserBottleneck(8, 4, 16), UserBottleneck(16, 4, 16, dilation=2), UserBottleneck(16, 8, 24, groups=4)
-        )
-        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5), nn.Linear(24, 5, bias=False))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.log_softmax(self.head(self.blocks(self.pool(self.stem(x)))), 1)
+    stem = nn.Sequential(nn.Conv2d(3, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
+    first, second = UserBottleneck(8, 4, 16), UserBottleneck(16, 4, 16, dilation=2)
+    blocks = nn.Sequential(first, second, UserBottleneck(16, 8, 24, groups=4))
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5), nn.Linear(24, 5, bias=False))
+    parts = {"stem": stem, "pool": nn.MaxPool2d(3, 2, 1), "blocks": blocks, "head": head}
+    return Called(lambda x, m: F.log_softmax(m.head(m.blocks(m.pool(m.stem(x)))), 1), **parts)
 
 
-class Detector(nn.Module):
+def detector() -> nn.Module:
     """Two heads on one pooled tensor, a projection that is also returned, and a pool of another kind."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.pool = nn.Conv2d(3, 8, 3, padding=1), nn.MaxPool2d(2)
-        self.conv2, self.project = nn.Conv2d(8, 12, 3, 2, 1), nn.Conv2d(8, 12, 1, 2)
-        self.classes, self.box = nn.Linear(12, 5), nn.Linear(12, 4)
+    def call(x: Tensor, m: Any) -> tuple[Tensor, Tensor, Tensor]:
+        x = m.pool(F.relu(m.conv1(x)))
+        identity = m.project(x)
+        pooled = F.relu(m.conv2(x) + identity).mean((2, 3))
+        return m.classes(pooled), m.box(pooled), identity
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x = self.pool(F.relu(self.conv1(x)))
-        identity = self.project(x)
-        pooled = F.relu(self.conv2(x) + identity).mean((2, 3))
-        return self.classes(pooled), self.box(pooled), identity
+    conv1, conv2, project = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 12, 3, 2, 1), nn.Conv2d(8, 12, 1, 2)
+    heads = {"classes": nn.Linear(12, 5), "box": nn.Linear(12, 4)}
+    return Called(call, conv1=conv1, pool=nn.MaxPool2d(2), conv2=conv2, project=project, **heads)
 
 
-class IdentityFirst(nn.Module):
+def identity_first() -> nn.Module:
     """x + f(x), the way most people write it."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
-        self.block = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
-        self.fc = nn.Linear(8, 5)
+    def call(x: Tensor, m: Any) -> Tensor:
+        x = F.relu(m.stem(x))
+        return m.fc(F.relu(x + m.block(x)).mean((2, 3)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.stem(x))
-        return self.fc(F.relu(x + self.block(x)).mean((2, 3)))
+    stem = nn.Conv2d(3, 8, 3, 2, 1)
+    block = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+    return Called(call, stem=stem, block=block, fc=nn.Linear(8, 5))
 
 
-class ProjectionFirst(nn.Module):
-    """The projection is the left summand: it is what takes the other as its residual."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 12, 3, 2, 1)
-        self.project, self.fc = nn.Conv2d(3, 12, 1, 2), nn.Linear(12, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(F.relu(self.project(x) + self.conv2(F.relu(self.conv1(x)))).mean((2, 3)))
-
-
-class TwoReaders(nn.Module):
+def two_readers() -> nn.Module:
     """One convolution read by two, and returned too; groups, depthwise, dilation."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.left, self.right = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1)
-        self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=4)
-        self.depthwise = nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=8)
+    def call(x: Tensor, m: Any) -> tuple[Tensor, ...]:
+        x = m.stem(x)
+        return m.left(F.relu(m.depthwise(F.relu(m.grouped(F.relu(x)))))), m.right(x), x
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        x = self.stem(x)
-        return self.left(F.relu(self.depthwise(F.relu(self.grouped(F.relu(x)))))), self.right(x), x
+    stem, left, right = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1)
+    grouped, depthwise = (nn.Conv2d(8, 8, 3, padding=d, dilation=d, groups=g) for d, g in ((1, 4), (2, 8)))
+    return Called(call, stem=stem, left=left, right=right, grouped=grouped, depthwise=depthwise)
 
 
-class Weighted(nn.Module):
-    """A branch multiplied with a gate computed from it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.conv = nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, 16, 3, padding=1)
-        self.reduce, self.expand, self.fc = nn.Conv2d(16, 4, 1), nn.Conv2d(4, 16, 1), nn.Linear(16, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.stem(x))
-        y = self.conv(x)
-        gate = torch.sigmoid(self.expand(F.relu(self.reduce(y.mean((2, 3), keepdim=True)))))
-        return self.fc(F.relu(y * gate + x).mean((2, 3)))
-
-
-class PoolsTheInput(nn.Module):
+def pools_the_input() -> nn.Module:
     """A max-pool before any layer, two in a row behind one, and a linear layer without a bias."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 5, bias=False)
+    def call(x: Tensor, m: Any) -> Tensor:
+        x = F.max_pool2d(F.max_pool2d(m.conv(F.max_pool2d(x, 2)), 3, 2, 1), 2)
+        return m.fc(x.mean((2, 3)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.max_pool2d(F.max_pool2d(self.conv(F.max_pool2d(x, 2)), 3, 2, 1), 2)
-        return self.fc(x.mean((2, 3)))
+    return Called(call, conv=nn.Conv2d(3, 8, 3), fc=nn.Linear(8, 5, bias=False))
 
 
-ALL = [Backbone, Casts, Detector, Doubled, Functional, Oddments, Parametrized, SharedConv, SqueezeExcite, TwoHeads]
-# Those that quantisation alone has to get right, as they are constructed, and how many layers each network calls.
-QUANTISED = [IdentityFirst, ProjectionFirst, TwoReaders, Weighted, PoolsTheInput]
-LAYERS: dict[type[nn.Module], int] = {
-    **dict(zip(QUANTISED, (4, 4, 5, 5, 2), strict=True)),
-    **dict(zip((network for network in ALL if network is not Parametrized), (13, 2, 5, 3, 3, 3, 5, 5, 3), strict=True)),
-}
+Network = Callable[[], nn.Module]
+LAYERS: dict[Network, int] = {  # that quantisation finds in each network
+    backbone: 13, casts: 2, detector: 5, doubled: 3, functional: 3, identity_first: 4, oddments: 3, pools_the_input: 2,
+    shared_conv: 5, squeeze_excite: 5, two_heads: 3, two_readers: 5,
+}  # fmt: skip
+QUANTISED: list[Network] = [backbone, identity_first, pools_the_input, squeeze_excite, two_readers]
+ALL = sorted({parametrized, *LAYERS} - {identity_first, pools_the_input, two_readers}, key=lambda make: make.__name__)
 
 
-def make(network: type[nn.Module], images: Tensor) -> nn.Module:
+@dataclass(frozen=True)
+class Fused:
+    """A network, inputs that it was made for, and the network fused."""
+
+    model: nn.Module
+    images: Tensor
+
+    @cached_property
+    def program(self) -> FusedProgram:
+        return fuse(self.model, self.images, BATCH)
+
+
+def make(network: Network, images: Tensor) -> nn.Module:
     """An instance with seeded weights and BatchNorm statistics of `images`, in eval mode."""
     torch.manual_seed(0)
     model = network()
-    if network in QUANTISED:
-        return model.eval()
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d) and module.affine:
@@ -334,19 +274,30 @@ def assert_exact(program: FusedProgram, model: nn.Module, images: Tensor) -> Non
         assert y.shape == y64.shape and (y - y64).norm() <= EXACT * y64.norm()
 
 
+def values_of(graph_module: fx.GraphModule, x: Tensor) -> dict[str, Tensor]:
+    """What each node of a graph computes."""
+    interpreter = GraphInterpreter(graph_module, {})
+    interpreter.values = {}
+    with torch.no_grad():
+        interpreter.run(x)
+    return interpreter.values
+
+
+def snapshot(graph_module: fx.GraphModule) -> tuple[object, ...]:
+    """All of a graph that a pass could change, to be compared."""
+    tensors = [*graph_module.named_parameters(), *graph_module.named_buffers()]
+    meta = [dict(node.meta) for node in graph_module.graph.nodes]
+    return str(graph_module.graph), meta, [(name, tensor.tolist()) for name, tensor in tensors]
+
+
 def judged(
-    runner: Runner,
-    model: nn.Module,
-    program: FusedProgram,
-    images: Tensor,
-    precision: str = "fp32",
-    references: References | None = None,
+    runner: Runner, network: Fused, program: FusedProgram, precision: str, references: References | None = None
 ) -> Rung:
-    """What the export says of a form of `model`: each operator by its rounding, the outputs by the eager model's."""
-    p, inputs = PRECISIONS[precision], images.numpy().copy()
+    """What the export says of a form of a network: each operator by its rounding, the outputs by the eager model's."""
+    p, inputs = PRECISIONS[precision], network.images.numpy().copy()
     execution = execute(runner, inputs, program.batch)
     if references is None:
-        references = run_references(model, program, output_names(program.graph_module), inputs, p)
+        references = run_references(network.model, program, output_names(program.graph_module), inputs, p)
     operators = check_operators(program, p, execution.trace, runner.name == "onnx")
     return judge(execution, references, p, p.network_factor, operators)
 

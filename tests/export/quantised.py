@@ -10,12 +10,12 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from export import Batch, FusedProgram, fuse
+from export import FusedProgram, fuse
 from export.base.precision import INT8, PRECISIONS
 from export.criteria.quantised import check_quantised, shown_values
 from export.criteria.references import run_oracle, run_simulations
 from export.forms import quantised_programs
-from export.fusion.nodes import QUANTISATION, args_of, is_call, module_path, parameter
+from export.fusion.nodes import QUANTISATION, is_call, module_path
 from export.fusion.passes import QUANTISED_LEVEL
 from export.fusion.program import QuantisedProgram, output_names
 from export.lowering.onnx_file import OnnxFile, lower_onnx
@@ -28,8 +28,8 @@ from export.runtime.onnx_session import runs_rounded
 from export.runtime.parity.checks import OperatorChecks
 from export.runtime.parity.ladder import References, execute, judge
 from export.runtime.parity.rungs import Rung
+from tests.export.networks import BATCH
 
-BATCH = Batch(1, 4, 8)
 SCHEMES = {scheme.name: scheme for scheme in (TENSORRT, CPU)}
 QUANTIZE, DEQUANTIZE = QUANTISATION
 
@@ -100,6 +100,11 @@ def quantised(model: nn.Module, images: Tensor) -> Subject:
     return Subject(model, images, program, calibration, quantised_programs(program, calibration, ()))
 
 
+def name_of(network: object) -> str:
+    """For ids: names stand for themselves."""
+    return getattr(network, "__name__", str(network))
+
+
 def relative_error(got: object, expected: object) -> float:
     """The largest of the outputs' relative errors, L2."""
     pairs = zip(pytree.tree_leaves(got), pytree.tree_leaves(expected), strict=True)
@@ -116,16 +121,3 @@ def layers(program: FusedProgram) -> dict[str, fx.Node]:
 
 def is_dequantised(node: object) -> bool:
     return is_call(node, DEQUANTIZE)
-
-
-def quantised_by(node: fx.Node) -> fx.Node:
-    """What a dequantised activation was before both."""
-    assert is_call(node, DEQUANTIZE)
-    (quantize, *constants) = args_of(node)
-    assert is_call(quantize, QUANTIZE) and list(args_of(quantize)[1:]) == constants
-    value: fx.Node = args_of(quantize)[0]
-    return value
-
-
-def constant_of(program: FusedProgram, node: fx.Node) -> Tensor:
-    return parameter(program.master, node)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from export import Batch, ExportConfig, ExportError, ExportResult, export_bundle
+from export import Batch, ExportError, ExportResult
 from export.quantisation.calibration import InMemory
 from export.runtime.artefacts import artefacts, running_first
 from export.runtime.bundle.contents import open_bundle
@@ -22,38 +24,32 @@ from export.runtime.verify import verify_bundle
 from export.terminal.flags import in_flags
 from resnet.data.sources import open_splits
 from tests.export import digits
+from tests.export.onnx_edits import change
 
 LAYERS = 10
 BLOCK = "layer1.0"
 
 
-@pytest.fixture(scope="module")
-def reader(trained_digits: tuple[nn.Module, Tensor]) -> nn.Module:
-    return trained_digits[0]
-
-
-TRAINING = InMemory(open_splits("digits").train.inputs(range(0, 600, 5), digits.PREPROCESSING))
 IMAGES = torch.from_numpy(digits.held_out_arrays()[0][::22][:16])
+SETTINGS: dict[str, Any] = {
+    "images": IMAGES,
+    "labelled": digits.held_out(),
+    "calibration": InMemory(open_splits("digits").train.inputs(range(0, 600, 5), digits.PREPROCESSING)),
+    "precision": "int8",
+    "batch": Batch(1, 8, 32),
+}
+Export = Callable[..., ExportResult]
 
 
-def export(model: nn.Module, output: Path, calibration: Any = TRAINING, labelled: bool = True, **config: Any) -> Any:
-    settings = {"precision": "int8", "batch": Batch(1, 8, 32), "engine": "none", **config}
-    return export_bundle(
-        model,
-        IMAGES[:1],
-        output,
-        ExportConfig(**settings),
-        images=IMAGES,
-        labelled=digits.held_out() if labelled else None,
-        calibration=calibration,
-        metadata=digits.METADATA,
-    )
+@pytest.fixture
+def export(export: Export) -> Export:
+    return partial(export, **SETTINGS)
 
 
 @pytest.fixture(scope="module")
-def exported(reader: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
-    result: ExportResult = export(reader, tmp_path_factory.mktemp("int8") / "bundle", engine="tensorrt-rtx")
-    return result
+def exported(trained_digits: tuple[nn.Module, Tensor], tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
+    output = tmp_path_factory.mktemp("int8") / "bundle"
+    return digits.export(trained_digits[0], output=output, engine="tensorrt-rtx", **SETTINGS)
 
 
 def test_trained_network_keeps_its_accuracy_in_both_files(exported: ExportResult) -> None:
@@ -105,38 +101,35 @@ def test_bundle_verifies_and_the_cpu_file_is_what_runs(exported: ExportResult) -
 def test_changed_scale_is_refused_on_the_device(exported: ExportResult, tmp_path: Path) -> None:
     """Whole files with wrong contents: what a device computes is held to the simulation, not to itself."""
 
-    def halve(model: onnx.ModelProto) -> None:
-        tensor = next(tensor for tensor in model.graph.initializer if tensor.name == "layer2.0.conv1.scale")
-        value = onnx.numpy_helper.to_array(tensor)
-        tensor.CopyFrom(onnx.numpy_helper.from_array((value / 2).astype(value.dtype), tensor.name))
-
-    changed = digits.rewrite(exported.output, tmp_path / "changed", digits.change_onnx(halve))
+    edit = digits.change_onnx(lambda model: change(model, "layer2.0.conv1.scale", lambda scale: scale / 2))
+    changed = digits.rewrite(exported.output, tmp_path / "changed", edit)
     assert {rung.name for rung in verify_bundle(changed) if not rung} == {"onnx"}
 
 
-def test_ruined_calibration_fails_and_leaves_nothing(reader: nn.Module, tmp_path: Path) -> None:
-    result = export(reader, tmp_path / "bundle", InMemory(np.zeros((100, *digits.EXAMPLE.shape[1:]), np.float32)))
+def test_ruined_calibration_fails_and_leaves_nothing(export: Export) -> None:
+    result = export(calibration=InMemory(np.zeros((100, *digits.EXAMPLE.shape[1:]), np.float32)))
     assert not result and result.report.verdict.startswith("accuracy lost")
-    assert not (tmp_path / "bundle").exists()
+    assert not result.output.exists()
 
 
-def test_fewest_layers_are_kept_where_eight_bits_lose_too_much(reader: nn.Module, tmp_path: Path) -> None:
+def test_fewest_layers_are_kept_where_eight_bits_lose_too_much(
+    trained_digits: tuple[nn.Module, Tensor], export: Export
+) -> None:
     """One channel between two layers is 2,000 times as large: a scale per tensor cannot hold it."""
-    model = copy.deepcopy(reader)
+    model = copy.deepcopy(trained_digits[0])
     block: Any = model.get_submodule(BLOCK)
     with torch.no_grad():
         block.bn1.weight[3] *= 2000
         block.bn1.bias[3] *= 2000
         block.conv2.weight[:, 3] /= 2000
-    kept = export(model, tmp_path / "kept", keep_fp16="auto", calibration_method="minmax")
-    assert kept and kept.report.quantisation.kept == (f"{BLOCK}.conv2",)
-    assert kept.report.quantisation.layers == LAYERS - 1
+    kept = export(model=model, keep_fp16="auto", calibration_method="minmax")
+    assert kept and kept.report.quantisation is not None
+    assert kept.report.quantisation.kept == (f"{BLOCK}.conv2",) and kept.report.quantisation.layers == LAYERS - 1
     assert kept.report.quantisation.costs[0].name == f"{BLOCK}.conv2"
 
 
-def test_named_layers_stay_in_floating_point(reader: nn.Module, tmp_path: Path) -> None:
-    kept = ("conv1", BLOCK)
-    result = export(reader, tmp_path / "bundle", labelled=False, keep_fp16=kept, engine="tensorrt-rtx")
+def test_named_layers_stay_in_floating_point(export: Export) -> None:
+    result = export(labelled=None, keep_fp16=("conv1", BLOCK), engine="tensorrt-rtx")
     assert result and result.report.quantisation is not None and not result.report.accuracy
     assert result.report.quantisation.kept == ("conv1", f"{BLOCK}.conv1", f"{BLOCK}.conv2")
     assert result.report.quantisation.float_convolutions == 3
@@ -150,32 +143,26 @@ EVERYTHING = ("conv1", "layer1", "layer2", "layer3", "fc")
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no pictures": ({"calibration": None}, "int8 needs pictures to calibrate on, got none; give --calibration DIR"),
     "pictures for fp16": ({"precision": "fp16"}, "--calibration DIR is for --int8, got --fp16"),
-    "layers of fp32": (
-        {"precision": "fp32", "keep_fp16": ("fc",), "calibration": None},
-        "--keep-fp16 is for --int8, got --fp32",
-    ),
-    "auto without labels": ({"keep_fp16": "auto", "labelled": False}, "needs labelled pictures"),
-    "no such layer": ({"keep_fp16": ("layer9",), "labelled": False}, "no layer is called 'layer9'"),
-    "all layers": ({"keep_fp16": EVERYTHING, "labelled": False}, "nothing is left to quantise: use --fp16"),
-    "unknown method": (
-        {"calibration_method": "mean"},
-        "expected a calibration method of percentile, entropy, minmax, got 'mean'",
-    ),
+    "layers of fp32": ({"precision": "fp32", "keep_fp16": ("fc",)}, "--keep-fp16 is for --int8, got --fp32"),
+    "auto without labels": ({"keep_fp16": "auto", "labelled": None}, "needs labelled pictures"),
+    "no such layer": ({"keep_fp16": ("layer9",), "labelled": None}, "no layer is called 'layer9'"),
+    "all layers": ({"keep_fp16": EVERYTHING, "labelled": None}, "nothing is left to quantise: use --fp16"),
+    "unknown method": ({"calibration_method": "mean"}, "percentile, entropy, minmax, got 'mean'"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_quantised_is_refused_in_one_line(case: str, reader: nn.Module, tmp_path: Path) -> None:
+def test_what_cannot_be_quantised_is_refused_in_one_line(case: str, export: Export, tmp_path: Path) -> None:
     settings, message = REFUSED[case]
     with pytest.raises(ExportError) as error:
-        export(reader, tmp_path / "bundle", **settings)
+        export(**settings)
     assert message in in_flags(str(error.value))
-    assert "\n" not in str(error.value) and not (tmp_path / "bundle").exists()
+    assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_static_batches(size: int, reader: nn.Module, tmp_path: Path) -> None:
+def test_static_batches(size: int, export: Export) -> None:
     """Of a size that divides neither the pictures to calibrate on nor those that are compared."""
-    result = export(reader, tmp_path / "bundle", InMemory(IMAGES.numpy()[:10]), labelled=False, batch=size)
+    result = export(calibration=InMemory(IMAGES.numpy()[:10]), labelled=None, batch=size)
     assert result, result.report.verdict
-    assert all(verify_bundle(tmp_path / "bundle"))
+    assert all(verify_bundle(result.output))

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
-import onnx
 import pytest
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -27,29 +26,30 @@ from resnet.data.preprocessing import Preprocessing
 from resnet.data.sources import open_test
 from tests.export import digits, networks
 from tests.export.criteria import mutants
+from tests.export.networks import BATCH, Fused
+from tests.export.onnx_edits import change, setting
+from tests.export.quantised import name_of
 
-BATCH = Batch(1, 4, 8)
 FILES = {
     "model.onnx", "model.rtx.engine", "model.rtx.layers.json", "parity.json", "report.html", "golden.safetensors",
     "manifest.json",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def resnet8(calibrated: dict[str, nn.Module]) -> nn.Module:
-    return calibrated["resnet8"]
-
-
 EXAMPLE = torch.zeros(1, 3, 32, 32)
-WITHOUT_ENGINE = ExportConfig("fp16", BATCH, "none")
+SINGLE = ExportConfig("fp32", BATCH, "none")
+Export = Callable[..., ExportResult]
 
 
 @pytest.fixture(scope="module")
-def bundle(resnet8: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(resnet8: Fused) -> nn.Module:
+    return resnet8.model
+
+
+@pytest.fixture(scope="module")
+def bundle(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("export") / "resnet8-fp16"
     steps: list[str] = []
     config = ExportConfig("fp16", BATCH)
-    result = export_bundle(resnet8, EXAMPLE, output, config, metadata={"name": "resnet8"}, progress=steps.append)
+    result = export_bundle(model, EXAMPLE, output, config, metadata={"name": "resnet8"}, progress=steps.append)
     assert result, result.report.verdict
     assert steps[0] == "capture and fuse" and steps[-1] == "write the bundle"
     return output
@@ -84,10 +84,10 @@ def test_the_manifest_describes_the_artefacts(bundle: Path) -> None:
     assert str(Path.cwd()) not in (bundle / "manifest.json").read_text()
 
 
-def test_the_golden_file_is_the_float64_model(bundle: Path, resnet8: nn.Module) -> None:
+def test_the_golden_file_is_the_float64_model(bundle: Path, model: nn.Module) -> None:
     golden = load_file(bundle / "golden.safetensors")
     with torch.no_grad():
-        expected = copy.deepcopy(resnet8).double()(golden["input"].double())
+        expected = copy.deepcopy(model).double()(golden["input"].double())
     assert golden["input"].dtype == torch.float32 and golden["oracle.output"].dtype == torch.float64
     assert (golden["oracle.output"] - expected).norm() <= networks.EXACT * expected.norm()
 
@@ -99,127 +99,74 @@ def test_verify_accepts_the_bundle(bundle: Path) -> None:
 
 def test_verify_refuses_a_file_that_computes_something_else(bundle: Path, tmp_path: Path) -> None:
     """A bundle that is whole, but whose ONNX file was made from other weights."""
-
-    def scale(model: onnx.ModelProto) -> None:
-        tensor = next(t for t in model.graph.initializer if t.name == "layer2.0.conv1.weight")
-        values = onnx.numpy_helper.to_array(tensor).copy()
-        values[0] *= 1.5
-        tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
-
-    changed = digits.rewrite(bundle, tmp_path / "b", digits.change_onnx(scale))
+    scaled = setting(0, lambda weight: 1.5 * weight[0])
+    edit = digits.change_onnx(lambda model: change(model, "layer2.0.conv1.weight", scaled))
+    changed = digits.rewrite(bundle, tmp_path / "b", edit)
     rungs = {rung.name: rung for rung in verify_bundle(changed)}
     assert not rungs["onnx"] and "times that of unfused" in rungs["onnx"].verdict
 
 
-def test_engine_of_another_version_is_refused_before_it_is_loaded(bundle: Path, tmp_path: Path) -> None:
-    def older(manifest: dict[str, Any], files: dict[str, bytes]) -> None:
-        manifest["engines"]["model.rtx.engine"]["version"] = "1.0.0.1"
-
-    rungs = {rung.name: rung for rung in verify_bundle(digits.rewrite(bundle, tmp_path / "b", older))}
-    assert "built by tensorrt-rtx 1.0.0.1" in rungs["tensorrt-rtx"].not_run
-
-
-DOCTORED: dict[str, tuple[dict[str, Any], str]] = {
-    "another format": ({"format": 99}, "has format 99"),
-    "engine outside the bundle": ({"engines": {"/etc/hostname": {"flavour": "tensorrt-rtx"}}}, "not a bundle of this"),
-    "no outputs": ({"outputs": None}, "not a bundle of this"),
-}
-
-
-@pytest.mark.parametrize("case", DOCTORED)
-def test_a_doctored_manifest_is_refused(case: str, bundle: Path, tmp_path: Path) -> None:
-    change, message = DOCTORED[case]
-    doctored = digits.rewrite(bundle, tmp_path / "b", lambda manifest, files: manifest.update(change))
-    with pytest.raises(ExportError, match=message):
-        verify_bundle(doctored)
-
-
-def test_weak_evidence_writes_nothing_and_keeps_the_old_bundle(resnet8: nn.Module, tmp_path: Path) -> None:
+def test_weak_evidence_writes_nothing_and_keeps_the_old_bundle(model: nn.Module, tmp_path: Path) -> None:
     """Whether of images that are all alike, of one image, or for any network."""
     output, nothing = tmp_path / "bundle", torch.zeros(4, 3, 32, 32)
-    assert export_bundle(resnet8, EXAMPLE, output, ExportConfig("fp32", BATCH, "none"))
+    assert export_bundle(model, EXAMPLE, output, SINGLE)
     before = {path.name: path.read_bytes() for path in output.iterdir()}
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU()).eval()
-    for model, images in ((resnet8, nothing), (resnet8, crops(photographs(), 1, 3, (32, 32))), (plain, nothing)):
-        result = export_bundle(model, EXAMPLE, output, ExportConfig("fp32", BATCH, "none"), images=images)
+    for network, images in ((model, nothing), (model, crops(photographs(), 1, 3, (32, 32))), (plain, nothing)):
+        result = export_bundle(network, EXAMPLE, output, SINGLE, images=images)
         assert not result and result.report.verdict.startswith("no verdict, the evidence is too weak")
         assert all(result.report.rungs)
     assert "inputs hardly differ between images" in result.report.evidence.weaknesses
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
 
 
-class Defective(ProgramRunner):
-    def __init__(self, program: FusedProgram, precision: Precision, names: tuple[str, ...]) -> None:
-        defect = mutants.MUTANTS[mutants.PROJECTION]["projection dropped"]
-        super().__init__(program, precision, names, operators=defect.operators(program))
+def defective(program: FusedProgram, precision: Precision, names: tuple[str, ...]) -> ProgramRunner:
+    defect = mutants.MUTANTS[mutants.PROJECTION]["projection dropped"]
+    return ProgramRunner(program, precision, names, operators=defect.operators(program))
 
 
-WRONG: dict[str, tuple[type[ProgramRunner], str]] = {
-    "constant logits": (mutants.ConstantLogits, "not equal to the eager model: fused"),
-    "an operator": (Defective, "layer3.0.conv2 (conv2d_projection_bias_act): "),
+WRONG: dict[str, tuple[Callable[..., ProgramRunner], str]] = {
+    "constant logits": (mutants.RUNNERS["constant logits"], "not equal to the eager model: fused"),
+    "an operator": (defective, "layer3.0.conv2 (conv2d_projection_bias_act): "),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
 def test_a_wrong_candidate_writes_nothing_and_is_named(
-    case: str, resnet8: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: str, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner, verdict = WRONG[case]
     monkeypatch.setattr("export.forms.ProgramRunner", runner)
-    result = export_bundle(resnet8, EXAMPLE, tmp_path / "bundle", WITHOUT_ENGINE)
+    result = export_bundle(model, EXAMPLE, tmp_path / "bundle", ExportConfig("fp16", BATCH, "none"))
     assert not result and verdict in result.report.verdict and list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("network", [networks.SqueezeExcite, networks.TwoHeads], ids=lambda network: network.__name__)
-def test_a_users_model_is_exported(network: type[nn.Module], tmp_path: Path, pictures: dict[str, Tensor]) -> None:
-    images = pictures["resnet8"]
-    model = networks.make(network, images)
-    config = ExportConfig("fp16", BATCH, "tensorrt-rtx")
-    result = export_bundle(model, images, tmp_path / "b", config, images=images)
+@pytest.mark.parametrize("network", [networks.squeeze_excite, networks.two_heads], ids=name_of)
+def test_a_users_model_is_exported(network: networks.Network, tmp_path: Path, fused: Mapping[Any, Fused]) -> None:
+    subject, config = fused[network], ExportConfig("fp16", BATCH, "tensorrt-rtx")
+    result = export_bundle(subject.model, subject.images, tmp_path / "b", config, images=subject.images)
     assert result or result.report.verdict.startswith("no verdict"), result.report.verdict
     assert all(result.report.rungs), [rung.verdict for rung in result.report.rungs]
 
 
-def test_a_static_batch(resnet8: nn.Module, tmp_path: Path) -> None:
-    result = export_bundle(resnet8, EXAMPLE, tmp_path / "b", ExportConfig("fp32", Batch(3, 3, 3), "none"))
-    assert result, result.report.verdict
-    assert verify_bundle(tmp_path / "b")[2]
-    assert json.loads((tmp_path / "b" / "manifest.json").read_text())["inputs"][0]["shape"] == [3, 3, 32, 32]
-
-
-def test_what_cannot_be_exported_is_refused(resnet8: nn.Module, tmp_path: Path) -> None:
+def test_what_cannot_be_exported_is_refused(model: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="expected a precision of fp32, fp16, bf16, int8, got 'fp8'"):
         ExportConfig("fp8")
     with pytest.raises(ExportError, match="expected an engine of auto, none"):
         ExportConfig(engine="openvino")
     with pytest.raises(ExportError, match="expected metadata that JSON can hold"):
-        export_bundle(resnet8, EXAMPLE, tmp_path / "b", metadata={"model": resnet8})
+        export_bundle(model, EXAMPLE, tmp_path / "b", metadata={"model": model})
     with pytest.raises(ExportError, match=r"expected images of shape \[N, \*\[3, 32, 32\]\], got \[4, 3, 16, 16\]"):
-        export_bundle(resnet8, EXAMPLE, tmp_path / "b", images=torch.zeros(4, 3, 16, 16))
+        export_bundle(model, EXAMPLE, tmp_path / "b", images=torch.zeros(4, 3, 16, 16))
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.fixture(scope="module")
-def digit_images() -> Tensor:
-    return torch.from_numpy(digits.held_out_arrays()[0][:16])
-
-
-def export_digits(model: nn.Module, images: Tensor, output: Path, labelled: Labelled, **settings: Any) -> ExportResult:
-    precision, batch = settings.pop("precision", "fp32"), settings.pop("batch", BATCH)
-    config = ExportConfig(precision, batch, settings.pop("engine", "none"))
-    arguments = {"metadata": digits.METADATA, **settings}
-    return export_bundle(model, digits.EXAMPLE, output, config, images=images, labelled=labelled, **arguments)
 
 
 @pytest.mark.parametrize(("precision", "batch"), [("fp16", BATCH), ("fp32", Batch(7, 7, 7))])
 def test_accuracy_is_measured_before_and_after(
-    precision: str, batch: Batch, trained_digits: tuple[nn.Module, Tensor], digit_images: Tensor, tmp_path: Path
+    precision: str, batch: Batch, trained_digits: tuple[nn.Module, Tensor], export: Export
 ) -> None:
     steps: list[str] = []
-    output, labelled = tmp_path / "b", digits.held_out()
-    result = export_digits(
-        trained_digits[0], digit_images, output, labelled, precision=precision, batch=batch, progress=steps.append
-    )
+    result = export(labelled=digits.held_out(), precision=precision, batch=batch, progress=steps.append)
     assert result, result.report.verdict
     fused = "triton" if torch.cuda.is_available() else "fused"
     inputs, labels = digits.held_out_arrays()
@@ -236,27 +183,26 @@ def test_accuracy_is_measured_before_and_after(
     ]  # fmt: skip
     assert steps.index("measure accuracy: eager") < steps.index("compare") < steps.index("measure accuracy: onnx")
     records = [form.to_json() for form in measured]
-    assert json.loads((output / "parity.json").read_text())["accuracy"] == records
-    assert json.loads((output / "manifest.json").read_text())["accuracy"] == records
+    assert json.loads((result.output / "parity.json").read_text())["accuracy"] == records
+    manifest = json.loads((result.output / "manifest.json").read_text())
+    assert manifest["accuracy"] == records
+    assert manifest["inputs"][0]["shape"] == ["batch" if batch == BATCH else 7, 1, 16, 16]
 
 
 def test_an_engine_that_does_not_run_fails_the_export_with_its_report(
-    trained_digits: tuple[nn.Module, Tensor], digit_images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    export: Export, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(runner: object) -> None:
-        raise ExportError("the engine does not load on this device")
-
+    refuse = Mock(side_effect=ExportError("the engine does not load on this device"))
     monkeypatch.setattr("export.runtime.engines.runner.TensorRTRunner.__enter__", refuse)
     monkeypatch.setattr("export.pipeline.why_not_runnable", lambda engine: "")
-    settings = {"precision": "fp32", "engine": "tensorrt-rtx"}
-    result = export_digits(trained_digits[0], digit_images, tmp_path / "b", digits.held_out(), **settings)
-    assert not result and not (tmp_path / "b").exists()
+    result = export(labelled=digits.held_out(), precision="fp32", engine="tensorrt-rtx")
+    assert not result and not result.output.exists()
     assert "tensorrt-rtx: (run): the engine does not load on this device" in result.report.verdict
     assert [accuracy.form for accuracy in result.report.accuracy] == ["eager", "fused", "onnx"]
 
 
 def test_a_form_that_loses_accuracy_is_not_written(
-    trained_digits: tuple[nn.Module, Tensor], digit_images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained_digits: tuple[nn.Module, Tensor], export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The fused program whose accuracy is measured has two class rows exchanged; all that is compared is right."""
     swapped = digits.fused(digits.with_swapped_classes(trained_digits[0]), BATCH)
@@ -264,7 +210,7 @@ def test_a_form_that_loses_accuracy_is_not_written(
     monkeypatch.setattr(
         Meter, "_run", lambda meter, runner, *others: run(meter, wrong if runner.name == "fused" else runner, *others)
     )
-    result = export_digits(trained_digits[0], digit_images, tmp_path / "b", digits.held_out())
+    result = export(labelled=digits.held_out(), precision="fp32")
     eager, fused, onnx = result.report.accuracy
     assert all(result.report.rungs) and not result and list(tmp_path.iterdir()) == []
     assert fused.correct < eager.correct - 40 and onnx.correct == eager.correct
@@ -272,36 +218,25 @@ def test_a_form_that_loses_accuracy_is_not_written(
     assert result.report.verdict.startswith(f"{expected}{100 * eager.top1:.2f} %")
 
 
-def test_a_wrong_form_shows_as_lower_accuracy_too(
-    trained_digits: tuple[nn.Module, Tensor], digit_images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Swapped(ProgramRunner):
-        def infer(self, inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
-            return {name: logits[:, ::-1] for name, logits in super().infer(inputs).items()}
-
-    monkeypatch.setattr("export.forms.ProgramRunner", Swapped)
-    result = export_digits(trained_digits[0], digit_images, tmp_path / "b", digits.held_out())
+def test_a_wrong_form_shows_as_lower_accuracy_too(export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("export.forms.ProgramRunner", mutants.answering(lambda logits: logits[:, ::-1]))
+    result = export(labelled=digits.held_out(), precision="fp32")
     assert not result and result.report.verdict.startswith("not equal to the eager model: fused")
     assert "% top-1 where the eager model has" in result.report.verdict
 
 
 NONE = LabelledInputs(open_test("digits").subset(np.arange(0)), digits.PREPROCESSING)
-UNMEASURABLE: dict[str, tuple[Labelled, dict[str, Any], str]] = {
+SMALLER = LabelledInputs(open_test("digits"), Preprocessing((8, 8), (8, 8), (0.5,), (0.5,)))
+UNMEASURABLE: dict[str, tuple[Labelled, Mapping[str, Any], str]] = {
     "no pictures": (NONE, digits.METADATA, "expected labelled pictures to measure accuracy on, got none"),
-    "another size": (
-        LabelledInputs(open_test("digits"), Preprocessing((8, 8), (8, 8), (0.5,), (0.5,))),
-        digits.METADATA,
-        r"expected labelled inputs of shape \[N, \*\[1, 16, 16\]\] float32, got \[1, 1, 8, 8\] float32",
-    ),
+    "another size": (SMALLER, digits.METADATA, r"of shape \[N, \*\[1, 16, 16\]\] float32, got \[1, 1, 8, 8\] float32"),
     "other classes": (digits.held_out(), {"classes": list("abcdefghij")}, "class '0' of the data is none of"),
 }
 
 
 @pytest.mark.parametrize("case", UNMEASURABLE)
-def test_data_that_does_not_fit_is_refused(
-    case: str, trained_digits: tuple[nn.Module, Tensor], digit_images: Tensor, tmp_path: Path
-) -> None:
+def test_data_that_does_not_fit_is_refused(case: str, export: Export, tmp_path: Path) -> None:
     labelled, metadata, message = UNMEASURABLE[case]
     with pytest.raises(ExportError, match=message):
-        export_digits(trained_digits[0], digit_images, tmp_path / "b", labelled, metadata=metadata)
+        export(labelled=labelled, metadata=metadata)
     assert list(tmp_path.iterdir()) == []

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,22 +31,9 @@ STEM = resnet_deploy.conv2d_bias_relu_maxpool.default
 HEAD = resnet_deploy.mean_linear.default
 
 
-def _correct(arguments: type[Any]) -> Callable[..., Tensor]:
-    return lambda *values: arguments.of(*values).reference()
-
-
-CORRECT = {getattr(resnet_deploy, name).default: _correct(arguments) for name, arguments in OPERATORS.items()}
-
-
 @dataclass(frozen=True)
 class Mutant:
-    """A defect in one call of one operator.
-
-    Attributes:
-        operator: what is broken.
-        defect: computes it wrongly, from the same arguments.
-        applies: whether a call is one the defect shows in.
-    """
+    """A defect in one call of one operator, computed from the same arguments; `applies` says whether it shows there."""
 
     operator: Any
     defect: Defect
@@ -64,15 +52,19 @@ class Mutant:
             if weight not in weights:
                 weights.append(weight)
             if weights.index(weight) != victim:
-                return CORRECT[self.operator](*args)
+                return reference(self.operator, *args)
             return self.defect(Arguments(**dict(zip(names, args, strict=True))))
 
         return {self.operator: operator}
 
 
+def reference(operator: Any, *arguments: Any) -> Tensor:
+    return OPERATORS[operator._opname].of(*arguments).reference()
+
+
 def correct(operator: Any, a: Arguments, **changes: Any) -> Tensor:
     """The operator with some arguments changed."""
-    return CORRECT[operator](*(vars(a) | changes).values())
+    return reference(operator, *(vars(a) | changes).values())
 
 
 def changing(operator: Any, argument: str, change: Callable[[Tensor], Tensor | None]) -> Defect:
@@ -84,12 +76,9 @@ def after(operator: Any, change: Callable[[Tensor], Tensor]) -> Defect:
     return lambda a: change(correct(operator, a).clone())
 
 
-def bf16_arithmetic(operator: Any) -> Defect:
-    def defect(a: Arguments) -> Tensor:
-        narrow = {name: value.bfloat16() for name, value in vars(a).items() if isinstance(value, Tensor)}
-        return correct(operator, a, **narrow).to(a.x.dtype)
-
-    return defect
+def bf16_arithmetic(operator: Any, a: Arguments) -> Tensor:
+    narrow = {name: value.bfloat16() for name, value in vars(a).items() if isinstance(value, Tensor)}
+    return correct(operator, a, **narrow).to(a.x.dtype)
 
 
 def swapped_channels(y: Tensor) -> Tensor:
@@ -129,15 +118,11 @@ def another_image(x: Tensor) -> Tensor:
     return _channels_last(x.roll(1, 0))
 
 
-def edge_padding(operator: Any) -> Defect:
+def edge_padding(operator: Any, a: Arguments) -> Tensor:
     """The operator padded with the value at the edge."""
-
-    def defect(a: Arguments) -> Tensor:
-        bottom, right = a.padding
-        padded = F.pad(a.x, (right, right, bottom, bottom), mode="replicate")
-        return correct(operator, a, x=_channels_last(padded), padding=(0, 0))
-
-    return defect
+    bottom, right = a.padding
+    padded = F.pad(a.x, (right, right, bottom, bottom), mode="replicate")
+    return correct(operator, a, x=_channels_last(padded), padding=(0, 0))
 
 
 def _channels_last(y: Tensor) -> Tensor:
@@ -196,7 +181,7 @@ def narrow_head(a: Arguments) -> Tensor:
 def convolved(a: Arguments, relu: bool, **changes: Any) -> Tensor:
     """The first convolution of any of the operators alone, without a residual."""
     b = Arguments(**{"dilation": (1, 1), "groups": 1} | vars(a) | changes)
-    return CORRECT[CONV](b.x, b.weight, b.bias, None, b.stride, b.padding, b.dilation, b.groups, relu)
+    return reference(CONV, b.x, b.weight, b.bias, None, b.stride, b.padding, b.dilation, b.groups, relu)
 
 
 def relu_before_addition(a: Arguments) -> Tensor:
@@ -213,13 +198,11 @@ def with_intermediate(change: Callable[[Tensor], Tensor], relu: bool = True) -> 
     """A bottleneck whose intermediate tensor is changed, or lacks its ReLU."""
 
     def defect(a: Arguments) -> Tensor:
-        first, plain = (
-            (change(convolved(a, relu)), a.expand_weight, a.expand_bias, a.shortcut),
-            ((1, 1), (0, 0), (1, 1)),
-        )
+        first = change(convolved(a, relu)), a.expand_weight, a.expand_bias, a.shortcut
+        plain = (1, 1), (0, 0), (1, 1)
         if a.shortcut_weight is None:
-            return CORRECT[CONV](*first, *plain, 1, a.relu)
-        return CORRECT[PROJECTION](*first, a.shortcut_weight, *plain, a.shortcut_stride, a.relu)
+            return reference(CONV, *first, *plain, 1, a.relu)
+        return reference(PROJECTION, *first, a.shortcut_weight, *plain, a.shortcut_stride, a.relu)
 
     return defect
 
@@ -245,20 +228,8 @@ def head_with_mean(change: Callable[[Tensor], Tensor]) -> Defect:
     return lambda a: F.linear(change(a.x.float()), a.weight.float(), a.bias.float()).to(a.x.dtype)
 
 
-def wrong_count(x: Tensor) -> Tensor:
-    return x.sum((2, 3)) / (x.shape[2] * x.shape[3] - 1)
-
-
-def without_last_pixel(x: Tensor) -> Tensor:
-    return x.flatten(2)[:, :, :-1].sum(2) / (x.shape[2] * x.shape[3])
-
-
 def adds(a: Arguments) -> bool:
     return a.residual is not None
-
-
-def strides(a: Arguments) -> bool:
-    return max(a.stride) > 1
 
 
 def pads(a: Arguments) -> bool:
@@ -273,7 +244,7 @@ def projects(a: Arguments) -> bool:
     return a.shortcut_weight is not None
 
 
-def projects_with_stride(a: Arguments) -> bool:
+def strides_shortcut(a: Arguments) -> bool:
     return projects(a) and max(a.shortcut_stride) > 1
 
 
@@ -288,27 +259,23 @@ def mutants(operator: Any, defects: Mapping[str, Planted]) -> dict[str, Mutant]:
         "bias dropped": changing(operator, "bias", torch.zeros_like),
         "one operator returns zeros": after(operator, torch.zeros_like),
         "NaN in one lane": after(operator, nan_lane),
-        "bfloat16 arithmetic": bf16_arithmetic(operator),
+        "bfloat16 arithmetic": partial(bf16_arithmetic, operator),
     }
     if operator is not HEAD:
         found["one corner pixel wrong"] = after(operator, corner_pixel)
-        found["padding with the edge value"] = edge_padding(operator), pads
+        found["padding with the edge value"] = partial(edge_padding, operator), pads
     if operator in (CONV, BOTTLENECK, STEM):
         found["one tap transposed"] = changing(operator, "weight", transposed_tap), pads
-        found["stride-2 phase off by one"] = changing(operator, "x", shifted), strides
+        found["stride-2 phase off by one"] = changing(operator, "x", shifted), lambda a: max(a.stride) > 1
     found |= defects
     return {name: Mutant(operator, *(d if isinstance(d, tuple) else (d,))) for name, d in found.items()}
-
-
-def _nothing(value: Tensor) -> None:
-    return None
 
 
 OWN: dict[Any, dict[str, Planted]] = {
     CONV: {
         "narrow accumulation": (narrow_conv, pads),
         "relu before the addition": (relu_before_addition, adds),
-        "residual dropped": (changing(CONV, "residual", _nothing), adds),
+        "residual dropped": (changing(CONV, "residual", lambda _: None), adds),
     },
     PROJECTION: {
         "narrow accumulation": narrow_projection,
@@ -325,10 +292,10 @@ OWN: dict[Any, dict[str, Planted]] = {
         "intermediate tile off by one pixel": with_intermediate(shifted),
         "last K slice of the expansion lost": changing(BOTTLENECK, "expand_weight", without_last_k_slice),
         "expansion's bias dropped": changing(BOTTLENECK, "expand_bias", torch.zeros_like),
-        "shortcut dropped": (changing(BOTTLENECK, "shortcut", _nothing), has_identity),
+        "shortcut dropped": (changing(BOTTLENECK, "shortcut", lambda _: None), has_identity),
         "shortcut of another image": changing(BOTTLENECK, "shortcut", another_image),
         "projection dropped": (changing(BOTTLENECK, "shortcut_weight", torch.zeros_like), projects),
-        "projection's stride phase off by one": (changing(BOTTLENECK, "shortcut", shifted), projects_with_stride),
+        "projection's stride phase off by one": (changing(BOTTLENECK, "shortcut", shifted), strides_shortcut),
     },
     STEM: {
         "narrow accumulation": narrow_stem,
@@ -340,25 +307,21 @@ OWN: dict[Any, dict[str, Planted]] = {
     },
     HEAD: {
         "narrow accumulation": narrow_head,
-        "mean over a wrong count": head_with_mean(wrong_count),
-        "mean without the last pixel": head_with_mean(without_last_pixel),
+        "mean over a wrong count": head_with_mean(lambda x: x.sum((2, 3)) / (x[0, 0].numel() - 1)),
+        "mean without the last pixel": head_with_mean(lambda x: x.flatten(2)[:, :, :-1].sum(2) / x[0, 0].numel()),
     },
 }
 MUTANTS = {operator: mutants(operator, defects) for operator, defects in OWN.items()}
 
 
-class ConstantLogits(ProgramRunner):
-    """Answers every image with the first image's logits."""
+def answering(change: Callable[[NDArray], NDArray]) -> type[ProgramRunner]:
+    """A runner that returns something else than what it computed."""
 
-    def infer(self, inputs: Mapping[str, NDArray[np.float32]]) -> Arrays:
-        return {name: np.repeat(y[:1], len(y), axis=0) for name, y in super().infer(inputs).items()}
+    class Answering(ProgramRunner):
+        def infer(self, inputs: Mapping[str, NDArray[np.float32]]) -> Arrays:
+            return {name: change(y) for name, y in super().infer(inputs).items()}
 
-
-class AllZeros(ProgramRunner):
-    """Never writes its output."""
-
-    def infer(self, inputs: Mapping[str, NDArray[np.float32]]) -> Arrays:
-        return {name: np.zeros_like(y) for name, y in super().infer(inputs).items()}
+    return Answering
 
 
 class StaleOutput(ProgramRunner):
@@ -382,8 +345,8 @@ class WritesItsInput(ProgramRunner):
 
 
 RUNNERS: dict[str, type[ProgramRunner]] = {
-    "constant logits": ConstantLogits,
-    "all zeros": AllZeros,
+    "constant logits": answering(lambda y: np.repeat(y[:1], len(y), axis=0)),
+    "all zeros": answering(np.zeros_like),
     "stale output of the previous batch": StaleOutput,
     "input written to": WritesItsInput,
 }
@@ -396,10 +359,7 @@ def with_wrong_epsilon(program: FusedProgram) -> FusedProgram:
         if is_call(node, aten._native_batch_norm_legit_no_training.default):
             node.args = (*args_of(node)[:6], 1e-3)
     graph_module.recompile()
-    with plain_torch():
-        for apply in FOLDING:
-            graph_module = apply(graph_module)
-    return _fused(program, graph_module)
+    return _fused(program, graph_module, (*FOLDING, *LEVELS[DEFAULT_LEVEL]))
 
 
 def without_projection_bias(program: FusedProgram) -> FusedProgram:
@@ -421,10 +381,11 @@ def with_shortcut_from_the_branch(program: FusedProgram) -> FusedProgram:
     return FusedProgram(program.source, program.folded, graph_module, program.batch)
 
 
-def _fused(program: FusedProgram, folded: fx.GraphModule) -> FusedProgram:
-    master = folded
+def _fused(
+    program: FusedProgram, master: fx.GraphModule, passes: Iterable[Any] = LEVELS[DEFAULT_LEVEL]
+) -> FusedProgram:
     with plain_torch():
-        for apply in LEVELS[DEFAULT_LEVEL]:
+        for apply in passes:
             master = apply(master)
     return FusedProgram(program.source, program.folded, master, program.batch)
 

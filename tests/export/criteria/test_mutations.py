@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import onnx
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from export import FusedProgram, fuse
 from export.base.precision import PRECISIONS
@@ -27,24 +28,27 @@ from resnet.initialise import initialise
 from resnet.models import Bottleneck, CifarResNet
 from tests.conftest import Made
 from tests.export.criteria import mutants
-from tests.export.networks import BATCH, judged
+from tests.export.networks import BATCH, Fused, judged
+from tests.export.onnx_edits import Edit, bypass, change, edited, setting
 
 NAMES = ("output",)
 
 
 @dataclass(frozen=True)
-class Subject:
+class Subject(Fused):
     """One network with, by precision, its references and the correct file."""
 
-    model: nn.Module
-    program: FusedProgram
-    images: Tensor
-    references: Mapping[str, References]
-    files: Mapping[str, OnnxFile]
+    @cached_property
+    def references(self) -> Mapping[str, References]:
+        oracle = run_oracle(self.model, self.program, NAMES, self.images.numpy())
+        return Made(lambda name: run_rounded(oracle, self.model, self.program, PRECISIONS[name]))
+
+    @cached_property
+    def files(self) -> Mapping[str, OnnxFile]:
+        return Made(lambda name: lower_onnx(self.program, self.images, PRECISIONS[name], {}))
 
     def accepts(self, runner: Runner, precision: str, program: FusedProgram | None = None) -> None:
-        references = self.references[precision]
-        rung = judged(runner, self.model, program or self.program, self.images, precision, references)
+        rung = judged(runner, self, program or self.program, precision, self.references[precision])
         assert rung, rung.verdict
 
     def refuses(self, runner: Runner, precision: str, program: FusedProgram | None = None) -> bool:
@@ -56,36 +60,25 @@ class Subject:
         return not check_operators(program or self.program, p, execution.trace, runner.name == "onnx")
 
 
-def make_subject(model: nn.Module, images: Tensor) -> Subject:
-    program = fuse(model, images, BATCH)
-    oracle = run_oracle(model, program, NAMES, images.numpy())
-    return Subject(
-        model,
-        program,
-        images,
-        Made(lambda name: run_rounded(oracle, model, program, PRECISIONS[name])),
-        Made(lambda name: lower_onnx(program, images, PRECISIONS[name], {})),
-    )
-
-
-def bottlenecks() -> nn.Module:
+def bottlenecks() -> Subject:
     """Behind a stem with max-pool."""
     model = CifarResNet(Bottleneck, (2, 2, 2), 10, 3)
     model.conv1 = nn.Conv2d(3, 16, 7, 2, 3, bias=False)
     model.add_module("relu", nn.Sequential(nn.ReLU(), nn.MaxPool2d(3, 2, 1)))
-    return model
+    calibrated = initialise(model, crops(photographs(), 16, 3, (64, 64), seed=1)).eval()
+    return Subject(calibrated, crops(photographs(), 8, 3, (64, 64)))
 
 
 # Each network with the operators whose defects are planted in it.
 SUBJECTS = {
-    "calibrated resnet8": (mutants.CONV,),
-    "trained resnet8": (mutants.CONV, mutants.PROJECTION, mutants.HEAD),
-    "calibrated basic": (mutants.CONV,),
-    "calibrated bottlenecks": (mutants.STEM, mutants.BOTTLENECK),
+    "resnet8": (mutants.CONV,),
+    "digits": (mutants.CONV, mutants.PROJECTION, mutants.HEAD),
+    "basic": (mutants.CONV,),
+    "bottlenecks": (mutants.STEM, mutants.BOTTLENECK),
 }
-WRITTEN = ("trained resnet8", "calibrated bottlenecks")  # as ONNX files
+WRITTEN = ("digits", "bottlenecks")  # as ONNX files
 DEFECTS = [
-    pytest.param(subject, operator, defect, id=f"{subject}-{operator._schema.name.split('::')[1]}-{defect}")
+    pytest.param(subject, operator, defect, id=f"{subject}-{operator._opname}-{defect}")
     for subject, operators in SUBJECTS.items()
     for operator in operators
     for defect in mutants.MUTANTS[operator]
@@ -93,17 +86,9 @@ DEFECTS = [
 
 
 @pytest.fixture(scope="module")
-def subjects(
-    calibrated: dict[str, nn.Module], pictures: dict[str, Tensor], trained_digits: tuple[nn.Module, Tensor]
-) -> Mapping[str, Subject]:
+def subjects(fused: Mapping[str, Fused]) -> Mapping[str, Subject]:
     def subject(name: str) -> Subject:
-        if name == "trained resnet8":
-            return make_subject(*trained_digits)
-        if name == "calibrated bottlenecks":
-            made = initialise(bottlenecks(), crops(photographs(), 16, 3, (64, 64), seed=1))
-            return make_subject(made.eval(), crops(photographs(), 8, 3, (64, 64)))
-        name = name.removeprefix("calibrated ")
-        return make_subject(calibrated[name], pictures[name])
+        return bottlenecks() if name == "bottlenecks" else Subject(fused[name].model, fused[name].images)
 
     return Made(subject)
 
@@ -111,12 +96,6 @@ def subjects(
 @pytest.fixture(params=SUBJECTS)
 def subject(request: pytest.FixtureRequest, subjects: Mapping[str, Subject]) -> Subject:
     return subjects[request.param]
-
-
-@pytest.fixture(params=PRECISIONS)
-def precision(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
 
 
 def program_runner(program: FusedProgram, precision: str, **options: Any) -> ProgramRunner:
@@ -141,7 +120,7 @@ def test_evidence_is_accepted(subject: Subject) -> None:
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_correct_program_of_every_level_is_accepted(subjects: Mapping[str, Subject], level: str) -> None:
-    subject = subjects["calibrated bottlenecks"]
+    subject = subjects["bottlenecks"]
     program = fuse(subject.model, subject.images, BATCH, level)
     subject.accepts(program_runner(program, "fp16"), "fp16", program)
 
@@ -150,15 +129,14 @@ def test_every_operator_has_defects_and_a_network_to_plant_them_in() -> None:
     assert set(mutants.MUTANTS) == set(FUSED_OPERATORS) == {op for operators in SUBJECTS.values() for op in operators}
 
 
-@pytest.mark.parametrize(("subject_name", "operator", "defect"), DEFECTS)
+@pytest.mark.parametrize(("name", "operator", "defect"), DEFECTS)
 def test_defective_operator_is_refused(
-    subjects: Mapping[str, Subject], subject_name: str, operator: Any, defect: str, precision: str
+    subjects: Mapping[str, Subject], name: str, operator: Any, defect: str, precision: str
 ) -> None:
     if precision == "bf16" and defect == "bfloat16 arithmetic":
         pytest.skip("no defect there")
-    subject = subjects[subject_name]
-    operators = mutants.MUTANTS[operator][defect].operators(subject.program)
-    assert subject.refuses(program_runner(subject.program, precision, operators=operators), precision)
+    operators = mutants.MUTANTS[operator][defect].operators(subjects[name].program)
+    assert subjects[name].refuses(program_runner(subjects[name].program, precision, operators=operators), precision)
 
 
 @pytest.mark.parametrize("defect", mutants.RUNNERS)
@@ -173,10 +151,9 @@ def test_defective_program_is_refused(subject: Subject, precision: str, defect: 
 
 
 def test_shortcut_taken_from_the_branch_is_refused(subjects: Mapping[str, Subject], precision: str) -> None:
-    subject = subjects["calibrated bottlenecks"]
-    program, references = mutants.with_shortcut_from_the_branch(subject.program), subject.references[precision]
-    runner = program_runner(program, precision)
-    rung = judged(runner, subject.model, program, subject.images, precision, references)
+    subject = subjects["bottlenecks"]
+    program = mutants.with_shortcut_from_the_branch(subject.program)
+    rung = judged(program_runner(program, precision), subject, program, precision, subject.references[precision])
     assert rung.verdict.startswith("layer1.0.conv3: wrong wiring: ")
 
 
@@ -185,22 +162,18 @@ def test_bfloat16_network_called_fp16_is_refused(subject: Subject) -> None:
 
 
 def _without(model: onnx.ModelProto, op_type: str) -> None:
-    """Take one node out: its readers read its first input."""
     node = [n for n in model.graph.node if n.op_type == op_type][1]
-    model.graph.node.remove(node)
-    for reader in model.graph.node:
-        reader.input[:] = [node.input[0] if name == node.output[0] else name for name in reader.input]
+    bypass(model, node, node.input[0])
 
 
 def _with_scaled_weight(model: onnx.ModelProto) -> None:
     """In a block behind the first: the first of the bottlenecks adds so little that bfloat16 hides 5 %."""
-    tensor = next(t for t in model.graph.initializer if t.name in ("layer1.1.conv2.weight", "layer2.0.conv1.weight"))
-    values = onnx.numpy_helper.to_array(tensor).copy()
-    values[3] *= 1.05
-    tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    layers = {"layer1.1.conv2.weight", "layer2.0.conv1.weight"}
+    name = next(t.name for t in model.graph.initializer if t.name in layers)
+    change(model, name, setting(3, lambda weights: weights[3] * 1.05))
 
 
-ONNX_DEFECTS: dict[str, Callable[[onnx.ModelProto], Any]] = {
+ONNX_DEFECTS: dict[str, Edit] = {
     "one filter scaled by 1.05": _with_scaled_weight,
     "without one Relu": lambda model: _without(model, "Relu"),
     "without one Add": lambda model: _without(model, "Add"),
@@ -212,9 +185,8 @@ ONNX_DEFECTS: dict[str, Callable[[onnx.ModelProto], Any]] = {
 def test_defective_onnx_file_is_refused(
     name: str, subjects: Mapping[str, Subject], precision: str, defect: str
 ) -> None:
-    file, broken = subjects[name].files[precision], onnx.ModelProto()
-    broken.CopyFrom(file.model)
-    ONNX_DEFECTS[defect](broken)
+    file = subjects[name].files[precision]
+    broken = edited(file.model, ONNX_DEFECTS[defect])
     shown = {"input"} | {value for node in broken.graph.node for value in node.output}
     values = {node: value for node, value in file.values.items() if value in shown}
     runner = OnnxRuntimeRunner(OnnxFile(broken, file.output_names, values), PRECISIONS[precision])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from export import fuse
 from export.base.precision import PRECISIONS
-from export.criteria.evidence import Evidence, check_evidence
+from export.criteria.evidence import check_evidence
 from export.criteria.operators import check_operators, evaluate
 from export.fusion.nodes import FUSED_OPERATORS, duplicate, is_call, module_path, named_args
 from export.fusion.program import FusedProgram
@@ -20,14 +20,14 @@ from export.lowering.runners import OnnxRuntimeRunner, ProgramRunner
 from export.runtime.parity.checks import OperatorCheck
 from export.runtime.runner import Runner
 from resnet.models import create_model
-from tests.export.networks import BATCH, Called
+from tests.export.networks import BATCH, Called, Fused
 
 FP16 = PRECISIONS["fp16"]
 
 
 @pytest.fixture(scope="module")
-def program(calibrated: dict[str, nn.Module], pictures: dict[str, Tensor]) -> FusedProgram:
-    return fuse(calibrated["resnet8"], pictures["resnet8"], BATCH)
+def program(resnet8: Fused) -> FusedProgram:
+    return resnet8.program
 
 
 def traced(runner: Runner, images: Tensor) -> dict[str, Tensor]:
@@ -36,8 +36,8 @@ def traced(runner: Runner, images: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def trace(program: FusedProgram, pictures: dict[str, Tensor]) -> Mapping[str, Tensor]:
-    return traced(ProgramRunner(program, FP16, ("output",)), pictures["resnet8"])
+def trace(resnet8: Fused) -> Mapping[str, Tensor]:
+    return traced(ProgramRunner(resnet8.program, FP16, ("output",)), resnet8.images)
 
 
 def failure_of(program: FusedProgram, trace: Mapping[str, Tensor], name: str, value: Tensor) -> OperatorCheck:
@@ -67,12 +67,9 @@ def stem() -> nn.Module:
 
 def bottleneck(channels: int) -> nn.Module:
     """3x3 and 1x1 with a projection, or with the identity."""
-    return Called(
-        lambda x, m: torch.relu(m.expand(torch.relu(m.conv(x))) + m.project(x)),
-        conv=nn.Conv2d(3, 16, 3, padding=1),
-        expand=nn.Conv2d(16, channels, 1),
-        project=nn.Conv2d(3, channels, 1) if channels != 3 else nn.Identity(),
-    )
+    conv, expand = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, channels, 1)
+    parts = {"conv": conv, "expand": expand, "project": nn.Conv2d(3, channels, 1) if channels != 3 else nn.Identity()}
+    return Called(lambda x, m: torch.relu(m.expand(torch.relu(m.conv(x))) + m.project(x)), **parts)
 
 
 def projection() -> nn.Module:
@@ -165,13 +162,14 @@ def test_a_tensor_that_is_not_shown_is_reported(program: FusedProgram, trace: Ma
     assert not check_operators(program, FP16, {})  # nothing checked is not a pass
 
 
-def test_residual_from_the_wrong_place_fails(program: FusedProgram, pictures: dict[str, Tensor]) -> None:
+def test_residual_from_the_wrong_place_fails(resnet8: Fused) -> None:
     """A block that adds what its own branch computes: every operator for itself is right, the wiring is not."""
+    program = resnet8.program
     wired = FusedProgram(program.source, program.folded, duplicate(program.master), BATCH)
     fused = [node for node in wired.master.graph.nodes if is_call(node, *FUSED_OPERATORS)]
     fused[2].replace_input_with(named_args(fused[2])["residual"], fused[1])
     wired.master.recompile()
-    trace = traced(ProgramRunner(wired, FP16, ("output",)), pictures["resnet8"])
+    trace = traced(ProgramRunner(wired, FP16, ("output",)), resnet8.images)
     failure = check_operators(wired, FP16, trace).first_failure
     assert failure is not None and failure.name == "layer1.0.conv2"
 
@@ -181,43 +179,40 @@ def test_evaluate_refuses_to_compare_a_value_with_itself(program: FusedProgram) 
         evaluate(program.source, "conv2d", {"conv2d": torch.zeros(1)})
 
 
-def evidence(model: nn.Module, images: Tensor) -> Evidence:
-    with torch.no_grad():
-        return check_evidence(fuse(model, images, BATCH).source, images, images, [model(images).double()])
-
-
-def test_good_evidence(calibrated: dict[str, nn.Module], pictures: dict[str, Tensor]) -> None:
-    found = evidence(calibrated["resnet8"], pictures["resnet8"])
-    assert found, found.weaknesses
-    assert found.classes is not None and found.classes >= 3
-    assert found.active_share is not None and 0.1 < found.active_share[0] < found.active_share[1] < 0.9
-
-
-def test_an_untouched_network_is_weak_evidence(pictures: dict[str, Tensor]) -> None:
-    torch.manual_seed(0)
-    found = evidence(create_model("resnet8").eval(), pictures["resnet8"])
-    assert "bn1 has the default BatchNorm statistics" in found.weaknesses
-    assert "every folded bias is zero" in found.weaknesses
-
-
-def test_zeros_as_input_are_weak_evidence(calibrated: dict[str, nn.Module], pictures: dict[str, Tensor]) -> None:
-    found = evidence(calibrated["resnet8"], torch.zeros_like(pictures["resnet8"]))
-    assert any("logits vary by 0.00" in weakness for weakness in found.weaknesses)
-    assert any("1 top-1 classes" in weakness for weakness in found.weaknesses)
-
-
-def test_a_dead_layer_is_weak_evidence(pictures: dict[str, Tensor]) -> None:
+def dead_layer(images: Tensor) -> nn.Module:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5))
-    model(pictures["resnet8"])
+    model(images)
     model.get_parameter("0.bias").data.sub_(100)
-    found = evidence(model.eval(), pictures["resnet8"])
-    assert any(weakness.startswith("1: share of positive values after the ReLU is 0") for weakness in found.weaknesses)
+    return model
 
 
-def test_a_vanishing_branch_is_weak_evidence(pictures: dict[str, Tensor]) -> None:
+def vanishing_branch(images: Tensor) -> nn.Module:
     conv = nn.Conv2d(3, 3, 1)
-    conv.weight.data *= 1e-4
-    conv.get_parameter("bias").data.mul_(1e-4)
-    model = Called(lambda x, m: (x + m.conv(x)).mean((2, 3)), conv=conv)
-    found = evidence(model.eval(), pictures["resnet8"])
-    assert any("rms ratio of the two summands" in weakness for weakness in found.weaknesses)
+    for parameter in conv.parameters():
+        parameter.data *= 1e-4
+    return Called(lambda x, m: (x + m.conv(x)).mean((2, 3)), conv=conv)
+
+
+# a network, what its images are multiplied with, and what makes them weak evidence
+WEAK: dict[str, tuple[Callable[[Tensor], nn.Module] | None, float, tuple[str, ...]]] = {
+    "good": (None, 1.0, ()),
+    "zeros as input": (None, 0.0, ("logits vary by 0.00", "1 top-1 classes")),
+    "untouched": (lambda _: create_model("resnet8"), 1.0, ("bn1 has the default", "every folded bias is zero")),
+    "a dead layer": (dead_layer, 1.0, ("1: share of positive values after the ReLU is 0",)),
+    "a vanishing branch": (vanishing_branch, 1.0, ("rms ratio of the two summands",)),
+}
+
+
+@pytest.mark.parametrize("case", WEAK)
+def test_weak_evidence_is_named(case: str, resnet8: Fused) -> None:
+    make, factor, expected = WEAK[case]
+    torch.manual_seed(0)
+    images = factor * resnet8.images
+    model = resnet8.model if make is None else make(images).eval()
+    with torch.no_grad():
+        found = check_evidence(fuse(model, images, BATCH).source, images, images, [model(images).double()])
+    assert bool(found) is (case == "good"), found.weaknesses
+    assert all(any(reason in weakness for weakness in found.weaknesses) for reason in expected)
+    if case == "good":
+        assert found.classes is not None and found.classes >= 3
+        assert found.active_share is not None and 0.1 < found.active_share[0] < found.active_share[1] < 0.9

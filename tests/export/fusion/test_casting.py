@@ -6,19 +6,19 @@ from collections.abc import Collection
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from export import ExportError, fuse
+from export.base.precision import PRECISIONS
 from export.fusion.casting import converted
-from export.fusion.interpreter import GraphInterpreter
 from export.fusion.nodes import aten, constant, is_call, module_path
 from export.fusion.program import FusedProgram, operator_nodes
-from tests.export.networks import BATCH, Called
+from tests.export.networks import BATCH, Called, Fused, snapshot, values_of
 
 
-@pytest.fixture(scope="module")
-def program(calibrated: dict[str, nn.Module], pictures: dict[str, Tensor]) -> FusedProgram:
-    return fuse(calibrated["resnet8"], pictures["resnet8"], BATCH)
+@pytest.fixture
+def program(resnet8: Fused) -> FusedProgram:
+    return resnet8.program
 
 
 def with_kept(program: FusedProgram, names: Collection[str], dtype: torch.dtype = torch.float16) -> fx.GraphModule:
@@ -30,17 +30,13 @@ def casts(graph_module: fx.GraphModule) -> list[fx.Node]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_kept_operators_compute_in_float32_and_no_others(
-    dtype: torch.dtype, program: FusedProgram, pictures: dict[str, Tensor]
-) -> None:
-    kept = {"layer1.0.conv1", "layer1.0.conv2", "layer3.0.conv2", "fc"}
+def test_kept_operators_compute_in_float32_and_no_others(dtype: torch.dtype, resnet8: Fused) -> None:
+    kept, program = {"layer1.0.conv1", "layer1.0.conv2", "layer3.0.conv2", "fc"}, resnet8.program
     graph = with_kept(program, kept, dtype)
-    interpreter = GraphInterpreter(graph, {})
-    interpreter.values = {}
-    interpreter.run(pictures["resnet8"].to(dtype))
+    values = values_of(graph, resnet8.images.to(dtype))
     for node in operator_nodes(program.master):
         wanted = torch.float32 if module_path(node) in kept else dtype
-        assert interpreter.values[node.name].dtype == wanted, node.name
+        assert values[node.name].dtype == wanted, node.name
     weights = {module_path(next(iter(n.users))): constant(graph, n) for n in graph.graph.nodes if n.op == "get_attr"}
     assert {name for name, weight in weights.items() if weight is not None and weight.dtype == torch.float32} == kept
 
@@ -76,10 +72,9 @@ def test_of_a_shared_weight_only_one_reader_is_kept() -> None:
 
 
 def test_the_master_is_left_as_it_was(program: FusedProgram) -> None:
-    before = str(program.master.graph), {name: t.clone() for name, t in program.master.state_dict().items()}
+    before = snapshot(program.master)
     with_kept(program, {"layer1.0.conv1", "fc"})
-    assert str(program.master.graph) == before[0]
-    assert all(torch.equal(tensor, before[1][name]) for name, tensor in program.master.state_dict().items())
+    assert snapshot(program.master) == before
 
 
 def test_a_weight_outside_the_range_names_its_layer_and_what_to_do() -> None:
@@ -92,6 +87,6 @@ def test_a_weight_outside_the_range_names_its_layer_and_what_to_do() -> None:
         r"ExportConfig\.keep_fp32=\('2',\) leaves the layer in float32$"
     )
     with pytest.raises(ExportError, match=message):
-        converted(program.master, torch.float16)
+        program.at(PRECISIONS["fp16"])
     with_kept(program, {"2"})
     converted(program.master, torch.bfloat16)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
-import torch
-from torch import nn
 
-from export import FusedProgram, fuse
 from export.fusion.description import describe_graph
-from tests.conftest import Made
 from tests.export import networks
+from tests.export.networks import Fused
 
 SHORTCUTS = [
     ("stem.0", "blocks.0.expand", "projection"),
@@ -21,16 +19,8 @@ SHORTCUTS = [
 ]
 
 
-Programs = Mapping[type[nn.Module], FusedProgram]
-
-
-@pytest.fixture(scope="module")
-def programs() -> Programs:
-    return Made(lambda network: fuse(network().eval(), torch.zeros(2, 3, 32, 32), networks.BATCH))
-
-
-def test_graph_of_two_heads_has_two_outputs(programs: Programs) -> None:
-    graph = describe_graph(programs[networks.TwoHeads].master)
+def test_graph_of_two_heads_has_two_outputs(fused: Mapping[Any, Fused]) -> None:
+    graph = describe_graph(fused[networks.two_heads].program.master)
     assert [(n["role"], n["name"], n["kind"]) for n in graph["nodes"]] == [
         ("input", "x", ""), ("fused", "conv", "conv2d_bias_act"), ("fused", "head", "mean_linear"),
         ("fused", "mask", "conv2d_bias_act"), ("output", "scores", ""), ("output", "mask", ""),
@@ -40,21 +30,21 @@ def test_graph_of_two_heads_has_two_outputs(programs: Programs) -> None:
     assert graph["nodes"][1]["parts"] == ["conv", "bn", "relu"] and graph["nodes"][5]["shape"] == ["N", 2, 32, 32]
 
 
-def test_graph_names_residuals_projections_and_what_was_left(programs: Programs) -> None:
-    backbone = describe_graph(programs[networks.Backbone].master)
+def test_graph_names_residuals_projections_and_what_was_left(fused: Mapping[Any, Fused]) -> None:
+    backbone = describe_graph(fused[networks.backbone].program.master)
     names = [n["name"] for n in backbone["nodes"]]
     assert [(names[e["from"]], names[e["to"]], e["role"]) for e in backbone["edges"] if e["role"]] == SHORTCUTS
     for edge in backbone["edges"]:
         assert edge["from"] < edge["to"]
         if edge["role"]:
             assert backbone["nodes"][edge["to"]]["role"] == "fused"
-    left = [n for n in describe_graph(programs[networks.SharedConv].master)["nodes"] if n["role"] == "left"]
+    left = [n for n in describe_graph(fused[networks.shared_conv].program.master)["nodes"] if n["role"] == "left"]
     assert any("2 readers" in n["reason"] for n in left)
 
 
 @pytest.mark.parametrize("network", networks.ALL, ids=lambda network: network.__name__)
-def test_graph_agrees_with_the_coverage(network: type[nn.Module], programs: Programs) -> None:
-    program = programs[network]
+def test_graph_agrees_with_the_coverage(network: networks.Network, fused: Mapping[Any, Fused]) -> None:
+    program = fused[network].program
     graph = describe_graph(program.master)
     for role, operators in (("fused", program.coverage.fused), ("left", program.coverage.left)):
         found = [(n["name"], n["kind"], n["reason"], tuple(n["parts"])) for n in graph["nodes"] if n["role"] == role]

@@ -36,70 +36,49 @@ def network(
         wide: the layer that is cast to float32 and back.
         fp8_input: the layer whose input is quantised to 8 bits of floating point.
     """
-    return _Network(dtype).model(float_input, float_weights, kept, wide, fp8_input).SerializeToString()
+    nodes, initialisers, random = list[onnx.NodeProto](), list[onnx.TensorProto](), np.random.default_rng(0)
+    narrow = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
 
-
-class _Network:
-    def __init__(self, dtype: type) -> None:
-        self._dtype = np.dtype(dtype)
-        self._nodes: list[onnx.NodeProto] = []
-        self._initialisers: list[onnx.TensorProto] = []
-        self._random = np.random.default_rng(0)
-
-    def model(self, float_input: str, float_weights: str, kept: str, wide: str, fp8_input: str) -> onnx.ModelProto:
-        def quantised(x: str, layer: str) -> str:
-            storage = ml_dtypes.float8_e4m3fn if layer == fp8_input else np.int8
-            return x if layer in (float_input, kept) else self._quantised(x, f"{layer}.input", storage)
-
-        def weights(shape: tuple[int, ...], layer: str) -> str:
-            if layer in (float_weights, kept, wide):
-                return self._value(
-                    self._random.normal(size=shape), f"{layer}.weight", np.float32 if layer == wide else None
-                )
-            return self._int8_weights(shape, layer)
-
-        x = self._node("Cast", ["input"], "cast", to=helper.np_dtype_to_tensor_dtype(self._dtype))
-        for layer in LAYERS[:2]:
-            inputs = [quantised(x, layer), weights((8, 8, 3, 3), layer)]
-            if layer == wide:
-                inputs[0] = self._node("Cast", [inputs[0]], f"{layer}.widened", to=TensorProto.FLOAT)
-            x = self._node("Conv", inputs, layer, pads=_PADS)
-            if layer == wide:
-                x = self._node("Cast", [x], f"{layer}.narrowed", to=helper.np_dtype_to_tensor_dtype(self._dtype))
-            x = self._node("Relu", [x], f"{layer}.relu")
-        x = self._node("Add", [x, "stage1.conv1.relu"], "add")
-        x = self._quantised(x, "pool.input")
-        x = self._node("MaxPool", [x], "pool", kernel_shape=[3, 3], strides=[2, 2], pads=_PADS)
-        x = self._node("Flatten", [self._node("GlobalAveragePool", [x], "mean")], "flat")
-        bias = self._value(np.zeros(10), "fc.bias")
-        x = self._node("Gemm", [quantised(x, "fc"), weights((10, 8), "fc"), bias], "fc", transB=1)
-        self._nodes.append(helper.make_node("Cast", [x], ["output"], name="last", to=TensorProto.FLOAT))
-        graph = helper.make_graph(
-            self._nodes,
-            "network",
-            [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", *SHAPE])],
-            [helper.make_tensor_value_info("output", TensorProto.FLOAT, ["batch", 10])],
-            self._initialisers,
-        )
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=10)
-        onnx.checker.check_model(model, full_check=True)
-        return model
-
-    def _node(self, kind: str, inputs: list[str], name: str, **attributes: Any) -> str:
-        self._nodes.append(helper.make_node(kind, inputs, [name], name=name, **attributes))
+    def node(kind: str, inputs: list[str], name: str, **attributes: Any) -> str:
+        nodes.append(helper.make_node(kind, inputs, [name], name=name, **attributes))
         return name
 
-    def _value(self, values: NDArray, name: str, dtype: type | None = None) -> str:
-        self._initialisers.append(numpy_helper.from_array(values.astype(dtype or self._dtype), name))
+    def value(values: NDArray, name: str, of: type = dtype) -> str:
+        initialisers.append(numpy_helper.from_array(values.astype(of), name))
         return name
 
-    def _quantised(self, x: str, name: str, storage: type = np.int8) -> str:
-        scales = [self._value(np.array(0.05), f"{name}.scale"), self._value(np.array(0), f"{name}.zero", storage)]
-        quantised = self._node("QuantizeLinear", [x, *scales], f"{name}.q")
-        return self._node("DequantizeLinear", [quantised, *scales], f"{name}.dq")
+    def pair(x: str, name: str, storage: type = np.int8) -> str:
+        scales = [value(np.array(0.05), f"{name}.scale"), value(np.array(0), f"{name}.zero", storage)]
+        return node("DequantizeLinear", [node("QuantizeLinear", [x, *scales], f"{name}.q"), *scales], f"{name}.dq")
 
-    def _int8_weights(self, shape: tuple[int, ...], name: str) -> str:
-        values = self._value(self._random.integers(-127, 128, shape), f"{name}.weight", np.int8)
-        scale = self._value(np.full(shape[0], 0.02), f"{name}.weight.scale")
-        zero = self._value(np.zeros(shape[0]), f"{name}.weight.zero", np.int8)
-        return self._node("DequantizeLinear", [values, scale, zero], f"{name}.weight.dq", axis=0)
+    def weights(shape: tuple[int, ...], layer: str) -> str:
+        if layer in (float_weights, kept, wide):
+            return value(random.normal(size=shape), f"{layer}.weight", np.float32 if layer == wide else dtype)
+        whole = value(random.integers(-127, 128, shape), f"{layer}.weight", np.int8)
+        scale = value(np.full(shape[0], 0.02), f"{layer}.weight.scale")
+        zero = value(np.zeros(shape[0]), f"{layer}.weight.zero", np.int8)
+        return node("DequantizeLinear", [whole, scale, zero], f"{layer}.weight.dq", axis=0)
+
+    def inputs(x: str, layer: str, shape: tuple[int, ...]) -> list[str]:
+        if layer not in (float_input, kept):
+            x = pair(x, f"{layer}.input", ml_dtypes.float8_e4m3fn if layer == fp8_input else np.int8)
+        weight = weights(shape, layer)
+        return [node("Cast", [x], f"{layer}.widened", to=TensorProto.FLOAT) if layer == wide else x, weight]
+
+    x = node("Cast", ["input"], "cast", to=narrow)
+    for layer in LAYERS[:2]:
+        x = node("Conv", inputs(x, layer, (8, 8, 3, 3)), layer, pads=_PADS)
+        x = node("Cast", [x], f"{layer}.narrowed", to=narrow) if layer == wide else x
+        x = node("Relu", [x], f"{layer}.relu")
+    x = pair(node("Add", [x, "stage1.conv1.relu"], "add"), "pool.input")
+    x = node("MaxPool", [x], "pool", kernel_shape=[3, 3], strides=[2, 2], pads=_PADS)
+    x = node("Flatten", [node("GlobalAveragePool", [x], "mean")], "flat")
+    x = node("Gemm", [*inputs(x, "fc", (10, 8)), value(np.zeros(10), "fc.bias")], "fc", transB=1)
+    nodes.append(helper.make_node("Cast", [x], ["output"], name="last", to=TensorProto.FLOAT))
+    taken = helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", *SHAPE])
+    given = helper.make_tensor_value_info("output", TensorProto.FLOAT, ["batch", 10])
+    graph = helper.make_graph(nodes, "network", [taken], [given], initialisers)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=10)
+    onnx.checker.check_model(model, full_check=True)
+    content: bytes = model.SerializeToString()
+    return content

@@ -115,49 +115,39 @@ def images(batch: int, device: str, seed: int) -> Tensor:
     return torch.randn(batch, 3, 6, 6, generator=generator).to(device)
 
 
-def test_changing_inputs_and_batch_sizes(program: FusedProgram, device: str) -> None:
-    graphs = CudaGraphProgram(program, FP16, device)
+@pytest.fixture
+def graphs(program: FusedProgram, device: str) -> CudaGraphProgram:
+    return CudaGraphProgram(program, FP16, device)
+
+
+def test_changing_inputs_and_batch_sizes(program: FusedProgram, graphs: CudaGraphProgram, device: str) -> None:
+    """Each size is captured once, and a later call leaves the outputs of earlier ones alone."""
+    calls: list[tuple[Tensor, Any]] = []
     for seed, batch in enumerate((2, 1, 2, 4, 1)):
         x = images(batch, device, seed)
-        given = x.clone()
-        assert_right(program, x, graphs(x))
-        assert torch.equal(x, given)
-
-
-def test_each_batch_size_is_captured_once(program: FusedProgram, device: str) -> None:
-    graphs = CudaGraphProgram(program, FP16, device)
-    graphs(images(2, device, 0))
-    assert graphs.capture(2) is graphs.capture(2)
-    assert graphs.capture(1) is not graphs.capture(2)
+        calls.append((x.clone(), graphs(x)))
+        assert torch.equal(x, calls[-1][0])
+    for x, outputs in calls:
+        assert_right(program, x, outputs)
+    assert graphs.capture(2) is graphs.capture(2) is not graphs.capture(1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_any_layout_and_type_of_input(
-    layout: torch.memory_format, dtype: torch.dtype, program: FusedProgram, device: str
+    layout: torch.memory_format, dtype: torch.dtype, program: FusedProgram, graphs: CudaGraphProgram, device: str
 ) -> None:
     x = images(2, device, 3).to(dtype).contiguous(memory_format=layout)
-    assert_right(program, x, CudaGraphProgram(program, FP16, device)(x))
+    assert_right(program, x, graphs(x))
 
 
-def test_a_later_call_leaves_earlier_outputs_alone(program: FusedProgram, device: str) -> None:
-    graphs = CudaGraphProgram(program, FP16, device)
-    first_input = images(2, device, 0)
-    first = graphs(first_input)
-    graphs(images(2, device, 1))
-    assert_right(program, first_input, first)
-
-
-def test_threads_take_turns(program: FusedProgram, device: str) -> None:
-    graphs = CudaGraphProgram(program, FP16, device)
+def test_threads_take_turns(program: FusedProgram, graphs: CudaGraphProgram, device: str) -> None:
     inputs = [images(1 + seed % 3, device, seed) for seed in range(6)]
     outputs: list[Any] = [None] * len(inputs)
 
     def work(index: int) -> None:
-        context = torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else contextlib.nullcontext()
-        with context:
-            y = graphs(inputs[index])
-            outputs[index] = pytree.tree_map_only(Tensor, lambda t: t.cpu(), y)
+        with torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else contextlib.nullcontext():
+            outputs[index] = pytree.tree_map_only(Tensor, lambda t: t.cpu(), graphs(inputs[index]))
 
     if device == "cuda":
         torch.cuda.synchronize()
@@ -170,25 +160,23 @@ def test_threads_take_turns(program: FusedProgram, device: str) -> None:
         assert_right(program, x, y)
 
 
-def test_memory_is_stated(program: FusedProgram, device: str) -> None:
-    graphs = CudaGraphProgram(program, FP16, device)
+def test_memory_is_stated(graphs: CudaGraphProgram, device: str) -> None:
     graphs(images(4, device, 0))
     parameters = sum(p.numel() for p in small().parameters())
     assert graphs.memory["weights"] == 2 * parameters
     assert 2 * 4 * 3 * 6 * 6 < graphs.memory["activations"] < 1 << 28
 
 
-@pytest.mark.parametrize(
-    ("x", "message"),
-    [
-        (torch.zeros(2, 3, 6, 7), r"expected an input of shape \[1:2:4, \*\[3, 6, 6\]\], got \[2, 3, 6, 7\]"),
-        (torch.zeros(5, 3, 6, 6), r"got \[5, 3, 6, 6\]"),
-        (torch.zeros(2, 3, 6, 6, dtype=torch.uint8), "expected a floating-point input on .*, got torch.uint8"),
-        (torch.zeros(2, 3, 6, 6, device="meta"), "got torch.float32 on meta"),
-    ],
-    ids=["image-size", "batch", "integers", "device"],
-)
-def test_what_it_does_not_take_is_refused(x: Tensor, message: str, program: FusedProgram, device: str) -> None:
-    x = x if x.is_meta else x.to(device)
+REFUSED = {
+    "image size": (torch.zeros(2, 3, 6, 7), r"of shape \[1:2:4, \*\[3, 6, 6\]\], got \[2, 3, 6, 7\]"),
+    "batch": (torch.zeros(5, 3, 6, 6), r"got \[5, 3, 6, 6\]"),
+    "integers": (torch.zeros(2, 3, 6, 6).byte(), "expected a floating-point input on .*, got torch.uint8"),
+    "device": (torch.zeros(2, 3, 6, 6, device="meta"), "got torch.float32 on meta"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_it_does_not_take_is_refused(case: str, graphs: CudaGraphProgram, device: str) -> None:
+    x, message = REFUSED[case]
     with pytest.raises(ExportError, match=message):
-        CudaGraphProgram(program, FP16, device)(x)
+        graphs(x if x.is_meta else x.to(device))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +21,21 @@ from export import Batch, fuse
 from export.base.precision import PRECISIONS
 from export.fusion.passes import LEVELS
 from export.lowering.onnx_file import OnnxFile, lower_onnx
-from export.lowering.runners import OnnxRuntimeRunner
 from export.runtime.onnx_session import rounded_copy
 from export.runtime.parity.ladder import FOLDED_FACTOR
 from export.runtime.parity.network import compare
 from tests.conftest import Made
-from tests.export.networks import BATCH
+from tests.export.networks import BATCH, Fused
 
 ELEMENT = {"fp32": onnx.TensorProto.FLOAT, "fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}
 TRUNK = {"Conv": 20, "Relu": 16, "Add": 5, "MaxPool": 1, "ReduceMean": 1, "Gemm": 1}
 
 
-@pytest.fixture(params=PRECISIONS)
-def precision(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
-
-
 @pytest.fixture(scope="module")
-def files(calibrated: dict[str, nn.Module], pictures: dict[str, Tensor]) -> Mapping[str, OnnxFile]:
+def files(fused: Mapping[str, Fused]) -> Mapping[str, OnnxFile]:
     """A network of bottlenecks, by precision."""
-    images = pictures["bottleneck"]
-    program = fuse(calibrated["bottleneck"], images, BATCH)
-    return Made(lambda name: lower_onnx(program, images, PRECISIONS[name], {"precision": name}))
+    network = fused["bottleneck"]
+    return Made(lambda name: lower_onnx(network.program, network.images, PRECISIONS[name], {"precision": name}))
 
 
 @pytest.fixture
@@ -97,70 +90,56 @@ def computed(model: nn.Module, images: Tensor, dtype: torch.dtype) -> dict[str, 
     """What modules compute, followed by a ReLU: by the names that the file has for that."""
     model, found = copy.deepcopy(model).to(dtype), dict[str, NDArray]()
 
-    def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(module: nn.Module, inputs: Any, y: Tensor) -> None:
-            found[name] = y.clone().relu().double().numpy()
-
-        return hook
+    def keep(name: str, module: nn.Module, inputs: Any, y: Tensor) -> None:
+        found[name] = y.clone().relu().double().numpy()
 
     for name, module in MODULES.items():
-        model.get_submodule(module).register_forward_hook(keep(name))
+        model.get_submodule(module).register_forward_hook(partial(keep, name))
     with torch.no_grad():
         model(images.to(dtype))
     return found
 
 
+def rounded_values(file: OnnxFile, images: Tensor, *names: str) -> list[NDArray]:
+    """What ONNX Runtime computes of the copy that rounds every value."""
+    shown = rounded_copy(file.model)
+    shown.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)
+    session = onnxruntime.InferenceSession(shown.SerializeToString(), providers=["CPUExecutionProvider"])
+    values: list[NDArray] = session.run(list(names), {"input": images.numpy()})
+    return values
+
+
 def test_every_named_value_is_what_its_module_computes(
-    file: OnnxFile, precision: str, calibrated: dict[str, nn.Module], pictures: dict[str, Tensor]
+    file: OnnxFile, precision: str, fused: Mapping[str, Fused]
 ) -> None:
     """But for what rounding makes of the module itself."""
-    p, model, images = PRECISIONS[precision], calibrated["bottleneck"], pictures["bottleneck"]
-    shown = rounded_copy(file.model)
-    shown.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in MODULES)
-    session = onnxruntime.InferenceSession(shown.SerializeToString(), providers=["CPUExecutionProvider"])
-    oracle, rounded = (computed(model, images, dtype) for dtype in (torch.float64, p.dtype))
-    values = session.run(list(MODULES), {"input": images.numpy()})
+    p, network = PRECISIONS[precision], fused["bottleneck"]
+    oracle, rounded = (computed(network.model, network.images, dtype) for dtype in (torch.float64, p.dtype))
+    values = rounded_values(file, network.images, *MODULES)
     got = {name: value.reshape(oracle[name].shape) for name, value in zip(MODULES, values, strict=True)}
     for name, check in compare(got, [rounded], oracle, FOLDED_FACTOR, p.network_floor).items():
         assert check, f"{name}: {check.reason}"
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_every_level_is_the_same_network(
-    level: str, calibrated: dict[str, nn.Module], pictures: dict[str, Tensor]
-) -> None:
-    program = fuse(calibrated["basic"], pictures["basic"], BATCH, level)
-    model = lower_onnx(program, pictures["basic"], PRECISIONS["fp16"], {}).model
+def test_every_level_is_the_same_network(level: str, fused: Mapping[str, Fused]) -> None:
+    model, images = fused["basic"].model, fused["basic"].images
+    model = lower_onnx(fuse(model, images, BATCH, level), images, PRECISIONS["fp16"], {}).model
     operators = Counter(node.op_type for node in model.graph.node)
     operators.pop("Reshape", None)  # before the head is fused, the mean is reshaped
     assert operators == {"Cast": 2, "Conv": 12, "Relu": 9, "Add": 4, "MaxPool": 1, "ReduceMean": 1, "Gemm": 1}
 
 
-def test_the_same_model_gives_the_same_bytes_that_take_any_batch(
-    calibrated: dict[str, nn.Module], pictures: dict[str, Tensor]
-) -> None:
-    p, images, model = PRECISIONS["fp32"], pictures["resnet8"], calibrated["resnet8"]
-    first, second = (lower_onnx(fuse(model, images, BATCH), images, p, {}) for _ in range(2))
+def test_the_same_model_gives_the_same_bytes(resnet8: Fused) -> None:
+    """That the file takes any batch is told by `judged`, which runs it in two sizes."""
+    model, images = resnet8.model, resnet8.images
+    first, second = (lower_onnx(fuse(model, images, BATCH), images, PRECISIONS["fp32"], {}) for _ in range(2))
     assert first.serialize() == second.serialize()
-    oracle, rounded = ({"output": computed_whole(model, images, dtype)} for dtype in (torch.float64, torch.float32))
-    with OnnxRuntimeRunner(first, p) as runner:
-        for size in (1, 3, 8):
-            outputs = runner.infer({"input": images[:size].numpy()})
-            (check,) = compare(
-                outputs, [{"output": rounded["output"][:size]}], {"output": oracle["output"][:size]},
-                p.network_factor, p.network_floor,
-            ).values()  # fmt: skip
-            assert check, check.reason
 
 
-def computed_whole(model: nn.Module, images: Tensor, dtype: torch.dtype) -> NDArray[np.float64]:
-    with torch.no_grad():
-        return copy.deepcopy(model).to(dtype)(images.to(dtype)).double().numpy()
-
-
-def test_a_static_batch_is_a_fixed_shape(calibrated: dict[str, nn.Module], pictures: dict[str, Tensor]) -> None:
-    program = fuse(calibrated["resnet8"], pictures["resnet8"], Batch(4, 4, 4))
-    graph = lower_onnx(program, pictures["resnet8"], PRECISIONS["fp16"], {}).model.graph
+def test_a_static_batch_is_a_fixed_shape(resnet8: Fused) -> None:
+    program = fuse(resnet8.model, resnet8.images, Batch(4, 4, 4))
+    graph = lower_onnx(program, resnet8.images, PRECISIONS["fp16"], {}).model.graph
     assert [dim.dim_value for dim in graph.input[0].type.tensor_type.shape.dim] == [4, 3, 32, 32]
     assert [dim.dim_value for dim in graph.output[0].type.tensor_type.shape.dim] == [4, 10]
 
@@ -168,9 +147,7 @@ def test_a_static_batch_is_a_fixed_shape(calibrated: dict[str, nn.Module], pictu
 def test_rounded_copy_rounds_every_value() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
     images = torch.randn(2, 3, 8, 8)
-    shown = rounded_copy(lower_onnx(fuse(model, images, BATCH), images, PRECISIONS["bf16"], {}).model)
-    shown.graph.output.append(onnx.helper.make_empty_tensor_value_info("0"))
-    session = onnxruntime.InferenceSession(shown.SerializeToString(), providers=["CPUExecutionProvider"])
-    (hidden,) = session.run(["0"], {"input": images.numpy()})
+    file = lower_onnx(fuse(model, images, BATCH), images, PRECISIONS["bf16"], {})
+    (hidden,) = rounded_values(file, images, "0")
     assert hidden.dtype == np.float32 and hidden.any()
     assert (hidden.view(np.uint32) & 0xFFFF == 0).all()  # a bfloat16 is a float32 whose lower half is zero

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from export.quantisation.scheme import CPU, TENSORRT, Scheme
 from export.runtime.onnx_session import optimised_operators
 from tests.export import networks
 from tests.export import quantised as q8
+from tests.export.onnx_edits import producer
 
 LAYERS = {"basic": 13, "resnet8": 10}
 RESIDUALS = {"basic": 4, "resnet8": 3}
@@ -25,22 +27,13 @@ def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=q8.SCHEMES)
-def scheme(request: pytest.FixtureRequest) -> Scheme:
-    return q8.SCHEMES[request.param]
-
-
 @pytest.fixture
-def model(in_8_bits: dict[str, q8.Subject], name: str, scheme: Scheme) -> onnx.ModelProto:
+def model(in_8_bits: Mapping[str, q8.Subject], name: str, scheme: Scheme) -> onnx.ModelProto:
     return in_8_bits[name].file(scheme).model
 
 
 def layer_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     return [node for node in model.graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
-
-
-def producer(model: onnx.ModelProto, value: str) -> onnx.NodeProto | None:
-    return next((node for node in model.graph.node if value in node.output), None)
 
 
 def constants(model: onnx.ModelProto) -> dict[str, NDArray]:
@@ -50,51 +43,42 @@ def constants(model: onnx.ModelProto) -> dict[str, NDArray]:
 def is_pair(model: onnx.ModelProto, value: str) -> bool:
     """Whether a value is quantised and dequantised, with the same scale and zero point."""
     last = producer(model, value)
-    if last is None or last.op_type != "DequantizeLinear":
+    if last.op_type != "DequantizeLinear":
         return False
     first = producer(model, last.input[0])
-    return first is not None and first.op_type == "QuantizeLinear" and first.input[1:] == last.input[1:]
+    return first.op_type == "QuantizeLinear" and first.input[1:] == last.input[1:]
 
 
-def assert_reads_8_bits(model: onnx.ModelProto, node: onnx.NodeProto) -> None:
-    assert is_pair(model, node.input[0]), node.name
-    weight = producer(model, node.input[1])
-    assert weight is not None and weight.op_type == "DequantizeLinear", node.name
-    assert constants(model)[weight.input[0]].dtype == np.int8
-
-
-def test_additions_of_the_file(model: onnx.ModelProto, name: str, scheme: Scheme) -> None:
-    """For TensorRT one side is quantised, the shortcut's, and the other comes from the convolution as it is."""
-    sums = [node for node in model.graph.node if node.op_type == "Add"]
-    assert len(sums) == RESIDUALS[name]
-    for node in sums:
-        pairs = [is_pair(model, value) for value in node.input]
-        if scheme is CPU:
-            assert pairs == [True, True]
-            continue
-        assert sorted(pairs) == [False, True]
-        main = producer(model, node.input[pairs.index(False)])
-        assert main is not None and main.op_type == "Conv"
+def assert_reads_8_bits(model: onnx.ModelProto, layers: int, *kept: str) -> None:
+    """The file is valid, and so many layers but those that are kept read inputs and weights of 8 bits."""
+    onnx.checker.check_model(model, full_check=True)
+    nodes = [node for node in layer_nodes(model) if node.name not in kept]
+    assert len(nodes) == layers
+    for node in nodes:
+        assert is_pair(model, node.input[0]), node.name
+        weight = producer(model, node.input[1])
+        assert weight.op_type == "DequantizeLinear", node.name
+        assert constants(model)[weight.input[0]].dtype == np.int8
 
 
 def test_operators_of_the_file(model: onnx.ModelProto, name: str, scheme: Scheme) -> None:
-    onnx.checker.check_model(model, full_check=True)
-    assert len(layer_nodes(model)) == LAYERS[name]
-    for node in layer_nodes(model):
-        assert_reads_8_bits(model, node)
+    """For TensorRT one side of a sum is quantised, the shortcut's; the other comes from the convolution as it is."""
+    assert_reads_8_bits(model, LAYERS[name])
+    for node in (node for node in model.graph.node if node.op_type == "Add"):
+        quantised = [is_pair(model, value) for value in node.input]
+        assert sorted(quantised) == [scheme is CPU, True]
+        assert scheme is CPU or producer(model, node.input[quantised.index(False)]).op_type == "Conv"
     count = Counter(node.op_type for node in model.graph.node)
     layers, residuals, pools = LAYERS[name], RESIDUALS[name], name in POOLED
     assert (count["Conv"], count["Gemm"], count["Add"], count["MaxPool"]) == (layers - 1, 1, residuals, pools)
     # the input of each layer but the projections, which share one, what is pooled, and the sums or shortcuts
-    pairs = count["QuantizeLinear"]
     projections = sum(".downsample." in node.name for node in model.graph.node if node.op_type == "Conv")
-    assert pairs == (layers - projections) + 1 + pools + (residuals + projections if scheme is CPU else projections)
+    pairs = (layers - projections) + 1 + pools + (residuals + projections if scheme is CPU else projections)
     biases = layers if scheme is CPU else 0
-    assert count["DequantizeLinear"] == pairs + layers + biases
+    assert (count["QuantizeLinear"], count["DequantizeLinear"]) == (pairs, pairs + layers + biases)
+    assert count["Cast"] == (0 if scheme is CPU else 2)
     assert {node.domain for node in model.graph.node} == {""} and not model.functions
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 19)]
-    casts = [node for node in model.graph.node if node.op_type == "Cast"]
-    assert len(casts) == (0 if scheme is CPU else 2)
 
 
 def test_types_of_the_file(model: onnx.ModelProto, scheme: Scheme) -> None:
@@ -133,17 +117,21 @@ def test_names_in_the_file(model: onnx.ModelProto) -> None:
     assert {"input.scale", "input.zero_point", "layer1.0.conv1.scale"} <= constants(model).keys()
 
 
-def test_the_file_for_cpus_runs_in_whole_numbers(in_8_bits: dict[str, q8.Subject], name: str) -> None:
+def test_the_file_for_cpus_runs_in_whole_numbers(in_8_bits: Mapping[str, q8.Subject], name: str) -> None:
     run = optimised_operators(in_8_bits[name].file(CPU).model)
     assert run["QLinearConv"] == LAYERS[name] - 1 and run["QLinearAdd"] == RESIDUALS[name]
     assert not {"Conv", "FusedConv", "Gemm", "MatMul", "Add"} & run.keys()
 
 
+@pytest.mark.parametrize("network", [*LAYERS, *networks.QUANTISED], ids=q8.name_of)
 def test_the_file_computes_what_the_simulation_does(
-    in_8_bits: dict[str, q8.Subject], name: str, scheme: Scheme
+    network: networks.Network | str, in_8_bits: Mapping[Any, q8.Subject], scheme: Scheme
 ) -> None:
     """Every value to the LSB that rounding explains, and the outputs as near to float64 as the simulations are."""
-    rung = in_8_bits[name].judge(scheme)
+    subject = in_8_bits[network]
+    layers = LAYERS[network] if isinstance(network, str) else networks.LAYERS[network]
+    assert_reads_8_bits(subject.file(scheme).model, layers)
+    rung = subject.judge(scheme)
     assert rung and rung.operators is not None and not rung.operators.unchecked, rung.verdict
 
 
@@ -152,34 +140,21 @@ KEPT = [("conv1", "layer1.0.conv1", "layer2.0.downsample.0"), ("layer1.0.conv2",
 
 @pytest.mark.parametrize("kept", KEPT, ids=" ".join)
 def test_kept_layers_are_floats_in_the_file(
-    kept: tuple[str, ...], in_8_bits: dict[str, q8.Subject], scheme: Scheme
+    kept: tuple[str, ...], in_8_bits: Mapping[str, q8.Subject], scheme: Scheme
 ) -> None:
     subject = in_8_bits["resnet8"].keeping(*kept)
     model = subject.file(scheme).model
-    onnx.checker.check_model(model, full_check=True)
+    assert_reads_8_bits(model, LAYERS["resnet8"] - len(kept), *kept)
     for node in layer_nodes(model):
-        if node.name not in kept:
-            assert_reads_8_bits(model, node)
-            continue
-        assert not is_pair(model, node.input[0])
-        assert constants(model)[node.input[1]].dtype == (np.float16 if scheme is TENSORRT else np.float32)
-    assert set(kept) <= {node.name for node in layer_nodes(model)}
+        if node.name in kept:
+            assert not is_pair(model, node.input[0])
+            assert constants(model)[node.input[1]].dtype == (np.float16 if scheme is TENSORRT else np.float32)
     if scheme is CPU and kept == KEPT[-1]:
         run = optimised_operators(model)  # what a kept layer reads is left in floats too: here from two others
         assert run["Conv"] + run["FusedConv"] == 3 and run["QLinearConv"] == LAYERS["resnet8"] - 1 - 3
     sums = [[is_pair(model, value) for value in node.input] for node in model.graph.node if node.op_type == "Add"]
     assert ([False, False] in sums) is ("layer1.0.conv2" in kept)
-    checks = subject.check(scheme, subject.simulated(subject.quantised[scheme]))
+    checks = subject.check(scheme, subject.trace(scheme, subject.shown(scheme)))
     assert checks and not checks.unchecked, checks.first_failure
-
-
-@pytest.mark.parametrize("network", networks.QUANTISED, ids=lambda network: network.__name__)
-def test_any_network_runs_as_written(network: type[nn.Module], pictures: dict[str, Tensor], scheme: Scheme) -> None:
-    subject = q8.quantised(networks.make(network, pictures["resnet8"]), pictures["resnet8"])
-    file = subject.file(scheme)
-    onnx.checker.check_model(file.model, full_check=True)
-    assert len(layer_nodes(file.model)) == networks.LAYERS[network]
-    for node in layer_nodes(file.model):
-        assert_reads_8_bits(file.model, node)
-    rung = subject.judge(scheme)
-    assert rung and rung.operators is not None and not rung.operators.unchecked, rung.verdict
+    weights = {check.name for check in checks.checks if check.kind == "weight"}
+    assert not weights & {f"{layer}.{role}" for layer in kept for role in ("weight", "bias")}

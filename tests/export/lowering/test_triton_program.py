@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from export import Batch, fuse
 from export.base.precision import PRECISIONS
@@ -19,7 +19,7 @@ from kernels.configs.convolution import ConvConfig
 from kernels.operators.conv2d_conv1x1_bias_act import BottleneckConfig, BottleneckProblem
 from kernels.operators.registry import OPERATORS
 from kernels.problems import ConvProblem, Problem
-from tests.export.networks import judged
+from tests.export.networks import Fused, judged
 
 BATCH = Batch(1, 2, 4)
 
@@ -51,13 +51,11 @@ def side(size: int, most: int) -> int:
 LAUNCHERS: dict[Callable[..., Any], Any] = {op: launcher(op._opname) for op in FUSED_OPERATORS}
 
 
-def check(
-    model: nn.Module, images: Tensor, precision: str, device: str, operators: dict[Callable[..., Any], Any]
-) -> None:
-    program = fuse(model, images, BATCH)
+def check(network: Fused, precision: str, device: str, operators: dict[Callable[..., Any], Any]) -> None:
+    program = fuse(network.model, network.images, BATCH)
     assert not program.coverage.left
     runner = ProgramRunner(program, PRECISIONS[precision], ("output",), device, operators)
-    rung = judged(runner, model, program, images, precision)
+    rung = judged(runner, network, program, precision)
     assert rung.name == "triton" and rung, rung.verdict
     assert rung.operators is not None and not rung.operators.unchecked
     assert len(rung.operators.checks) == len(program.coverage.fused)
@@ -69,18 +67,13 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpre
 
 @interpreted
 @pytest.mark.parametrize(("name", "precision"), [*(("resnet8", p) for p in PRECISIONS), ("bottleneck", "fp16")])
-def test_through_the_interpreter(
-    name: str, precision: str, calibrated: dict[str, nn.Module], pictures: dict[str, Tensor]
-) -> None:
-    images = pictures[name][:2]
+def test_through_the_interpreter(name: str, precision: str, fused: Mapping[str, Fused]) -> None:
+    images = fused[name].images[:2]
     images = images[:, :, :16, :16].contiguous() if name == "resnet8" else images
-    check(calibrated[name], images, precision, "cpu", LAUNCHERS)
+    check(Fused(fused[name].model, images), precision, "cpu", LAUNCHERS)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", ["basic", "resnet50"])
-def test_network_on_a_gpu(
-    name: str, precision: str, calibrated: dict[str, nn.Module], pictures: dict[str, Tensor]
-) -> None:
-    check(calibrated[name], pictures[name], precision, "cuda", {})
+def test_network_on_a_gpu(name: str, precision: str, fused: Mapping[str, Fused]) -> None:
+    check(fused[name], precision, "cuda", {})

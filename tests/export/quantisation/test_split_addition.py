@@ -2,50 +2,43 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
 import pytest
-import torch
 from torch import Tensor, fx, nn
 
 from export import fuse
-from export.fusion.interpreter import GraphInterpreter
 from export.fusion.nodes import aten, is_call, module_path, moves_data, named_args, resnet_deploy, source_name
 from export.quantisation.split_addition import split_addition
 from tests.export import networks
-from tests.export.networks import BATCH
+from tests.export.networks import BATCH, Called, Fused, snapshot, values_of
+from tests.export.quantised import name_of
 
 CONV = resnet_deploy.conv2d_bias_act.default
 
 
 def without_relu() -> nn.Module:
     """Convolutions that are added with no ReLU behind them."""
-    one, other = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 1)
-    return networks.Called(lambda x, m: m.one(x) + m.other(x), one=one, other=other)
+    return Called(lambda x, m: m.one(x) + m.other(x), one=nn.Conv2d(3, 8, 3, padding=1), other=nn.Conv2d(3, 8, 1))
 
 
-@pytest.fixture(scope="module", params=["basic", "resnet8", "without-relu", "backbone"])
-def network(
-    request: pytest.FixtureRequest, calibrated: dict[str, nn.Module], pictures: dict[str, Tensor]
-) -> tuple[fx.GraphModule, Tensor]:
+@pytest.fixture(scope="module", params=["basic", "resnet8", without_relu, networks.backbone], ids=name_of)
+def network(request: pytest.FixtureRequest, fused: Mapping[Any, Fused]) -> tuple[fx.GraphModule, Tensor]:
     """A graph of level b, and inputs."""
-    torch.manual_seed(0)
-    name, made = request.param, {"without-relu": without_relu, "backbone": networks.Backbone}
-    images = pictures["resnet8" if name in made else name]
-    model = made[name]() if name in made else calibrated[name]
-    return fuse(model.eval(), images, BATCH, "b").master, images[:2].double()
+    subject = fused[request.param]
+    return fuse(subject.model, subject.images, BATCH, "b").master, subject.images[:2].double()
 
 
 def values(graph_module: fx.GraphModule, x: Tensor) -> dict[str, Tensor]:
     """What the nodes compute, by `source_name`: no two of one name, but where a value is only moved."""
-    interpreter = GraphInterpreter(graph_module, {})
-    interpreter.values = {}
-    with torch.no_grad():
-        interpreter.run(x)
-    found = {}
+    computed, found = values_of(graph_module, x), dict[str, Tensor]()
     for node in graph_module.graph.nodes:
         name = source_name(node)
-        if node.name in interpreter.values and name is not None:
+        if node.name in computed and name is not None:
             assert name not in found or moves_data(node)
-            found[name] = interpreter.values[node.name]
+            found[name] = computed[node.name]
     return found
 
 
@@ -68,11 +61,10 @@ def test_no_convolution_adds_any_more(network: tuple[fx.GraphModule, Tensor]) ->
     assert count > 0 and not residuals(split)
     fused = [n for n in split.graph.nodes if is_call(n, CONV)]
     assert len(fused) == sum(is_call(n, CONV) for n in master.graph.nodes)
-    kinds = [n.target for n in split.graph.nodes]
-    already = [n.target for n in master.graph.nodes]
-    assert kinds.count(aten.add.Tensor) - already.count(aten.add.Tensor) == count
+    already, kinds = (Counter(n.target for n in graph_module.graph.nodes) for graph_module in (master, split))
+    assert kinds[aten.add.Tensor] - already[aten.add.Tensor] == count
     rectified = sum(named_args(n)["relu"] for n in residuals(master))
-    assert kinds.count(aten.relu.default) - already.count(aten.relu.default) == rectified
+    assert kinds[aten.relu.default] - already[aten.relu.default] == rectified
 
 
 def test_names_stay_with_the_values(network: tuple[fx.GraphModule, Tensor]) -> None:
@@ -89,12 +81,10 @@ def test_names_stay_with_the_values(network: tuple[fx.GraphModule, Tensor]) -> N
         assert not named_args(summand)["relu"]
 
 
-def test_the_summand_is_what_the_captured_network_computes(
-    calibrated: dict[str, nn.Module], pictures: dict[str, Tensor]
-) -> None:
+def test_the_summand_is_what_the_captured_network_computes(resnet8: Fused) -> None:
     """Behind BatchNorm, before the addition: by that name its range is looked up."""
-    program = fuse(calibrated["resnet8"], pictures["resnet8"], BATCH, "b")
-    x = pictures["resnet8"][:2].double()
+    program = fuse(resnet8.model, resnet8.images, BATCH, "b")
+    x = resnet8.images[:2].double()
     split, folded = values(split_addition(program.master), x), values(program.folded, x)
     summands = [str(node.meta["summand"]) for node in residuals(program.master)]
     assert len(summands) == 3
@@ -105,8 +95,7 @@ def test_the_summand_is_what_the_captured_network_computes(
 def test_the_graph_is_left_as_it_was(network: tuple[fx.GraphModule, Tensor]) -> None:
     """And one without residuals stays what it is."""
     master, _ = network
-    code = str(master.graph)
-    meta = [dict(node.meta) for node in master.graph.nodes]
+    before = snapshot(master)
     split = split_addition(master)
-    assert str(master.graph) == code and [dict(node.meta) for node in master.graph.nodes] == meta
+    assert snapshot(master) == before
     assert str(split_addition(split).graph) == str(split.graph)

@@ -310,9 +310,8 @@ def centred(model: nn.Module, head: nn.Linear, images: Tensor) -> nn.Module:
 
 def test_an_export_of_an_odd_network(tmp_path: Path, pictures: dict[str, Tensor]) -> None:
     images, config = pictures["resnet8"], ExportConfig("fp16", BATCH, engine="none")
-    model = networks.make(networks.Detector, images)
-    assert isinstance(model, networks.Detector)
-    model, example = centred(model, model.classes, images), images[:1]
+    network: Any = networks.make(networks.detector, images)
+    model, example = centred(network, network.classes, images), images[:1]
     result = export_bundle(model, example, tmp_path / "b", config, images=images, metadata={"name": "detector"})
     assert result, result.report.verdict
     page = report_of(tmp_path / "b", describe_graph(fuse(model, example, BATCH).master))
@@ -327,8 +326,8 @@ def test_an_export_of_an_odd_network(tmp_path: Path, pictures: dict[str, Tensor]
 
 
 def test_an_export_in_8_bits(tmp_path: Path, pictures: dict[str, Tensor]) -> None:
-    torch.manual_seed(0)
-    images, network = pictures["resnet8"], networks.IdentityFirst().eval()
+    images = pictures["resnet8"]
+    network: Any = networks.make(networks.identity_first, images)
     model, example = centred(network, network.fc, images), images[:1]
     config = ExportConfig("int8", BATCH, engine="none")
     calibration = InMemory(crops(photographs(), 100, 3, (32, 32), seed=1).numpy())

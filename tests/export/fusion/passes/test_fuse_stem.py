@@ -16,7 +16,7 @@ IMAGES = torch.randn(4, 3, 33, 30, generator=torch.Generator().manual_seed(0))
 
 
 def stem(pool: nn.Module, **conv: Any) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 6, 3, **conv), nn.BatchNorm2d(6), nn.ReLU(), pool)
+    return nn.Sequential(nn.Conv2d(3, 6, **{"kernel_size": 3, **conv}), nn.BatchNorm2d(6), nn.ReLU(inplace=True), pool)
 
 
 def called(call: Callable[[Tensor, Tensor], object]) -> nn.Module:
@@ -28,9 +28,7 @@ FUSED: dict[str, nn.Module] = {
     "resnet": stem(nn.MaxPool2d(3, 2, 1), stride=2, padding=1),
     "tuples": stem(nn.MaxPool2d((3, 3), stride=(2, 2), padding=(1, 1))),
     "functional": called(lambda x, y: F.max_pool2d(F.relu(y), 3, 2, 1)),
-    "asymmetric": nn.Sequential(
-        nn.Conv2d(3, 6, (1, 4), (2, 1), (0, 3), bias=False), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
-    ),
+    "asymmetric": stem(nn.MaxPool2d(3, 2, 1), kernel_size=(1, 4), stride=(2, 1), padding=(0, 3), bias=False),
 }
 
 
