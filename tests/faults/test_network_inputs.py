@@ -80,6 +80,7 @@ def test_every_style_is_fused_into_the_same_operator(style: str, x: Tensor, bloc
     assert torch.equal(program(x), block(x))
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_weight_normalisation_of_old_is_refused_in_one_line(x: Tensor) -> None:
     with pytest.raises(ExportError, match="the model cannot be copied: ") as error:
         fuse(nn.utils.weight_norm(nn.Conv2d(3, 8, 3)).eval(), x, BATCH)

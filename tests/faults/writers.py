@@ -35,7 +35,7 @@ from resnet.training.recipe import TrainingConfig
 from resnet.weights import load_weights, save_weights
 
 VERSIONS = range(8)
-WRITING = "another process is writing to {folder}/\w+: wait for it or choose another folder"
+WRITING = r"another process is writing to {folder}/\w+: wait for it or choose another folder"
 
 
 @dataclass(frozen=True)
