@@ -6,6 +6,7 @@ A table is `kernels/tuned/<target>.json`, written by `scripts/tune.py` on a GPU 
 
 import functools
 import json
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -58,9 +59,12 @@ def write_table(target_name: str, header: Mapping[str, str], configs: Mapping[st
     path = table_path(target_name)
     path.parent.mkdir(exist_ok=True)
     entries = {key: config.to_json() for key, config in sorted(configs.items())}
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({**header, "configs": entries}, indent=1) + "\n")
-    partial.replace(path)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")  # of its own: another may write too
+    try:
+        partial.write_text(json.dumps({**header, "configs": entries}, indent=1) + "\n")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
     tuned_table.cache_clear()
     select_config.cache_clear()
     return path
