@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from export.base.batch import Arrays
 from export.base.errors import ExportError, MissingDependency, first_line
+from export.runtime.onnx_wire import refuse_external_data
 from export.runtime.runner import INPUT, Interface, TimedRunner
 
 ONNX_FILE = "model.onnx"
@@ -127,6 +128,7 @@ def open_file(content: bytes, rounded: bool, threads: int = 0) -> Any:
         MissingDependency: ONNX Runtime is not installed.
         ExportError: not an ONNX file, or ONNX Runtime refuses it; ONNX is not installed and needed.
     """
+    refuse_external_data(content)
     if rounded:
         onnx = import_onnx()
         try:
@@ -146,8 +148,6 @@ def open_session(content: bytes, threads: int = 0) -> Any:
 
 def _session(content: bytes, options: Any) -> Any:
     runtime = import_onnxruntime()
-    # Weights are inside: what a file says lies beside it is looked for where nothing is, not in the current folder.
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     try:
         session = runtime.InferenceSession(content, options, ["CPUExecutionProvider"])
     except Exception as error:  # its exceptions share no base class

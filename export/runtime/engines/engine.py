@@ -17,6 +17,7 @@ from export.base.precision import Precision
 from export.base.process import run_in_child
 from export.runtime.engines.cuda_runtime import compute_capability, gpu_name, why_no_gpu
 from export.runtime.engines.options import DEFAULT_ENGINE, DEFAULT_TARGETS, TARGETS, EngineConfig
+from export.runtime.onnx_wire import refuse_external_data
 
 _BUILDER = "export.runtime.engines.build_worker"
 _ADVICE = "lower EngineConfig.workspace_mib or EngineConfig.optimization_level"
@@ -179,9 +180,11 @@ def build_engine(
 
     Raises:
         MissingDependency: the package is not installed.
-        ExportError: the file does not parse, has another precision, or the builder fails or dies; says why.
+        ExportError: the file does not parse, keeps weights elsewhere or has another precision, or the builder fails or
+            dies; says why.
     """
     import_flavour(flavour)
+    refuse_external_data(onnx_bytes)
     task, target = f"building the {flavour.name} engine", f"{_BUILDER}:build"
     arguments = (onnx_bytes, flavour, precision, batch, image_shape, config, frozenset(kept))
     engine: Engine = run_in_child(task, advice, target, *arguments)
