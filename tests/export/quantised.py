@@ -117,7 +117,3 @@ def nodes(program: FusedProgram, *targets: Any) -> list[fx.Node]:
 
 def layers(program: FusedProgram) -> dict[str, fx.Node]:
     return {module_path(node): node for node in nodes(program, *LAYERS)}
-
-
-def is_dequantised(node: object) -> bool:
-    return is_call(node, DEQUANTIZE)

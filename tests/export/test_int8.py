@@ -14,22 +14,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from export import Batch, ExportError, ExportResult
+from export import Batch, ExportResult
 from export.quantisation.calibration import InMemory
 from export.runtime.artefacts import artefacts, running_first
 from export.runtime.bundle.contents import open_bundle
 from export.runtime.onnx_session import CPU_ONNX_FILE, ONNX_FILE
 from export.runtime.parity.accuracy import count_correct
 from export.runtime.verify import verify_bundle
-from export.terminal.flags import in_flags
 from resnet.data.sources import open_splits
 from tests.export import digits
 from tests.export.onnx_edits import change
+from tests.export.report.html_tree import cells, parse
 
 LAYERS = 10
 BLOCK = "layer1.0"
-
-
 IMAGES = torch.from_numpy(digits.held_out_arrays()[0][::22][:16])
 SETTINGS: dict[str, Any] = {
     "images": IMAGES,
@@ -98,9 +96,17 @@ def test_bundle_verifies_and_the_cpu_file_is_what_runs(exported: ExportResult) -
     assert sum(found) == exported.report.accuracy[-1].correct
 
 
+def test_the_report_shows_what_8_bits_cost(exported: ExportResult) -> None:
+    page = parse((exported.output / "report.html").read_bytes())
+    headings = [heading.words.split()[0] for heading in page.one(id="operators").all("h4")]
+    assert headings == ["Error", *["Error", "Share", "Everything"] * 2, "Error"]
+    assert len(page.all("table", within="plot")[-1].one("tbody").all("tr")) == LAYERS
+    files = [file for file, *_ in cells(page.one(id="files").all("table")[0])]
+    assert sum("ONNX Runtime" in file or "TensorRT" in file for file in files) == 2
+
+
 def test_changed_scale_is_refused_on_the_device(exported: ExportResult, tmp_path: Path) -> None:
     """Whole files with wrong contents: what a device computes is held to the simulation, not to itself."""
-
     edit = digits.change_onnx(lambda model: change(model, "layer2.0.conv1.scale", lambda scale: scale / 2))
     changed = digits.rewrite(exported.output, tmp_path / "changed", edit)
     assert {rung.name for rung in verify_bundle(changed) if not rung} == {"onnx"}
@@ -137,27 +143,6 @@ def test_named_layers_stay_in_floating_point(export: Export) -> None:
     types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     assert types["conv1.weight"] == onnx.TensorProto.FLOAT16
     assert types["layer2.0.conv1.weight.quantized"] == onnx.TensorProto.INT8
-
-
-EVERYTHING = ("conv1", "layer1", "layer2", "layer3", "fc")
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "no pictures": ({"calibration": None}, "int8 needs pictures to calibrate on, got none; give --calibration DIR"),
-    "pictures for fp16": ({"precision": "fp16"}, "--calibration DIR is for --int8, got --fp16"),
-    "layers of fp32": ({"precision": "fp32", "keep_fp16": ("fc",)}, "--keep-fp16 is for --int8, got --fp32"),
-    "auto without labels": ({"keep_fp16": "auto", "labelled": None}, "needs labelled pictures"),
-    "no such layer": ({"keep_fp16": ("layer9",), "labelled": None}, "no layer is called 'layer9'"),
-    "all layers": ({"keep_fp16": EVERYTHING, "labelled": None}, "nothing is left to quantise: use --fp16"),
-    "unknown method": ({"calibration_method": "mean"}, "percentile, entropy, minmax, got 'mean'"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_quantised_is_refused_in_one_line(case: str, export: Export, tmp_path: Path) -> None:
-    settings, message = REFUSED[case]
-    with pytest.raises(ExportError) as error:
-        export(**settings)
-    assert message in in_flags(str(error.value))
-    assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("size", [1, 3])

@@ -19,8 +19,10 @@ from export import Batch, ExportConfig, ExportError, ExportResult, export_bundle
 from export.base.precision import PRECISIONS, Precision
 from export.fusion.program import FusedProgram
 from export.lowering.runners import ProgramRunner
-from export.runtime.parity.accuracy import Labelled, Meter
+from export.quantisation.calibration import InMemory
+from export.runtime.parity.accuracy import Meter
 from export.sample_inputs import crops, photographs
+from export.terminal.flags import in_flags
 from resnet.data.labelled import LabelledInputs
 from resnet.data.preprocessing import Preprocessing
 from resnet.data.sources import open_test
@@ -29,6 +31,7 @@ from tests.export.criteria import mutants
 from tests.export.networks import BATCH, Fused
 from tests.export.onnx_edits import change, setting
 from tests.export.quantised import name_of
+from tests.export.report.html_tree import cells, parse
 
 FILES = {
     "model.onnx", "model.rtx.engine", "model.rtx.layers.json", "parity.json", "report.html", "golden.safetensors",
@@ -40,16 +43,11 @@ Export = Callable[..., ExportResult]
 
 
 @pytest.fixture(scope="module")
-def model(resnet8: Fused) -> nn.Module:
-    return resnet8.model
-
-
-@pytest.fixture(scope="module")
-def bundle(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(resnet8: Fused, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("export") / "resnet8-fp16"
     steps: list[str] = []
     config = ExportConfig("fp16", BATCH)
-    result = export_bundle(model, EXAMPLE, output, config, metadata={"name": "resnet8"}, progress=steps.append)
+    result = export_bundle(resnet8.model, EXAMPLE, output, config, metadata={"name": "resnet8"}, progress=steps.append)
     assert result, result.report.verdict
     assert steps[0] == "capture and fuse" and steps[-1] == "write the bundle"
     return output
@@ -58,6 +56,8 @@ def bundle(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_parity_json_says_what_was_compared(bundle: Path) -> None:
     parity = json.loads((bundle / "parity.json").read_text())
     assert parity["passed"] is True and parity["images"] == 16 and not parity["evidence"]["weaknesses"]
+    low, high = parity["evidence"]["active_share"]
+    assert 0.1 < low < high < 0.9 and parity["evidence"]["classes"] >= 3
     assert parity["accuracy"] == []  # without labelled pictures none is claimed
     rungs = {rung["name"]: rung for rung in parity["rungs"]}
     assert list(rungs) == ["eager", "folded", "fused", "onnx", "tensorrt-rtx"]
@@ -84,12 +84,22 @@ def test_the_manifest_describes_the_artefacts(bundle: Path) -> None:
     assert str(Path.cwd()) not in (bundle / "manifest.json").read_text()
 
 
-def test_the_golden_file_is_the_float64_model(bundle: Path, model: nn.Module) -> None:
+def test_the_golden_file_is_the_float64_model(bundle: Path, resnet8: Fused) -> None:
     golden = load_file(bundle / "golden.safetensors")
     with torch.no_grad():
-        expected = copy.deepcopy(model).double()(golden["input"].double())
+        expected = copy.deepcopy(resnet8.model).double()(golden["input"].double())
     assert golden["input"].dtype == torch.float32 and golden["oracle.output"].dtype == torch.float64
     assert (golden["oracle.output"] - expected).norm() <= networks.EXACT * expected.norm()
+
+
+def test_the_report_is_of_this_export(bundle: Path) -> None:
+    page = parse((bundle / "report.html").read_bytes())
+    assert page.one("h1").words == "resnet8 in fp16" and page.one(id="verdict").words.startswith("✓ equal")
+    forms = [form for form, *_ in cells(page.one("table", within="rungs"))]
+    assert [form.partition(" ")[2] for form in forms[1:]] == ["eager", "folded", "fused", "onnx", "tensorrt-rtx"]
+    plotted = page.all("table", within="plot")
+    assert len(plotted) >= 2 and all(len(plot.one("tbody").all("tr")) == 8 for plot in plotted)
+    assert len(page.one(id="graph").all("article", within="fused")) == 8
 
 
 def test_verify_accepts_the_bundle(bundle: Path) -> None:
@@ -106,9 +116,9 @@ def test_verify_refuses_a_file_that_computes_something_else(bundle: Path, tmp_pa
     assert not rungs["onnx"] and "times that of unfused" in rungs["onnx"].verdict
 
 
-def test_weak_evidence_writes_nothing_and_keeps_the_old_bundle(model: nn.Module, tmp_path: Path) -> None:
+def test_weak_evidence_writes_nothing_and_keeps_the_old_bundle(resnet8: Fused, tmp_path: Path) -> None:
     """Whether of images that are all alike, of one image, or for any network."""
-    output, nothing = tmp_path / "bundle", torch.zeros(4, 3, 32, 32)
+    output, model, nothing = tmp_path / "bundle", resnet8.model, torch.zeros(4, 3, 32, 32)
     assert export_bundle(model, EXAMPLE, output, SINGLE)
     before = {path.name: path.read_bytes() for path in output.iterdir()}
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU()).eval()
@@ -126,19 +136,20 @@ def defective(program: FusedProgram, precision: Precision, names: tuple[str, ...
 
 
 WRONG: dict[str, tuple[Callable[..., ProgramRunner], str]] = {
-    "constant logits": (mutants.RUNNERS["constant logits"], "not equal to the eager model: fused"),
+    "classes in another order": (mutants.answering(lambda y: y[:, ::-1]), "% top-1 where the eager model has"),
     "an operator": (defective, "layer3.0.conv2 (conv2d_projection_bias_act): "),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
 def test_a_wrong_candidate_writes_nothing_and_is_named(
-    case: str, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: str, export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner, verdict = WRONG[case]
     monkeypatch.setattr("export.forms.ProgramRunner", runner)
-    result = export_bundle(model, EXAMPLE, tmp_path / "bundle", ExportConfig("fp16", BATCH, "none"))
-    assert not result and verdict in result.report.verdict and list(tmp_path.iterdir()) == []
+    result = export(labelled=digits.held_out())
+    assert not result and result.report.verdict.startswith("not equal to the eager model: ")
+    assert verdict in result.report.verdict and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("network", [networks.squeeze_excite, networks.two_heads], ids=name_of)
@@ -149,15 +160,44 @@ def test_a_users_model_is_exported(network: networks.Network, tmp_path: Path, fu
     assert all(result.report.rungs), [rung.verdict for rung in result.report.rungs]
 
 
-def test_what_cannot_be_exported_is_refused(model: nn.Module, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="expected a precision of fp32, fp16, bf16, int8, got 'fp8'"):
-        ExportConfig("fp8")
-    with pytest.raises(ExportError, match="expected an engine of auto, none"):
-        ExportConfig(engine="openvino")
-    with pytest.raises(ExportError, match="expected metadata that JSON can hold"):
-        export_bundle(model, EXAMPLE, tmp_path / "b", metadata={"model": model})
-    with pytest.raises(ExportError, match=r"expected images of shape \[N, \*\[3, 32, 32\]\], got \[4, 3, 16, 16\]"):
-        export_bundle(model, EXAMPLE, tmp_path / "b", images=torch.zeros(4, 3, 16, 16))
+NONE = LabelledInputs(open_test("digits").subset(np.arange(0)), digits.PREPROCESSING)
+SMALLER = LabelledInputs(open_test("digits"), Preprocessing((8, 8), (8, 8), (0.5,), (0.5,)))
+EVERYTHING = ("conv1", "layer1", "layer2", "layer3", "fc")
+PICTURES = InMemory(np.zeros((1, *digits.EXAMPLE.shape[1:]), np.float32))
+IN_8_BITS: dict[str, Any] = {"precision": "int8", "calibration": PICTURES}
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "precision": ({"precision": "fp8"}, "expected a precision of fp32, fp16, bf16, int8, got 'fp8'"),
+    "engine": ({"engine": "openvino"}, "expected an engine of auto, none, tensorrt, tensorrt-rtx, got 'openvino'"),
+    "metadata": ({"metadata": {"model": nn.ReLU()}}, "expected metadata that JSON can hold"),
+    "image size": ({"images": torch.zeros(4, 1, 8, 8)}, "expected images of shape [N, *[1, 16, 16]], got [4, 1, 8, 8]"),
+    "layers of fp32": ({"precision": "fp32", "keep_fp32": ("fc",)}, "--keep-fp32 is for --fp16 and --bf16, got --fp32"),
+    "all in fp32": ({"keep_fp32": EVERYTHING}, "none is left: use --fp32"),
+    "auto beside names": ({"keep_fp32": ("auto", "fc")}, "--keep-fp32: expected auto or names, got both: auto fc"),
+    "a string": ({"keep_fp32": "fc"}, "--keep-fp32: expected auto or a tuple of names, got 'fc'"),
+    "no labelled pictures": ({"labelled": NONE}, "expected labelled pictures to measure accuracy on, got none"),
+    "another size": ({"labelled": SMALLER}, "of shape [N, *[1, 16, 16]] float32, got [1, 1, 8, 8] float32"),
+    "other classes": (
+        {"labelled": digits.held_out(), "metadata": {"classes": list("abcdefghij")}},
+        "class '0' of the data is none of",
+    ),
+    "no such layer": ({"keep_fp32": ("layer2.1.conv9",)}, "no layer is called 'layer2.1.conv9'; expected a layer"),
+    "pictures for fp16": ({"calibration": PICTURES}, "--calibration DIR is for --int8, got --fp16"),
+    "method": ({"calibration_method": "mean"}, "percentile, entropy, minmax, got 'mean'"),
+    "no pictures": ({"precision": "int8"}, "int8 needs pictures to calibrate on, got none; give --calibration DIR"),
+    "fp32 of int8": ({"precision": "int8", "keep_fp32": "auto"}, "--keep-fp32 is for --fp16 and --bf16, got --int8"),
+    "fp16 of fp32": ({"precision": "fp32", "keep_fp16": ("fc",)}, "--keep-fp16 is for --int8, got --fp32"),
+    "auto without labels": (IN_8_BITS | {"keep_fp16": "auto"}, "needs labelled pictures"),
+    "no such layer of int8": (IN_8_BITS | {"keep_fp16": ("layer9",)}, "no layer is called 'layer9'"),
+    "all in fp16": (IN_8_BITS | {"keep_fp16": EVERYTHING}, "nothing is left to quantise: use --fp16"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_exported_is_refused_in_one_line(case: str, export: Export, tmp_path: Path) -> None:
+    settings, message = REFUSED[case]
+    with pytest.raises(ExportError) as error:
+        export(**settings)
+    assert message in in_flags(str(error.value)) and "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -178,10 +218,8 @@ def test_accuracy_is_measured_before_and_after(
     ]  # fmt: skip
     assert [form.images for form in measured] == [359] * 3 and measured[0].correct == expected > 300
     assert all(abs(form.correct - expected) <= 0.01 * form.images for form in measured)  # what an export may lose
-    assert [step for step in steps if step.startswith("measure")] == [
-        "measure accuracy: eager", f"measure accuracy: {fused}", "measure accuracy: onnx",
-    ]  # fmt: skip
-    assert steps.index("measure accuracy: eager") < steps.index("compare") < steps.index("measure accuracy: onnx")
+    told = [f"measure accuracy: {form.form}" for form in measured]
+    assert [step for step in steps if step in (*told, "compare")] == [told[0], "compare", *told[1:]]
     records = [form.to_json() for form in measured]
     assert json.loads((result.output / "parity.json").read_text())["accuracy"] == records
     manifest = json.loads((result.output / "manifest.json").read_text())
@@ -216,27 +254,3 @@ def test_a_form_that_loses_accuracy_is_not_written(
     assert fused.correct < eager.correct - 40 and onnx.correct == eager.correct
     expected = f"accuracy lost: {fused.form} (fp32) has {100 * fused.top1:.2f} % top-1 where the eager model has "
     assert result.report.verdict.startswith(f"{expected}{100 * eager.top1:.2f} %")
-
-
-def test_a_wrong_form_shows_as_lower_accuracy_too(export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("export.forms.ProgramRunner", mutants.answering(lambda logits: logits[:, ::-1]))
-    result = export(labelled=digits.held_out(), precision="fp32")
-    assert not result and result.report.verdict.startswith("not equal to the eager model: fused")
-    assert "% top-1 where the eager model has" in result.report.verdict
-
-
-NONE = LabelledInputs(open_test("digits").subset(np.arange(0)), digits.PREPROCESSING)
-SMALLER = LabelledInputs(open_test("digits"), Preprocessing((8, 8), (8, 8), (0.5,), (0.5,)))
-UNMEASURABLE: dict[str, tuple[Labelled, Mapping[str, Any], str]] = {
-    "no pictures": (NONE, digits.METADATA, "expected labelled pictures to measure accuracy on, got none"),
-    "another size": (SMALLER, digits.METADATA, r"of shape \[N, \*\[1, 16, 16\]\] float32, got \[1, 1, 8, 8\] float32"),
-    "other classes": (digits.held_out(), {"classes": list("abcdefghij")}, "class '0' of the data is none of"),
-}
-
-
-@pytest.mark.parametrize("case", UNMEASURABLE)
-def test_data_that_does_not_fit_is_refused(case: str, export: Export, tmp_path: Path) -> None:
-    labelled, metadata, message = UNMEASURABLE[case]
-    with pytest.raises(ExportError, match=message):
-        export(labelled=labelled, metadata=metadata)
-    assert list(tmp_path.iterdir()) == []

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import onnx
 import pytest
-import torch
 from torch import nn
 
 from export import FusedProgram, fuse
 from export.base.precision import PRECISIONS
-from export.criteria.evidence import check_evidence
 from export.criteria.operators import check_operators
-from export.criteria.references import run_oracle, run_rounded
 from export.fusion.nodes import FUSED_OPERATORS
 from export.fusion.passes import LEVELS
-from export.lowering.onnx_file import OnnxFile, lower_onnx
+from export.lowering.onnx_file import OnnxFile
 from export.lowering.runners import OnnxRuntimeRunner, ProgramRunner
-from export.runtime.parity.ladder import References, execute, judge
+from export.runtime.parity.ladder import execute, judge
 from export.runtime.runner import Runner
 from export.sample_inputs import crops, photographs
 from resnet.initialise import initialise
@@ -34,39 +29,22 @@ from tests.export.onnx_edits import Edit, bypass, change, edited, setting
 NAMES = ("output",)
 
 
-@dataclass(frozen=True)
-class Subject(Fused):
-    """One network with, by precision, its references and the correct file."""
-
-    @cached_property
-    def references(self) -> Mapping[str, References]:
-        oracle = run_oracle(self.model, self.program, NAMES, self.images.numpy())
-        return Made(lambda name: run_rounded(oracle, self.model, self.program, PRECISIONS[name]))
-
-    @cached_property
-    def files(self) -> Mapping[str, OnnxFile]:
-        return Made(lambda name: lower_onnx(self.program, self.images, PRECISIONS[name], {}))
-
-    def accepts(self, runner: Runner, precision: str, program: FusedProgram | None = None) -> None:
-        rung = judged(runner, self, program or self.program, precision, self.references[precision])
-        assert rung, rung.verdict
-
-    def refuses(self, runner: Runner, precision: str, program: FusedProgram | None = None) -> bool:
-        """What `judged` says, without the operators where the outputs are refused already."""
-        p, references = PRECISIONS[precision], self.references[precision]
-        execution = execute(runner, self.images.numpy().copy(), BATCH)
-        if not judge(execution, references, p, p.network_factor):
-            return True
-        return not check_operators(program or self.program, p, execution.trace, runner.name == "onnx")
+def refuses(subject: Fused, runner: Runner, precision: str, program: FusedProgram | None = None) -> bool:
+    """What `judged` says, without the operators where the outputs are refused already."""
+    p, references = PRECISIONS[precision], subject.references[precision]
+    execution = execute(runner, subject.images.numpy().copy(), BATCH)
+    if not judge(execution, references, p, p.network_factor):
+        return True
+    return not check_operators(program or subject.program, p, execution.trace, runner.name == "onnx")
 
 
-def bottlenecks() -> Subject:
+def bottlenecks() -> Fused:
     """Behind a stem with max-pool."""
     model = CifarResNet(Bottleneck, (2, 2, 2), 10, 3)
     model.conv1 = nn.Conv2d(3, 16, 7, 2, 3, bias=False)
     model.add_module("relu", nn.Sequential(nn.ReLU(), nn.MaxPool2d(3, 2, 1)))
     calibrated = initialise(model, crops(photographs(), 16, 3, (64, 64), seed=1)).eval()
-    return Subject(calibrated, crops(photographs(), 8, 3, (64, 64)))
+    return Fused(calibrated, crops(photographs(), 8, 3, (64, 64)))
 
 
 # Each network with the operators whose defects are planted in it.
@@ -86,15 +64,12 @@ DEFECTS = [
 
 
 @pytest.fixture(scope="module")
-def subjects(fused: Mapping[str, Fused]) -> Mapping[str, Subject]:
-    def subject(name: str) -> Subject:
-        return bottlenecks() if name == "bottlenecks" else Subject(fused[name].model, fused[name].images)
-
-    return Made(subject)
+def subjects(fused: Mapping[str, Fused]) -> Mapping[str, Fused]:
+    return Made(lambda name: bottlenecks() if name == "bottlenecks" else fused[name])
 
 
 @pytest.fixture(params=SUBJECTS)
-def subject(request: pytest.FixtureRequest, subjects: Mapping[str, Subject]) -> Subject:
+def subject(request: pytest.FixtureRequest, subjects: Mapping[str, Fused]) -> Fused:
     return subjects[request.param]
 
 
@@ -102,27 +77,24 @@ def program_runner(program: FusedProgram, precision: str, **options: Any) -> Pro
     return ProgramRunner(program, PRECISIONS[precision], NAMES, **options)
 
 
-def test_correct_program_is_accepted(subject: Subject, precision: str) -> None:
-    subject.accepts(program_runner(subject.program, precision), precision)
+def test_correct_program_is_accepted(subject: Fused, precision: str) -> None:
+    rung = judged(program_runner(subject.program, precision), subject, subject.program, precision)
+    assert rung, rung.verdict
 
 
 @pytest.mark.parametrize("name", WRITTEN)
-def test_correct_onnx_file_is_accepted(name: str, subjects: Mapping[str, Subject], precision: str) -> None:
-    file = subjects[name].files[precision]
-    subjects[name].accepts(OnnxRuntimeRunner(file, PRECISIONS[precision]), precision)
-
-
-def test_evidence_is_accepted(subject: Subject) -> None:
-    outputs = [torch.from_numpy(subject.references["fp32"].oracle["output"])]
-    evidence = check_evidence(subject.program.source, subject.images, subject.images, outputs)
-    assert evidence, evidence.weaknesses
+def test_correct_onnx_file_is_accepted(name: str, subjects: Mapping[str, Fused], precision: str) -> None:
+    runner = OnnxRuntimeRunner(subjects[name].files[precision], PRECISIONS[precision])
+    rung = judged(runner, subjects[name], subjects[name].program, precision)
+    assert rung, rung.verdict
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_correct_program_of_every_level_is_accepted(subjects: Mapping[str, Subject], level: str) -> None:
+def test_correct_program_of_every_level_is_accepted(subjects: Mapping[str, Fused], level: str) -> None:
     subject = subjects["bottlenecks"]
     program = fuse(subject.model, subject.images, BATCH, level)
-    subject.accepts(program_runner(program, "fp16"), "fp16", program)
+    rung = judged(program_runner(program, "fp16"), subject, program, "fp16")
+    assert rung, rung.verdict
 
 
 def test_every_operator_has_defects_and_a_network_to_plant_them_in() -> None:
@@ -131,34 +103,34 @@ def test_every_operator_has_defects_and_a_network_to_plant_them_in() -> None:
 
 @pytest.mark.parametrize(("name", "operator", "defect"), DEFECTS)
 def test_defective_operator_is_refused(
-    subjects: Mapping[str, Subject], name: str, operator: Any, defect: str, precision: str
+    subjects: Mapping[str, Fused], name: str, operator: Any, defect: str, precision: str
 ) -> None:
     if precision == "bf16" and defect == "bfloat16 arithmetic":
         pytest.skip("no defect there")
     operators = mutants.MUTANTS[operator][defect].operators(subjects[name].program)
-    assert subjects[name].refuses(program_runner(subjects[name].program, precision, operators=operators), precision)
+    assert refuses(subjects[name], program_runner(subjects[name].program, precision, operators=operators), precision)
 
 
 @pytest.mark.parametrize("defect", mutants.RUNNERS)
-def test_defective_runner_is_refused(subject: Subject, precision: str, defect: str) -> None:
-    assert subject.refuses(mutants.RUNNERS[defect](subject.program, PRECISIONS[precision], NAMES), precision)
+def test_defective_runner_is_refused(subject: Fused, precision: str, defect: str) -> None:
+    assert refuses(subject, mutants.RUNNERS[defect](subject.program, PRECISIONS[precision], NAMES), precision)
 
 
 @pytest.mark.parametrize("defect", mutants.PROGRAMS)
-def test_defective_program_is_refused(subject: Subject, precision: str, defect: str) -> None:
+def test_defective_program_is_refused(subject: Fused, precision: str, defect: str) -> None:
     program = mutants.PROGRAMS[defect](subject.program)
-    assert subject.refuses(program_runner(program, precision), precision, program)
+    assert refuses(subject, program_runner(program, precision), precision, program)
 
 
-def test_shortcut_taken_from_the_branch_is_refused(subjects: Mapping[str, Subject], precision: str) -> None:
+def test_shortcut_taken_from_the_branch_is_refused(subjects: Mapping[str, Fused], precision: str) -> None:
     subject = subjects["bottlenecks"]
     program = mutants.with_shortcut_from_the_branch(subject.program)
-    rung = judged(program_runner(program, precision), subject, program, precision, subject.references[precision])
+    rung = judged(program_runner(program, precision), subject, program, precision)
     assert rung.verdict.startswith("layer1.0.conv3: wrong wiring: ")
 
 
-def test_bfloat16_network_called_fp16_is_refused(subject: Subject) -> None:
-    assert subject.refuses(program_runner(subject.program, "bf16"), "fp16")
+def test_bfloat16_network_called_fp16_is_refused(subject: Fused) -> None:
+    assert refuses(subject, program_runner(subject.program, "bf16"), "fp16")
 
 
 def _without(model: onnx.ModelProto, op_type: str) -> None:
@@ -182,12 +154,10 @@ ONNX_DEFECTS: dict[str, Edit] = {
 
 @pytest.mark.parametrize("defect", ONNX_DEFECTS)
 @pytest.mark.parametrize("name", WRITTEN)
-def test_defective_onnx_file_is_refused(
-    name: str, subjects: Mapping[str, Subject], precision: str, defect: str
-) -> None:
+def test_defective_onnx_file_is_refused(name: str, subjects: Mapping[str, Fused], precision: str, defect: str) -> None:
     file = subjects[name].files[precision]
     broken = edited(file.model, ONNX_DEFECTS[defect])
     shown = {"input"} | {value for node in broken.graph.node for value in node.output}
     values = {node: value for node, value in file.values.items() if value in shown}
     runner = OnnxRuntimeRunner(OnnxFile(broken, file.output_names, values), PRECISIONS[precision])
-    assert subjects[name].refuses(runner, precision)
+    assert refuses(subjects[name], runner, precision)

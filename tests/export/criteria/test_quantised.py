@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from export.criteria.operators import evaluate
-from export.fusion.nodes import args_of, aten, deep_copy, parameter
+from export.fusion.nodes import args_of, aten, deep_copy, is_call, parameter
 from export.fusion.program import QuantisedProgram
 from export.quantisation.scheme import CPU, TENSORRT, Scheme
 from export.runtime.parity.checks import OperatorChecks, QuantisedCheck
@@ -41,30 +41,21 @@ def trace(traces: dict[Scheme, Trace], scheme: Scheme) -> Trace:
     return {name: value.clone() for name, value in traces[scheme].items()}
 
 
-# what is right
-
-
 def test_correct_files_pass(digits: q8.Subject, scheme: Scheme, trace: Trace) -> None:
     program = digits.quantised[scheme]
     checks = digits.check(scheme, trace)
     assert checks and not checks.unchecked, checks.first_failure
-    found = {kind: [c for c in checks.checks if c.kind == kind] for kind in ("quantize_linear", "weight", "linear")}
-    labels = [node.meta["label"] for node in q8.nodes(program, q8.QUANTIZE)]
-    assert sorted(check.name for check in found["quantize_linear"]) == sorted(labels)
     roles = ("weight", "bias") if scheme is CPU else ("weight",)
-    expected = {f"{path}.{role}" for path in q8.layers(program) for role in roles}
-    assert {check.name for check in found["weight"]} == expected
-    assert [check.name for check in found["linear"]] == ["fc"]
-    lsb = {
-        kind: max(check.lsb for check in of_kind if isinstance(check, QuantisedCheck))
-        for kind, of_kind in found.items()
+    wanted = {
+        "quantize_linear": [node.meta["label"] for node in q8.nodes(program, q8.QUANTIZE)],
+        "weight": [f"{path}.{role}" for path in q8.layers(program) for role in roles],
+        "linear": ["fc"],
     }
-    assert lsb["quantize_linear"] <= 1 and lsb["weight"] > 0.4
+    for kind, names in wanted.items():
+        assert sorted(check.name for check in checks.checks if check.kind == kind) == sorted(names)
     simulation = digits.check(scheme, digits.simulated(program))
     assert simulation and not simulation.unchecked, simulation.first_failure
 
-
-# files broken on purpose
 
 swapped = setting([3, 5], lambda values: values[[5, 3]])
 
@@ -177,9 +168,6 @@ def test_broken_files_are_refused(digits: q8.Subject, scheme: Scheme, defect: st
         assert [check.name for check in checks.checks if not check] == [f"{INNER}.quantized"]
 
 
-# programs quantised wrongly, and computed rightly
-
-
 def rewritten(subject: q8.Subject, scheme: Scheme, change: Rewrite, role: str) -> QuantisedProgram:
     """A program in which a weight was quantised by `change`: (whole numbers, scales, exact) -> the first two."""
     program = subject.quantised[scheme]
@@ -200,7 +188,8 @@ def rounded_by(rounding: Callable[[Tensor], Tensor], narrower: float = 1.0) -> R
     def rewrite(whole: Tensor, scale: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:
         scale = (scale / narrower).half().double() if narrower != 1.0 else scale
         steps = scale.reshape(-1, *[1] * (exact.dim() - 1))
-        return rounding(exact / steps).clamp(-127, 127).to(whole.dtype), scale
+        quantised = rounding(exact / steps)
+        return (quantised.clamp(-127, 127) if whole.dtype == torch.int8 else quantised).to(whole.dtype), scale
 
     return rewrite
 
@@ -234,30 +223,24 @@ WEIGHTS: dict[str, Rewrite] = {
 }
 
 
-@pytest.mark.parametrize("defect", WEIGHTS)
-def test_wrongly_quantised_weights_are_refused(digits: q8.Subject, scheme: Scheme, defect: str) -> None:
+BIASES = ("floor", "swapped", "off")
+
+
+@pytest.mark.parametrize(("role", "defect"), [*(("weight", d) for d in WEIGHTS), *(("bias", d) for d in BIASES)])
+def test_wrongly_quantised_parameters_are_refused(digits: q8.Subject, scheme: Scheme, role: str, defect: str) -> None:
     """What is computed is what the program says, which is not what the network says."""
-    program = rewritten(digits, scheme, WEIGHTS[defect], "weight")
+    if role == "bias" and scheme is TENSORRT:
+        pytest.skip("its biases are floats")
+    program = rewritten(digits, scheme, WEIGHTS[defect], role)
     checks = digits.check(scheme, digits.simulated(program), program)
     failed = [check for check in checks.checks if not check]
-    assert (f"{INNER}.weight", "weight") in [(check.name, check.kind) for check in failed]
+    assert (f"{INNER}.{role}", "weight") in [(check.name, check.kind) for check in failed]
     assert all(check.name.startswith(INNER) for check in failed)
-
-
-@pytest.mark.parametrize("defect", ["floor", "swapped", "off"])
-def test_wrongly_quantised_biases_are_refused(digits: q8.Subject, traces: dict[Scheme, Trace], defect: str) -> None:
-    def by_bias(whole: Tensor, scale: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:
-        if defect == "floor":  # of 32 bits: nothing is cut off
-            return (exact / scale).floor().to(whole.dtype), scale
-        return WEIGHTS[defect](whole, scale, exact)
-
-    checks = digits.check(CPU, traces[CPU], rewritten(digits, CPU, by_bias, "bias"))
-    assert f"{INNER}.bias" in [check.name for check in checks.checks if not check]
 
 
 def dropped_bias(program: QuantisedProgram) -> None:
     node = args_of(q8.layers(program)[INNER])[2]
-    name = str((args_of(node)[0] if q8.is_dequantised(node) else node).target)
+    name = str((args_of(node)[0] if is_call(node, q8.DEQUANTIZE) else node).target)
     setattr(program.master, name, torch.zeros_like(getattr(program.master, name)))
 
 
@@ -302,9 +285,6 @@ def test_wrongly_quantised_graphs_are_refused(digits: q8.Subject, scheme: Scheme
     assert lost or not digits.check(scheme, digits.simulated(program), program)
 
 
-# values broken on purpose
-
-
 def node_of(subject: q8.Subject, scheme: Scheme, name: str = f"{INNER}.quantized") -> str:
     """The node of a quantised value, or of a layer."""
     values = {node.meta["label"]: node for node in q8.nodes(subject.quantised[scheme], q8.QUANTIZE)}
@@ -338,44 +318,34 @@ def check_of(checks: OperatorChecks, name: str) -> QuantisedCheck:
     return check
 
 
-def test_how_many_elements_may_be_off_by_how_much(digits: q8.Subject, scheme: Scheme, trace: Trace) -> None:
-    """One LSB of a few elements, either way; not two of a single one."""
-    node, name = node_of(digits, scheme), f"{INNER}.quantized"
-    trace = expected_values(digits, scheme, trace, node)
-    value = trace[node]
+@pytest.mark.parametrize("read", [f"{INNER}.quantized", "fc"])
+def test_how_many_elements_may_be_off_by_how_much(digits: q8.Subject, scheme: Scheme, trace: Trace, read: str) -> None:
+    """One LSB of a few elements, either way; not two of a single one. Of a small value, such as fc reads, four may."""
+    node = args_of(args_of(q8.layers(digits.quantised[scheme])["fc"])[0])[0]
+    node = next((n for n in q8.nodes(digits.quantised[scheme], q8.QUANTIZE) if n.meta["label"] == read), node)
+    trace, name = expected_values(digits, scheme, trace, node.name), str(node.meta["label"])
+    value = trace[node.name]
     share = {"fp32": 0.001, "fp16": 0.05}[scheme.arithmetic.name]
-    allowed = int(share * value.numel())
-    assert allowed >= 8
+    allowed = max(4, int(share * value.numel()))
+    assert (value.numel() == 256) is (read == "fc") and (allowed == 4) is (read == "fc" and scheme is CPU)
 
     def off(count: int, by: int) -> QuantisedCheck:
         broken = value.clone()
         nudge(broken, count, by)
-        return check_of(digits.check(scheme, {**trace, node: broken}), name)
+        return check_of(digits.check(scheme, {**trace, node.name: broken}), name)
 
     found = check_of(digits.check(scheme, trace), name)
     assert found and (found.kind, found.lsb, found.differing) == ("quantize_linear", 0.0, 0.0)
     check = off(1, 2)
-    assert not check and check.lsb == 2 and check.reason == "2 LSB off, the limit is 1"
-    assert check.differing == 1 / value.numel()
+    assert not check and (check.lsb, check.differing) == (2, 1 / value.numel())
+    assert check.reason == "2 LSB off, the limit is 1"
     for by in (1, -1):
-        check = off(4, by)
-        assert check and (check.lsb, check.differing) == (1, 4 / value.numel())
-    assert off(allowed, 1)
+        check = off(allowed, by)
+        assert check and (check.lsb, check.differing) == (1, allowed / value.numel())
     check = off(allowed + 1, 1)
     assert not check and check.lsb == 1
     assert check.reason == f"{allowed + 1} of {value.numel()} elements 1 LSB off, the limit is {100 * share:g} %"
-    assert not digits.check(scheme, {**trace, node: value[:, :-1]})
-
-
-def test_of_a_small_value_four_elements_may_be_off(digits: q8.Subject, traces: dict[Scheme, Trace]) -> None:
-    """A share of 256 elements would be none."""
-    node = args_of(args_of(q8.layers(digits.quantised[CPU])["fc"])[0])[0]
-    trace, name = expected_values(digits, CPU, traces[CPU], node.name), str(node.meta["label"])
-    assert trace[node.name].numel() == 256
-    for count, passes in ((4, True), (5, False)):
-        broken = trace[node.name].clone()
-        nudge(broken, count)
-        assert bool(check_of(digits.check(CPU, {**trace, node.name: broken}), name)) is passes
+    assert not digits.check(scheme, {**trace, node.name: value[:, :-1]})
 
 
 def one_of(value: float) -> Callable[[Tensor], Tensor]:
@@ -417,4 +387,3 @@ def test_only_what_is_compared_is_asked_for(digits: q8.Subject) -> None:
     for scheme, program in digits.quantised.items():
         wanted = {node.name for node in q8.nodes(program, q8.QUANTIZE)} | {"x", node_of(digits, scheme, "fc")}
         assert digits.shown(scheme).values.keys() == wanted
-    assert digits.quantised.keys() == {TENSORRT, CPU}

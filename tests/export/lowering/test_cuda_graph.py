@@ -1,14 +1,14 @@
-"""The fused program as CUDA graphs: changing inputs, batch sizes, layouts, streams and threads.
+"""The fused program in Triton kernels and as CUDA graphs: changing inputs, batch sizes, layouts and threads.
 
-Without a GPU the same tests run on a stand-in for CUDA's graphs: what is captured is remembered, and a replay computes
-it again from the static input into the static outputs.
+Without a GPU the kernels run in the interpreter, and the tests of graphs on a stand-in for CUDA's: what is captured is
+remembered, and a replay computes it again from the static input into the static outputs.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,23 +20,17 @@ from torch.utils import _pytree as pytree
 from export import Batch, ExportError, FusedProgram, fuse
 from export.base.precision import PRECISIONS
 from export.fusion.interpreter import GraphInterpreter
+from export.fusion.nodes import FUSED_OPERATORS
 from export.lowering.cuda_graph import CudaGraphProgram
-from tests.export.networks import Called
+from export.lowering.runners import ProgramRunner
+from kernels import launch
+from kernels.operators.registry import OPERATORS
+from tests.export import networks
+from tests.export.networks import Fused, judged
+from tests.kernels.launching import quick_config
 
 FP16 = PRECISIONS["fp16"]
-
-
-def _two_outputs(x: Tensor, m: Any) -> tuple[Tensor, Tensor]:
-    x = torch.relu(m.conv1(x))
-    x = torch.relu(m.conv2(x) + x)
-    return x, m.fc(x.mean((2, 3)))
-
-
-def small() -> nn.Module:
-    """Two outputs, one of them a residual block's."""
-    torch.manual_seed(0)
-    conv1, conv2 = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
-    return Called(_two_outputs, conv1=conv1, conv2=conv2, fc=nn.Linear(16, 5)).eval()
+FEW = Batch(1, 2, 4)
 
 
 class StandInGraph:
@@ -96,9 +90,15 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return "cpu"
 
 
-@pytest.fixture(scope="module")
-def program() -> FusedProgram:
-    return fuse(small(), torch.zeros(1, 3, 6, 6), Batch(1, 2, 4))
+@pytest.fixture
+def network(fused: Mapping[Any, Fused]) -> Fused:
+    """Of three layers and two outputs."""
+    return fused[networks.two_heads]
+
+
+@pytest.fixture
+def program(network: Fused) -> FusedProgram:
+    return network.program
 
 
 def assert_right(program: FusedProgram, x: Tensor, outputs: Any) -> None:
@@ -112,7 +112,7 @@ def assert_right(program: FusedProgram, x: Tensor, outputs: Any) -> None:
 
 def images(batch: int, device: str, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, 3, 6, 6, generator=generator).to(device)
+    return torch.randn(batch, 3, 32, 32, generator=generator).to(device)
 
 
 @pytest.fixture
@@ -160,18 +160,18 @@ def test_threads_take_turns(program: FusedProgram, graphs: CudaGraphProgram, dev
         assert_right(program, x, y)
 
 
-def test_memory_is_stated(graphs: CudaGraphProgram, device: str) -> None:
+def test_memory_is_stated(network: Fused, graphs: CudaGraphProgram, device: str) -> None:
     graphs(images(4, device, 0))
-    parameters = sum(p.numel() for p in small().parameters())
-    assert graphs.memory["weights"] == 2 * parameters
-    assert 2 * 4 * 3 * 6 * 6 < graphs.memory["activations"] < 1 << 28
+    layers = [module for module in network.model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    assert graphs.memory["weights"] == 2 * sum(p.numel() for layer in layers for p in layer.parameters())
+    assert 2 * 4 * 3 * 32 * 32 < graphs.memory["activations"] < 1 << 28
 
 
 REFUSED = {
-    "image size": (torch.zeros(2, 3, 6, 7), r"of shape \[1:2:4, \*\[3, 6, 6\]\], got \[2, 3, 6, 7\]"),
-    "batch": (torch.zeros(5, 3, 6, 6), r"got \[5, 3, 6, 6\]"),
-    "integers": (torch.zeros(2, 3, 6, 6).byte(), "expected a floating-point input on .*, got torch.uint8"),
-    "device": (torch.zeros(2, 3, 6, 6, device="meta"), "got torch.float32 on meta"),
+    "image size": (torch.zeros(2, 3, 32, 7), r"of shape \[1:4:8, \*\[3, 32, 32\]\], got \[2, 3, 32, 7\]"),
+    "batch": (torch.zeros(9, 3, 32, 32), r"got \[9, 3, 32, 32\]"),
+    "integers": (torch.zeros(2, 3, 32, 32).byte(), "expected a floating-point input on .*, got torch.uint8"),
+    "device": (torch.zeros(2, 3, 32, 32, device="meta"), "got torch.float32 on meta"),
 }
 
 
@@ -180,3 +180,43 @@ def test_what_it_does_not_take_is_refused(case: str, graphs: CudaGraphProgram, d
     x, message = REFUSED[case]
     with pytest.raises(ExportError, match=message):
         graphs(x if x.is_meta else x.to(device))
+
+
+def launcher(name: str) -> Callable[..., Tensor]:
+    """An operator by its Triton launcher whatever the device, in few large tiles: the interpreter pays per tile."""
+
+    def call(*arguments: Any) -> Tensor:
+        return launch.run(name, *arguments, config=quick_config(OPERATORS[name].of(*arguments).problem()))
+
+    return call
+
+
+LAUNCHERS: dict[Callable[..., Any], Any] = {op: launcher(op._opname) for op in FUSED_OPERATORS}
+
+
+def check(network: Fused, precision: str, device: str, operators: dict[Callable[..., Any], Any]) -> None:
+    program = fuse(network.model, network.images, FEW)
+    assert not program.coverage.left
+    runner = ProgramRunner(program, PRECISIONS[precision], ("output",), device, operators)
+    rung = judged(runner, network, program, precision)
+    assert rung.name == "triton" and rung, rung.verdict
+    assert rung.operators is not None and not rung.operators.unchecked
+    assert len(rung.operators.checks) == len(program.coverage.fused)
+    assert all(check.decision != "differs" for check in rung.outputs.values())
+
+
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+
+
+@interpreted
+@pytest.mark.parametrize(("name", "precision"), [*(("resnet8", p) for p in PRECISIONS), ("bottleneck", "fp16")])
+def test_through_the_interpreter(name: str, precision: str, fused: Mapping[str, Fused]) -> None:
+    images = fused[name].images[:2]
+    images = images[:, :, :16, :16].contiguous() if name == "resnet8" else images
+    check(Fused(fused[name].model, images), precision, "cpu", LAUNCHERS)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["basic", "resnet50"])
+def test_network_on_a_gpu(name: str, precision: str, fused: Mapping[str, Fused]) -> None:
+    check(fused[name], precision, "cuda", {})

@@ -1,4 +1,4 @@
-"""mean_linear: the ways to write a head that become one operator, and those that are left with a reason."""
+"""The two ends of a network, in the ways people write them: what becomes one operator, and what is left and why."""
 
 from __future__ import annotations
 
@@ -13,7 +13,23 @@ from torch import Tensor, nn
 from export import Batch
 from tests.export.networks import Called, fuse_exactly, kinds, reason
 
-IMAGES = torch.randn(4, 6, 5, 7, generator=torch.Generator().manual_seed(0))
+STEM_IMAGES, IMAGES = (
+    torch.randn(4, *shape, generator=torch.Generator().manual_seed(0)) for shape in ((3, 33, 30), (6, 5, 7))
+)
+
+
+def stem(pool: nn.Module, **conv: Any) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 6, **{"kernel_size": 3, **conv}), nn.BatchNorm2d(6), nn.ReLU(inplace=True), pool)
+
+
+def called(call: Callable[[Tensor, Tensor], object]) -> nn.Module:
+    """A stem by function calls, of the input and a convolution of it."""
+    return Called(lambda x, m: call(x, m.conv(x)), conv=nn.Conv2d(3, 6, 5, padding=2))
+
+
+def two_readers(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    y = F.relu(y)
+    return y, F.max_pool2d(y, 3, 2, 1)
 
 
 def head(call: Callable[[Tensor, Any], object], features: int = 6, bias: bool = True) -> nn.Module:
@@ -27,7 +43,23 @@ def another_layout() -> nn.Module:
     return model
 
 
-FUSED: dict[str, nn.Module] = {
+def two_linears(x: Tensor, m: Any) -> tuple[Tensor, Tensor]:
+    pooled = x.mean((2, 3))
+    return m.fc(pooled), pooled
+
+
+def flattened(x: Tensor, m: Any) -> tuple[Tensor, Tensor]:
+    pooled = x.mean((2, 3), keepdim=True).flatten(1)
+    return m.fc(pooled), pooled.relu()
+
+
+STEMS: dict[str, nn.Module] = {
+    "resnet": stem(nn.MaxPool2d(3, 2, 1), stride=2, padding=1),
+    "tuples": stem(nn.MaxPool2d((3, 3), stride=(2, 2), padding=(1, 1))),
+    "functional": called(lambda x, y: F.max_pool2d(F.relu(y), 3, 2, 1)),
+    "asymmetric": stem(nn.MaxPool2d(3, 2, 1), kernel_size=(1, 4), stride=(2, 1), padding=(0, 3), bias=False),
+}
+HEADS: dict[str, nn.Module] = {
     "weight and bias of another layout": another_layout(),
     "mean": head(lambda x, m: m.fc(x.mean((2, 3)))),
     "mean, negative axes": head(lambda x, m: m.fc(x.mean([-1, -2]))),
@@ -45,9 +77,12 @@ FUSED: dict[str, nn.Module] = {
 }
 
 
-@pytest.mark.parametrize("case", FUSED)
+@pytest.mark.parametrize("case", [*STEMS, *HEADS])
 def test_fused(case: str) -> None:
-    assert kinds(fuse_exactly(FUSED[case], IMAGES)) == ["mean_linear"]
+    if case in STEMS:
+        assert kinds(fuse_exactly(STEMS[case], STEM_IMAGES)) == ["conv2d_bias_relu_maxpool"]
+    else:
+        assert kinds(fuse_exactly(HEADS[case], IMAGES)) == ["mean_linear"]
 
 
 def test_what_follows_is_left_though_it_read_the_same_weight() -> None:
@@ -57,23 +92,27 @@ def test_what_follows_is_left_though_it_read_the_same_weight() -> None:
 
 
 def test_a_static_batch() -> None:
-    assert kinds(fuse_exactly(FUSED["pool and flatten"], IMAGES, Batch(4, 4, 4))) == ["mean_linear"]
+    assert kinds(fuse_exactly(HEADS["pool and flatten"], IMAGES, Batch(4, 4, 4))) == ["mean_linear"]
     flattened = head(lambda x, m: m.fc(x.mean((2, 3)).flatten(0)), features=24)
     assert kinds(fuse_exactly(flattened, IMAGES, Batch(4, 4, 4))) == ["mean", "linear"]
 
 
-def two_linears(x: Tensor, m: Any) -> tuple[Tensor, Tensor]:
-    pooled = x.mean((2, 3))
-    return m.fc(pooled), pooled
-
-
-def flattened(x: Tensor, m: Any) -> tuple[Tensor, Tensor]:
-    pooled = x.mean((2, 3), keepdim=True).flatten(1)
-    return m.fc(pooled), pooled.relu()
-
-
+GEOMETRY = "expected kernel 3, stride 2, padding 1, dilation 1 and no ceil_mode"
 ROWS = "the mean does not arrive with one row of channels per image"
-LEFT: dict[str, tuple[nn.Module, str]] = {
+STEMS_LEFT: dict[str, tuple[nn.Module, str]] = {
+    "kernel 2": (stem(nn.MaxPool2d(2)), GEOMETRY),
+    "stride of the kernel": (stem(nn.MaxPool2d(3, padding=1)), GEOMETRY),
+    "stride 1": (stem(nn.MaxPool2d(3, 1, 1)), GEOMETRY),
+    "no padding": (stem(nn.MaxPool2d(3, 2)), GEOMETRY),
+    "dilation": (stem(nn.MaxPool2d(3, 2, 1, dilation=2)), GEOMETRY),
+    "ceil_mode": (stem(nn.MaxPool2d(3, 2, 1, ceil_mode=True)), GEOMETRY),
+    "grouped convolution": (stem(nn.MaxPool2d(3, 2, 1), groups=3), "the convolution is grouped or dilated"),
+    "dilated convolution": (stem(nn.MaxPool2d(3, 2, 1), dilation=2), "the convolution is grouped or dilated"),
+    "no ReLU": (called(lambda x, y: F.max_pool2d(y, 3, 2, 1)), "there is no ReLU between them"),
+    "residual": (called(lambda x, y: F.max_pool2d(F.relu(y + x.repeat(1, 2, 1, 1)), 3, 2, 1)), "output is a sum"),
+    "second reader": (called(two_readers), "the convolution's output has 2 readers"),
+}
+HEADS_LEFT: dict[str, tuple[nn.Module, str]] = {
     "mean also returned": (head(two_linears), "not fused with mean: mean has 2 readers"),
     "flattened mean also returned": (head(flattened), "has 2 readers"),
     "computed weight": (head(lambda x, m: F.linear(x.mean((2, 3)), m.fc.weight * x.mean())), "the weight is computed"),
@@ -87,9 +126,11 @@ LEFT: dict[str, tuple[nn.Module, str]] = {
 }
 
 
-@pytest.mark.parametrize("case", LEFT)
+@pytest.mark.parametrize("case", [*STEMS_LEFT, *HEADS_LEFT])
 def test_left_with_its_reason(case: str) -> None:
-    model, message = LEFT[case]
-    program = fuse_exactly(model, IMAGES)
+    model, message = (STEMS_LEFT | HEADS_LEFT)[case]
+    program = fuse_exactly(model, STEM_IMAGES if case in STEMS_LEFT else IMAGES)
+    if case in STEMS_LEFT:
+        assert [kind for kind in kinds(program) if kind != "repeat"] == ["conv2d_bias_act", "max_pool2d"]
     assert "mean_linear" not in kinds(program)
-    assert message in reason(program, "linear")
+    assert message in reason(program, "max_pool2d" if case in STEMS_LEFT else "linear")
