@@ -71,8 +71,9 @@ def move_zero_point(model: onnx.ModelProto, *outputs: str) -> None:
     nodes = [node for node in model.graph.node if node.output[0] in outputs]
     assert len(nodes) == len(outputs) and len({node.input[2] for node in nodes}) == 1
     tensor = next(tensor for tensor in model.graph.initializer if tensor.name == nodes[0].input[2])
-    moved = onnx.numpy_helper.to_array(tensor) + 1
-    model.graph.initializer.append(onnx.numpy_helper.from_array(moved, "moved"))
+    point = onnx.numpy_helper.to_array(tensor)
+    moved = onnx.numpy_helper.from_array(np.asarray(point + 1, point.dtype), "moved")  # numpy 1 widens the sum
+    model.graph.initializer.append(moved)
     for node in nodes:
         node.input[2] = "moved"
 

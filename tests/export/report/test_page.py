@@ -203,7 +203,7 @@ def test_files_accuracy_and_engines() -> None:
 
 def test_commands_accuracy_engines_and_operators_or_that_there_are_none() -> None:
     again = page_of(facts()).one(id="again")
-    assert [code.words for code in again.all("code")] == [facts()["command"], "python scripts/verify.py FOLDER"]
+    assert [code.words for code in again.all("code")] == [facts()["command"], "resnet-deploy verify FOLDER"]
     assert again.one(id="meaning").words.count(".") == 2
     arguments = facts() | {"command": "", "skipped": None}
     arguments["manifest"]["engines"], arguments["parity"]["accuracy"] = {}, []
@@ -213,7 +213,7 @@ def test_commands_accuracy_engines_and_operators_or_that_there_are_none() -> Non
         page.one(id="accuracy").words.startswith("Not measured") and page.one(id="engines").words == "None was built."
     )
     assert not page.all(id="command") and "No form of this network" in page.one(id="operators").words
-    assert [code.words for code in page.one(id="again").all("code")] == ["python scripts/verify.py FOLDER"]
+    assert [code.words for code in page.one(id="again").all("code")] == ["resnet-deploy verify FOLDER"]
 
 
 def attacked(value: Any) -> Any:
