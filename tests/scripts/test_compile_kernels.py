@@ -49,7 +49,6 @@ def test_a_table_per_target_the_launches_and_a_verdict(
 
 NONSENSE = {
     "target": (("compile_kernels", "--targets", "sm_75"), "sm_75"),
-    "model": (("compile_kernels", "--model", "resnet19"), "resnet19"),
     "batch": (("compile_kernels", "--batch", "0"), "batch"),
     "precision": (("compile_kernels", "--precision", "int8"), "int8"),
     "interpreter": (("compile_kernels", *SMALL), "TRITON_INTERPRET"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,14 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from export import ExportError, MissingDependency
 from export.runtime.bundle.folder import publish, read_verified, staged
 from export.runtime.bundle.signature import check_signature, signature_path
-
-OFFLINE = (
-    "import socket, runpy, sys\n"
-    "def refuse(*arguments): raise OSError('no network')\n"
-    "socket.socket.connect = socket.getaddrinfo = refuse\n"
-    "sys.argv[:1] = ['model_signing']\n"
-    "runpy.run_module('model_signing', run_name='__main__')\n"
-)
+from tests import children
 
 
 def save_public(key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey, path: Path) -> Path:
@@ -54,12 +46,10 @@ def write(path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def signature(key: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """Of what `write` writes, made without a network by the command in docs/deploy.md."""
+    """Of what `write` writes, made by the command in docs/deploy.md."""
     bundle = write(tmp_path_factory.mktemp("signed") / "bundle")
-    path = signature_path(bundle)
-    arguments = ["sign", "key", bundle, "--private_key", key, "--signature", path]
-    command = [sys.executable, "-c", OFFLINE, *map(str, arguments)]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    path, program = signature_path(bundle), [sys.executable, "-m", "model_signing"]
+    process = children.run([*program, "sign", "key", bundle, "--private_key", key, "--signature", path])
     assert process.returncode == 0, process.stderr
     return path.read_bytes()
 
@@ -81,23 +71,9 @@ def test_a_signed_bundle_is_accepted_however_it_is_reached(
     check_signature(Path(), public)
 
 
-def a_link(bundle: Path) -> None:
-    (bundle / "b.bin").rename(bundle.parent / "b.bin")
-    (bundle / "b.bin").symlink_to(bundle.parent / "b.bin")
-
-
-def a_folder(bundle: Path) -> None:
-    (bundle / "sub").mkdir()
-    (bundle / "sub" / "c").touch()
-
-
 WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "a changed file": (lambda b: (b / "a.bin").write_bytes(b"x" * 100), "Hash mismatch for 'a.bin'"),
-    "a changed manifest": (lambda b: (b / "manifest.json").write_bytes(b"{}"), "Hash mismatch for 'manifest.json'"),
     "an added file": (lambda b: (b / "c.bin").touch(), "Extra files found .*c.bin"),
-    "an added folder with a file": (a_folder, "Extra files .*sub/c"),
-    "a removed file": (lambda b: (b / "b.bin").unlink(), "Missing files .*b.bin"),
-    "a link to the same": (a_link, "b.bin"),
     "no signature": (lambda b: signature_path(b).unlink(), "expected the signature of .*, there is none"),
     "an empty signature": (lambda b: signature_path(b).write_bytes(b""), "not the signature of"),
     "a signature of another form": (lambda b: signature_path(b).write_text('{"mediaType": 1}'), "not the signature of"),
@@ -138,14 +114,10 @@ def test_what_the_library_prints_is_no_result(bundle: Path, public: Path, capsys
     assert out == "" and "WARNING" in error
 
 
-@pytest.mark.parametrize("kind", ["missing", "text", "private", "RSA"])
+@pytest.mark.parametrize("kind", ["missing", "private", "RSA"])
 def test_what_is_no_public_key_is_refused(kind: str, bundle: Path, key: Path, tmp_path: Path) -> None:
-    path = tmp_path / "key.pem"
-    if kind == "text":
-        path.write_text("no key")
-    elif kind == "private":
-        path = key
-    elif kind == "RSA":
+    path = key if kind == "private" else tmp_path / "key.pem"
+    if kind == "RSA":
         save_public(rsa.generate_private_key(65537, 2048), path)
     with pytest.raises(ExportError, match=f"^{path}: expected a public key in PEM ") as error:
         check_signature(bundle, path)

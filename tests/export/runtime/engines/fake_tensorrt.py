@@ -38,6 +38,10 @@ def plan(smallest: int = 1, largest: int = 8, behaviour: str = "", outputs: dict
     return json.dumps(record).encode()
 
 
+def images(count: int, seed: int = 0) -> NDArray[np.float32]:
+    return np.random.default_rng(seed).normal(size=(count, 3, 4, 4)).astype(np.float32)
+
+
 class Runtime:
     def __init__(self, logger: Any) -> None:
         self._logger = logger

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from torch import Tensor, nn
@@ -132,7 +133,6 @@ def test_which_versions_run_an_engine(case: str, monkeypatch: pytest.MonkeyPatch
 
 GPUS: dict[str, tuple[Flavour, EngineConfig, tuple[int, int], str]] = {
     "RTX on Ada": (RTX, EngineConfig(), (8, 9), ""),
-    "RTX on Blackwell": (RTX, EngineConfig(), (12, 0), ""),
     "RTX on what is newer": (RTX, EngineConfig(), (13, 0), ""),
     "RTX on Turing": (RTX, EngineConfig(), (7, 5), "export again with EngineConfig.targets=('sm_75',)"),
     "RTX for Turing": (RTX, EngineConfig(targets=("sm_75",)), (7, 5), ""),
@@ -154,34 +154,6 @@ def test_which_gpus_run_an_engine(case: str, monkeypatch: pytest.MonkeyPatch) ->
     assert expected in reason and bool(reason) == bool(expected)
 
 
-class Inspected:
-    """What stands in for the runtime and the engine of a full TensorRT: it shows the layers it was given."""
-
-    kernels: list[dict[str, Any]]
-
-    def __init__(self, *arguments: Any) -> None:
-        self.execution_context: Any = None
-        self.shape: Any = None
-
-    def deserialize_cuda_engine(self, plan: bytes) -> Inspected:
-        assert len(plan) > 10_000
-        return self
-
-    def create_engine_inspector(self) -> Inspected:
-        return self
-
-    def create_execution_context(self) -> Inspected:
-        return Inspected()
-
-    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        self.shape = name, shape
-        return True
-
-    def get_engine_information(self, form: Any) -> str:
-        assert form.name == "JSON" and self.execution_context.shape == ("input", (4, *qdq.SHAPE))
-        return json.dumps({"Layers": self.kernels})
-
-
 def kernels(kind: str) -> list[dict[str, Any]]:
     tensor = {"Name": "x", "Datatype": kind, "Format": "Linear"}
     return [
@@ -191,12 +163,22 @@ def kernels(kind: str) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def show(package: SimpleNamespace, layers: list[Any]) -> None:
+    inspector = package.engine.create_engine_inspector.return_value
+    inspector.get_engine_information.return_value = json.dumps({"Layers": layers})
+
+
 @pytest.fixture
 def full(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A package that builds as TensorRT-RTX does and is looked at as a full TensorRT; `seen` is the builder's."""
+    """A package that builds as TensorRT-RTX does and is looked at as a full TensorRT, whose engine is a stand-in.
+
+    `seen` is the builder's configuration, `engine` the stand-in, which shows kernels of int8.
+    """
     real = import_flavour(RTX)
     package = SimpleNamespace(**{name: getattr(real, name) for name in dir(real)})
-    package.Runtime = type("Runtime", (Inspected,), {"kernels": kernels("Int8")})
+    package.Runtime = MagicMock()
+    package.engine = package.Runtime.return_value.deserialize_cuda_engine.return_value
+    show(package, kernels("Int8"))
 
     class Builder(real.Builder):  # type: ignore[name-defined]  # of a module that is known at run time only
         def create_builder_config(self) -> Any:
@@ -214,6 +196,11 @@ def build_full(content: bytes, config: EngineConfig = DEFAULT_ENGINE, batch: Bat
 
 def test_a_full_tensorrt_is_looked_at_after_the_build(full: SimpleNamespace) -> None:
     engine = build_full(qdq.network())
+    full.Runtime.return_value.deserialize_cuda_engine.assert_called_once_with(engine.plan)
+    inspector = full.engine.create_engine_inspector.return_value
+    assert inspector.execution_context is full.engine.create_execution_context.return_value
+    inspector.execution_context.set_input_shape.assert_called_once_with("input", (4, *qdq.SHAPE))
+    inspector.get_engine_information.assert_called_once_with(full.LayerInformationFormat.JSON)
     assert [layer["name"] for layer in engine.layers] == list(qdq.LAYERS)
     assert all(layer["type"] == "CaskConvolution" and layer["weights"] == "INT8" for layer in engine.layers)
     assert full.seen.profiling_verbosity == full.ProfilingVerbosity.DETAILED
@@ -221,10 +208,10 @@ def test_a_full_tensorrt_is_looked_at_after_the_build(full: SimpleNamespace) -> 
 
 
 def test_a_kernel_of_another_type_is_refused_after_the_build(full: SimpleNamespace) -> None:
-    full.Runtime.kernels = [*kernels("Int8")[:2], kernels("Half")[2]]
+    show(full, [*kernels("Int8")[:2], kernels("Half")[2]])
     with pytest.raises(ExportError, match="the kernel fc computes in HALF: expected INT8"):
         build_full(qdq.network())
-    full.Runtime.kernels = [kernel["Name"] for kernel in kernels("Int8")]
+    show(full, list(qdq.LAYERS))
     with pytest.raises(ExportError, match="the engine inspector's answer is not understood"):
         build_full(qdq.network())
 
@@ -237,16 +224,11 @@ def test_what_is_asked_is_set(full: SimpleNamespace) -> None:
         build_full(qdq.network(), EngineConfig(version_compatible=True))
 
 
-class Cache:
-    def __init__(self, content: bytes) -> None:
-        self.content = content
-
-    def serialize(self) -> bytes:
-        return self.content + b"+"
-
-
 def test_a_timing_cache_is_read_and_written(tmp_path: Path) -> None:
-    options = SimpleNamespace(create_timing_cache=Cache, set_timing_cache=lambda cache, mismatch: True)
+    options = SimpleNamespace(
+        create_timing_cache=lambda content: SimpleNamespace(serialize=lambda: content + b"+"),
+        set_timing_cache=lambda cache, mismatch: True,
+    )
     path = tmp_path / "cache"
     for expected in (b"+", b"++"):
         cache = build_worker._timing_cache(options, path)

@@ -10,23 +10,18 @@ import numpy as np
 import pytest
 import tensorrt_rtx
 from cuda.bindings import runtime as real_cuda
-from numpy.typing import NDArray
 
 from export import ExportError
 from export.runtime.engines.options import EngineConfig
 from export.runtime.engines.run_worker import DeviceEngine
 from tests.export.runtime.engines import fake_tensorrt
-from tests.export.runtime.engines.fake_tensorrt import FLAVOUR, FakeCuda, device, plan
+from tests.export.runtime.engines.fake_tensorrt import FLAVOUR, FakeCuda, device, images, plan
 
 PLAIN = EngineConfig()
 
 
 def loaded(content: bytes, *names: str, config: EngineConfig = PLAIN) -> DeviceEngine:
     return DeviceEngine(FLAVOUR, content, config, names or ("output",))
-
-
-def images(count: int, seed: int = 0) -> NDArray[np.float32]:
-    return np.random.default_rng(seed).normal(size=(count, 3, 4, 4)).astype(np.float32)
 
 
 def test_batches_of_any_size_in_any_order_and_everything_is_given_back() -> None:

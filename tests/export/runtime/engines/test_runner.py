@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from export import ExportError
 from export.base.precision import PRECISIONS
@@ -14,7 +13,7 @@ from export.runtime.engines.engine import FLAVOURS, Engine, Flavour
 from export.runtime.engines.runner import TensorRTRunner
 from export.runtime.runner import Interface
 from tests.export.runtime.engines import fake_tensorrt
-from tests.export.runtime.engines.fake_tensorrt import FLAVOUR, plan
+from tests.export.runtime.engines.fake_tensorrt import FLAVOUR, images, plan
 
 
 @pytest.fixture(autouse=True)
@@ -24,10 +23,6 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def runner_of(content: bytes, flavour: Flavour = FLAVOUR) -> TensorRTRunner:
     return TensorRTRunner(Engine(flavour, content, "10.3.0", PRECISIONS["fp16"], 3, 1.0), Interface.of(["output"]))
-
-
-def images(count: int) -> NDArray[np.float32]:
-    return np.random.default_rng(count).normal(size=(count, 3, 4, 4)).astype(np.float32)
 
 
 def alive(runner: TensorRTRunner) -> bool:

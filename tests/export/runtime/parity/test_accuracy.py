@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 
 import numpy as np
@@ -120,12 +119,6 @@ def test_a_form_keeps_99_percent_of_the_eager_models_top1(eager: int, other: int
     if fails:
         assert report.verdict.startswith(f"accuracy lost: onnx (fp16) has {other / 10:.2f} % top-1")
         assert f"the eager model has {eager / 10:.2f} %: expected at least 99 %" in report.verdict
-
-
-def test_it_is_written_as_json() -> None:
-    assert lost_accuracy(()) == ""  # without a measurement nothing is lost
-    facts = {"form": "onnx", "runtime": "numpy", "precision": "fp16", "images": 1000, "correct": 905, "top1": 0.905}
-    assert json.loads(json.dumps(accuracy("onnx", 905).to_json())) == {**facts, "seconds": 0.5}
 
 
 def test_the_table_shows_before_and_after(capsys: pytest.CaptureFixture[str]) -> None:
