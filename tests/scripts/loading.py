@@ -47,7 +47,7 @@ def run_here(script: str, *arguments: object) -> subprocess.CompletedProcess[str
 
 def start(script: str, *arguments: object, cwd: Path, **environment: str) -> subprocess.Popen[str]:
     """A script that has just begun in a process of its own, in the folder `cwd`, with more in its environment."""
-    command = [sys.executable, ROOT / "scripts" / f"{script}.py", *map(str, arguments)]
+    command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *map(str, arguments)]
     return children.start(command, cwd=cwd, env={**os.environ, **environment})
 
 

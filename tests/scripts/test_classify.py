@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from torch import nn
 
 from tests.export import digits
+from tests.export.onnx_edits import change, setting
 from tests.scripts.loading import load_script, refusal, run, run_here
 
 
@@ -75,13 +75,7 @@ def model(**facts: object) -> digits.Change:
     return lambda manifest, files: manifest["model"].update(facts)
 
 
-def nan_in_the_classifier(network: onnx.ModelProto) -> None:
-    tensor = next(t for t in network.graph.initializer if t.name == "fc.bias")
-    values = onnx.numpy_helper.to_array(tensor).copy()
-    values[0] = np.nan
-    tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
-
-
+NAN = digits.change_onnx(lambda network: change(network, "fc.bias", setting(0, lambda values: np.nan)))
 OBLONG = {**digits.PREPROCESSING.to_json(), "size": [8, 16]}
 # a change to a sound bundle, the exit code and what is said
 REFUSED: dict[str, tuple[digits.Change, int, str]] = {
@@ -89,7 +83,7 @@ REFUSED: dict[str, tuple[digits.Change, int, str]] = {
     "another preprocessing": (model(preprocessing={"size": 3}), 2, "expected the description of a preprocessing"),
     "pictures of another size": (model(preprocessing=OBLONG), 2, "[1, 16, 16]: its preprocessing makes [1, 8, 16]"),
     "too few names": (model(classes=["one", "two"]), 2, "expected the names of 10 classes, got 2"),
-    "NaN": (digits.change_onnx(nan_in_the_classifier), 1, "0.png: model.onnx returns NaN or Inf for this picture"),
+    "NaN": (NAN, 1, "0.png: model.onnx returns NaN or Inf for this picture"),
 }
 
 
@@ -97,8 +91,8 @@ REFUSED: dict[str, tuple[digits.Change, int, str]] = {
 def test_a_bundle_that_is_no_classifier_of_pictures_is_refused(
     case: str, bundle: Path, pictures: list[Path], tmp_path: Path
 ) -> None:
-    change, code, message = REFUSED[case]
-    process = run_here("classify", digits.rewrite(bundle, tmp_path / "b", change), pictures[0])
+    edit, code, message = REFUSED[case]
+    process = run_here("classify", digits.rewrite(bundle, tmp_path / "b", edit), pictures[0])
     assert process.returncode == code and process.stdout == ""
     assert message in (refusal(process) if code == 2 else process.stderr.splitlines()[-1])
 
@@ -106,7 +100,7 @@ def test_a_bundle_that_is_no_classifier_of_pictures_is_refused(
 def test_an_unreadable_picture_is_named(bundle: Path, pictures: list[Path], tmp_path: Path) -> None:
     """It is only found out when it is its turn, after a whole batch."""
     path = tmp_path / "broken.png"
-    path.write_bytes(pictures[0].read_bytes()[:-20])
+    path.write_bytes(pictures[0].read_bytes()[:60])
     process = run_here("classify", bundle, *pictures, path)
     assert process.returncode == 2 and process.stdout == ""
     assert f"classify.py: error: {path}: expected a picture" in process.stderr.splitlines()[-1]

@@ -58,43 +58,9 @@ def test_weights_from_a_file(tmp_path: Path) -> None:
     weights = tmp_path / "weights.safetensors"
     save_file(create_model("resnet20", num_classes=7).state_dict(), weights)
     output = ("--engine", "none", "--output", tmp_path / "out")
-    common = ("export", "--model", "resnet20", "--weights", weights, *output)
-    process = run_here(*common, "--num-classes", 7)
+    process = run_here("export", "--model", "resnet20", "--weights", weights, "--num-classes", 7, *output)
     assert process.returncode == 1
     assert "no verdict, the evidence is too weak" in process.stdout and not (tmp_path / "out").exists()
-    process = run_here(*common)
-    assert process.returncode == 2 and "--num-classes 7" in process.stderr
-
-
-NONSENSE = {
-    "two precisions": (["--fp16", "--bf16"], "not allowed with"),
-    "backward batch": (["--batch", "8:4:1"], "1 <= MIN <= OPT <= MAX"),
-    "batch of two numbers": (["--batch", "1:2"], "expected MIN:OPT:MAX or one number, got '1:2'"),
-    "image size in words": (["--image-size", "big"], "expected H or HxW in pixels, got 'big'"),
-    "no classes": (["--num-classes", "0"], "got 0"),
-    "empty weights": (["--weights", ""], "expected a"),
-    "more pixels than memory": (["--image-size", "2000000x2000000"], "expected at most 32768 pixels"),
-    "corrupt weights": (["--weights", "corrupt.pt"], "corrupt.pt"),
-    "text as a picture": (["--images", "corrupt.pt"], "expected a picture"),
-    "pretrained": (["--weights", "pretrained"], "no published weights with a known sha256 for 'resnet20'"),
-    "another model's weights": (["--weights", DIGITS, "--model", "resnet56"], "holds weights for resnet20"),
-    "labelled data without weights": (["--data", "digits"], "give --weights"),
-    "GPU without TensorRT-RTX": (["--targets", "sm_86", "sm_90"], "not for Orin (sm_87), H100 and H200 (sm_90)"),
-    "level of optimisation": (["--optimization-level", "9"], "--optimization-level: expected 0 to 5, got 9"),
-    "cache without a folder": (["--timing-cache", "nowhere/cache"], "expected a file in a folder that exists"),
-    "option of the other engine": (["--engine", "tensorrt-rtx", "--dla", "0"], "--engine tensorrt-rtx: does not take"),
-    "option of no engine": (["--engine", "none", "--workspace", "64"], "an engine to build, got --engine none"),
-}
-
-
-@pytest.mark.parametrize("case", NONSENSE)
-def test_nonsense_is_one_line_and_exit_2(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments, expected = NONSENSE[case]
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "corrupt.pt").write_bytes(b"PK\x03\x04 this is not a checkpoint")
-    model = [] if "--model" in arguments else ["--model", "resnet20"]
-    assert expected in refusal(run_here("export", *model, *arguments))
-    assert {path.name for path in tmp_path.iterdir()} == {"corrupt.pt"}
 
 
 MISSING = {
@@ -139,17 +105,11 @@ def test_a_fault_of_a_pass_is_exit_3_and_its_traceback_is_kept(tmp_path: Path, m
         raise KeyError("of the pass")
 
     monkeypatch.setitem(passes.LEVELS, passes.DEFAULT_LEVEL, (broken_pass,))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     older = summing.write(tmp_path / "out")
     before = {path.name: path.read_bytes() for path in older.iterdir()}
     small = ("--model", "resnet8", "--image-size", 16, "--engine", "none", "--batch", 2)
     process = run_here("export", *small, "--output", older)
-    (path,) = (tmp_path / "cache" / "resnet-deploy" / "faults").iterdir()
     assert process.returncode == 3 and process.stdout == ""
-    assert process.stderr.splitlines()[-1] == (
-        "export.py: fault: KeyError: 'of the pass': this is a fault of the program, not of its input; "
-        f"its traceback is in {path}"
-    )
-    assert "in broken_pass" in path.read_text() and path.parent.stat().st_mode & 0o777 == 0o700
+    said, _, path = process.stderr.splitlines()[-1].rpartition("; its traceback is in ")
+    assert said.startswith("export.py: fault: KeyError: 'of the pass': ") and "in broken_pass" in Path(path).read_text()
     assert {path.name: path.read_bytes() for path in older.iterdir()} == before
-    assert {path.name for path in tmp_path.iterdir()} == {"cache", "out"}

@@ -87,21 +87,6 @@ def test_a_folder_with_some_of_the_classes(bundles: Path, network: nn.Module, tm
     assert (row["images"], row["correct"]) == (10, expected) and expected > 5
 
 
-NONSENSE = {
-    "no data": (["fp32"], "the following arguments are required: DATA"),
-    "no bundle": (["nowhere", "digits"], "nowhere: expected a bundle"),
-    "no source": (["fp32", "nowhere"], "nowhere: expected digits, a folder of class folders"),
-    "changed bundle": (["fp32", "changed", "digits"], "changed/model.onnx: changed since it was written"),
-}
-
-
-@pytest.mark.parametrize("case", NONSENSE)
-def test_nonsense_is_one_line_and_exit_2(case: str, bundles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments, expected = NONSENSE[case]
-    monkeypatch.chdir(bundles)
-    assert expected in refusal(run_here("evaluate", *arguments))
-
-
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed: pip install -e '.[ray]'")
 def test_a_ray_cluster_counts_the_same(bundles: Path) -> None:
     rows: dict[bool, list[dict[str, Any]]] = {}

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from torch.utils.benchmark import Timer
 
@@ -85,25 +84,3 @@ def test_an_experiment_writes_a_table_a_picture_and_its_numbers(
     assert [outcome["trial"]["model"] for outcome in record["outcomes"]] == ["resnet8", "resnet14"]
     again = run_here("train", *arguments, "--resume")
     assert again.returncode == 0 and "1/1" not in again.stderr  # nothing is trained twice
-
-
-NONSENSE = {
-    ("--data", "nowhere"): "nowhere: expected digits, a folder of class folders or an archive",
-    ("--epochs", "0"): "epochs must be at least 1, got 0",
-    ("--image-size", "4"): "--image-size: expected at least 8 pixels, got 4",
-    ("--resume",): "there is nothing to resume",
-    ("--device", "cuda"): "expected an NVIDIA GPU",
-    ("compare", "--model", "resnet20"): "--model resnet20: compare trains models of its own",
-    ("compair",): "unknown experiment 'compair', expected one of compare, depths, regularisers",
-}
-
-
-@pytest.mark.parametrize("arguments", NONSENSE, ids=lambda arguments: "-".join(arguments).strip("-"))
-def test_bad_input_is_refused_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
-) -> None:
-    if arguments == ("--device", "cuda") and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    monkeypatch.chdir(tmp_path)
-    assert NONSENSE[arguments] in refusal(run_here("train", *arguments))
-    assert list(tmp_path.iterdir()) == []

@@ -6,7 +6,6 @@ import hashlib
 import json
 import stat
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -81,7 +80,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> fake_tensorrt.FakeCuda:
     """A machine with a GPU and one TensorRT, which are stand-ins."""
     cuda = fake_tensorrt.FakeCuda()
-    monkeypatch.setitem(FLAVOURS, "tensorrt", replace(FLAVOURS["tensorrt"], module=fake_tensorrt.__name__))
+    monkeypatch.setitem(FLAVOURS, "tensorrt", fake_tensorrt.FLAVOUR)
     monkeypatch.delitem(FLAVOURS, "tensorrt-rtx")
     for module in ("engines.cuda_runtime", "engine_store"):
         monkeypatch.setattr(f"export.runtime.{module}.import_cuda", lambda extra: cuda)
@@ -313,11 +312,6 @@ RTX = Flavour("tensorrt-rtx", fake_tensorrt.__name__, "model.rtx.engine", "model
 def test_a_flavour_that_does_not_serve_the_gpu_is_not_built(
     builder: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor is one that is not installed."""
-    absent = Flavour("tensorrt-rtx", "no_such_module", "x.engine", "x.json", False, False)
-    monkeypatch.setitem(FLAVOURS, "tensorrt-rtx", absent)
-    assert build(summing.write(tmp_path / "b2"))
-    builder.asked.clear()
     monkeypatch.setitem(FLAVOURS, "tensorrt-rtx", RTX)
     _, builds = build_on_device(summing.write(tmp_path / "b"))
     assert [asked[1] for asked in builder.asked] == ["tensorrt"] and len(builds) == 1
@@ -408,7 +402,6 @@ def test_a_place_open_to_others_or_with_more_in_it_is_refused(place: Path, tmp_p
 
 
 FOREIGN: dict[str, dict[str, Any]] = {
-    "no engines": {},
     "engines of another form": {"engines": {ENGINE: {}}},
     "an unknown flavour": {"engines": [{"key": {"flavour": "openvino", "options": {}}}]},
     "unknown options": {"engines": [{"key": {"flavour": "tensorrt", "options": {"speed": 11}}}]},

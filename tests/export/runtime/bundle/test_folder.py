@@ -92,26 +92,17 @@ def test_a_manifest_cannot_name_a_file_outside(tmp_path: Path, name: str) -> Non
 FOREIGN: dict[str, dict[str, str]] = {
     "no manifest": {"photo.jpg": "dear"},
     "a manifest of something else": {MANIFEST: '{"name": "my extension", "files": []}', "src.js": "mine"},
-    "a manifest that is no JSON": {MANIFEST: "hello"},
 }
 
 
 @pytest.mark.parametrize("case", FOREIGN)
-@pytest.mark.parametrize("when", ["before", "during"])
-def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path, case: str, when: str) -> None:
-    """Nor one that appears during the export."""
+def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path, case: str) -> None:
+    """It appears while the bundle is written."""
     contents, output = FOREIGN[case], tmp_path / "mine"
-
-    def appear() -> None:
+    with pytest.raises(ExportError, match="is not a bundle"), staged(output) as staging:
         output.mkdir()
         for name, text in contents.items():
             (output / name).write_text(text)
-
-    if when == "before":
-        appear()
-    with pytest.raises(ExportError, match="is not a bundle"), staged(output) as staging:
-        if when == "during":
-            appear()
         publish(staging, output, NEW, {})
     assert {path.name: path.read_text() for path in output.iterdir()} == contents
 
@@ -122,7 +113,5 @@ def test_what_is_the_users_is_never_replaced(bundle: Path, tmp_path: Path) -> No
         write(bundle, NEW)
     assert (bundle / "notes.txt").read_text() == "dear"
     (tmp_path / "file").write_bytes(b"dear")
-    for output, message in ((tmp_path / "file", "not a folder"), (tmp_path / "file" / "bundle", "cannot be written")):
-        with pytest.raises(ExportError, match=message):
-            write(output, NEW)
-    assert (tmp_path / "file").read_bytes() == b"dear"
+    with pytest.raises(ExportError, match="cannot be written"):
+        write(tmp_path / "file" / "bundle", NEW)

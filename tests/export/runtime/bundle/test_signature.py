@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,11 +25,6 @@ def save_public(key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey, path: Path)
 
 
 @pytest.fixture(scope="module")
-def public(key: Path) -> Path:
-    return key.with_name("public.pem")
-
-
-@pytest.fixture(scope="module")
 def key(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A private key, with its public one beside it as `public.pem`."""
     path, key = tmp_path_factory.mktemp("key") / "private.pem", ec.generate_private_key(ec.SECP256R1())
@@ -38,27 +34,27 @@ def key(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def write(path: Path) -> Path:
-    with staged(path) as staging:
-        publish(staging, path, {"a.bin": b"a" * 100, "b.bin": b"b"}, {"format": 1})
-    return path
+@pytest.fixture(scope="module")
+def public(key: Path) -> Path:
+    return key.with_name("public.pem")
 
 
 @pytest.fixture(scope="module")
-def signature(key: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """Of what `write` writes, made by the command in docs/deploy.md."""
-    bundle = write(tmp_path_factory.mktemp("signed") / "bundle")
-    path, program = signature_path(bundle), [sys.executable, "-m", "model_signing"]
-    process = children.run([*program, "sign", "key", bundle, "--private_key", key, "--signature", path])
+def signed(key: Path) -> Path:
+    """A bundle with its signature, made by the command in docs/deploy.md."""
+    bundle, sign = key.with_name("bundle"), [sys.executable, "-m", "model_signing", "sign", "key"]
+    with staged(bundle) as staging:
+        publish(staging, bundle, {"a.bin": b"a" * 100, "b.bin": b"b"}, {"format": 1})
+    process = children.run([*sign, bundle, "--private_key", key, "--signature", signature_path(bundle)])
     assert process.returncode == 0, process.stderr
-    return path.read_bytes()
+    return bundle
 
 
 @pytest.fixture
-def bundle(signature: bytes, tmp_path: Path) -> Path:
-    path = write(tmp_path / "bundle")
-    signature_path(path).write_bytes(signature)
-    return path
+def bundle(signed: Path, tmp_path: Path) -> Path:
+    """A copy."""
+    shutil.copy(signature_path(signed), tmp_path)
+    return Path(shutil.copytree(signed, tmp_path / "bundle"))
 
 
 def test_a_signed_bundle_is_accepted_however_it_is_reached(

@@ -110,26 +110,18 @@ def test_what_the_engine_was_built_for_reaches_the_runtime() -> None:
 
 
 def test_tensorrt_rtx_records_its_graphs_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Any] = []
-
-    class RtxEngine(fake_tensorrt.ICudaEngine):
-        def create_runtime_config(self) -> SimpleNamespace:
-            return SimpleNamespace()
-
-        def create_execution_context(self, config: Any = None) -> Any:
-            seen.append(config)
-            return super().create_execution_context()
-
+    config = SimpleNamespace()
     for name in ("CudaGraphStrategy", "DynamicShapesKernelSpecializationStrategy"):
         monkeypatch.setattr(fake_tensorrt, name, getattr(tensorrt_rtx, name), raising=False)
-    monkeypatch.setattr(fake_tensorrt, "ICudaEngine", RtxEngine)
+    monkeypatch.setattr(fake_tensorrt.ICudaEngine, "create_runtime_config", lambda _: config, raising=False)
     with device() as cuda:
-        found = loaded(plan()).infer({"input": images(2)})
-        assert found["output"].shape == (2, 3) and cuda.launches == 0
-    assert seen[0].cuda_graph_strategy == tensorrt_rtx.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        engine: Any = loaded(plan())
+        assert engine.infer({"input": images(2)})["output"].shape == (2, 3) and cuda.launches == 0
+    assert engine._engine.config is config
+    assert config.cuda_graph_strategy == tensorrt_rtx.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
     eager = tensorrt_rtx.DynamicShapesKernelSpecializationStrategy.EAGER
-    assert seen[0].dynamic_shapes_kernel_specialization_strategy == eager
-    assert set(vars(seen[0])) <= set(dir(tensorrt_rtx.IRuntimeConfig))
+    assert config.dynamic_shapes_kernel_specialization_strategy == eager
+    assert set(vars(config)) <= set(dir(tensorrt_rtx.IRuntimeConfig))
 
 
 def test_the_stand_in_has_no_name_that_tensorrt_or_the_cuda_bindings_lack() -> None:

@@ -50,15 +50,7 @@ def test_batches_are_streamed_and_the_last_is_smaller() -> None:
 
 
 def test_labels_are_found_by_the_names_of_the_classes() -> None:
-    """The data's a, b, c are logits 2, 0, 1 of the network."""
-    indices = class_indices(("a", "b", "c"), ["b", "c", "a"], 3)
-    assert indices.tolist() == [2, 0, 1]
-
-    def network(inputs: NDArray) -> Arrays:
-        return {"logits": inputs[:, [1, 2, 0]]}
-
-    assert measure("onnx", "numpy", "fp32", network, Rows(10), indices, 4).correct == 7
-    assert measure("onnx", "numpy", "fp32", network, Rows(10), np.arange(3), 4).correct < 7
+    assert class_indices(("a", "b", "c"), ["b", "c", "a"], 3).tolist() == [2, 0, 1]
     assert class_indices(["dog", "cat"], ["ant", "bee", "cat", "dog"], 4).tolist() == [3, 2]  # some are enough
     assert class_indices(["x", "y"], None, 2).tolist() == [0, 1]
 
