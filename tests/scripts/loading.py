@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+from tests import children
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -43,11 +45,15 @@ def run_here(script: str, *arguments: object) -> subprocess.CompletedProcess[str
     return subprocess.CompletedProcess([script], code, out.getvalue(), err.getvalue())
 
 
-def run(script: str, *arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The same in a process of its own, in the folder `cwd`, with more variables in its environment."""
+def start(script: str, *arguments: object, cwd: Path, **environment: str) -> subprocess.Popen[str]:
+    """A script that has just begun in a process of its own, in the folder `cwd`, with more in its environment."""
     command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *map(str, arguments)]
-    variables = {**os.environ, **environment}
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=3600, env=variables)
+    return children.start(command, cwd=cwd, env={**os.environ, **environment})
+
+
+def run(script: str, *arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The same, run to its end."""
+    return children.finish(start(script, *arguments, cwd=cwd, **environment))
 
 
 def refusal(process: subprocess.CompletedProcess[str]) -> str:

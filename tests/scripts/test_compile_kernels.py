@@ -6,9 +6,8 @@ import json
 from typing import Any
 
 import pytest
-import torch
 
-from tests.scripts.loading import load_script, refusal, run, run_here
+from tests.scripts.loading import load_script, run, run_here
 
 SMALL = ("--model", "resnet8", "--targets", "sm_87", "sm_120", "--batch", "1")
 
@@ -45,21 +44,3 @@ def test_a_table_per_target_the_launches_and_a_verdict(
     for word in ("sm_87", "sm_120", "registers", "head fp16 n1 64x8x8 -> 10", "resnet8 batch 1", *faults):
         assert word in out
     assert out.splitlines()[-1] == f"{len(kernels)} kernels for 2 targets: {len(faults) or 'none'} at fault"
-
-
-NONSENSE = {
-    "target": (("compile_kernels", "--targets", "sm_75"), "sm_75"),
-    "model": (("compile_kernels", "--model", "resnet19"), "resnet19"),
-    "batch": (("compile_kernels", "--batch", "0"), "batch"),
-    "precision": (("compile_kernels", "--precision", "int8"), "int8"),
-    "interpreter": (("compile_kernels", *SMALL), "TRITON_INTERPRET"),
-    "tuning-without-a-gpu": (("tune",), "no NVIDIA GPU here: expected to run on the GPU to tune for"),
-}
-
-
-@pytest.mark.parametrize("case", NONSENSE)
-def test_nonsense_is_one_line_and_exit_2(case: str) -> None:
-    if torch.cuda.is_available() and case in ("interpreter", "tuning-without-a-gpu"):
-        pytest.skip("there is a GPU")
-    (script, *arguments), expected = NONSENSE[case]
-    assert expected in refusal(run_here(script, *arguments))

@@ -15,7 +15,7 @@ from torch import Tensor
 from resnet.model_card import read_model_card
 from resnet.models import create_model
 from resnet.weights import load_weights
-from tests.scripts.loading import ROOT, refusal, run_here
+from tests.scripts.loading import ROOT, run_here
 
 SHIPPED = ROOT / "resnet" / "checkpoints" / "resnet20-digits.safetensors"  # has a model card
 COUNTS = ("--num-classes", "7", "--in-channels", "1")
@@ -69,35 +69,3 @@ def test_a_model_card_is_carried_over(counts: tuple[str, ...], tmp_path: Path) -
     copy = tmp_path / "copy.safetensors"
     assert run_here("convert", SHIPPED, copy, "--model", "resnet20", *counts).returncode == 0
     assert read_model_card(copy) == read_model_card(SHIPPED) is not None
-
-
-CHECKPOINT, OUT, SMALL = "checkpoint.pth.tar", "out.safetensors", ("--model", "resnet20")
-# arguments, relative to a folder with a checkpoint for COUNTS, and the words that must say what is wrong with them
-REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
-    "no model": ((CHECKPOINT, "out.safetensors"), "required: --model"),
-    "no output": ((CHECKPOINT, *SMALL), "required: OUTPUT.safetensors"),
-    "unknown flag": (("a", "b", *SMALL, "--classes", "7"), "unknown argument '--classes'"),
-    "unknown model": (("a", "b", "--model", "resnet21"), "unknown model 'resnet21'; nearest: "),
-    "no classes": (("a", "b", *SMALL, "--num-classes", "0"), "got 0"),
-    "no channels": (("a", "b", *SMALL, "--in-channels", "0"), "got 0"),
-    "no checkpoint": (("nowhere.pt", "out.safetensors", *SMALL), "nowhere.pt: No such file"),
-    "code": (("module.pth", "out.safetensors", *SMALL), "a pickle that needs code"),
-    "wrong counts": ((CHECKPOINT, "out.safetensors", *SMALL), "try --in-channels 1; weights for 7 classes"),
-    "another model": ((CHECKPOINT, OUT, "--model", "resnet32", *COUNTS), "tensors do not fit the model"),
-    "another model than the card's": ((SHIPPED, OUT, "--model", "resnet56"), f"{SHIPPED} holds weights for resnet20"),
-    "other classes than the card's": ((SHIPPED, OUT, *SMALL, *COUNTS[:2]), f"{SHIPPED} holds weights for 10"),
-    "other channels than the card's": ((SHIPPED, OUT, *SMALL, "--in-channels", "3"), f"{SHIPPED} holds weights for 1"),
-    "output is a folder": ((CHECKPOINT, "folder.safetensors", *SMALL, *COUNTS), "exists and is not a regular file"),
-    "output of another kind": ((CHECKPOINT, "out.pt", *SMALL, *COUNTS), "cannot be written: suffix '.pt', expected"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-@pytest.mark.usefixtures("checkpoint")
-def test_refusals_are_one_line_and_exit_2(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments, expected = REFUSED[case]
-    (tmp_path / "folder.safetensors").mkdir()
-    torch.save(create_model("resnet20"), tmp_path / "module.pth")
-    before = sorted(tmp_path.rglob("*"))
-    monkeypatch.chdir(tmp_path)
-    assert expected in refusal(run_here("convert", *arguments)) and sorted(tmp_path.rglob("*")) == before

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from torch.utils.benchmark import Timer
 
 from resnet.training import experiments, loop
-from tests.scripts.loading import ROOT, refusal, run, run_here
+from tests import children
+from tests.scripts.loading import refusal, run, run_here, start
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # tests run side by side; the bits depend on the number of threads
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -56,16 +53,13 @@ def test_killed_in_the_middle_and_resumed_it_ends_with_the_same_weights(tmp_path
     arguments = ("--model", "resnet8", "--epochs", "4", "--warmup-epochs", "1", "--image-size", "8", "--dropout", "0.2")
     whole = run("train", *arguments, "--output", "whole", cwd=tmp_path, **ONE_THREAD)
     assert whole.returncode == 0, whole.stderr
-    command = [sys.executable, str(ROOT / "scripts" / "train.py"), *arguments, "--output", "cut"]
-    process = subprocess.Popen(command, cwd=tmp_path, env=os.environ | ONE_THREAD, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "cut/resume.safetensors").exists():
-        assert process.poll() is None and time.monotonic() < deadline
+    process = start("train", *arguments, "--output", "cut", cwd=tmp_path, **ONE_THREAD)
+    while process.poll() is None and not (tmp_path / "cut/resume.safetensors").exists():
         time.sleep(0.005)
     time.sleep(0.2)  # some steps into the next epoch
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL and not (tmp_path / "cut/model.safetensors").exists()
+    process.kill()
+    assert children.finish(process).returncode == -signal.SIGKILL
+    assert (tmp_path / "cut/resume.safetensors").exists() and not (tmp_path / "cut/model.safetensors").exists()
     resumed = run("train", *arguments, "--output", "cut", "--resume", cwd=tmp_path, **ONE_THREAD)
     assert resumed.returncode == 0, resumed.stderr
     assert "1/4" not in resumed.stderr and "4/4" in resumed.stderr
@@ -90,39 +84,3 @@ def test_an_experiment_writes_a_table_a_picture_and_its_numbers(
     assert [outcome["trial"]["model"] for outcome in record["outcomes"]] == ["resnet8", "resnet14"]
     again = run_here("train", *arguments, "--resume")
     assert again.returncode == 0 and "1/1" not in again.stderr  # nothing is trained twice
-
-
-NONSENSE = {
-    ("--model", "resnet21"): "unknown model 'resnet21'; nearest: ",
-    ("--data", "nowhere"): "nowhere: expected digits, a folder of class folders or an archive",
-    ("--data", "empty"): "empty: expected a folder of class folders, got one without folders",
-    ("--data", "one"): "one: expected pictures of at least two classes, got only 'cats'",
-    ("--data", "hollow"): "cats: expected pictures (.bmp",
-    ("--data", "broken"): "0.png: expected a picture",
-    ("--data", "file.txt"): "file.txt: expected an archive of CIFAR-10 or CIFAR-100",
-    ("--epochs", "0"): "epochs must be at least 1, got 0",
-    ("--augment", "mixup"): "augment must be some of crop, flip, cutout, got ('mixup',)",
-    ("--image-size", "4"): "--image-size: expected at least 8 pixels, got 4",
-    ("--resume",): "there is nothing to resume",
-    ("--device", "cuda"): "expected an NVIDIA GPU",
-    ("--lerning-rate", "1"): "did you mean --learning-rate",
-    ("compare", "--model", "resnet20"): "--model resnet20: compare trains models of its own",
-    ("compair",): "unknown experiment 'compair', expected one of compare, depths, regularisers",
-}
-
-
-@pytest.mark.parametrize("arguments", NONSENSE, ids=lambda arguments: "-".join(arguments).strip("-"))
-def test_bad_input_is_refused_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
-) -> None:
-    if arguments == ("--device", "cuda") and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    for path in ("empty", "one/cats", "hollow/cats", "hollow/dogs", "broken/cats", "broken/dogs"):
-        (tmp_path / path).mkdir(parents=True)
-    Image.new("RGB", (8, 8)).save(tmp_path / "one/cats/0.png")
-    for name in ("cats", "dogs"):
-        (tmp_path / "broken" / name / "0.png").write_bytes(b"no picture")
-    (tmp_path / "file.txt").write_text("hello")
-    monkeypatch.chdir(tmp_path)
-    assert NONSENSE[arguments] in refusal(run_here("train", *arguments))
-    assert not (tmp_path / "build/train/resnet20-digits/model.safetensors").exists()

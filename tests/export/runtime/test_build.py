@@ -6,9 +6,9 @@ import hashlib
 import json
 import stat
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -80,7 +80,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> fake_tensorrt.FakeCuda:
     """A machine with a GPU and one TensorRT, which are stand-ins."""
     cuda = fake_tensorrt.FakeCuda()
-    monkeypatch.setitem(FLAVOURS, "tensorrt", replace(FLAVOURS["tensorrt"], module=fake_tensorrt.__name__))
+    monkeypatch.setitem(FLAVOURS, "tensorrt", fake_tensorrt.FLAVOUR)
     monkeypatch.delitem(FLAVOURS, "tensorrt-rtx")
     for module in ("engines.cuda_runtime", "engine_store"):
         monkeypatch.setattr(f"export.runtime.{module}.import_cuda", lambda extra: cuda)
@@ -206,15 +206,6 @@ def test_an_engine_that_is_wrong_by_now_is_built_anew_on_the_way_back(
     assert (number(place), number(place, f"previous.{ENGINE}")) == (3, 2)
 
 
-@pytest.mark.parametrize("base", ["", "relative"])
-def test_a_cache_that_is_relative_does_not_count(
-    base: str, builder: Builder, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", base)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert build(path).file.is_relative_to(tmp_path / "home" / ".cache" / "resnet-deploy")
-
-
 OTHERS: dict[str, Callable[[fake_tensorrt.FakeCuda, pytest.MonkeyPatch], object]] = {
     "TensorRT": lambda cuda, patch: patch.setattr(fake_tensorrt, "__version__", "10.16.1"),
     "GPU": lambda cuda, patch: setattr(cuda.properties, "name", b"Thor"),
@@ -240,17 +231,12 @@ def test_another_machine_is_another_engine(
     assert not artefacts(open_bundle(path))[0].obstacle
 
 
-@pytest.mark.parametrize("missing", ["package", "GPU"])
-def test_an_engine_whose_machine_lost_something_says_what(
-    missing: str, builder: Builder, path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_engine_whose_machine_lost_its_gpu_says_so(
+    builder: Builder, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build(path)
-    if missing == "package":
-        monkeypatch.setitem(FLAVOURS, "tensorrt", replace(FLAVOURS["tensorrt"], module="no_such_module"))
-    else:
-        monkeypatch.setattr("export.runtime.engine_store.why_no_gpu", lambda extra: "no NVIDIA GPU here")
-    expected = {"package": "no_such_module is not installed", "GPU": "no NVIDIA GPU here"}
-    assert artefacts(open_bundle(path))[0].obstacle.startswith(expected[missing])
+    monkeypatch.setattr("export.runtime.engine_store.why_no_gpu", lambda extra: "no NVIDIA GPU here")
+    assert artefacts(open_bundle(path))[0].obstacle.startswith("no NVIDIA GPU here")
 
 
 def test_other_options_are_another_engine(builder: Builder, path: Path) -> None:
@@ -286,28 +272,20 @@ def test_an_engine_in_place_that_fails_is_refused_and_stays(builder: Builder, ca
     assert not found and found.origin == "kept" and tree(cache) == before
 
 
-def refuse() -> None:
-    raise ExportError("building the tensorrt engine was ended by SIGKILL (most likely out of memory)")
-
-
 def test_a_build_that_dies_leaves_nothing(builder: Builder, cache: Path, path: Path) -> None:
-    builder.during = refuse
+    builder.during = Mock(side_effect=ExportError("building the engine was ended by SIGKILL"))
     with pytest.raises(ExportError, match="ended by SIGKILL"):
         build(path)
     assert not [*cache.iterdir()]
 
 
 def test_the_second_of_two_builds_says_so(builder: Builder, path: Path) -> None:
-    said: list[str] = []
-
     def again() -> None:
-        with pytest.raises(ExportError) as error:
+        with pytest.raises(ExportError, match=r"is writing to .*/b-tensorrt-"):
             build(path)
-        said.append(str(error.value))
 
     builder.during = again
     assert build(path) and len(builder.asked) == 1
-    assert said and "is writing to" in said[0] and "b-tensorrt-" in said[0]
 
 
 def test_a_build_that_another_one_overtook_is_not_repeated(
@@ -334,11 +312,6 @@ RTX = Flavour("tensorrt-rtx", fake_tensorrt.__name__, "model.rtx.engine", "model
 def test_a_flavour_that_does_not_serve_the_gpu_is_not_built(
     builder: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor is one that is not installed."""
-    absent = Flavour("tensorrt-rtx", "no_such_module", "x.engine", "x.json", False, False)
-    monkeypatch.setitem(FLAVOURS, "tensorrt-rtx", absent)
-    assert build(summing.write(tmp_path / "b2"))
-    builder.asked.clear()
     monkeypatch.setitem(FLAVOURS, "tensorrt-rtx", RTX)
     _, builds = build_on_device(summing.write(tmp_path / "b"))
     assert [asked[1] for asked in builder.asked] == ["tensorrt"] and len(builds) == 1
@@ -418,11 +391,10 @@ def test_a_changed_place_is_refused_before_anything_is_loaded(
 
 
 def test_a_place_open_to_others_or_with_more_in_it_is_refused(place: Path, tmp_path: Path) -> None:
-    for mode in (0o750, 0o777):
-        place.parent.chmod(mode)
-        for refused in (lambda: artefacts(open_bundle(tmp_path / "b")), lambda: build(tmp_path / "b")):
-            with pytest.raises(ExportError, match=r"engines is not private to this user \(expected mode 0700\)"):
-                refused()
+    place.parent.chmod(0o750)
+    for refused in (lambda: artefacts(open_bundle(tmp_path / "b")), lambda: build(tmp_path / "b")):
+        with pytest.raises(ExportError, match=r"engines is not private to this user \(expected mode 0700\)"):
+            refused()
     place.parent.chmod(0o700)
     (place / "libevil.so").touch()
     with pytest.raises(ExportError, match=r"libevil\.so: not listed in manifest\.json; remove "):
@@ -430,7 +402,6 @@ def test_a_place_open_to_others_or_with_more_in_it_is_refused(place: Path, tmp_p
 
 
 FOREIGN: dict[str, dict[str, Any]] = {
-    "no engines": {},
     "engines of another form": {"engines": {ENGINE: {}}},
     "an unknown flavour": {"engines": [{"key": {"flavour": "openvino", "options": {}}}]},
     "unknown options": {"engines": [{"key": {"flavour": "tensorrt", "options": {"speed": 11}}}]},
@@ -446,9 +417,8 @@ def test_a_place_of_something_else_is_refused(case: str, place: Path, tmp_path: 
 
 
 def test_a_user_without_a_home_has_built_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def homeless() -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # which does not count
+    monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("Could not determine home directory.")))
+    with pytest.raises(RuntimeError):
+        engine_place(tmp_path / "b", FLAVOURS["tensorrt"])
     assert [artefact.file for artefact in artefacts(open_bundle(summing.write(tmp_path / "b")))] == [ONNX_FILE]

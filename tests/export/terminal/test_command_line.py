@@ -20,8 +20,6 @@ from export.terminal.commands import PACKAGE
 ERRORS: dict[str, tuple[BaseException, int]] = {
     "refusal": (ExportError("no"), 2),
     "refusal of another library": (LookupError("no"), 2),
-    "package": (ModuleNotFoundError("No module named 'numpy'", name="numpy"), 2),
-    "library of a package": (ImportError("libcuda.so.1: cannot open shared object file"), 2),
     "full disk": (OSError(errno.ENOSPC, "No space left on device"), 2),
     "memory": (MemoryError(), 2),
     "memory of PyTorch": (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 2),
@@ -30,7 +28,6 @@ ERRORS: dict[str, tuple[BaseException, int]] = {
     "ValueError": (ValueError("operands could not be broadcast\ntogether"), 3),
     "RuntimeError": (RuntimeError("shapes"), 3),
     "OSError of a library": (OSError("cannot identify image file"), 3),
-    "module of this project": (ModuleNotFoundError("No module named 'export.x'", name="export.x"), 3),
 }
 
 

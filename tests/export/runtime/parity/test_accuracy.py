@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 
 import numpy as np
@@ -51,15 +50,7 @@ def test_batches_are_streamed_and_the_last_is_smaller() -> None:
 
 
 def test_labels_are_found_by_the_names_of_the_classes() -> None:
-    """The data's a, b, c are logits 2, 0, 1 of the network."""
-    indices = class_indices(("a", "b", "c"), ["b", "c", "a"], 3)
-    assert indices.tolist() == [2, 0, 1]
-
-    def network(inputs: NDArray) -> Arrays:
-        return {"logits": inputs[:, [1, 2, 0]]}
-
-    assert measure("onnx", "numpy", "fp32", network, Rows(10), indices, 4).correct == 7
-    assert measure("onnx", "numpy", "fp32", network, Rows(10), np.arange(3), 4).correct < 7
+    assert class_indices(("a", "b", "c"), ["b", "c", "a"], 3).tolist() == [2, 0, 1]
     assert class_indices(["dog", "cat"], ["ant", "bee", "cat", "dog"], 4).tolist() == [3, 2]  # some are enough
     assert class_indices(["x", "y"], None, 2).tolist() == [0, 1]
 
@@ -120,12 +111,6 @@ def test_a_form_keeps_99_percent_of_the_eager_models_top1(eager: int, other: int
     if fails:
         assert report.verdict.startswith(f"accuracy lost: onnx (fp16) has {other / 10:.2f} % top-1")
         assert f"the eager model has {eager / 10:.2f} %: expected at least 99 %" in report.verdict
-
-
-def test_it_is_written_as_json() -> None:
-    assert lost_accuracy(()) == ""  # without a measurement nothing is lost
-    facts = {"form": "onnx", "runtime": "numpy", "precision": "fp16", "images": 1000, "correct": 905, "top1": 0.905}
-    assert json.loads(json.dumps(accuracy("onnx", 905).to_json())) == {**facts, "seconds": 0.5}
 
 
 def test_the_table_shows_before_and_after(capsys: pytest.CaptureFixture[str]) -> None:
