@@ -21,7 +21,7 @@ from kernels.operators.registry import OPERATORS as OPERATOR_ARGUMENTS
 from kernels.oracle import make_inputs, oracle, p1_failures
 from kernels.problems import KERNEL_DTYPES, ConvProblem, Problem
 from kernels.rounding import MAX_Z
-from tests.kernels.launching import POISONS, fake, launch, on_device, operator, quick_config, same
+from tests.kernels.launching import POISONS, assert_like, fake, launch, on_device, operator, quick_config, same
 from tests.kernels.strategies import (
     BOXABLE,
     LARGE,
@@ -104,17 +104,6 @@ def test_dense_tensors_give_what_the_oracle_gives_and_others_are_refused(
         return
     (argument,) = strided
     assert re.match(rf"{argument} (of shape .* )?has strides .*, expected", y)
-
-
-def assert_like(faked: Tensor | str, y: Tensor | str) -> None:
-    if isinstance(y, str) or isinstance(faked, str):
-        assert faked == y
-        return
-    # Along an axis of one element any stride will do.
-    strides = [(a, b) for a, b, size in zip(y.stride(), faked.stride(), y.shape, strict=True) if size > 1]
-    assert (faked.shape, faked.dtype, faked.layout) == (y.shape, y.dtype, y.layout)
-    assert all(a == b for a, b in strides), f"{y.stride()} of {tuple(y.shape)}, faked {faked.stride()}"
-    assert faked.storage_offset() == y.storage_offset() and faked.requires_grad == y.requires_grad
 
 
 def check_configuration(problem: Problem, config: Config, poison: float, device: torch.device) -> None:
