@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,10 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels.launch
 from kernels.configs.config import Config
-from kernels.configs.convolution import ConvConfig, box_of
+from kernels.configs.convolution import ConvConfig
 from kernels.launch import Workspace, target_of
 from kernels.operators.conv2d_bias_relu_maxpool import StemConfig, StemProblem
-from kernels.operators.conv2d_conv1x1_bias_act import BottleneckConfig, BottleneckProblem, PairConfig
+from kernels.operators.conv2d_conv1x1_bias_act import BottleneckConfig, BottleneckProblem
 from kernels.operators.mean_linear import HeadConfig, HeadProblem
 from kernels.operators.registry import Arguments
 from kernels.oracle import make_inputs, oracle, p1_failures
@@ -48,20 +47,6 @@ def quick_config(problem: Problem) -> Config:
     if isinstance(problem, BottleneckProblem):
         return BottleneckConfig(rows, power_of_two(problem.c_out, 512), block_k, num_warps=4, num_stages=2)
     return ConvConfig(rows, power_of_two(conv.gemm_n, 512), block_k, num_warps=4, num_stages=2)
-
-
-def quick_pair(problem: BottleneckProblem) -> PairConfig:
-    first, second = quick_config(problem.first), quick_config(problem.second)
-    assert isinstance(first, ConvConfig) and isinstance(second, ConvConfig)
-    return PairConfig(first, second)
-
-
-def quick_boxes(problem: ConvProblem | BottleneckProblem) -> Config:
-    """The largest slice of K that divides the channels, in boxes of which the fewest lie outside the image."""
-    conv, config = problem.convolution, quick_config(problem)
-    assert isinstance(config, ConvConfig | BottleneckConfig)
-    projected = conv.projection.c_in if conv.projection else 0
-    return replace(config, block_k=math.gcd(conv.c_in, 256, projected), box=box_of(conv, config.block_m))
 
 
 def on_device(config: Config, device: torch.device) -> Config | None:

@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from export.base.precision import PRECISIONS
 from kernels.operators.conv2d_bias_relu_maxpool import StemProblem
 from kernels.operators.conv2d_conv1x1_bias_act import BottleneckProblem
 from kernels.operators.mean_linear import HeadProblem
 from kernels.operators.registry import Arguments
 from kernels.oracle import make_inputs, oracle, p1_failures
 from kernels.problems import ConvProblem, Problem
-from kernels.rounding import MAX_Z
+from kernels.rounding import MAX_Z, ROUNDING_RMS, UNIT_ROUNDOFF
 from tests.kernels.cases import DTYPES, ONE_OF_EACH
 from tests.kernels.launching import composition
 
@@ -220,3 +221,11 @@ def test_wrong_rounding_is_refused(dtype: str, defect: Defect) -> None:
     """Not in float32, where the order of the additions matters more than either."""
     trial = make_trial("conv", dtype)
     assert trial.failures(defect(trial)) != []
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_precisions_round_as_the_oracle_says(name: str) -> None:
+    """What a module without torch repeats of the rounding model is the same."""
+    precision = PRECISIONS[name]
+    assert precision.roundoff == UNIT_ROUNDOFF[precision.dtype]
+    assert name == "fp32" or precision.network_floor == ROUNDING_RMS * precision.roundoff

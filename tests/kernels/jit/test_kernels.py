@@ -8,21 +8,20 @@ import torch
 from kernels.configs.config import Config
 from kernels.configs.convolution import ConvConfig
 from kernels.operators.conv2d_bias_relu_maxpool import StemConfig
-from kernels.operators.conv2d_conv1x1_bias_act import BottleneckConfig, BottleneckProblem
+from kernels.operators.conv2d_conv1x1_bias_act import BottleneckConfig
 from kernels.operators.mean_linear import HeadConfig
-from kernels.problems import ConvProblem, Problem
+from kernels.problems import Problem
 from tests.kernels.cases import (
     BOTTLENECK_CASES,
     CASES,
     HEAD_CASES,
-    NETWORK_CASES,
     ODD_CASES,
     PROJECTION_CASES,
     SMALL,
     STEM_CASES,
     projected,
 )
-from tests.kernels.launching import check, on_device, quick_boxes, quick_pair
+from tests.kernels.launching import check
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -94,35 +93,3 @@ LAUNCHES: dict[str, tuple[Problem, Config]] = {
 def test_every_tile_gives_the_same_result(name: str, device: torch.device) -> None:
     problem, config = LAUNCHES[name]
     check(problem, device, config)
-
-
-PAIRS = [name for name in BOTTLENECK_CASES if name == "64-projection-s1" or name[0] in "cfot"]
-
-
-@pytest.mark.parametrize("name", PAIRS)
-def test_a_bottleneck_as_a_pair_of_kernels(name: str, device: torch.device) -> None:
-    problem = BOTTLENECK_CASES[name]
-    check(problem, device, on_device(quick_pair(problem), device))
-
-
-REAL = {name: NETWORK_CASES[name] for name in ("64-256-1x1-s1", "2048-512-1x1-s1", "256-256-3x3-s1")}
-BOXABLE: dict[str, ConvProblem | BottleneckProblem] = {
-    **REAL,
-    **{name: PROJECTION_CASES[name] for name in ("basic-512", "bottleneck-256-s2")},
-    **{
-        f"bottleneck {name}": problem
-        for name, problem in BOTTLENECK_CASES.items()
-        if problem.first.c_in % 16 == 0 and quick_boxes(problem).unsupported_reason(problem, None) is None
-    },
-}
-
-
-@pytest.mark.parametrize("name", BOXABLE)
-def test_layers_of_the_networks_over_boxes(name: str, device: torch.device) -> None:
-    check(BOXABLE[name], device, on_device(quick_boxes(BOXABLE[name]), device))
-
-
-def test_boxes_take_every_kind_of_shortcut() -> None:
-    names = ("64-identity", "64-projection-s1", "c_mid-40-projection", "c_mid-40-no-shortcut")
-    assert {f"bottleneck {name}" for name in names} <= BOXABLE.keys()
-    assert "bottleneck first-dilation-2" not in BOXABLE and "bottleneck 128-projection-s2" not in BOXABLE

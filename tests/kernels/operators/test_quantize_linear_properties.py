@@ -1,10 +1,14 @@
-"""What holds for every tensor that is quantised or dequantised: examples are drawn, float64 judges."""
+"""What holds for every tensor that is quantised or dequantised: examples are drawn, float64 judges.
+
+That files of these operators compute the same in ONNX Runtime is tested in tests/export/lowering.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -161,3 +165,15 @@ def test_permuted_rows_give_permuted_outputs(call: Call, data: st.DataObject) ->
     order = torch.tensor(data.draw(st.permutations(range(len(call.values()[0])))))
     permuted = call.map(lambda tensor: tensor[order] if tensor.ndim else tensor)
     assert torch.equal(operator(permuted), operator(call)[order])
+
+
+@pytest.mark.parametrize("whole", WHOLE, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_opcheck(dtype: torch.dtype, whole: torch.dtype) -> None:
+    x = torch.randn(2, 4, 3, 3).contiguous(memory_format=torch.channels_last).to(dtype)
+    s, z = torch.tensor(0.1, dtype=dtype), torch.tensor(3, dtype=whole)
+    q = quantize_linear(x, s, z)
+    channels = (q, torch.full((len(q),), 0.1, dtype=dtype), torch.zeros(len(q), dtype=whole))
+    torch.library.opcheck(quantize_linear, (x, s, z))
+    for arguments in ((q, s, z), channels, (q.to(torch.int32), s, None)):
+        torch.library.opcheck(dequantize_linear, arguments)
