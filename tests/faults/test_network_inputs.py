@@ -13,13 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from export import Batch, ExportError, FusedProgram, fuse
+from export import ExportError, FusedProgram, fuse
 from export.base.precision import PRECISIONS
 from export.runtime.artefacts import running_first
 from export.runtime.bundle.contents import open_bundle
-from tests.export.networks import Called, fuse_exactly
-
-BATCH = Batch(1, 2, 4)
+from tests.export.networks import BATCH, Called, fuse_exactly
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +32,7 @@ def test_a_variance_of_0_is_folded_in_float64_and_noted(x: Tensor) -> None:
     assert fuse(model, x).coverage.notes == ()
     model.get_buffer("1.running_mean").normal_(0, 0.5)
     model.get_buffer("1.running_var")[3] = 0
-    program = fuse_exactly(model, x, BATCH)
+    program = fuse_exactly(model, x)
     program.at(PRECISIONS["fp16"])
     note = "1: running_var is 0 in 1 of 8 channels, which are multiplied by up to 316.2"
     assert program.coverage.notes == (note,) and note in str(program.coverage)
@@ -51,7 +49,7 @@ def residual() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def block(x: Tensor) -> FusedProgram:
-    program = fuse_exactly(residual(), x, BATCH)
+    program = fuse_exactly(residual(), x)
     assert [operator.kind for operator in program.coverage.fused] == ["conv2d_bias_act"] and not program.coverage.left
     return program
 
@@ -77,7 +75,7 @@ def test_every_size_of_image(side: int) -> None:
     torch.manual_seed(0)
     first, second = nn.Conv2d(3, 8, 7, 2, 3), nn.Conv2d(8, 8, 3, 2, 1)
     model = Called(small, conv1=first, conv2=second, project=nn.Conv2d(8, 8, 1, 2), fc=nn.Linear(8, 4)).eval()
-    torch.testing.assert_close(fuse_exactly(model, x, BATCH)(x), model(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(fuse_exactly(model, x)(x), model(x), rtol=1e-5, atol=1e-5)
 
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.complex64)

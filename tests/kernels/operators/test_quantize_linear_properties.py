@@ -23,6 +23,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WHOLE = (torch.int8, torch.uint8)
 
 
+# No kernels run them, so there are arguments and no more.
 @dataclass(frozen=True, eq=False)
 class Quantize(Arguments[T]):
     operator = "quantize_linear"
@@ -83,7 +84,7 @@ def quantise_calls(draw: st.DrawFn) -> Quantize[Tensor]:
     )
     chosen = kinds.gather(0, torch.randint(0, 3, (1, *shape), generator=generator))[0]
     x = draw(any_layouts(len(shape))).of((chosen.double() * scale.double()).to(dtype))
-    return Quantize(x, scale, draw(zero_points(whole)))
+    return Quantize(x, scale, draw(zero_points(whole)))  # type: ignore[abstract]
 
 
 @st.composite
@@ -98,7 +99,7 @@ def dequantise_calls(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = FLOATS) 
     values = torch.randint(max(limits.min, -most), most, shape, generator=generator).to(whole)
     q = replace(draw(any_layouts(len(shape))), requires_grad=False).of(values)
     zero_point = None if whole == torch.int32 or draw(st.booleans()) else draw(zero_points(whole, channels))
-    return Dequantize(q, draw(scales(dtype, channels)), zero_point)
+    return Dequantize(q, draw(scales(dtype, channels)), zero_point)  # type: ignore[abstract]
 
 
 def roundoff(dtype: torch.dtype) -> float:
