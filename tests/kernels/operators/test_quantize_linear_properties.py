@@ -3,8 +3,6 @@
 That files of these operators compute the same in ONNX Runtime is tested in tests/export/lowering.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 
