@@ -52,6 +52,14 @@ def test_costs(name: str) -> None:
     assert (problem.activation_bytes, problem.weight_bytes) == (size * activations, size * weights)
 
 
+def test_dense_means_a_matrix_product() -> None:
+    dense = ConvProblem(1, 64, 7, 7, 64, (1, 1))
+    assert dense.is_dense and replace(dense, projection=Projection(32, 7, 7, (1, 1))).is_dense
+    strided = Projection(32, 14, 14, (2, 2))
+    others = ({"kernel": (3, 3), "padding": (1, 1)}, {"stride": (2, 2)}, {"padding": (1, 1)}, {"projection": strided})
+    assert not any(replace(dense, **changes).is_dense for changes in others)
+
+
 def test_loads_are_vectors_of_16_bytes() -> None:
     problem = ConvProblem(1, 8, 7, 7, 64, (1, 1))
     assert problem.loads_are_vectors and not replace(problem, c_in=12).loads_are_vectors
