@@ -31,8 +31,6 @@ from tests.scripts.loading import load_script
 
 LARGEST = 32 << 20  # bytes of a manifest: the file that holds it is limited too
 TryOne = Callable[[int], str]
-
-
 ENGINE = "model.rtx.engine"
 READ = ("format", "model", "precision", "batch", "inputs", "outputs", "engines", "files")  # parts of a manifest
 

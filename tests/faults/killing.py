@@ -1,4 +1,4 @@
-"""Kill a function with SIGKILL at every step it takes on the file system, and at moments drawn by chance.
+"""Kill a function with SIGKILL at every step it takes on the file system.
 
 The function runs in a forked child that this process traces with ptrace(2). The kernel stops the child at the entry of
 each system call and says which one it is, so what counts as a step does not depend on how the code came to it: Python's
@@ -19,11 +19,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-import random
 import signal
 import struct
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -100,29 +98,6 @@ def unflushed(function: Callable[[], object]) -> list[str]:
                 source = _text(child, arguments[0 if name == "rename" else 1])
                 found += [path for path in sorted(dirty) if f"{path}/".startswith(f"{source}/")]
     return found
-
-
-def random_kills(function: Callable[[], object], check: Check, times: int, seed: int = 0) -> int:
-    """Kill `function` `times` times, each at a moment between its start and its end; as `kills` otherwise."""
-    generator = random.Random(seed)
-    started = time.monotonic()
-    _check_ended(os.waitpid(_fork(function), 0)[1])
-    seconds = time.monotonic() - started
-    check("no kill")
-    killed = 0
-    while killed < times:
-        delay = generator.uniform(0, seconds)
-        child = _fork(function)
-        time.sleep(delay)
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        if os.WIFSIGNALED(status):
-            killed += 1
-            check(f"after {delay:.4f} s")
-        else:
-            seconds -= (seconds - delay) / 10  # it took less than the first time
-            check("no kill")
-    return killed
 
 
 def run_until(function: Callable[[], object], last: int) -> str | None:

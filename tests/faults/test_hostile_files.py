@@ -1,4 +1,7 @@
-"""What nobody may do through a file or a name; servers are in tests/resnet/test_pretrained.py."""
+"""What nobody may do through a file or a name, and what runs of a bundle that was made for another machine.
+
+Servers are in tests/resnet/test_pretrained.py.
+"""
 
 from __future__ import annotations
 
@@ -10,41 +13,42 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
+import onnxruntime
 import pytest
+import torch
+from torch import nn
 from torch.torch_version import TorchVersion
 
-from export import ExportError
+from export import ExportConfig, ExportError, MissingDependency, export_bundle, verify_bundle
 from export.base.private_cache import private_folder
-from export.runtime.artefacts import artefacts, running
+from export.runtime.artefacts import artefacts, running, running_first
 from export.runtime.bundle.contents import open_bundle
-from export.runtime.bundle.golden import GOLDEN_FILE
+from export.runtime.engines import engine as tensorrt_engine
 from export.runtime.onnx_session import ONNX_FILE, open_file
 from tests import children
-from tests.faults.bundle_inputs import a_picture, class_folders, copied, forge, replace, run
+from tests.faults.bundle_inputs import ENGINE, a_picture, class_folders, copied, forge, replace, run, with_engine
 from tests.faults.mutations import nested
+from tests.faults.writers import write_bundle
 from tests.scripts.loading import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(path for room in ("export", "kernels", "resnet", "scripts") for path in (ROOT / room).rglob("*.py"))
 
 
-def test_the_versions_without_known_holes_are_asked_for(bundle: Path) -> None:
-    """Of PyTorch, which unpickles, and of ONNX, which opened files by name; what is exported names none."""
+def test_the_versions_without_known_holes_are_asked_for() -> None:
+    """Of PyTorch, which unpickles, and of ONNX, which opened files by name."""
     project = (ROOT / "pyproject.toml").read_text()
     for package, least in (("torch", "2.10"), ("onnx", "1.21")):
         (pinned,) = re.findall(rf'"{package}>=([0-9.]+)"', project)
         assert TorchVersion(version(package)) >= TorchVersion(pinned) >= TorchVersion(least), package
-    model = onnx.load(bundle / ONNX_FILE, load_external_data=False)
-    assert len(model.graph.initializer) > 10
-    for tensor in model.graph.initializer:
-        assert tensor.data_location == onnx.TensorProto.DEFAULT and not tensor.external_data
 
 
 @pytest.mark.parametrize("rounded", [False, True])
-@pytest.mark.parametrize("place", ["beside", "current folder", "above", "absolute"])
+@pytest.mark.parametrize("place", ["current folder", "above", "absolute"])
 def test_external_data_is_refused(
     place: str, rounded: bool, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -54,10 +58,8 @@ def test_external_data_is_refused(
     tensor = next(tensor for tensor in model.graph.initializer if len(tensor.raw_data) > 1000)
     (tmp_path / "secret").write_bytes(tensor.raw_data)
     monkeypatch.chdir(tmp_path)
-    location = {"beside": GOLDEN_FILE, "current folder": "secret", "above": "../secret"}
-    external = {"location": location.get(place, str(tmp_path / "secret")), "length": str(len(tensor.raw_data))}
-    if place in ("beside", "above"):
-        monkeypatch.chdir(changed)
+    location = {"current folder": "secret", "above": f"{changed.name}/../secret", "absolute": str(tmp_path / "secret")}
+    external = {"location": location[place], "length": str(len(tensor.raw_data))}
     tensor.ClearField("raw_data")
     tensor.data_location = onnx.TensorProto.EXTERNAL
     for key, value in external.items():
@@ -73,13 +75,8 @@ def test_external_data_is_refused(
             pass
 
 
-@pytest.mark.parametrize("name", ["a/b", "a\x00b", "x" * 300, "a\nb"])
-def test_names_are_names_in_the_folder(name: str, bundle: Path, tmp_path: Path) -> None:
-    changed = copied(bundle, tmp_path)
-    forge(changed, lambda manifest: manifest["files"].update({name: {"bytes": 0, "sha256": "0" * 64}}))
-    with pytest.raises(ExportError) as error:
-        open_bundle(changed)
-    assert len(str(error.value).splitlines()) == 1 and repr(name)[1:-1] in str(error.value)
+def with_file(name: str) -> Callable[[dict[str, Any]], object]:
+    return lambda manifest: manifest["files"].update({name: {"bytes": 0, "sha256": "0" * 64}})
 
 
 FORGED: dict[str, Callable[[dict[str, Any]], object]] = {
@@ -97,6 +94,7 @@ FORGED: dict[str, Callable[[dict[str, Any]], object]] = {
     "size of pictures": lambda m: m["model"]["preprocessing"].update(resize=[10**30, 10**30]),
     "plan elsewhere": lambda m: m.update(engines={"/tmp/x.engine": {"flavour": "tensorrt-rtx", "version": "1"}}),
     "nested": lambda m: m.update(more=nested(980)),
+    **{f"file {name[:4]!r}": with_file(name) for name in ("a\x00b", "x" * 300, "a\nb")},
 }  # fmt: skip
 
 
@@ -162,3 +160,63 @@ def test_no_hub_no_shell_and_arguments_as_lists() -> None:
                 started += 1
                 assert isinstance(call.args[0], ast.List | ast.Name), f"{path}: {ast.unparse(call)}"
     assert started >= 2
+
+
+@pytest.mark.parametrize("target", ["..", "nowhere"])
+def test_a_link_is_never_written_through(target: str, tmp_path: Path) -> None:
+    output = tmp_path / "parent" / "output"
+    output.parent.mkdir()
+    output.symlink_to(target)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ExportError, match=rf"^{output} exists and is not a folder: choose another folder"):
+        write_bundle(output, {})
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+BUILT_ON = "A, compute capability 8.6, 16 multiprocessors"
+ENGINES = {
+    "version": ("1.2.4", BUILT_ON, "built by tensorrt-rtx 1.2.4, 1.2.3 is installed.*build_on_device"),
+    "GPU": ("1.2.3", "B", f"built on B, here is {BUILT_ON}; build one here: build_on_device"),
+    "none": ("1.2.3", BUILT_ON, ""),
+}
+
+
+@pytest.mark.parametrize("other", ENGINES)
+def test_an_engine_of_another_version_or_gpu_is_refused_with_the_command_that_fixes_it(
+    other: str, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = SimpleNamespace(__version__="1.2.3")
+    machine = {"import_flavour": package, "why_no_gpu": "", "compute_capability": (8, 6), "gpu_name": BUILT_ON}
+    for name, value in machine.items():
+        monkeypatch.setattr(tensorrt_engine, name, lambda _, value=value: value)
+    monkeypatch.setattr("export.runtime.artefacts.TensorRTRunner", lambda *_: pytest.fail("an engine was loaded"))
+    version, gpu, expected = ENGINES[other]
+    opened = open_bundle(with_engine(bundle, tmp_path, version, gpu))
+    engine = next(artefact for artefact in artefacts(opened) if artefact.engine)
+    if not expected:
+        assert engine.obstacle == ""
+        return
+    with pytest.raises(ExportError, match=rf"model\.rtx\.engine cannot run here: {expected}"), running(opened, engine):
+        pass
+    (rung,) = [rung for rung in verify_bundle(opened.path) if rung.file == ENGINE]
+    assert rung.not_run == engine.obstacle
+
+
+def test_a_missing_runtime_is_an_error_that_names_what_installs_it(
+    bundle: Path, resnet8: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    install = r"^onnxruntime is not installed; install it with: pip install -e '\.\[onnxruntime\]'$"
+    with pytest.raises(MissingDependency, match=install):
+        export_bundle(resnet8, torch.zeros(1, 3, 16, 16), tmp_path / "b", ExportConfig(engine="none"))
+    with pytest.raises(ExportError, match=r"model\.onnx does not run here: onnxruntime is not installed"):
+        verify_bundle(bundle)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_provider_is_no_fallback(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime.InferenceSession, "get_providers", lambda session: ["AzureExecutionProvider"])
+    refusal = r"\['AzureExecutionProvider'\]: expected CPUExecutionProvider alone"
+    with pytest.raises(ExportError, match=refusal), running_first(open_bundle(bundle)):
+        pass
+    assert not all(verify_bundle(bundle))

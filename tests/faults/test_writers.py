@@ -22,8 +22,7 @@ import pytest
 from export import verify_bundle
 from export.runtime.bundle.folder import read_verified
 from tests.children import finish, fork, in_forks, run, start
-from tests.effort import TIMES
-from tests.faults.killing import kills, random_kills, run_until, unflushed
+from tests.faults.killing import kills, run_until, unflushed
 from tests.faults.writers import WRITERS, Writer, bundle_files, read_bundle, write_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,15 +69,14 @@ def emptied(folder: Path) -> Path:
 NOTHING, OLDER, KILLED = "into nothing", "over an older one", "over an older one, beside what an earlier kill left"
 # At least so many kills of each.
 KILLS = {
-    ("bundle", NOTHING): 30, ("bundle", KILLED): 45, ("engines", KILLED): 35,
-    ("export", OLDER): 30, ("weights", OLDER): 5, ("weights", KILLED): 5, ("training", NOTHING): 20,
-    ("calibration", NOTHING): 5, ("calibration", KILLED): 5,
+    ("bundle", NOTHING): 33, ("bundle", KILLED): 45, ("engines", NOTHING): 20, ("engines", KILLED): 35,
+    ("export", OLDER): 33, ("weights", OLDER): 5, ("weights", KILLED): 5, ("training", NOTHING): 22,
+    ("calibration", NOTHING): 8, ("calibration", KILLED): 8,
 }  # fmt: skip
-BY_CHANCE = 40 * TIMES
 
 
 def test_there_are_at_least_200_kills() -> None:
-    assert sum(KILLS.values()) + BY_CHANCE >= 200
+    assert sum(KILLS.values()) >= 200
 
 
 class Killed:
@@ -130,15 +128,6 @@ def test_killed_at_every_step(
     assert count >= KILLS[name, begin], f"only {count} kills"
 
 
-def test_killed_at_any_time(tmp_path: Path, record_property: Callable[[str, Any], None]) -> None:
-    template = emptied(tmp_path / "begin")
-    WRITERS["bundle"].write(template, OLD)
-    killed = Killed(WRITERS["bundle"], tmp_path / "folder", template)
-    assert random_kills(killed.write, killed.check, BY_CHANCE) == BY_CHANCE
-    record_property("kills", BY_CHANCE)
-    assert set(killed.found) <= {OLD, NEW}
-
-
 @everyone
 def test_flushed_before_it_is_in_its_place(name: str, writer: Writer, tmp_path: Path) -> None:
     for version in (OLD, NEW):
@@ -169,17 +158,12 @@ def check_refused(writer: Writer, folder: Path, reason: str, before: int | None)
 
 
 SIZES = (0, 1, 1000, 4096, 25_000, 52_015, 79_000, 199_999, 315_000, 1_000_000)
-# The largest file of each in bytes, roughly: whatever is smaller than that must be too small.
-LARGEST = {
-    "bundle": 300_000, "engines": 200_000, "export": 315_000, "weights": 80_000, "training": 600_000,
-    "calibration": 25_000,
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("before", [None, OLD], ids=["into nothing", "over an older one"])
 @everyone
 def test_a_limit_of_the_size_of_files(name: str, writer: Writer, before: int | None, tmp_path: Path) -> None:
-    def too_small() -> list[int]:
+    def too_small() -> tuple[list[int], int]:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then the write fails instead
         found = []
         for size in SIZES:
@@ -190,10 +174,10 @@ def test_a_limit_of_the_size_of_files(name: str, writer: Writer, before: int | N
             refused = check_refused(writer, folder, os.strerror(errno.EFBIG), before)
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
             found += [size] * refused
-        return found
+        return found, max(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
-    (found,) = in_forks(too_small)
-    assert found == [size for size in SIZES if size <= LARGEST[name]]
+    ((found, largest),) = in_forks(too_small)
+    assert found == [size for size in SIZES if size < largest] and len(found) > 4
 
 
 def own_mounts() -> str:
@@ -278,24 +262,6 @@ def test_writers_at_the_same_moment(name: str, writer: Writer, tmp_path: Path) -
         assert writer.read(folder) in winners and names(folder) <= writer.names
         met += len(refusals)
     assert bool(met) == (writer.busy is not None), "they never met"
-
-
-@pytest.mark.parametrize("name", [name for name in WRITERS if WRITERS[name].flushes])
-def test_a_second_writer_while_the_first_flushes(
-    name: str, writer: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, said, flush = emptied(tmp_path / "folder"), [], os.fsync
-    writer.write(folder, OLD)
-
-    def meanwhile(descriptor: int) -> None:
-        monkeypatch.setattr(os, "fsync", flush)
-        said.append(refusal(writer, folder, 2))
-        flush(descriptor)
-
-    monkeypatch.setattr(os, "fsync", meanwhile)
-    writer.write(folder, NEW)
-    assert re.fullmatch((writer.busy or "").format(folder=folder), said[0]) and len(said) == 1
-    assert writer.read(folder) == NEW and names(folder) <= writer.names
 
 
 def test_real_exports_two_at_once_killed_and_out_of_space(bundle: Path, tmp_path: Path) -> None:

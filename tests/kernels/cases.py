@@ -3,45 +3,38 @@
 Images are cropped to a few pixels, since the interpreter is slow; channel counts are the real ones.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from kernels.operators.conv2d_bias_relu_maxpool import StemProblem
 from kernels.operators.conv2d_conv1x1_bias_act import BottleneckProblem
 from kernels.operators.mean_linear import HeadProblem
 from kernels.problems import ConvProblem, Problem, Projection
+from resnet.models import create_model
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def _basic_shapes(c_in: int, widths: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """(c_in, c_out, kernel, stride, groups) of every distinct convolution of basic blocks."""
-    for width in widths:
-        stride = 1 if width == c_in else 2
-        yield from ((c_in, width, 3, stride, 1), (width, width, 3, 1, 1))
-        if width != c_in:
-            yield c_in, width, 1, stride, 1
-        c_in = width
-
-
-def _bottleneck_shapes() -> Iterator[tuple[int, ...]]:
-    c_in = 64
-    for width in (64, 128, 256, 512):
-        stride = 1 if width == 64 else 2
-        yield from ((c_in, width, 1, 1, 1), (width, width, 3, stride, 1), (width, 4 * width, 1, 1, 1))
-        yield from ((c_in, 4 * width, 1, stride, 1), (4 * width, width, 1, 1, 1), (width, width, 3, 1, 1))
-        # 4 of the 32 groups of a ResNeXt: each is a launch of its own to the interpreter.
-        yield from ((width // 4, width // 4, 3, stride, 4), (width // 4, width // 4, 3, 1, 4))
-        c_in = 4 * width
+def _network_shapes() -> Iterator[tuple[int, int, int, int, int]]:
+    """(c_in, c_out, kernel, stride, groups) of every convolution of three networks, and of a ResNeXt of its grouped."""
+    with torch.device("meta"):
+        models = {name: create_model(name) for name in ("resnet18", "resnet50", "resnet20", "resnext50_32x4d")}
+    for name, model in models.items():
+        for conv in (module for module in model.modules() if isinstance(module, nn.Conv2d)):
+            shape = (conv.in_channels, conv.out_channels, conv.kernel_size[0], conv.stride[0])
+            if conv.groups > 1:  # 4 of the 32 groups: each is a launch of its own to the interpreter
+                yield shape[0] // 8, shape[1] // 8, *shape[2:], 4
+            elif name != "resnext50_32x4d":
+                yield *shape, 1
 
 
 def _network_cases() -> dict[str, ConvProblem]:
     """Every distinct convolution of resnet18, resnet50, resnet20 and, of resnext50_32x4d, of those with groups."""
-    cases, shapes = {}, [(3, 64, 7, 2, 1), *_basic_shapes(64, (64, 128, 256, 512)), *_bottleneck_shapes()]
-    shapes += [(3, 16, 3, 1, 1), *_basic_shapes(16, (16, 32, 64))]
-    for index, (c_in, c_out, kernel, stride, groups) in enumerate(dict.fromkeys(shapes)):
+    cases = {}
+    for index, (c_in, c_out, kernel, stride, groups) in enumerate(dict.fromkeys(_network_shapes())):
         name = f"{c_in}-{c_out}-{kernel}x{kernel}-s{stride}" + (f"-g{groups}" if groups > 1 else "")
         batch, height, width, padding = 1 + index % 2, 7 + index % 3, 9 - index % 2, kernel // 2
         # The last convolution of a block, the only one with a residual, is a 1x1 or a 3x3 of stride 1.

@@ -1,19 +1,20 @@
 """Runs kernels the way every test of them does: into poisoned memory, twice, judged by the float64 oracle."""
 
 import math
-from dataclasses import replace
+from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels.launch
 from kernels.configs.config import Config
-from kernels.configs.convolution import ConvConfig, box_of
+from kernels.configs.convolution import ConvConfig
 from kernels.launch import Workspace, target_of
 from kernels.operators.conv2d_bias_relu_maxpool import StemConfig, StemProblem
-from kernels.operators.conv2d_conv1x1_bias_act import BottleneckConfig, BottleneckProblem, PairConfig
+from kernels.operators.conv2d_conv1x1_bias_act import BottleneckConfig, BottleneckProblem
 from kernels.operators.mean_linear import HeadConfig, HeadProblem
 from kernels.operators.registry import Arguments
 from kernels.oracle import make_inputs, oracle, p1_failures
@@ -48,20 +49,6 @@ def quick_config(problem: Problem) -> Config:
     return ConvConfig(rows, power_of_two(conv.gemm_n, 512), block_k, num_warps=4, num_stages=2)
 
 
-def quick_pair(problem: BottleneckProblem) -> PairConfig:
-    first, second = quick_config(problem.first), quick_config(problem.second)
-    assert isinstance(first, ConvConfig) and isinstance(second, ConvConfig)
-    return PairConfig(first, second)
-
-
-def quick_boxes(problem: ConvProblem | BottleneckProblem) -> Config:
-    """The largest slice of K that divides the channels, in boxes of which the fewest lie outside the image."""
-    conv, config = problem.convolution, quick_config(problem)
-    assert isinstance(config, ConvConfig | BottleneckConfig)
-    projected = conv.projection.c_in if conv.projection else 0
-    return replace(config, block_k=math.gcd(conv.c_in, 256, projected), box=box_of(conv, config.block_m))
-
-
 def on_device(config: Config, device: torch.device) -> Config | None:
     """On a GPU the launcher's own choice, since what is quick in the interpreter does not fit there."""
     return None if device.type == "cuda" else config
@@ -85,6 +72,32 @@ def operator(inputs: Arguments[Tensor]) -> Tensor:
 def fake(inputs: Arguments[Tensor]) -> Tensor:
     with FakeTensorMode() as mode:
         return operator(inputs.map(mode.from_tensor))
+
+
+def composition(
+    problem: Problem, inputs: Arguments[Tensor], relu: bool = True, hidden: Callable[[Tensor], Tensor] = F.relu
+) -> Tensor:
+    """The operator in torch's own words: in float64, rounded where it rounds.
+
+    Without `relu` its last ReLU is left out; `hidden` is what a bottleneck has between its convolutions.
+    """
+    wide = inputs.map(Tensor.double)
+    i = wide.tensors()
+    if isinstance(problem, HeadProblem):
+        mean = F.adaptive_avg_pool2d(i["x"], 1).flatten(1).to(problem.dtype).double()
+        return F.linear(mean, i["weight"], i["bias"]).to(problem.dtype)
+    assert isinstance(problem, ConvProblem | StemProblem | BottleneckProblem)
+    conv = problem.convolution
+    y = F.conv2d(i["x"], i["weight"], i["bias"], conv.stride, conv.padding, conv.dilation, conv.groups)
+    if isinstance(problem, StemProblem):
+        return F.max_pool2d(F.relu(y) if relu else y, 3, 2, 1).to(problem.dtype)
+    if isinstance(problem, BottleneckProblem):
+        y = F.conv2d(hidden(y).to(problem.dtype).double(), i["expand_weight"], i["expand_bias"])
+    if problem.projection:
+        y = y + F.conv2d(i["shortcut"], i["shortcut_weight"], stride=problem.projection.stride)
+    if problem.has_residual:
+        y = y + wide.operands()["residual"]
+    return (F.relu(y) if relu and problem.relu else y).to(problem.dtype)
 
 
 def launch(
@@ -112,6 +125,17 @@ def launch(
         untouched = guard.isnan() if math.isnan(poison) else guard == torch.full_like(guard, poison)
         assert bool(untouched.all()), f"{int((~untouched).sum())} elements beside the output were written"
     return out
+
+
+def assert_like(faked: Tensor | str, y: Tensor | str) -> None:
+    """The same refusal, or shaped and laid out alike; along an axis of one element any stride will do."""
+    if isinstance(y, str) or isinstance(faked, str):
+        assert faked == y
+        return
+    strides = [(a, b) for a, b, size in zip(y.stride(), faked.stride(), y.shape, strict=True) if size > 1]
+    assert (faked.shape, faked.dtype, faked.layout) == (y.shape, y.dtype, y.layout)
+    assert all(a == b for a, b in strides), f"{y.stride()} of {tuple(y.shape)}, faked {faked.stride()}"
+    assert faked.storage_offset() == y.storage_offset() and faked.requires_grad == y.requires_grad
 
 
 def same(a: Arguments[Tensor], b: Arguments[Tensor]) -> bool:

@@ -1,44 +1,35 @@
 """Whole networks as the problems their fused operators have, in order and with repetitions."""
 
+import functools
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 
+from export import Batch, FusedProgram, fuse
+from export.base.precision import PRECISIONS
+from export.benchmark.workload import fused_workload
 from kernels.configs.selection import select_config
 from kernels.configs.targets import Target
-from kernels.operators.conv2d_bias_relu_maxpool import StemProblem
-from kernels.operators.conv2d_conv1x1_bias_act import BottleneckProblem
-from kernels.operators.mean_linear import HeadProblem
-from kernels.problems import ConvProblem, Problem, Projection
+from kernels.problems import ConvProblem, Problem
+from resnet.models import create_model
 
 BATCHES = (1, 32)
 
 
-def _network(batch: int, blocks: tuple[int, int, int, int], bottleneck: bool) -> list[Problem]:
-    problems: list[Problem] = [StemProblem(ConvProblem(batch, 3, 224, 224, 64, (7, 7), (2, 2), (3, 3), relu=True))]
-    c_in, size, expansion = 64, 56, 4 if bottleneck else 1
-    for width, count in zip((64, 128, 256, 512), blocks, strict=True):
-        for block in range(count):
-            stride, c_out = 2 if block == 0 and width > 64 else 1, width * expansion
-            shortcut = Projection(c_in, size, size, (stride, stride)) if block == 0 and c_in != c_out else None
-            first = ConvProblem(
-                batch, width if bottleneck else c_in, size, size, width, (3, 3), (stride, stride), (1, 1), relu=True
-            )
-            if bottleneck:
-                problems.append(ConvProblem(batch, c_in, size, size, width, (1, 1), relu=True))
-                problems.append(BottleneckProblem(first, c_out, shortcut is None, shortcut, relu=True))
-            else:
-                second = replace(first, c_in=width, height=size // stride, width=size // stride, stride=(1, 1))
-                problems += [first, replace(second, has_residual=shortcut is None, projection=shortcut)]
-            c_in, size = c_out, size // stride
-    return [*problems, HeadProblem(batch, c_in, 7, 7, 1000)]
+@functools.cache
+def _fused(name: str) -> FusedProgram:
+    return fuse(create_model(name).eval(), torch.zeros(1, 3, 224, 224), Batch(1, 1, 256))
+
+
+def problems_of(name: str, batch: int) -> list[Problem]:
+    """Of a network's fused operators, which are all of it, in float16."""
+    works = fused_workload(_fused(name), PRECISIONS["fp16"], batch)
+    return [work.problem for work in works if work.problem is not None]
 
 
 NETWORKS: dict[str, Callable[[int], list[Problem]]] = {
-    "resnet18": lambda batch: _network(batch, (2, 2, 2, 2), bottleneck=False),
-    "resnet50": lambda batch: _network(batch, (3, 4, 6, 3), bottleneck=True),
+    name: functools.partial(problems_of, name) for name in ("resnet18", "resnet50")
 }
 
 # Beside the two networks: every other shape of load and width of tile.

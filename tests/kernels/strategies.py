@@ -10,13 +10,13 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.configs.config import Config, conv_k_blocks
-from kernels.configs.convolution import ConvConfig
+from kernels.configs.config import Config
+from kernels.configs.convolution import ConvConfig, box_of
 from kernels.configs.heuristic import heuristic_config
 from kernels.configs.targets import TARGETS
-from kernels.operators.conv2d_bias_relu_maxpool import StemConfig, StemProblem
+from kernels.operators.conv2d_bias_relu_maxpool import StemProblem
 from kernels.operators.conv2d_conv1x1_bias_act import BottleneckConfig, BottleneckProblem, PairConfig
-from kernels.operators.mean_linear import HeadConfig, HeadProblem
+from kernels.operators.mean_linear import HeadProblem
 from kernels.operators.registry import Arguments
 from kernels.oracle import make_inputs
 from kernels.problems import ConvProblem, Problem, Projection
@@ -203,96 +203,38 @@ def dense(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last if tensor.ndim == 4 else torch.contiguous_format)
 
 
-@dataclass(frozen=True)
-class LaidOut:
-    """A problem and how each of its tensors lies in memory."""
-
-    problem: Problem
-    layouts: dict[str, Layout]
-
-    def inputs(self, device: torch.device | str = "cpu") -> Arguments[Tensor]:
-        inputs = make_inputs(self.problem, device)
-        return replace(inputs, **{name: self.layouts[name].of(tensor) for name, tensor in inputs.tensors().items()})
+@st.composite
+def laid_out(draw: st.DrawFn, problem: Problem, device: torch.device) -> Arguments[Tensor]:
+    """Inputs that are dense at some offset, but for at most one, which lies in memory in any way."""
+    inputs = make_inputs(problem, device)
+    other = draw(st.none() | st.sampled_from([*inputs.tensors()]))
+    layouts = {
+        name: draw((any_layouts if name == other else dense_layouts)(tensor.ndim))
+        for name, tensor in inputs.tensors().items()
+    }
+    return replace(inputs, **{name: layouts[name].of(tensor) for name, tensor in inputs.tensors().items()})
 
 
 @st.composite
-def laid_out(draw: st.DrawFn, problems: st.SearchStrategy[Problem]) -> LaidOut:
-    """Every tensor dense at some offset, but for at most one, which lies in memory in any way."""
-    problem = draw(problems)
-    ndims = {name: len(shape) for name, shape in problem.shapes.items()}
-    other = draw(st.none() | st.sampled_from([*ndims]))
-    layouts = {name: draw((any_layouts if name == other else dense_layouts)(ndim)) for name, ndim in ndims.items()}
-    return LaidOut(problem, layouts)
-
-
-_WARPS = st.sampled_from([1, 2, 4, 8])
-_STAGES = st.integers(1, 4)
-
-
-def _blocks(size: int) -> st.SearchStrategy[int]:
-    """Tile sides of which at most 4 cover `size`: the interpreter pays for each tile."""
-    return st.sampled_from([block for block in (16, 32, 64, 128) if block == 128 or -(-size // block) <= 4])
-
-
-def _boxable(conv: ConvProblem, projection: Projection | None = None) -> list[int]:
-    """The block_k with which boxes can load a convolution; none if they cannot."""
-    if (conv.stride, conv.dilation, conv.groups) != ((1, 1), (1, 1), 1):
-        return []
-    channels = math.gcd(conv.c_in, projection.c_in if projection else 0)
-    return [block for block in (16, 32, 64) if channels % block == 0]
-
-
-def _boxes(conv: ConvProblem, block_m: int) -> st.SearchStrategy[tuple[int, int, int]]:
-    """Of the boxes of block_m pixels those 8 of which the fewest cover the output."""
-    sizes = (1, 1, conv.gemm_m) if conv.is_dense else (conv.batch, conv.out_height, conv.out_width)
-    powers = [1 << bit for bit in range(block_m.bit_length())]
-    boxes = [(block_m // (p * q), p, q) for p in powers for q in powers if p * q <= block_m]
-    boxes.sort(key=lambda box: math.prod(-(-size // side) for size, side in zip(sizes, box, strict=True)))
-    return st.sampled_from(boxes[:8])
-
-
-@st.composite
-def conv_configs(draw: st.DrawFn, conv: ConvProblem) -> ConvConfig:
-    """Over boxes where they can load the convolution."""
-    blocks = (draw(_blocks(conv.gemm_m)), draw(_blocks(conv.gemm_n)), draw(_blocks(conv.gemm_k)))
-    config = ConvConfig(*blocks, draw(_WARPS), draw(_STAGES))
-    boxable = _boxable(conv, conv.projection)
-    if boxable:
-        box, programs = draw(_boxes(conv, config.block_m)), draw(st.integers(0, 3))
-        return replace(config, block_k=draw(st.sampled_from(boxable)), box=box, programs_per_sm=programs)
-    return replace(config, split_k=draw(st.integers(1, min(4, sum(conv_k_blocks(conv, config.block_k))))))
-
-
-@st.composite
-def bottleneck_configs(draw: st.DrawFn, problem: BottleneckProblem) -> BottleneckConfig:
-    first = problem.first
-    blocks = (draw(_blocks(first.gemm_m)), draw(_blocks(problem.c_out)), draw(_blocks(first.gemm_k)))
-    config = BottleneckConfig(*blocks, draw(_WARPS), draw(_STAGES))
-    boxable = _boxable(first)
-    if boxable:
-        return replace(config, block_k=draw(st.sampled_from(boxable)), box=draw(_boxes(first, config.block_m)))
+def _near(draw: st.DrawFn, problem: Problem, start: Any) -> Any:
+    """At most 8 decisions away from a configuration, and valid in the interpreter; boxes stay boxes."""
+    boxed, config = getattr(start, "box", None) is not None, start
+    for _ in range(draw(st.integers(0, 8))):
+        valid = [change for change in config.changes(problem) if change.unsupported_reason(problem, None) is None]
+        config = draw(st.sampled_from([config, *(change for change in valid if not boxed or change.box)]))
     return config
 
 
-def _stem_configs(conv: ConvProblem) -> st.SearchStrategy[StemConfig]:
-    blocks = [_blocks(size) for size in (conv.out_width, conv.c_out, conv.gemm_k)]
-    return st.builds(StemConfig, *blocks, st.integers(1, 4), _WARPS, _STAGES)
-
-
-def _head_configs(problem: HeadProblem) -> st.SearchStrategy[HeadConfig]:
-    blocks = [_blocks(size) for size in (problem.batch, problem.c_out, problem.c_in)]
-    return st.builds(HeadConfig, *blocks, _WARPS)
+def boxed_configs(problem: ConvProblem | BottleneckProblem) -> st.SearchStrategy[ConvConfig | BottleneckConfig]:
+    """Of a problem whose channels are multiples of 16."""
+    kind = BottleneckConfig if isinstance(problem, BottleneckProblem) else ConvConfig
+    return _near(problem, kind(32, 32, 16, 4, 2, box=box_of(problem.convolution, 32)))
 
 
 def configs(problem: Problem) -> st.SearchStrategy[Config]:
-    """Configurations that are valid for a problem in the interpreter: what a target's heuristic takes, or any other."""
-    chosen = st.sampled_from([*TARGETS.values()]).map(lambda target: heuristic_config(problem, target))
-    if isinstance(problem, ConvProblem):
-        return chosen | conv_configs(problem)
-    if isinstance(problem, BottleneckProblem):
-        pairs = st.builds(PairConfig, conv_configs(problem.first), conv_configs(problem.second))
-        return chosen | pairs | bottleneck_configs(problem)
-    if isinstance(problem, StemProblem):
-        return chosen | _stem_configs(problem.conv)
-    assert isinstance(problem, HeadProblem)
-    return chosen | _head_configs(problem)
+    """From what the heuristics take for a target, or where a search would begin; a pair from that of its halves."""
+    starts = [heuristic_config(problem, target) for target in TARGETS.values()]
+    if not isinstance(problem, BottleneckProblem):
+        return st.sampled_from(starts).flatmap(lambda start: _near(problem, start))
+    pairs = st.builds(PairConfig, configs(problem.first), configs(problem.second))
+    return pairs | st.sampled_from([*starts, BottleneckConfig(32, 32, 16, 4, 2)]).flatmap(lambda s: _near(problem, s))

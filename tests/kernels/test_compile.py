@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from kernels.problems import ConvProblem, Problem, Projection
 from tests import children
 
 ROOT = Path(__file__).resolve().parents[2]
+JIT_FILES = (ROOT / "kernels" / "jit").glob("*.py")
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +39,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return report
 
 
-KERNELS = {
-    "_conv2d_bias_relu_maxpool_kernel",
-    "_conv2d_boxes_kernel",
-    "_conv2d_conv1x1_kernel",
-    "_conv2d_gathered_kernel",
-    "_mean_linear_kernel",
-}
+KERNELS = {name for path in JIT_FILES for name in re.findall(r"def (_\w+_kernel)\(", path.read_text())}
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -1,10 +1,13 @@
 """What the launchers add to the kernels: outputs, configurations, workspaces, alignment, devices."""
 
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
 
 import kernels.launch
 from kernels.configs.config import Config
@@ -17,7 +20,7 @@ from kernels.operators.mean_linear import HeadConfig
 from kernels.oracle import make_inputs, p1_failures
 from kernels.problems import Problem
 from tests.kernels.cases import BOTTLENECK_CASES, ODD_CASES, ONE_OF_EACH, PROJECTION_CASES, SMALL
-from tests.kernels.launching import launch, run
+from tests.kernels.launching import launch, operator, run
 from tests.kernels.strategies import Layout, dense_order, is_dense
 
 CONFIG = ConvConfig(64, 64, 32, 4, 2)
@@ -36,8 +39,9 @@ def test_without_options_the_launcher_allocates_and_chooses(name: str, device: t
 def test_batch_0_launches_nothing(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = ONE_OF_EACH[name].with_batch(0)
     monkeypatch.setattr(kernels.launch, "_launch", None)
-    y = run(make_inputs(problem, device))
-    assert y.shape == problem.out_shape and y.shape[0] == 0 and y.dtype == problem.dtype
+    for function in (run, operator):
+        y = function(make_inputs(problem, device))
+        assert y.shape == problem.out_shape and y.shape[0] == 0 and y.dtype == problem.dtype
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -56,24 +60,22 @@ def test_nan_propagates_through_every_path(config: ConvConfig, device: torch.dev
     assert torch.equal(y.isnan(), expected)
 
 
-@pytest.mark.parametrize("broken", ["shape", "dtype", "layout", "device"])
+WRONG_OUTPUTS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    "shape": ("conv", lambda out: out[:1]),
+    "dtype": ("conv", Tensor.double),
+    "layout": ("conv", lambda out: out.contiguous(memory_format=torch.contiguous_format)),
+    "device": ("conv", lambda out: out.to("meta")),
+    "layout of the head": ("head", lambda out: out.T.contiguous().T),
+}
+
+
+@pytest.mark.parametrize("broken", WRONG_OUTPUTS)
 def test_a_wrong_output_tensor_is_refused(broken: str, device: torch.device) -> None:
-    out = torch.zeros(SMALL.out_shape, dtype=SMALL.dtype, device=device).contiguous(memory_format=torch.channels_last)
-    out = {
-        "shape": out[:1],
-        "dtype": out.double(),
-        "layout": out.contiguous(memory_format=torch.contiguous_format),
-        "device": out.to("meta"),
-    }[broken]
-    with pytest.raises(ValueError, match=r"out is .* expected \(2, 40, 6, 7\), torch.float16"):
-        run(make_inputs(SMALL, device), out=out)
-
-
-def test_a_wrong_output_of_the_head_is_refused(device: torch.device) -> None:
-    head = ONE_OF_EACH["head"]
-    out = torch.zeros(33, 5, dtype=head.dtype, device=device).T
-    with pytest.raises(ValueError, match=r"out is .* strides \(1, 5\), expected \(5, 33\).* dense contiguous_format"):
-        run(make_inputs(head, device), out=out)
+    name, change = WRONG_OUTPUTS[broken]
+    inputs = make_inputs(ONE_OF_EACH[name], device)
+    shape = re.escape(str(ONE_OF_EACH[name].out_shape))
+    with pytest.raises(ValueError, match=rf"out is .* strides .*, expected {shape}, torch.float16, .*, dense "):
+        run(inputs, out=change(run(inputs)))
 
 
 def test_float64_is_refused(device: torch.device) -> None:

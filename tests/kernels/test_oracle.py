@@ -10,28 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from export.base.precision import PRECISIONS
 from kernels.operators.conv2d_bias_relu_maxpool import StemProblem
 from kernels.operators.conv2d_conv1x1_bias_act import BottleneckProblem
 from kernels.operators.mean_linear import HeadProblem
 from kernels.operators.registry import Arguments
 from kernels.oracle import make_inputs, oracle, p1_failures
-from kernels.problems import ConvProblem, Problem, Projection
-from kernels.rounding import MAX_Z
-from tests.kernels.cases import DTYPES, projected
-
-_CONV = ConvProblem(2, 32, 10, 9, 40, (3, 3), (2, 2), (1, 1), has_residual=True, relu=True)
-_FIRST = replace(_CONV, has_residual=False)
-PROBLEMS: dict[str, Problem] = {
-    "conv": _CONV,
-    "projection": projected(_CONV, 80, (2, 2), beyond=1),
-    "bottleneck-residual": BottleneckProblem(_FIRST, 64, has_residual=True, relu=True),
-    "bottleneck-projection": BottleneckProblem(_FIRST, 64, projection=Projection(80, 10, 10, (2, 2)), relu=True),
-    "stem": StemProblem(replace(_FIRST, c_in=3, height=21, width=23, kernel=(7, 7), padding=(3, 3))),
-    "head": HeadProblem(5, 70, 7, 7, 33),
-}
-
-
-Hidden = Callable[[Tensor], Tensor]
+from kernels.problems import ConvProblem, Problem
+from kernels.rounding import MAX_Z, ROUNDING_RMS, UNIT_ROUNDOFF
+from tests.kernels.cases import DTYPES, ONE_OF_EACH
+from tests.kernels.launching import composition
 
 
 @dataclass(frozen=True)
@@ -50,39 +38,21 @@ class Trial:
         assert isinstance(self.problem, ConvProblem | StemProblem | BottleneckProblem)
         return self.problem.convolution
 
-    def compute(self, changes: Mapping[str, Tensor] = {}, relu: bool = True, hidden: Hidden = F.relu) -> Tensor:
-        """The operator in float32, rounded as it does, with some of its inputs replaced."""
-        return compute(self.problem, replace(self.inputs, **changes), relu, hidden).to(self.problem.dtype)
+    def compute(
+        self, changes: Mapping[str, Tensor] = {}, relu: bool = True, hidden: Callable[[Tensor], Tensor] = F.relu
+    ) -> Tensor:
+        """The operator with some of its inputs replaced."""
+        return composition(self.problem, replace(self.inputs, **changes), relu, hidden)
 
     def failures(self, y: Tensor) -> list[str]:
         return p1_failures(y, self.problem, self.inputs, self.expected)
 
 
-def compute(problem: Problem, inputs: Arguments[Tensor], relu: bool = True, hidden: Hidden = F.relu) -> Tensor:
-    """Written out once more, independently of the operators' references; `hidden` is what a bottleneck has between."""
-    wide = inputs.map(Tensor.float)
-    i = wide.tensors()
-    if isinstance(problem, HeadProblem):
-        return F.linear(i["x"].mean((2, 3)).to(problem.dtype).float(), i["weight"], i["bias"])
-    assert isinstance(problem, ConvProblem | StemProblem | BottleneckProblem)
-    conv = problem.convolution
-    y = F.conv2d(i["x"], i["weight"], i["bias"], conv.stride, conv.padding)
-    if isinstance(problem, StemProblem):
-        return F.max_pool2d(y.relu() if relu else y, 3, 2, 1)
-    if isinstance(problem, BottleneckProblem):
-        y = F.conv2d(hidden(y).to(problem.dtype).float(), i["expand_weight"], i["expand_bias"])
-    if problem.projection:
-        y = y + F.conv2d(i["shortcut"], i["shortcut_weight"], None, problem.projection.stride)
-    if problem.has_residual:
-        y = y + wide.operands()["residual"]
-    return y.relu() if relu else y
-
-
 @functools.cache
 def make_trial(name: str, dtype: str) -> Trial:
-    problem = PROBLEMS[name].with_dtype(DTYPES[dtype])
+    problem = ONE_OF_EACH[name].with_dtype(DTYPES[dtype])
     inputs = make_inputs(problem)
-    return Trial(problem, inputs, compute(problem, inputs).to(problem.dtype), oracle(problem, inputs))
+    return Trial(problem, inputs, composition(problem, inputs), oracle(problem, inputs))
 
 
 def with_value(y: Tensor, index: tuple[int | slice | EllipsisType, ...], value: Tensor | float) -> Tensor:
@@ -224,20 +194,21 @@ OF_A_KIND: dict[str, dict[str, Defect]] = {
     "projection": {**OF_A_CONVOLUTION, **OF_A_RELU},
     "bottleneck-residual": {**OF_A_CONVOLUTION, **OF_A_RELU, **OF_A_RESIDUAL, **OF_A_BOTTLENECK},
     "bottleneck-projection": {**OF_A_CONVOLUTION, **OF_A_RELU, **OF_A_BOTTLENECK},
+    "bottleneck-no-shortcut": {**OF_A_CONVOLUTION, **OF_A_RELU, **OF_A_BOTTLENECK},
     "stem": {**OF_A_CONVOLUTION, **OF_A_STEM},
     "head": OF_A_HEAD,
 }
-DEFECTS = {name: {**ANY, **of_arguments(problem), **OF_A_KIND[name]} for name, problem in PROBLEMS.items()}
+DEFECTS = {name: {**ANY, **of_arguments(problem), **OF_A_KIND[name]} for name, problem in ONE_OF_EACH.items()}
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_correct_output_is_accepted(dtype: str, name: str) -> None:
     trial = make_trial(name, dtype)
     assert trial.failures(trial.correct) == []
 
 
-@pytest.mark.parametrize(("name", "defect"), [(name, defect) for name in PROBLEMS for defect in DEFECTS[name]])
+@pytest.mark.parametrize(("name", "defect"), [(name, defect) for name in DEFECTS for defect in DEFECTS[name]])
 def test_a_broken_output_is_refused(name: str, defect: str) -> None:
     for dtype in DTYPES:
         trial = make_trial(name, dtype)
@@ -250,3 +221,11 @@ def test_wrong_rounding_is_refused(dtype: str, defect: Defect) -> None:
     """Not in float32, where the order of the additions matters more than either."""
     trial = make_trial("conv", dtype)
     assert trial.failures(defect(trial)) != []
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_precisions_round_as_the_oracle_says(name: str) -> None:
+    """What a module without torch repeats of the rounding model is the same."""
+    precision = PRECISIONS[name]
+    assert precision.roundoff == UNIT_ROUNDOFF[precision.dtype]
+    assert name == "fp32" or precision.network_floor == ROUNDING_RMS * precision.roundoff

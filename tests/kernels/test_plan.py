@@ -9,7 +9,7 @@ from kernels.configs.convolution import ConvConfig
 from kernels.configs.heuristic import heuristic_config
 from kernels.configs.targets import TARGETS, Target
 from kernels.operators.conv2d_bias_relu_maxpool import StemConfig
-from kernels.operators.conv2d_conv1x1_bias_act import BottleneckConfig, PairConfig
+from kernels.operators.conv2d_conv1x1_bias_act import BottleneckConfig
 from kernels.operators.mean_linear import HeadConfig
 from kernels.plan import kernel_of, plan
 from kernels.problems import Problem
@@ -67,14 +67,6 @@ def test_persistent_programs_are_at_most_the_blocks() -> None:
     assert launch.grid == (12,)
     (launch,) = plan(replace(SMALL, batch=128), replace(BOXES, programs_per_sm=2), TARGETS["sm_90"])
     assert launch.grid == (2 * 132,)
-
-
-def test_a_pair_is_two_launches() -> None:
-    first, second = plan(BOTTLENECK_CASES["c_mid-40-projection"], PairConfig(BOXES, CONFIG), None)
-    assert (first.scalars["C_IN"], first.scalars["C_OUT"], first.uses_boxes) == (32, 40, True)
-    assert (second.scalars["C_IN"], second.scalars["C_OUT"], second.uses_boxes) == (40, 72, False)
-    assert not first.scalars["HAS_PROJECTION"] and second.scalars["HAS_PROJECTION"]
-    assert first.scalars["APPLY_RELU"]
 
 
 # What fusion is for: the launches of one forward pass, at most.

@@ -32,14 +32,10 @@ MEANS = HeadConfig(16, 64, 32, 4)
 
 REFUSED: dict[str, tuple[Problem, Config, str]] = {
     "float64": (CONV.with_dtype(torch.float64), GATHERED, "dtype is torch.float64, expected one of torch.float16"),
-    "int8": (HEAD.with_dtype(torch.int8), MEANS, "dtype is torch.int8"),
     "conv-kind": (CONV, MEANS, "is a HeadConfig, expected a ConvConfig"),
     "bottleneck-kind": (BOTTLENECK, GATHERED, "is a ConvConfig, expected a BottleneckConfig"),
-    "stem-kind": (STEM, GATHERED, "is a ConvConfig, expected a StemConfig"),
-    "head-kind": (HEAD, STRIPS, "is a StemConfig, expected a HeadConfig"),
     "block_m-48": (CONV, replace(GATHERED, block_m=48), "block_m is 48, expected a power of two of at least 16"),
-    "block_n-8": (CONV, replace(GATHERED, block_n=8), "block_n is 8, expected a power of two of at least 16"),
-    "block_q-24": (STEM, replace(STRIPS, block_q=24), "block_q is 24"),
+    "block_q-8": (STEM, replace(STRIPS, block_q=8), "block_q is 8, expected a power of two of at least 16"),
     "warps-3": (CONV, replace(GATHERED, num_warps=3), "num_warps is 3, expected 1, 2, 4, 8 or 16"),
     "stages-0": (CONV, replace(GATHERED, num_stages=0), "num_stages is 0, expected at least 1"),
     "split_k-0": (CONV, replace(GATHERED, split_k=0), "split_k is 0, expected at least 1"),

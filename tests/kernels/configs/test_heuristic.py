@@ -11,37 +11,18 @@ from kernels.configs.config import conv_k_blocks
 from kernels.configs.convolution import ConvConfig, box_of
 from kernels.configs.heuristic import heuristic_config
 from kernels.configs.targets import TARGETS, Target
-from kernels.operators.conv2d_bias_relu_maxpool import StemProblem
 from kernels.operators.conv2d_conv1x1_bias_act import BottleneckConfig, BottleneckProblem, PairConfig
-from kernels.operators.mean_linear import HeadProblem
 from kernels.problems import ConvProblem, Problem, Projection
-from tests.kernels.cases import CASES, DTYPES, projected
+from tests.kernels.cases import CASES, DTYPES
 from tests.kernels.networks import EXTRA, NETWORKS
 
-SIZES = ((1, 7), (1, 56), (8, 14), (128, 56), (32, 224))
+BATCHES = (1, 8, 128, 8192)
 
 
-def resized(problem: Problem, batch: int, size: int) -> Problem:
-    """The same layer on other images: (size, size) pixels come in."""
-    if isinstance(problem, HeadProblem):
-        return problem.with_batch(batch)
-    assert isinstance(problem, ConvProblem | StemProblem | BottleneckProblem)
-    first = replace(problem.convolution, batch=batch, height=size, width=size)
-    if isinstance(problem, StemProblem):
-        return StemProblem(first)
-    shortcut = problem.projection
-    if shortcut:
-        shortcut = projected(replace(first, projection=None), shortcut.c_in, shortcut.stride).projection
-    if isinstance(problem, BottleneckProblem):
-        return replace(problem, first=first, projection=shortcut)
-    return replace(first, projection=shortcut)
-
-
-def every_problem() -> list[Problem]:
-    """Each case as tested and at the sizes of use: batches 1 to 128, images up to 224."""
-    cases = [*CASES.values(), *EXTRA.values()]
-    networks = [problem for network in NETWORKS.values() for batch in (1, 8, 128) for problem in network(batch)]
-    return [*dict.fromkeys([*cases, *networks, *(resized(case, *size) for case in cases for size in SIZES)])]
+def every_problem() -> set[Problem]:
+    """From a few pixels to many millions."""
+    networks = [problem for network in NETWORKS.values() for problem in network(1)]
+    return {p.with_batch(batch) for p in (*CASES.values(), *EXTRA.values(), *networks) for batch in BATCHES}
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
@@ -74,7 +55,7 @@ def test_k_is_split_only_where_blocks_are_few() -> None:
 
 
 def test_boxes_and_fusion_are_chosen_where_they_can_be() -> None:
-    pair = resized(CASES["bottleneck 64-identity"], 32, 56)
+    pair = next(p for p in NETWORKS["resnet50"](32) if isinstance(p, BottleneckProblem) and p.has_residual)
     for target in TARGETS.values():
         config = heuristic_config(pair, target)
         assert isinstance(config, BottleneckConfig)

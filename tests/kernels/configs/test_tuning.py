@@ -10,20 +10,12 @@ from kernels.configs.convolution import ConvConfig
 from kernels.configs.heuristic import heuristic_config
 from kernels.configs.targets import TARGETS
 from kernels.configs.tuning import neighbours, tune
-from kernels.operators.conv2d_bias_relu_maxpool import StemProblem
 from kernels.operators.conv2d_conv1x1_bias_act import BottleneckConfig, BottleneckProblem, PairConfig
-from kernels.operators.mean_linear import HeadProblem
 from kernels.problems import ConvProblem, Problem
+from tests.kernels.cases import ONE_OF_EACH
 
 FIRST = ConvProblem(32, 64, 56, 56, 64, (3, 3), padding=(1, 1), relu=True)
 BOTTLENECK = BottleneckProblem(FIRST, 256, has_residual=True, relu=True)
-PROBLEMS: dict[str, Problem] = {
-    "conv": FIRST,
-    "batch-1": dataclasses.replace(FIRST, batch=1, c_in=512, c_out=512, height=7, width=7),
-    "bottleneck": BOTTLENECK,
-    "stem": StemProblem(ConvProblem(8, 3, 224, 224, 64, (7, 7), (2, 2), (3, 3), relu=True)),
-    "head": HeadProblem(8, 2048, 7, 7, 1000),
-}
 SM_90 = TARGETS["sm_90"]
 
 
@@ -34,9 +26,9 @@ def differences(a: Config, b: Config) -> set[str]:
 
 
 @pytest.mark.parametrize("target", ["sm_86", "sm_90"])
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_neighbours_are_valid_and_one_decision_away(name: str, target: str) -> None:
-    problem, t = PROBLEMS[name], TARGETS[target]
+    problem, t = ONE_OF_EACH[name].with_batch(1024), TARGETS[target]
     start = heuristic_config(problem, t)
     found = list(neighbours(problem, start, t))
     assert len(found) >= 3 and len(set(found)) == len(found) and start not in found

@@ -8,21 +8,16 @@ import torch
 from kernels.configs.config import Config
 from kernels.configs.convolution import ConvConfig
 from kernels.operators.conv2d_bias_relu_maxpool import StemConfig
-from kernels.operators.conv2d_conv1x1_bias_act import BottleneckConfig, BottleneckProblem
-from kernels.operators.mean_linear import HeadConfig
-from kernels.problems import ConvProblem, Problem
+from kernels.problems import Problem
 from tests.kernels.cases import (
-    BOTTLENECK_CASES,
     CASES,
-    HEAD_CASES,
-    NETWORK_CASES,
     ODD_CASES,
     PROJECTION_CASES,
     SMALL,
     STEM_CASES,
     projected,
 )
-from tests.kernels.launching import check, on_device, quick_boxes, quick_pair
+from tests.kernels.launching import check
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -39,7 +34,7 @@ def boxed(n: int, p: int, q: int, block_n: int = 32, block_k: int = 16, programs
 
 
 DENSE = replace(SMALL, kernel=(1, 1), padding=(0, 0))
-# "small" has 2 images of 6x7 pixels, 32 channels in and 40 out; "c_mid-40" channels 32 -> 40 -> 72, a projection of 48.
+# "small" has 2 images of 6x7 pixels, 32 channels in and 40 out.
 LAUNCHES: dict[str, tuple[Problem, Config]] = {
     # 14 rows of blocks: more than share their weights.
     "tiles-14-rows": (replace(SMALL, batch=5), ConvConfig(16, 16, 32, 4, 2)),
@@ -73,10 +68,6 @@ LAUNCHES: dict[str, tuple[Problem, Config]] = {
     "boxes-projection-dense": (projected(DENSE, 48), boxed(1, 1, 64)),
     "boxes-projection-dense-strided": (projected(DENSE, 48, (2, 2), beyond=1), boxed(1, 4, 8)),
     "boxes-projection-one-pixel": (PROJECTION_CASES["one-pixel-image"], boxed(2, 4, 2)),
-    "bottleneck-16-rows": (BOTTLENECK_CASES["c_mid-40-projection"], BottleneckConfig(16, 64, 32, 4, 2)),
-    "bottleneck-boxes": (
-        BOTTLENECK_CASES["c_mid-40-projection"], BottleneckConfig(64, 64, 32, 4, 2, box=(4, 8, 2)),
-    ),
     # block_q columns of the convolution are block_q / 2 - 1 pooled ones: 7, 15, 31, of which "resnet-odd" has 6 and
     # "wide-image" 38; neighbouring strips both compute the column between them. "resnet-odd" has 5 pooled rows.
     "stem-one-row": (STEM_CASES["resnet-odd"].with_batch(1), StemConfig(16, 64, 64, 1, 4, 2)),
@@ -84,9 +75,6 @@ LAUNCHES: dict[str, tuple[Problem, Config]] = {
     "stem-8-rows": (STEM_CASES["resnet-odd"].with_batch(1), StemConfig(16, 64, 64, 8, 4, 2)),
     "stem-6-strips": (STEM_CASES["wide-image"], StemConfig(16, 64, 64, 1, 4, 2)),
     "stem-3-strips": (STEM_CASES["wide-image"], StemConfig(32, 32, 128, 2, 4, 2)),
-    # Tails of images, classes and channels in 5 partial sums.
-    "head-5-sums": (HEAD_CASES["70-channels"].with_dtype(torch.float32), HeadConfig(16, 16, 16, 4)),
-    "head-32-images": (HEAD_CASES["70-channels-batch-1"], HeadConfig(32, 16, 128, 4)),
 }  # fmt: skip
 
 
@@ -94,35 +82,3 @@ LAUNCHES: dict[str, tuple[Problem, Config]] = {
 def test_every_tile_gives_the_same_result(name: str, device: torch.device) -> None:
     problem, config = LAUNCHES[name]
     check(problem, device, config)
-
-
-PAIRS = [name for name in BOTTLENECK_CASES if name == "64-projection-s1" or name[0] in "cfot"]
-
-
-@pytest.mark.parametrize("name", PAIRS)
-def test_a_bottleneck_as_a_pair_of_kernels(name: str, device: torch.device) -> None:
-    problem = BOTTLENECK_CASES[name]
-    check(problem, device, on_device(quick_pair(problem), device))
-
-
-REAL = {name: NETWORK_CASES[name] for name in ("64-256-1x1-s1", "2048-512-1x1-s1", "256-256-3x3-s1")}
-BOXABLE: dict[str, ConvProblem | BottleneckProblem] = {
-    **REAL,
-    **{name: PROJECTION_CASES[name] for name in ("basic-512", "bottleneck-256-s2")},
-    **{
-        f"bottleneck {name}": problem
-        for name, problem in BOTTLENECK_CASES.items()
-        if problem.first.c_in % 16 == 0 and quick_boxes(problem).unsupported_reason(problem, None) is None
-    },
-}
-
-
-@pytest.mark.parametrize("name", BOXABLE)
-def test_layers_of_the_networks_over_boxes(name: str, device: torch.device) -> None:
-    check(BOXABLE[name], device, on_device(quick_boxes(BOXABLE[name]), device))
-
-
-def test_boxes_take_every_kind_of_shortcut() -> None:
-    names = ("64-identity", "64-projection-s1", "c_mid-40-projection", "c_mid-40-no-shortcut")
-    assert {f"bottleneck {name}" for name in names} <= BOXABLE.keys()
-    assert "bottleneck first-dilation-2" not in BOXABLE and "bottleneck 128-projection-s2" not in BOXABLE

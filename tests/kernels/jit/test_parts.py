@@ -1,4 +1,4 @@
-"""What the kernels share: block orders, boxes and addresses, on their own."""
+"""What no run of a small problem shows of the kernels: large addresses, the order of blocks, masked lanes."""
 
 # mypy: allow-untyped-defs
 # What a kernel is called with is given types by Triton.
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 import kernels.jit
-from kernels.jit.parts import _box_corner, _box_pixels, _pixel_offset, _pixels, _swizzled_block
+from kernels.jit.parts import _pixel_offset, _pixels, _swizzled_block
 
 JIT_FILES = sorted(Path(kernels.jit.__file__).parent.glob("*.py"))
 
@@ -74,43 +74,3 @@ def test_the_swizzle_visits_every_block_once(blocks: tuple[int, int], device: to
     _swizzle_kernel[(blocks_m * blocks_n,)](out, blocks_m, blocks_n)
     assert sorted(out.tolist()) == [[m, n] for m in range(blocks_m) for n in range(blocks_n)]
     assert out[:8].tolist() == [[m, 0] for m in range(8)] or blocks_m < 8
-
-
-@triton.jit
-def _box_kernel(out_ptr, P, Q, TILE_N: tl.constexpr, TILE_P: tl.constexpr, TILE_Q: tl.constexpr):
-    SIZE: tl.constexpr = TILE_N * TILE_P * TILE_Q
-    n0, p0, q0 = _box_corner(tl.program_id(0), P, Q, TILE_N, TILE_P, TILE_Q)
-    n, p, q = _box_pixels(n0, p0, q0, TILE_N, TILE_P, TILE_Q)
-    rows = out_ptr + (tl.program_id(0) * SIZE + tl.arange(0, SIZE)) * 3
-    tl.store(rows, n)
-    tl.store(rows + 1, p)
-    tl.store(rows + 2, q)
-
-
-@pytest.mark.parametrize(
-    ("size", "tile"),
-    [
-        ((1, 1, 1), (1, 4, 8)),
-        ((2, 6, 7), (1, 4, 4)),
-        ((5, 4, 8), (2, 2, 4)),
-        ((3, 9, 1), (4, 8, 2)),
-        ((2, 6, 7), (16, 1, 1)),
-    ],
-    ids=str,
-)
-def test_boxes_hold_every_pixel_once(
-    size: tuple[int, int, int], tile: tuple[int, int, int], device: torch.device
-) -> None:
-    n, p, q = size
-    boxes = -(-n // tile[0]) * -(-p // tile[1]) * -(-q // tile[2])
-    lanes = tile[0] * tile[1] * tile[2]
-    out = torch.full((boxes, lanes, 3), -1, dtype=torch.int32, device=device)
-    _box_kernel[(boxes,)](out, p, q, *tile)
-    pixels = [tuple(pixel) for pixel in out.view(-1, 3).tolist()]
-    assert len(set(pixels)) == len(pixels)
-    inside = sorted(pixel for pixel in pixels if all(a < b for a, b in zip(pixel, size, strict=True)))
-    assert inside == [(i, j, k) for i in range(n) for j in range(p) for k in range(q)]
-    # TMA fills a tile with the box's images, rows and columns, the last fastest.
-    corner = out[:, :1]
-    order = torch.cartesian_prod(*(torch.arange(side, dtype=torch.int32) for side in tile)).to(device)
-    assert torch.equal(out - corner, order.expand(boxes, lanes, 3))

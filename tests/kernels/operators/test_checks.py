@@ -1,5 +1,10 @@
-"""Every argument that an operator does not accept is refused, with what was received and what is expected."""
+"""What an operator does not accept is refused, with what was received and what is expected.
 
+Each check by one operator and one call; that every operator makes its checks, and its fake and its launcher the same,
+is what test_properties.py draws calls for.
+"""
+
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -8,149 +13,80 @@ import torch
 from torch import Tensor
 
 import kernels.launch
-from kernels.operators.conv2d_bias_relu_maxpool import StemProblem
-from kernels.operators.conv2d_conv1x1_bias_act import BottleneckProblem
-from kernels.operators.mean_linear import HeadProblem
 from kernels.operators.registry import Arguments
 from kernels.oracle import make_inputs
-from kernels.problems import Problem, Projection
-from tests.kernels.cases import SMALL, projected
-from tests.kernels.launching import fake
+from tests.kernels.cases import ONE_OF_EACH
+from tests.kernels.launching import fake, operator
 
 
 def dense(*shape: int) -> Tensor:
     return torch.zeros(shape).contiguous(memory_format=torch.channels_last)
 
 
-# What is said, and the arguments that differ from the accepted call's.
-Refused = tuple[str, dict[str, Any]]
-
-PLAIN = replace(SMALL, has_residual=False)
-# The accepted calls: x (2, 32, 6, 7), weight (40, 32, 3, 3), bias (40,), padding 1, and for the
-# residual (2, 40, 6, 7); projected shortcut (2, 48, 11, 13) with weight (40 or 72, 48, 1, 1); expand_weight
-# (72, 40, 1, 1). The head: x (2, 32, 6, 7), weight (10, 32), bias (10,).
-PROBLEMS: dict[str, Problem] = {
-    "conv2d_bias_act": SMALL,
-    "conv2d_projection_bias_act": projected(SMALL, 48, (2, 2)),
-    "conv2d_conv1x1_bias_act": BottleneckProblem(PLAIN, 72, projection=Projection(48, 11, 13, (2, 2)), relu=True),
-    "conv2d_bias_relu_maxpool": StemProblem(PLAIN),
-    "mean_linear": HeadProblem(2, 32, 6, 7, 10),
-}
-
-OF_A_CONVOLUTION: dict[str, Refused] = {
-    "no-weights": (r"weight is \(0, 32, 3, 3\)", {"weight": dense(0, 32, 3, 3)}),
-    "stride-0": (r"stride is \(0, 1\), expected two integers of at least 1", {"stride": (0, 1)}),
-    "stride-of-three": (r"stride is \(1, 1, 1\), expected two", {"stride": (1, 1, 1)}),
-    "padding-negative": (r"padding is \(1, -1\)", {"padding": (1, -1)}),
+CONV, PROJECTION, BOTTLENECK, HEAD = "conv", "projection", "bottleneck-projection", "head"
+# The accepted calls: x (2, 32, 6, 7), weight (40, 32, 3, 3), bias (40,), padding 1, and for the residual
+# (2, 40, 6, 7); projected shortcut (2, 48, 11, 13) with weight (40 or 72, 48, 1, 1); expand_weight (72, 40, 1, 1).
+# The head: x (5, 70, 7, 7), weight (33, 70), bias (33,). Behind each what it has in their place, and what is said.
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "no-weights": (CONV, {"weight": dense(0, 32, 3, 3)}, "weight is (0, 32, 3, 3), expected no empty dimension"),
+    "stride-0": (CONV, {"stride": (0, 1)}, "stride is (0, 1), expected two integers of at least 1"),
+    "stride-of-three": (CONV, {"stride": (1, 1, 1)}, "stride is (1, 1, 1), expected two"),
+    "padding-negative": (CONV, {"padding": (1, -1)}, "padding is (1, -1), expected two integers of at least 0"),
+    "dilation-0": (CONV, {"dilation": (1, 0)}, "dilation is (1, 0)"),
+    "groups-0": (CONV, {"groups": 0}, "groups is 0, expected at least 1"),
+    "groups-do-not-divide-c_in": (CONV, {"groups": 2}, "x has 32 channels, expected 64"),
+    "groups-do-not-divide-c_out": (
+        CONV, {"weight": dense(40, 2, 3, 3), "groups": 16}, "40 output channels, expected a multiple of 16",
+    ),
     "output-empty": (
-        r"output of \(-2, -1\), expected at least \(1, 1\)", {"padding": (0, 0), "weight": dense(40, 32, 9, 9)},
+        CONV, {"padding": (0, 0), "weight": dense(40, 32, 9, 9)}, "output of (-2, -1), expected at least (1, 1)",
     ),
-    "x-not-channels_last": ("x of shape .*expected channels_last", {"x": torch.zeros(2, 32, 6, 7)}),
-}  # fmt: skip
-DILATION: dict[str, Refused] = {"dilation-0": (r"dilation is \(1, 0\)", {"dilation": (1, 0)})}
-OF_A_PROJECTION: dict[str, Refused] = {
-    "shortcut-batch": (r"the projected shortcut is \(1, \d+, 6, 7\)", {"shortcut": dense(1, 48, 11, 13)}),
+    "axes": (CONV, {"x": torch.zeros(2, 32, 6)}, "x has 3 dimensions (2, 32, 6), expected 4"),
+    "dtype": (CONV, {"x": dense(2, 32, 6, 7).to(torch.uint8)}, "x is torch.uint8, expected one of torch.float16"),
+    "other-dtype": (CONV, {"bias": torch.zeros(40).double()}, "bias is torch.float64, expected torch.float32 like x"),
+    "contiguous": (CONV, {"x": torch.zeros(2, 32, 6, 7)}, "x of shape (2, 32, 6, 7) has strides (1344, 42, 7, 1)"),
+    "gaps": (CONV, {"bias": torch.zeros(80)[::2]}, "bias has strides (2,), expected a contiguous tensor"),
+    "bias-too-long": (BOTTLENECK, {"expand_bias": torch.zeros(73)}, "expand_bias has 73 elements, expected 72"),
+    "residual-would-broadcast": (
+        CONV, {"residual": dense(1, 40, 1, 1)}, "residual is (1, 40, 1, 1), expected the output's shape (2, 40, 6, 7)",
+    ),
     "shortcut-size": (
-        r"the projected shortcut is \(2, \d+, 6, 8\), expected the output's shape \(2, \d+, 6, 7\)",
-        {"shortcut": dense(2, 48, 11, 15)},
+        PROJECTION, {"shortcut": dense(2, 48, 11, 15)}, "the projected shortcut is (2, 40, 6, 8), expected",
     ),
-    "shortcut_stride-1": (r"the projected shortcut is \(2, \d+, 11, 13\)", {"shortcut_stride": (1, 1)}),
-    "shortcut_stride-0": (r"shortcut_stride is \(0, 2\), expected two", {"shortcut_stride": (0, 2)}),
-    "shortcut_weight-rows": (r"the projected shortcut is \(2, 39", {"shortcut_weight": dense(39, 48, 1, 1)}),
+    "shortcut_stride-0": (PROJECTION, {"shortcut_stride": (0, 2)}, "shortcut_stride is (0, 2), expected two"),
     "shortcut_weight-3x3": (
-        r"shortcut_weight is \(40, 48, 3, 3\), expected \(C_OUT, 48, 1, 1\)",
-        {"shortcut_weight": dense(40, 48, 3, 3), "shortcut": dense(2, 48, 13, 15)},
+        PROJECTION, {"shortcut_weight": dense(40, 48, 3, 3), "shortcut": dense(2, 48, 13, 15)},
+        "shortcut_weight is (40, 48, 3, 3), expected (C_OUT, 48, 1, 1)",
     ),
-}
-OF_ITS_OWN: dict[str, dict[str, Refused]] = {
-    "conv2d_bias_act": {
-        **OF_A_CONVOLUTION,
-        **DILATION,
-        "groups-do-not-divide-c_in": ("x has 32 channels, expected 64", {"groups": 2}),
-        "groups-do-not-divide-c_out": (
-            "40 output channels, expected a multiple of 16", {"weight": dense(40, 2, 3, 3), "groups": 16},
-        ),
-        "groups-0": ("groups is 0, expected at least 1", {"groups": 0}),
-        "residual-shape": (
-            r"residual is \(2, 40, 6, 6\), expected .*\(2, 40, 6, 7\)", {"residual": dense(2, 40, 6, 6)},
-        ),
-        "residual-would-broadcast": (r"residual is \(1, 40, 1, 1\)", {"residual": dense(1, 40, 1, 1)}),
-    },
-    "conv2d_projection_bias_act": {**OF_A_CONVOLUTION, **DILATION, **OF_A_PROJECTION},
-    "conv2d_conv1x1_bias_act": {
-        **OF_A_CONVOLUTION,
-        **DILATION,
-        **OF_A_PROJECTION,
-        "expand_weight-columns": (
-            r"expand_weight is \(72, 39, 1, 1\), expected \(C_OUT, 40, 1, 1\)", {"expand_weight": dense(72, 39, 1, 1)},
-        ),
-        "expand_weight-3x3": (r"expand_weight is \(72, 40, 3, 3\)", {"expand_weight": dense(72, 40, 3, 3)}),
-        "expand_weight-empty": (r"expand_weight is \(0, 40, 1, 1\)", {"expand_weight": dense(0, 40, 1, 1)}),
-        "expand_bias-too-long": ("expand_bias has 73 elements, expected 72", {"expand_bias": torch.zeros(73)}),
-        "weight-without-shortcut": ("shortcut is None, expected the tensor", {"shortcut": None}),
-        "shortcut-without-weight": (
-            r"shortcut is \(2, 48, 11, 13\), expected the output's shape \(2, 72, 6, 7\)", {"shortcut_weight": None},
-        ),
-    },
-    "conv2d_bias_relu_maxpool": OF_A_CONVOLUTION,
-    "mean_linear": {
-        "no-classes": (r"weight \(0, 32\), expected no empty", {"weight": torch.zeros(0, 32)}),
-        "no-pixels": (r"x is \(2, 32, 0, 7\) .* expected no empty", {"x": dense(2, 32, 0, 7)}),
-    },
+    "expand_weight-columns": (
+        BOTTLENECK, {"expand_weight": dense(72, 39, 1, 1)}, "expand_weight is (72, 39, 1, 1), expected (C_OUT, 40",
+    ),
+    "weight-without-shortcut": (BOTTLENECK, {"shortcut": None}, "shortcut is None, expected the tensor"),
+    "shortcut-without-weight": (
+        BOTTLENECK, {"shortcut_weight": None}, "shortcut is (2, 48, 11, 13), expected the output's shape (2, 72, 6, 7)",
+    ),
+    "columns-of-the-head": (HEAD, {"weight": torch.zeros(33, 71)}, "x has 70 channels, expected weight's 71 columns"),
+    "no-pixels": (HEAD, {"x": dense(5, 70, 0, 7)}, "x is (5, 70, 0, 7) and weight (33, 70), expected no empty"),
 }  # fmt: skip
 
 
-def of_any_tensor(name: str, shape: tuple[int, ...]) -> dict[str, Refused]:
-    """Every tensor of every operator: an axis fewer, another dtype, with gaps in memory, and a channel fewer."""
-    tensor, axis = dense(*shape) if len(shape) == 4 else torch.zeros(shape), min(1, len(shape) - 1)
-    gaps = torch.cat([tensor, tensor], axis)
-    other, expected = (torch.uint8, "expected one of") if name == "x" else (torch.float64, "expected torch.float32")
-    fewer = dense(*shape)[:, 1:] if len(shape) == 4 else tensor.narrow(axis, 1, shape[axis] - 1).clone()
-    return {
-        f"{name}-axes": (rf"{name} (has {len(shape) - 1} dimensions|is \().*expected", {name: tensor.select(-1, 0)}),
-        f"{name}-dtype": (f"{name} is {other}, {expected}", {name: tensor.to(other)}),
-        f"{name}-gaps": (
-            f"{name} (of shape .*)?has strides .*, expected",
-            {name: gaps[:, : shape[1]] if axis else gaps[::2]},
-        ),
-        f"{name}-channels": ("expected", {name: dense(*fewer.shape) if fewer.ndim == 4 else fewer}),
-    }
-
-
-REFUSED = {operator: {**OF_ITS_OWN[operator]} for operator in PROBLEMS}
-for operator, problem in PROBLEMS.items():
-    for name, shape in problem.shapes.items():
-        REFUSED[operator] |= of_any_tensor(name, shape)
-CASES = [(operator, name) for operator, refused in REFUSED.items() for name in refused]
-
-
-def call_of(operator: str, **changes: Any) -> Arguments[Tensor]:
+def call_of(name: str, **changes: Any) -> Arguments[Tensor]:
     """The accepted call, some of its arguments replaced."""
-    inputs = make_inputs(PROBLEMS[operator].with_dtype(torch.float32))
-    assert inputs.operator == operator
-    return replace(inputs, **changes)
+    return replace(make_inputs(ONE_OF_EACH[name].with_dtype(torch.float32)), **changes)
 
 
-@pytest.mark.parametrize("operator", PROBLEMS)
-def test_the_call_that_the_others_differ_from_is_accepted(operator: str) -> None:
-    getattr(torch.ops.resnet_deploy, operator)(*call_of(operator).values())
+@pytest.mark.parametrize("case", REFUSED)
+def test_the_operator_its_fake_and_the_launcher_refuse_alike(case: str) -> None:
+    name, changes, message = REFUSED[case]
+    call = call_of(name, **changes)
+    for run in (operator, fake, lambda call: kernels.launch.run(call.operator, *call.values())):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            run(call)
 
 
-@pytest.mark.parametrize(("operator", "name"), CASES)
-def test_the_operator_its_fake_and_the_launcher_refuse_alike(operator: str, name: str) -> None:
-    message, changes = REFUSED[operator][name]
-    call = call_of(operator, **changes)
-    with pytest.raises(ValueError, match=message):
-        getattr(torch.ops.resnet_deploy, operator)(*call.values())
-    with pytest.raises(ValueError, match=message):
-        fake(call)
-    with pytest.raises(ValueError, match=message):
-        kernels.launch.run(operator, *call.values())
-
-
-@pytest.mark.parametrize("operator", PROBLEMS)
-def test_another_device_is_refused(operator: str) -> None:
-    weight = call_of(operator).tensors()["weight"]
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_another_device_is_refused(name: str) -> None:
+    weight = call_of(name).tensors()["weight"]
     elsewhere = torch.empty_strided(weight.shape, weight.stride(), device="meta")
     with pytest.raises(ValueError, match="weight is on meta, expected cpu"):
-        fake(call_of(operator, weight=elsewhere))
+        fake(call_of(name, weight=elsewhere))

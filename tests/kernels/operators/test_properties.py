@@ -21,7 +21,7 @@ from kernels.operators.registry import OPERATORS as OPERATOR_ARGUMENTS
 from kernels.oracle import make_inputs, oracle, p1_failures
 from kernels.problems import KERNEL_DTYPES, ConvProblem, Problem
 from kernels.rounding import MAX_Z
-from tests.kernels.launching import POISONS, fake, launch, on_device, operator, quick_config, same
+from tests.kernels.launching import POISONS, assert_like, fake, launch, on_device, operator, quick_config, same
 from tests.kernels.strategies import (
     BOXABLE,
     LARGE,
@@ -29,9 +29,8 @@ from tests.kernels.strategies import (
     SMALL,
     Limits,
     any_problem,
-    bottleneck_configs,
+    boxed_configs,
     configs,
-    conv_configs,
     dense,
     examples,
     is_dense,
@@ -89,32 +88,21 @@ def test_dense_tensors_give_what_the_oracle_gives_and_others_are_refused(
     name: str, way: Way, data: st.DataObject
 ) -> None:
     """The operator's fake refuses alike, or is shaped and laid out like the real output."""
-    case = data.draw(laid_out(OPERATORS[name](way.limits)))
-    inputs = case.inputs(way.device)
+    problem = data.draw(OPERATORS[name](way.limits))
+    inputs = data.draw(laid_out(problem, way.device))
     given_inputs = inputs.map(lambda tensor: tensor.detach().clone())
-    y = outcome(lambda: way.run(case.problem, inputs))
+    y = outcome(lambda: way.run(problem, inputs))
     assert same(inputs, given_inputs)
     if way.limits is LARGE:
         assert_like(outcome(lambda: fake(inputs)), y)
     strided = [argument for argument, tensor in inputs.tensors().items() if not is_dense(tensor)]
     if isinstance(y, Tensor):
         assert strided == []
-        assert failures(y, case.problem, given_inputs) == []
+        assert failures(y, problem, given_inputs) == []
         assert is_dense(y)
         return
     (argument,) = strided
     assert re.match(rf"{argument} (of shape .* )?has strides .*, expected", y)
-
-
-def assert_like(faked: Tensor | str, y: Tensor | str) -> None:
-    if isinstance(y, str) or isinstance(faked, str):
-        assert faked == y
-        return
-    # Along an axis of one element any stride will do.
-    strides = [(a, b) for a, b, size in zip(y.stride(), faked.stride(), y.shape, strict=True) if size > 1]
-    assert (faked.shape, faked.dtype, faked.layout) == (y.shape, y.dtype, y.layout)
-    assert all(a == b for a, b in strides), f"{y.stride()} of {tuple(y.shape)}, faked {faked.stride()}"
-    assert faked.storage_offset() == y.storage_offset() and faked.requires_grad == y.requires_grad
 
 
 def check_configuration(problem: Problem, config: Config, poison: float, device: torch.device) -> None:
@@ -139,10 +127,7 @@ def test_the_kernels_equal_the_oracle_under_every_configuration(
     check_configuration(problem, data.draw(configs(problem)), data.draw(st.sampled_from(POISONS)), device)
 
 
-BOXED: dict[str, Callable[[Any], st.SearchStrategy[Any]]] = {
-    **dict.fromkeys(("conv2d_bias_act", "conv2d_projection_bias_act"), conv_configs),
-    "conv2d_conv1x1_bias_act": bottleneck_configs,
-}
+BOXED = ("conv2d_bias_act", "conv2d_projection_bias_act", "conv2d_conv1x1_bias_act")
 
 
 @pytest.mark.parametrize("name", BOXED)
@@ -150,7 +135,7 @@ BOXED: dict[str, Callable[[Any], st.SearchStrategy[Any]]] = {
 @given(st.data())
 def test_the_kernels_equal_the_oracle_over_boxes(name: str, device: torch.device, data: st.DataObject) -> None:
     problem = data.draw(OPERATORS[name](BOXABLE))
-    config = data.draw(BOXED[name](problem))
+    config = data.draw(boxed_configs(problem))
     assert config.box is not None
     check_configuration(problem, config, data.draw(st.sampled_from(POISONS)), device)
 
