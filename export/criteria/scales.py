@@ -112,7 +112,7 @@ def _check_rounding(graph: fx.GraphModule, label: str, node: fx.Node, exact: Ten
 
 
 def check_layers(program: QuantisedProgram, leaves: Mapping[str, Tensor]) -> list[QuantisedCheck]:
-    """One check per quantised layer, and one per quantised or returned value that is not the result of one.
+    """One check per quantised layer, one per quantised value that is not the result of one, and one per output.
 
     Args:
         program: quantised.
@@ -124,8 +124,8 @@ def check_layers(program: QuantisedProgram, leaves: Mapping[str, Tensor]) -> lis
             checks.append(_check_layer(both, node, originals[summand_name(node)]))
         elif is_call(node, _QUANTIZE) and _is_between(args_of(node)[0]):
             checks.append(_check_between(both, args_of(node)[0], str(node.meta["label"])))
-    returned = dict.fromkeys(filter(_is_between, returned_nodes(program.master)))
-    return checks + [_check_between(both, node, module_path(node)) for node in returned]
+    outputs = zip(returned_nodes(program.master), returned_nodes(program.source), strict=True)
+    return checks + [_check_output(both, node, end.name) for node, end in outputs]
 
 
 def is_quantised(node: fx.Node) -> bool:
@@ -182,6 +182,20 @@ class _Networks:
             seen[value] = read[name] if only_moved else evaluate(self.program.source, name, known)
         return seen[value]
 
+    def read(self, value: fx.Node) -> Tensor:
+        """What readers of a value of the quantised graph get."""
+        if value.op == "placeholder":
+            return self._leaves[value.name]
+        return self.quantised(value)
+
+    def returned(self, value: fx.Node, end: str) -> Tensor:
+        """What the captured network returns at `end`, where the quantised graph returns `value`."""
+        name = str(source_name(value))
+        if name == end and value.op == "call_function" and not is_quantised(value):
+            return self.captured(value)
+        known = {**self._known, name: self.read(value)}
+        return known[end] if end in known else evaluate(self.program.source, end, known)
+
     def _read(self, value: fx.Node, seen: dict[fx.Node, Tensor]) -> Tensor:
         if is_call(value, _DEQUANTIZE):
             return self._dequantised(args_of(value)[0])
@@ -236,7 +250,20 @@ def _check_layer(both: _Networks, layer: fx.Node, original: fx.Node) -> Quantise
 
 
 def _check_between(both: _Networks, value: fx.Node, name: str) -> QuantisedCheck:
-    got, expected = both.quantised(value).double(), both.captured(value).double()
-    error = float((got - expected).norm() / expected.norm().clamp(min=_TINY))
-    reason = "" if error <= _EXACT else f"relative error {error:.2g} before it is quantised, the limit is {_EXACT:g}"
+    return _exactly(both.quantised(value), both.captured(value), name, "before it is quantised")
+
+
+def _check_output(both: _Networks, value: fx.Node, end: str) -> QuantisedCheck:
+    """`end` is what the captured network returns there."""
+    return _exactly(
+        both.read(value), both.returned(value, end), module_path(value), "from the last values of 8 bits on"
+    )
+
+
+def _exactly(got: Tensor, expected: Tensor, name: str, where: str) -> QuantisedCheck:
+    if got.shape != expected.shape:
+        reason = f"has shape {list(got.shape)}, expected {list(expected.shape)}"
+        return QuantisedCheck(name, "between", float("inf"), 1.0, reason, lsb_limit=_EXACT)
+    error = float((got.double() - expected.double()).norm() / expected.double().norm().clamp(min=_TINY))
+    reason = "" if error <= _EXACT else f"relative error {error:.2g} {where}, the limit is {_EXACT:g}"
     return QuantisedCheck(name, "between", error, 0.0, reason, lsb_limit=_EXACT)

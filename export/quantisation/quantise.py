@@ -132,7 +132,7 @@ def _ranged(value: fx.Node) -> fx.Node:
     while is_call(end, aten.max_pool2d.default) or _chooses(end):
         end = args_of(end)[0]
     if is_call(end, *QUANTISATION):
-        return end
+        return _ranged(args_of(args_of(end)[0])[0])
     while is_call(value, aten.max_pool2d.default):
         value = args_of(value)[0]
     return value
