@@ -9,7 +9,6 @@ from typing import Any
 
 import onnx
 import pytest
-import torch
 from torch import nn
 
 from export import FusedProgram, fuse
@@ -113,9 +112,9 @@ def test_correct_onnx_file_is_accepted(name: str, subjects: Mapping[str, Subject
 
 
 def test_evidence_is_accepted(subject: Subject) -> None:
-    outputs = [torch.from_numpy(subject.references["fp32"].oracle["output"])]
-    evidence = check_evidence(subject.program.source, subject.images, subject.images, outputs)
-    assert evidence, evidence.weaknesses
+    for name in ("fp32", "bf16"):
+        evidence = check_evidence(subject.program.source, subject.images, subject.references[name], PRECISIONS[name])
+        assert evidence, evidence.weaknesses
 
 
 @pytest.mark.parametrize("level", LEVELS)
