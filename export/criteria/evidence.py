@@ -1,10 +1,11 @@
 """P0: whether these inputs on these weights could show a defect at all.
 
 Asked in the units of the criteria that would have to show it. An output that no longer depends on the image errs by as
-much as it varies from image to image: that is at least twice what the widest k of P2 lets pass. A summand that is
-left out errs by its size: at least twice the rms z that P1 lets pass. A ReLU that is left out shows where it clips a
-value, and a layer before it where it passes one, by more than the largest z of P1. No share or ratio is asked for: what
-is right for one network is not for another.
+much as it varies from image to image, give or take its own rounding error e: P2, whose widest k is 3, refuses that for
+certain where it varies by more than (k + 1) e. A summand that is left out errs by its size: P1 refuses that where it is
+more than its largest rms z and one rounding error of the sum. A ReLU that is left out shows where it clips a value, and a
+layer before it where it passes one, by more than the largest z of P1. No share or ratio is asked for: what is right for
+one network is not for another.
 """
 
 from __future__ import annotations
@@ -16,15 +17,14 @@ from torch import Tensor, fx
 from export.base.precision import Precision
 from export.criteria.outputs import depends_on_input, output_nodes
 from export.fusion.capture import plain_torch
-from export.fusion.nodes import args_of, aten, constant, is_call, module_path, moves_data, schema_name
+from export.fusion.nodes import args_of, aten, constant, is_call, module_path, moves_data, named_args, schema_name
 from export.runtime.parity.ladder import ENGINE_FACTOR, References
 from export.runtime.parity.network import SCORES, OutputKind
 from export.runtime.parity.rungs import Evidence, OutputEvidence
 from kernels.rounding import MAX_RMS_Z, MAX_Z
 
-_TWICE = 2.0
-OUTPUT_SIGNAL = _TWICE * ENGINE_FACTOR
-SUMMAND_SIGNAL = _TWICE * MAX_RMS_Z
+OUTPUT_SIGNAL = ENGINE_FACTOR + 1
+SUMMAND_SIGNAL = MAX_RMS_Z + 1
 _ROUNDED = 0.41  # the standard deviation of a rounding error in roundoffs
 _SUMMED = 64 * 2.0**-24  # of a sum of 8192 products in float32, in any order: sqrt(K / 2) roundoffs
 # So few channels of a vector may well be all positive or all negative on every picture: of 16 with even odds, one
@@ -51,20 +51,18 @@ def check_evidence(source: fx.GraphModule, x: Tensor, references: References, pr
         observer.run(x.double())
     weaknesses = [*_default_statistics(source), *observer.weaknesses]
     spread = _spread(references.images)
-    if not spread >= OUTPUT_SIGNAL * _noise(precision) * _norm(references.images):
+    if not spread > OUTPUT_SIGNAL * _noise(precision) * _norm(references.images):
         weaknesses.append("inputs hardly differ between images: give different pictures with export_bundle(images=...)")
     varying = [name for name, node in zip(references.oracle, output_nodes(source), strict=False) if node in dependent]
     outputs = _outputs(references, precision, varying)
     for name, found in outputs.items():
         if found.signal is not None and not found.signal >= OUTPUT_SIGNAL:
             weaknesses.append(
-                f"{name} varies from image to image by {found.signal:.2g} times its rounding error in {precision.name}, "
-                f"expected at least {OUTPUT_SIGNAL:g}: {_OTHERS}"
+                f"{name} varies from image to image by {round(found.signal, 2):.3g} times its rounding error in "
+                f"{precision.name}, expected at least {OUTPUT_SIGNAL:g}: {_OTHERS}"
             )
-    asked = [references.oracle[name] for name in varying]
-    whole = asked and not any(np.issubdtype(y.dtype, np.floating) for y in asked)
-    if whole and all(bool((y == y[:1]).all()) for y in asked):
-        weaknesses.append(f"{', '.join(varying)} is the same for every image: {_OTHERS}")
+        elif name in varying and found.signal is None and _alike(references.oracle[name]):
+            observer.unexercised.append(f"{name} is the same for every image")
     active = (min(observer.active), max(observer.active)) if observer.active else None
     return Evidence(
         tuple(weaknesses), active, min(observer.summands, default=None), outputs, tuple(observer.unexercised)
@@ -80,7 +78,7 @@ def _outputs(references: References, precision: Precision, varying: list[str]) -
             errors = [_norm(outputs[name] - oracle) for outputs in references.rounded.values()]
             error = max(*errors, precision.network_floor * _norm(oracle))
             signal = _spread(oracle) / error if error else 0.0
-        if kind.kind == SCORES:
+        if kind.kind == SCORES and oracle.ndim == 2:
             classes = len(np.unique(oracle.argmax(1)))
         found[name] = OutputEvidence(kind, signal, classes)
     return found
@@ -93,6 +91,10 @@ def _norm(values: np.ndarray) -> float:
 def _spread(values: np.ndarray) -> float:
     """||y - mean over images||."""
     return _norm(values - values.mean(0, dtype=np.float64))
+
+
+def _alike(values: np.ndarray) -> bool:
+    return bool((values == values[:1]).all())
 
 
 def _noise(precision: Precision) -> float:
@@ -161,7 +163,7 @@ class _Observer(fx.Interpreter):
             return  # what does not follow from the input is a parameter: leaving it out shows as in a bias
         if not total.is_floating_point() or total.dim() < 2:
             return
-        smaller = min(_rms(self.env[left]), abs(n.kwargs.get("alpha", 1)) * _rms(self.env[right]))
+        smaller = min(_rms(self.env[left]), abs(named_args(n)["alpha"]) * _rms(self.env[right]))
         signal = smaller / max(self._noise * _rms(total), torch.finfo(torch.float64).tiny)
         self.summands.append(signal)
         if not signal >= SUMMAND_SIGNAL:

@@ -74,8 +74,9 @@ def depends_on_input(source: fx.GraphModule) -> set[fx.Node]:
 def _row(node: fx.Node) -> int:
     """How many values of an image a [N, values] output has; 0 for another shape, or whole numbers."""
     value = node.meta.get("val")
-    flat = isinstance(value, Tensor) and value.dim() == 2 and value.is_floating_point()
-    return int(value.shape[1]) if flat else 0
+    if not isinstance(value, Tensor) or value.dim() != 2 or not value.is_floating_point():
+        return 0
+    return int(value.shape[1])
 
 
 def _found_out(node: fx.Node, row: int) -> OutputKind:

@@ -64,7 +64,7 @@ class Bundle:
         first, shape = next(iter(self.outputs.items()))
         kind = self.kinds.get(first, OutputKind())
         if kind.kind == VALUES:
-            raise ExportError(f"{self.path}: expected class scores, its output {first} holds values ({kind.why})")
+            raise ExportError(f"{self.path}: expected class scores, {first} holds values ({kind.why})")
         return class_count(shape)
 
     @property

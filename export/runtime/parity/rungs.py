@@ -170,7 +170,9 @@ class Evidence:
         found = []
         for name, output in self.outputs.items():
             why = f" ({output.kind.why})" if output.kind.why else ""
-            signal = "" if output.signal is None else f", varies by {output.signal:.2g} times its rounding error"
+            signal = (
+                "" if output.signal is None else f", varies by {round(output.signal, 2):.3g} times its rounding error"
+            )
             classes = "" if output.classes is None else f", {output.classes} top-1 classes among the images"
             found.append(f"{name}: {output.kind.kind}{why}{signal}{classes}")
         return [*found, *(f"not seen: {what}" for what in self.unexercised)]

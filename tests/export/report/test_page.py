@@ -111,7 +111,7 @@ def test_evidence_is_told_and_gives_no_verdict_where_it_is_weak() -> None:
     told = ("25 % to 75 %", "at least 512 times", "scores (labelled pictures are given)", "875 times", "9 classes")
     assert all(words in text for words in (*told, "Not seen on any image: gate.relu: the ReLU clips no value"))
     arguments["parity"].update(passed=False, verdict="no verdict, the evidence is too weak: dead")
-    nothing = {"active_share": None, "summand_signal": None, "outputs": {}, "unexercised": []}
+    nothing: dict[str, Any] = {"active_share": None, "summand_signal": None, "outputs": {}, "unexercised": []}
     arguments["parity"]["evidence"] = {"weaknesses": ["dead"], **nothing}
     page = page_of(arguments)
     assert page.one(id="verdict").text == "\u2013 no verdict, the evidence is too weak: dead"
