@@ -3,9 +3,9 @@
 Asked in the units of the criteria that would have to show it. An output that no longer depends on the image errs by as
 much as it varies from image to image, give or take its own rounding error e: P2, whose widest k is 3, refuses that for
 certain where it varies by more than (k + 1) e. A summand that is left out errs by its size: P1 refuses that where it is
-more than its largest rms z and one rounding error of the sum. A ReLU that is left out shows where it clips a value, and a
-layer before it where it passes one, by more than the largest z of P1. No share or ratio is asked for: what is right for
-one network is not for another.
+more than its largest rms z and one rounding error of the sum. A ReLU that is left out shows where it clips a value, and
+a layer before it where it passes one, by more than the largest z of P1. No share or ratio is asked for: what is right
+for one network is not for another.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ _SUMMED = 64 * 2.0**-24  # of a sum of 8192 products in float32, in any order: s
 # network in 30,000 has that. What is then not seen is said, and no reason to distrust the rest.
 _FEW_CHANNELS = 16
 _OTHERS = "give other pictures with export_bundle(images=...)"
+_CALIBRATE = "load trained weights, or calibrate BatchNorm: run batches of pictures through the model in training mode"
 _NOT_NEGATIVE = ("relu", "relu6", "sigmoid", "hardsigmoid", "softmax", "_softmax", "abs", "exp", "square")
 _KEEP_SIGN = ("max_pool2d", "adaptive_max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "mean", "add", "mul", "cat",
               "upsample_nearest2d", "upsample_bilinear2d", "sum", "amax", "amin", "_to_copy", "sqrt")  # fmt: skip
@@ -49,23 +50,29 @@ def check_evidence(source: fx.GraphModule, x: Tensor, references: References, pr
     observer = _Observer(source, dependent, precision)
     with plain_torch():
         observer.run(x.double())
-    weaknesses = [*_default_statistics(source), *observer.weaknesses]
+    untrained = _default_statistics(source)
+    weaknesses = [*untrained, *observer.weaknesses]
     spread = _spread(references.images)
     if not spread > OUTPUT_SIGNAL * _noise(precision) * _norm(references.images):
-        weaknesses.append("inputs hardly differ between images: give different pictures with export_bundle(images=...)")
+        weaknesses.append("inputs hardly differ between images")
     varying = [name for name, node in zip(references.oracle, output_nodes(source), strict=False) if node in dependent]
     outputs = _outputs(references, precision, varying)
     for name, found in outputs.items():
         if found.signal is not None and not found.signal >= OUTPUT_SIGNAL:
             weaknesses.append(
                 f"{name} varies from image to image by {round(found.signal, 2):.3g} times its rounding error in "
-                f"{precision.name}, expected at least {OUTPUT_SIGNAL:g}: {_OTHERS}"
+                f"{precision.name}, expected at least {OUTPUT_SIGNAL:g}"
             )
         elif name in varying and found.signal is None and _alike(references.oracle[name]):
             observer.unexercised.append(f"{name} is the same for every image")
     active = (min(observer.active), max(observer.active)) if observer.active else None
     return Evidence(
-        tuple(weaknesses), active, min(observer.summands, default=None), outputs, tuple(observer.unexercised)
+        weaknesses=tuple(weaknesses),
+        active_share=active,
+        summand_signal=min(observer.summands, default=None),
+        outputs=outputs,
+        unexercised=tuple(observer.unexercised),
+        remedy=_CALIBRATE if untrained else _OTHERS,
     )
 
 
@@ -109,7 +116,6 @@ def _default_statistics(source: fx.GraphModule) -> list[str]:
     has put its statistics.
     """
     weaknesses, biases, layers = [], 0, 0
-    advice = "load trained weights, or calibrate it: run some batches of pictures through the model in training mode"
     for node in source.graph.nodes:
         if not is_call(node, aten._native_batch_norm_legit_no_training.default):
             continue
@@ -119,13 +125,13 @@ def _default_statistics(source: fx.GraphModule) -> list[str]:
         layers += 1
         constructed = (gamma is None or bool((gamma == gamma[0]).all())) and (beta is None or bool((beta == 0).all()))
         if constructed and bool((mean == 0).all()) and bool((var == 1).all()):
-            weaknesses.append(f"{module_path(node)} has the default BatchNorm statistics: {advice}")
+            weaknesses.append(f"{module_path(node)} has the default BatchNorm statistics")
         shift = -mean / (var + args_of(node)[6]).sqrt() * (1.0 if gamma is None else gamma) + (
             0.0 if beta is None else beta
         )
         biases += bool((shift != 0).any())
     if layers and not biases:
-        weaknesses.append(f"every folded bias is zero: {advice}")
+        weaknesses.append("every folded bias is zero")
     return weaknesses
 
 
@@ -175,10 +181,7 @@ class _Observer(fx.Interpreter):
 
     def _say(self, n: fx.Node, what: str, expected: bool = False) -> None:
         """Keep what is not seen: a weakness, unless it is to be expected of a right network."""
-        if expected:
-            self.unexercised.append(f"{module_path(n)}: {what}")
-        else:
-            self.weaknesses.append(f"{module_path(n)}: {what}: {_OTHERS}")
+        (self.unexercised if expected else self.weaknesses).append(f"{module_path(n)}: {what}")
 
 
 def _rms(values: Tensor) -> float:

@@ -255,14 +255,14 @@ def test_weak_evidence_can_be_lifted_and_what_is_wrong_cannot(
     assert [rung.name for rung in rungs if not rung] == ["evidence"]
     assert next(rung for rung in rungs if not rung).verdict == result.report.verdict
     assert export_bundle(model, EXAMPLE, tmp_path / "bundle", lifted) and all(verify_bundle(tmp_path / "bundle"))
-    monkeypatch.setattr("export.forms.ProgramRunner", mutants.RUNNERS["input written to"])
+    monkeypatch.setattr("export.forms.ProgramRunner", mutants.RUNNERS["all zeros"])
     result = export_bundle(model, EXAMPLE, tmp_path / "wrong", lifted, images=alike)
     assert not result and not result.written and not (tmp_path / "wrong").exists()
 
 
 OUTPUTS_REFUSED = {
-    "a word": ({"outputs": "classes"}, None, "expected outputs of auto, scores, values, got 'classes'"),
-    "labels of values": ({"outputs": "values"}, "digits", "labelled pictures are for class scores, got ExportConfig"),
+    "a word": ("classes", None, "expected outputs of auto, scores, values, got 'classes'"),
+    "labels of values": ("values", "digits", "labelled pictures are for class scores, got ExportConfig"),
 }
 
 
@@ -270,6 +270,6 @@ OUTPUTS_REFUSED = {
 def test_outputs_that_cannot_be(case: str, model: nn.Module, tmp_path: Path) -> None:
     told, labels, message = OUTPUTS_REFUSED[case]
     with pytest.raises(ExportError, match=message):
-        config = ExportConfig("fp32", BATCH, "none", **told)
+        config = ExportConfig("fp32", BATCH, "none", outputs=told)
         labelled: Any = labels and [0]
         export_bundle(model, EXAMPLE, tmp_path / "b", config, labelled=labelled)

@@ -21,7 +21,7 @@ def test_export_and_verify_end_with_1_and_say_why(tmp_path: Path) -> None:
     process = run_here(*command, "--output", out, "--unverified")
     lines = process.stdout.splitlines()
     assert process.returncode == 1 and lines[-1] == f"{out} written, UNVERIFIED: not for deployment"
-    assert lines[-2].startswith("no verdict, the evidence is too weak: bn1 has the default BatchNorm statistics: load")
+    assert lines[-2].startswith("no verdict, the evidence is too weak: bn1 has the default BatchNorm statistics; load")
     manifest, page = json.loads((out / "manifest.json").read_text()), (out / "report.html").read_text()
     assert manifest["verified"] is False and manifest["verdict"].startswith("no verdict") and "UNVERIFIED" in page
     assert json.loads((out / "parity.json").read_text())["passed"] is False

@@ -148,11 +148,12 @@ class Evidence:
     """What was found; true when nothing weakens it.
 
     Attributes:
-        weaknesses: one line each: the layer or output, and what would help; empty where the evidence is good.
+        weaknesses: one line each, naming the layer or output; empty where the evidence is good.
         active_share: smallest and largest share of positive values after a ReLU.
         summand_signal: the smallest rms of a summand in units of the rounding error of its sum.
         outputs: by name.
         unexercised: what no input shows, though that is no reason to distrust the rest; one line each.
+        remedy: what the user can give so that the first weakness goes.
     """
 
     weaknesses: tuple[str, ...]
@@ -160,6 +161,7 @@ class Evidence:
     summand_signal: float | None = None
     outputs: Mapping[str, OutputEvidence] = field(default_factory=dict)
     unexercised: tuple[str, ...] = ()
+    remedy: str = ""
 
     def __bool__(self) -> bool:
         return not self.weaknesses
@@ -294,7 +296,7 @@ class ParityReport:
             return f"{unequal}: {failed[0]}"
         if not self.evidence:
             lift = "" if self.unverified else "; ExportConfig.unverified=True writes a bundle that says so"
-            return f"no verdict, the evidence is too weak: {self.evidence.weaknesses[0]}{lift}"
+            return f"no verdict, the evidence is too weak: {self.evidence.weaknesses[0]}; {self.evidence.remedy}{lift}"
         undecided = any(check.decision == "no verdict" for r in self.rungs for check in r.outputs.values())
         alike = any(output.classes == 1 for output in self.evidence.outputs.values())
         why = "one class among the images" if alike else "margins too small"
