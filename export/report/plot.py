@@ -143,7 +143,7 @@ class Scale:
     def decades(self) -> list[float]:
         """The powers of ten in it; of a wide scale, only some."""
         first, last = math.ceil(math.log10(self.low)), math.floor(math.log10(self.high))
-        return [10.0**exponent for exponent in range(first, last + 1, 1 + (last - first) // _LINES)]
+        return [10.0**exponent for exponent in range(first, last + 1, 1 + max(0, last - first) // _LINES)]
 
 
 def plots(measure: Measure, forms: Sequence[Sequence[Check]]) -> list[Plot]:
