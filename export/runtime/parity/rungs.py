@@ -172,9 +172,7 @@ class Evidence:
         found = []
         for name, output in self.outputs.items():
             why = f" ({output.kind.why})" if output.kind.why else ""
-            signal = (
-                "" if output.signal is None else f", varies by {round(output.signal, 2):.3g} times its rounding error"
-            )
+            signal = "" if output.signal is None else f", varies by {_times(output.signal)} times its rounding error"
             classes = "" if output.classes is None else f", {output.classes} top-1 classes among the images"
             found.append(f"{name}: {output.kind.kind}{why}{signal}{classes}")
         return [*found, *(f"not seen: {what}" for what in self.unexercised)]
@@ -187,6 +185,10 @@ class Evidence:
             "outputs": {name: output.to_json() for name, output in self.outputs.items()},
             "unexercised": list(self.unexercised),
         }
+
+
+def _times(signal: float) -> str:
+    return f"{signal:,.0f}" if signal >= 10 else f"{round(signal, 2):.2g}"
 
 
 @dataclass(frozen=True)
