@@ -11,8 +11,10 @@ from export.base.precision import FORMATS, INT8
 from export.quantisation.methods import DEFAULT_METHOD, METHODS
 from export.runtime.engines.engine import FLAVOURS, Flavour, why_not_buildable
 from export.runtime.engines.options import DEFAULT_ENGINE, EngineConfig
+from export.runtime.parity.network import SCORES, VALUES
 
 AUTO = ("auto",)  # in place of the layers to keep: the fewest that do
+OUTPUTS = ("auto", SCORES, VALUES)
 
 
 @dataclass(frozen=True, init=False)
@@ -29,6 +31,8 @@ class ExportConfig:
             float32 for CPUs. `auto`, which is AUTO here, finds the fewest with which the accuracy is retained.
         keep_fp32: fp16 and bf16 only; layers, or modules that hold them, to keep in float32. `auto` finds the fewest
             with which the network is equal to the eager model.
+        outputs: what the outputs are: `scores` of classes, whose top-1 may not change, `values`, or `auto` to find out.
+        unverified: write a bundle, marked as such, where nothing is wrong but the evidence is too weak for a verdict.
     """
 
     precision: str
@@ -38,6 +42,8 @@ class ExportConfig:
     calibration_method: str
     keep_fp16: tuple[str, ...]
     keep_fp32: tuple[str, ...]
+    outputs: str
+    unverified: bool
 
     def __init__(
         self,
@@ -48,6 +54,8 @@ class ExportConfig:
         calibration_method: str = DEFAULT_METHOD,
         keep_fp16: Collection[str] = (),
         keep_fp32: Collection[str] = (),
+        outputs: str = "auto",
+        unverified: bool = False,
     ) -> None:
         """Raises ExportError for values that no export has, and for what another precision takes."""
         if precision not in FORMATS:
@@ -55,6 +63,8 @@ class ExportConfig:
         if calibration_method not in METHODS:
             expected = ", ".join(METHODS)
             raise ExportError(f"expected a calibration method of {expected}, got {calibration_method!r}")
+        if outputs not in OUTPUTS:
+            raise ExportError(f"expected outputs of {', '.join(OUTPUTS)}, got {outputs!r}")
         if engine not in ("auto", "none", *FLAVOURS):
             raise ExportError(f"expected an engine of auto, none, {', '.join(FLAVOURS)}, got {engine!r}")
         narrowed = {
@@ -65,6 +75,8 @@ class ExportConfig:
             "calibration_method": calibration_method,
             "keep_fp16": _kept("keep_fp16", keep_fp16, precision, (INT8.name,)),
             "keep_fp32": _kept("keep_fp32", keep_fp32, precision, ("fp16", "bf16")),
+            "outputs": outputs,
+            "unverified": unverified,
         }
         for name, value in narrowed.items():
             object.__setattr__(self, name, value)

@@ -35,7 +35,9 @@ def describe(
         "precision": precision.name,
         "batch": {"min": program.batch.minimum, "opt": program.batch.optimum, "max": program.batch.maximum},
         "inputs": [value_facts(value) for value in graph.input],
-        "outputs": [value_facts(value) for value in graph.output],
+        "outputs": [_output_facts(value, report) for value in graph.output],
+        "verified": bool(report.evidence),
+        "verdict": report.verdict,
         "opset": model.opset_import[0].version,
         "kept": sorted(forms.kept),
         "engines": {
@@ -56,6 +58,11 @@ def describe(
         "quantisation": report.quantisation and report.quantisation.to_json(),
         "versions": {"python": platform.python_version(), **installed_versions()},
     }
+
+
+def _output_facts(value: onnx.ValueInfoProto, report: ParityReport) -> dict[str, Any]:
+    found = report.evidence.outputs.get(value.name)
+    return {**value_facts(value), **({} if found is None else found.kind.to_json())}
 
 
 def value_facts(value: onnx.ValueInfoProto) -> dict[str, Any]:

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
+from torch import Tensor, nn
 
 from export.base.batch import Batch
 from export.base.errors import ExportError
@@ -22,6 +21,7 @@ from export.base.precision import FORMATS, INT8, PRECISIONS, Precision
 from export.base.progress import Progress, silent
 from export.config import AUTO, ExportConfig, choose_flavours
 from export.criteria.evidence import check_evidence
+from export.criteria.outputs import output_kinds, output_nodes
 from export.criteria.references import run_references, run_simulations
 from export.forms import Forms, floating_forms
 from export.fusion.capture import check_model, describe_value
@@ -49,6 +49,7 @@ from export.runtime.parity.ladder import (
     operator_images,
     reference_rungs,
 )
+from export.runtime.parity.network import VALUES, OutputKind
 from export.runtime.parity.rungs import ParityReport
 from export.runtime.runner import Interface
 from export.sample_inputs import crops, photographs
@@ -66,7 +67,7 @@ class ExportResult:
     """What an export did. True when every form equals the eager model and the bundle is in place.
 
     Attributes:
-        output: the bundle's folder; written only when true.
+        output: the bundle's folder.
         report: every comparison.
         coverage: what was fused and what was left.
         skipped: engine flavour -> why it was not built.
@@ -83,6 +84,11 @@ class ExportResult:
 
     def __bool__(self) -> bool:
         return bool(self.report)
+
+    @property
+    def written(self) -> bool:
+        """Whether the bundle is in place: where this is true, or was asked for without a verdict."""
+        return self.report.written
 
 
 @dataclass(frozen=True)
@@ -123,13 +129,16 @@ def export_bundle(
 ) -> ExportResult:
     """Export `model` into a bundle at `output`, provided every form of it equals the eager model.
 
+    With `ExportConfig.unverified` also where nothing is wrong but the evidence is too weak to say so: the bundle, its
+    report and `verify` then say that there is no verdict, and the result is false.
+
     Args:
         model: any nn.Module in eval mode with one image input; left as it was.
         example: [N, C, H, W], floating point; gives channels and image size; left as it was.
         output: the bundle's folder; an older bundle there is replaced in one step, or left as it was.
         config: precision, batch sizes and engines.
         images: [N, C, H, W], what to compare on, as the model expects it; default: crops of the two
-            photographs that come with scikit-learn.
+            photographs that come with scikit-learn. Outputs have to vary from image to image by far more than rounding.
         labelled: what to measure accuracy on, before the export and after it; default: it is not measured. Every
             form must keep 99 % of the eager model's.
         calibration: int8 only; inputs whose activations set the scales, none of which accuracy is measured on.
@@ -159,6 +168,8 @@ def export_bundle(
     with staged(output) as staging:
         progress("capture and fuse")
         program = fuse(model, example, job.batch, DEFAULT_LEVEL if calibration is None else QUANTISED_LEVEL)
+        names, classes = output_names(program.graph_module), job.metadata.get("classes")
+        kinds = output_kinds(program.source, names, job.config.outputs, labelled is not None, classes)
         meter = _meter(job, program)
         program, forms = _lower(job, program, meter)
         files = {name: onnx_file.serialize() for name, onnx_file in forms.files.items()}
@@ -166,11 +177,11 @@ def export_bundle(
         for engine in engines:
             files[engine.flavour.file_name] = engine.plan
             files[engine.flavour.layers_name] = (json.dumps(engine.layers, indent=1) + "\n").encode()
-        report, references = _compare(job, program, forms, engines)
+        report, references = _compare(job, program, forms, engines, kinds)
         if meter is not None:
             _measure(meter, forms, engines, report, job.precision)
             report = replace(report, accuracy=tuple(meter.measured))
-        if report:
+        if report.written:
             progress("write the bundle")
             manifest = describe(program, forms, engines, job.precision, job.metadata, report)
             files["parity.json"] = (json.dumps(report.to_json(), indent=2) + "\n").encode()
@@ -201,6 +212,10 @@ def _check(job: _Job) -> None:
     except (TypeError, ValueError) as error:
         raise ExportError(f"expected metadata that JSON can hold: {error}") from error
     if job.labelled is not None:
+        if job.config.outputs == VALUES:
+            raise ExportError(
+                "labelled pictures are for class scores, got ExportConfig.outputs='values': leave out one of the two"
+            )
         if len(job.labelled) == 0:
             raise ExportError("expected labelled pictures to measure accuracy on, got none")
         inputs, _ = next(iter(job.labelled.batches(1)))
@@ -226,8 +241,7 @@ def _meter(job: _Job, program: FusedProgram) -> Meter | None:
     """What measures accuracy, and has measured the eager model's; None without labelled pictures."""
     if job.labelled is None:
         return None
-    (output,) = (node for node in program.source.graph.nodes if node.op == "output")
-    first = next(node for node in pytree.tree_leaves(output.args) if isinstance(node, fx.Node))
+    first = output_nodes(program.source)[0]
     logits: list[int | str] = ["batch", *(int(size) for size in first.meta["val"].shape[1:])]
     meter = Meter(job.labelled, job.metadata.get("classes"), logits, job.batch, job.progress)
     names = output_names(program.graph_module)
@@ -266,7 +280,9 @@ def _measure(meter: Meter, forms: Forms, engines: list[Engine], report: ParityRe
             meter.measure(TensorRTRunner(engine, Interface.of(names)), precision.name)
 
 
-def _compare(job: _Job, program: FusedProgram, forms: Forms, engines: list[Engine]) -> tuple[ParityReport, References]:
+def _compare(
+    job: _Job, program: FusedProgram, forms: Forms, engines: list[Engine], kinds: Mapping[str, OutputKind]
+) -> tuple[ParityReport, References]:
     """Run every candidate first and the references after, so that none can see the other's results.
 
     Returns:
@@ -282,11 +298,10 @@ def _compare(job: _Job, program: FusedProgram, forms: Forms, engines: list[Engin
         for engine in engines
     ]
     progress("run the eager model")
-    references = run_references(job.model, program, names, images, forms.arithmetic)
-    outputs = [torch.from_numpy(values) for values in references.oracle.values()]
+    references = replace(run_references(job.model, program, names, images, forms.arithmetic), kinds=kinds)
     progress("compare")
     shown = torch.from_numpy(operator_images(images, program.batch))
-    evidence = check_evidence(program.source, shown, torch.from_numpy(images), outputs)
+    evidence = check_evidence(program.source, shown, references, precision)
     rungs = reference_rungs(references, forms.arithmetic)
     by_precision = {forms.arithmetic: references}
     if forms.simulations:
@@ -303,6 +318,7 @@ def _compare(job: _Job, program: FusedProgram, forms: Forms, engines: list[Engin
         tuple(rungs),
         quantisation=forms.quantisation,
         kept=tuple(sorted(program.kept)),
+        unverified=job.config.unverified,
     )
     return report, by_precision[precision]
 

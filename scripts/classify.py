@@ -79,6 +79,8 @@ def run(bundle: Bundle, paths: list[Path]) -> tuple[Artefact, NDArray]:
     size, logits = bundle.batch.maximum, []
     with running_first(bundle, lambda reason: print(in_flags(reason), file=sys.stderr)) as (artefact, infer):
         sys.stderr.write(f"{bundle.path / artefact.file} on {artefact.runtime}\n")
+        if bundle.unverified:
+            sys.stderr.write(in_flags(f"{bundle.path} is UNVERIFIED; it was exported with {bundle.unverified}\n"))
         for start in range(0, len(paths), size):
             outputs = infer(preprocessing([open_picture(path) for path in paths[start : start + size]]))
             logits.append(next(iter(outputs.values())))

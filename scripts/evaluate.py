@@ -91,6 +91,10 @@ def evaluate(args: argparse.Namespace) -> int:
     trained_on = {str(name) for name in named if name is not None}
     data = open_test(args.data, trained_on)
     subjects = [Subject.of(bundle, data) for bundle in bundles]
+    for opened in bundles:
+        if opened.unverified:
+            why = f"{opened.path} is UNVERIFIED; it was exported with {opened.unverified}"
+            sys.stderr.write(f"{in_flags(why)}\n")
     measured, waiting = run(subjects, cluster_measure(ray, args.data, trained_on) if ray else measure_here)
     if args.json:
         records = [{"bundle": bundle, "artefact": file, **found.to_json()} for bundle, file, found in measured]

@@ -39,6 +39,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_engine_arguments(parser)
     parser.add_argument("--images", nargs="+", metavar="PATH", help="pictures to compare on")
     parser.add_argument(
+        "--outputs",
+        choices=("scores", "values"),
+        help="what the network returns: scores of classes, whose highest may not change, or values such as landmarks; "
+        "default: found out from labels, names of classes and the last operator",
+    )
+    parser.add_argument(
+        "--unverified",
+        action="store_true",
+        help="where nothing is wrong but the evidence is too weak for a verdict: write a bundle marked as such; the "
+        "exit code is 1 all the same",
+    )
+    parser.add_argument(
         "--data",
         metavar="digits|PATH",
         help="labelled pictures to measure accuracy on; default digits where the weights were trained on them",
@@ -148,6 +160,8 @@ def run(args: argparse.Namespace, source: Source, progress: Progress) -> ExportR
         calibration_method=args.calibration_method or DEFAULT_METHOD,
         keep_fp16=args.keep_fp16,
         keep_fp32=args.keep_fp32,
+        outputs=args.outputs or ("scores" if args.weights == PRETRAINED else "auto"),
+        unverified=args.unverified,
     )
     model = create_model(source.model, num_classes=source.num_classes, in_channels=source.in_channels)
     labelled = open_labelled(args, source)
@@ -320,7 +334,7 @@ def summarise(args: argparse.Namespace, source: Source, result: ExportResult) ->
             "model": source.model,
             "trained": args.weights is not None,
             "precision": report.precision,
-            "output": str(result.output) if result else None,
+            "output": str(result.output) if result.written else None,
             "fused": len(coverage.fused),
             "left": [operator.name for operator in coverage.left],
             "notes": list(coverage.notes),
@@ -348,13 +362,17 @@ def summarise(args: argparse.Namespace, source: Source, result: ExportResult) ->
         print_accuracy(report.accuracy)
     elif args.weights is not None or report.quantisation is not None:
         print("accuracy not measured: give labelled pictures with --data")
+    for line in report.evidence.lines:
+        print(in_flags(line))
     for weakness in report.evidence.weaknesses:
-        print(f"weak evidence: {weakness}")
+        print(in_flags(f"weak evidence: {weakness}"))
     if args.weights is None:
         print("UNTRAINED weights: this checks the export, not the network; give --weights to deploy")
     print(f"{in_flags(report.verdict)} ({report.images} images, {result.seconds:.0f} s)")
     if result:
         print(f"{result.output} written; next: {typed('verify')} {result.output}")
+    elif result.written:
+        print(f"{result.output} written, UNVERIFIED: not for deployment")
     else:
         print(f"nothing written to {result.output}")
 

@@ -83,7 +83,7 @@ def verify(args: argparse.Namespace) -> int:
     sizes = {str(build.file): build.size for build in builds}
     print_columns(RUNG_HEADINGS, [rung.cells(sizes.get(rung.file) or size(args.bundle, rung)) for rung in rungs])
     if args.build:
-        say_built(args.bundle, builds)
+        say_built(args.bundle, rungs, builds)
     else:
         say_verified(args.bundle, rungs)
     return 0 if passed else 1
@@ -98,7 +98,11 @@ def say_verified(bundle: Path, rungs: list[Rung]) -> None:
     """What was found of a bundle, and what to do next."""
     waiting = [rung.file for rung in rungs if rung.not_run]
     outdated = [file for file in waiting if Path(file).is_absolute()]
-    if not all(rungs):
+    open_questions = [rung.no_verdict for rung in rungs if rung.no_verdict]
+    if open_questions and all(rung or rung.no_verdict for rung in rungs):
+        print(f"{bundle}: UNVERIFIED; what ran here computes what was exported, which is all that is known of it")
+        print(in_flags(f"it was exported with {open_questions[0]}"))
+    elif not all(rungs):
         print(f"{bundle}: WRONG; do not deploy, export again")
     elif outdated:
         print(f"{bundle}: whole, and what ran here computes what was exported")
@@ -110,8 +114,9 @@ def say_verified(bundle: Path, rungs: list[Rung]) -> None:
         print(f"{bundle}: whole, and every artefact computes what was exported; ready to deploy")
 
 
-def say_built(bundle: Path, builds: list[DeviceBuild]) -> None:
+def say_built(bundle: Path, rungs: list[Rung], builds: list[DeviceBuild]) -> None:
     """Where the engines are, and what to do next."""
+    open_questions = [rung.no_verdict for rung in rungs if rung.no_verdict]
     done = {"built": "built here", "kept": "built here before", "restored": "back again, built here before"}
     for build in builds:
         if build:
@@ -120,7 +125,9 @@ def say_built(bundle: Path, builds: list[DeviceBuild]) -> None:
             print(f"{bundle}: {build.file.name} as built here is WRONG and was not put in place; do not deploy")
         else:
             print(f"{build.file}: WRONG; do not deploy, remove {build.file.parent} and build again")
-    if all(builds):
+    if open_questions:
+        print(in_flags(f"{bundle}: UNVERIFIED; it was exported with {open_questions[0]}"))
+    elif all(builds):
         print(f"next: {typed('evaluate')} {bundle} DATA, for its accuracy on labelled pictures")
 
 

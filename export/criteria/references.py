@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -54,7 +55,7 @@ def run_rounded(references: References, model: nn.Module, program: FusedProgram,
     why_not = _no_reference(program, rounded[eager.name], rounded["folded"], references, precision)
     unusable = {eager.name: why_not} if why_not else {}
     rounded = {name: outputs for name, outputs in rounded.items() if name not in unusable}
-    return References(images, rounded, references.oracle, eager.runtime, seconds[0], unusable)
+    return replace(references, rounded=rounded, runtime=eager.runtime, seconds=seconds[0], unusable=unusable)
 
 
 def _no_reference(
@@ -94,4 +95,4 @@ def run_simulations(references: References, simulations: Mapping[str, tuple[Fuse
             started = time.perf_counter()
             rounded[name] = run_in_batches(runner.infer, references.images, program.batch, len(references.images))
             seconds = (time.perf_counter() - started) / len(references.images)
-    return References(references.images, rounded, references.oracle, references.runtime, seconds)
+    return replace(references, rounded=rounded, seconds=seconds, unusable={})

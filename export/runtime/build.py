@@ -24,9 +24,9 @@ from export.runtime.engine_store import (
 from export.runtime.engines.engine import FLAVOURS, Flavour, build_engine
 from export.runtime.engines.options import DEFAULT_ENGINE, EngineConfig
 from export.runtime.onnx_session import ONNX_FILE
-from export.runtime.parity.ladder import References, reference_rungs
+from export.runtime.parity.ladder import References
 from export.runtime.parity.rungs import Rung
-from export.runtime.verify import golden_references, run_artefact
+from export.runtime.verify import exported_rungs, golden_references, run_artefact
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ def build_on_device(
         progress: called with the name of each step as it begins.
 
     Returns:
-        Rungs for what rounding alone made of the model when it was exported, and what became of each engine.
+        Rungs for what rounding alone made of the model when it was exported, with one that fails where that was
+        without a verdict, and what became of each engine.
 
     Raises:
         ExportError: the bundle or what was built before is not what was written; there is no GPU or no TensorRT; an
@@ -78,7 +79,7 @@ def build_on_device(
         raise ExportError("; ".join(f"no {flavour.name} engine: {reason}" for flavour, reason in obstacles.items()))
     private_folder(ENGINES_FOLDER)
     builds = [_build(opened, flavour, config, references, progress) for flavour in usable]
-    return reference_rungs(references, opened.precision), builds
+    return exported_rungs(opened, references), builds
 
 
 def _build(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from export.base.errors import ExportError
@@ -17,8 +18,8 @@ def verify_bundle(bundle: str | Path, progress: Progress = silent) -> list[Rung]
     """Check every file of a bundle, then run its golden inputs through each artefact this machine can run.
 
     Returns:
-        Rungs for what rounding alone made of the model when it was exported, and one for each artefact. The bundle
-        passes when every executed rung is true.
+        Rungs for what rounding alone made of the model when it was exported, and one for each artefact; of a bundle
+        that was written without a verdict one that says so and fails. It passes when every executed rung is true.
 
     Raises:
         ExportError: not a bundle, or a file of it or of an engine built here is missing, changed, unlisted or a link;
@@ -30,14 +31,22 @@ def verify_bundle(bundle: str | Path, progress: Progress = silent) -> list[Rung]
     rungs = [run_artefact(opened, artefact, references, progress) for artefact in artefacts(opened)]
     if all(rung.not_run for rung in rungs):
         raise ExportError("; ".join(f"{rung.file} does not run here: {rung.not_run}" for rung in rungs))
-    return [*reference_rungs(references, opened.precision), *rungs]
+    return [*exported_rungs(opened, references), *rungs]
+
+
+def exported_rungs(bundle: Bundle, references: References) -> list[Rung]:
+    """What rounding alone made of the model when it was exported, and whether no verdict was reached then."""
+    rungs = reference_rungs(references, bundle.precision)
+    if bundle.unverified:
+        rungs.append(Rung.of_weak_evidence(bundle.precision.name, bundle.unverified))
+    return rungs
 
 
 def golden_references(bundle: Bundle) -> References:
     """What every artefact of a bundle is compared with; raises ExportError where it has none."""
     if GOLDEN_FILE not in bundle.contents:
         raise ExportError(f"{bundle.path}: expected {GOLDEN_FILE}, which is not listed in its manifest")
-    return load_golden(bundle.contents[GOLDEN_FILE])
+    return replace(load_golden(bundle.contents[GOLDEN_FILE]), kinds=bundle.kinds)
 
 
 def run_artefact(bundle: Bundle, artefact: Artefact, references: References, progress: Progress) -> Rung:

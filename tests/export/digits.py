@@ -62,7 +62,7 @@ def fused(model: nn.Module, batch: Batch = BATCH) -> FusedProgram:
 
 def write(program: FusedProgram, output: Path, precision: str = "fp32", metadata: Mapping[str, Any] = METADATA) -> Path:
     forms = floating_forms(program, EXAMPLE, PRECISIONS[precision], silent)
-    report = ParityReport(precision, 0, Evidence((), None, None, None, None), ())
+    report = ParityReport(precision, 0, Evidence(()), ())
     manifest = describe(program, forms, [], PRECISIONS[precision], metadata, report)
     with staged(output) as staging:
         publish(staging, output, {ONNX_FILE: forms.files[ONNX_FILE].serialize()}, manifest)

@@ -76,7 +76,9 @@ def test_the_manifest_describes_the_artefacts(bundle: Path) -> None:
     assert manifest["model"] == {"name": "resnet8"} and manifest["precision"] == "fp16"
     assert manifest["batch"] == {"min": 1, "opt": 4, "max": 8} and manifest["accuracy"] == []
     assert manifest["inputs"] == [{"name": "input", "shape": ["batch", 3, 32, 32], "dtype": "float32"}]
-    assert manifest["outputs"] == [{"name": "output", "shape": ["batch", 10], "dtype": "float32"}]
+    said = {"kind": "scores or values", "why": "nobody said; ExportConfig.outputs does"}
+    assert manifest["outputs"] == [{"name": "output", "shape": ["batch", 10], "dtype": "float32", **said}]
+    assert manifest["verified"] is True and manifest["verdict"] == "equal to the eager model"
     assert manifest["engines"]["model.rtx.engine"]["convolutions"] == 9
     layers = json.loads((bundle / "model.rtx.layers.json").read_text())
     assert sum(layer["type"] == "CONVOLUTION" and set(layer["outputs"]) == {"HALF"} for layer in layers) == 9
@@ -254,3 +256,34 @@ def test_a_form_that_loses_accuracy_is_not_written(
     assert fused.correct < eager.correct - 40 and onnx.correct == eager.correct
     expected = f"accuracy lost: {fused.form} (fp32) has {100 * fused.top1:.2f} % top-1 where the eager model has "
     assert result.report.verdict.startswith(f"{expected}{100 * eager.top1:.2f} %")
+
+
+def test_weak_evidence_can_be_lifted_and_what_is_wrong_cannot(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By other pictures, or in a bundle that says that there is no verdict."""
+    lifted, alike = ExportConfig("fp32", BATCH, "none", unverified=True), torch.zeros(4, 3, 32, 32)
+    result = export_bundle(model, EXAMPLE, tmp_path / "bundle", lifted, images=alike)
+    assert not result and result.written and "unverified" not in result.report.verdict
+    rungs = verify_bundle(tmp_path / "bundle")
+    assert [rung.name for rung in rungs if not rung] == ["evidence"]
+    assert next(rung for rung in rungs if not rung).verdict == result.report.verdict
+    assert export_bundle(model, EXAMPLE, tmp_path / "bundle", lifted) and all(verify_bundle(tmp_path / "bundle"))
+    monkeypatch.setattr("export.forms.ProgramRunner", mutants.RUNNERS["all zeros"])
+    result = export_bundle(model, EXAMPLE, tmp_path / "wrong", lifted, images=alike)
+    assert not result and not result.written and not (tmp_path / "wrong").exists()
+
+
+OUTPUTS_REFUSED = {
+    "a word": ("classes", None, "expected outputs of auto, scores, values, got 'classes'"),
+    "labels of values": ("values", "digits", "labelled pictures are for class scores, got ExportConfig"),
+}
+
+
+@pytest.mark.parametrize("case", OUTPUTS_REFUSED)
+def test_outputs_that_cannot_be(case: str, model: nn.Module, tmp_path: Path) -> None:
+    told, labels, message = OUTPUTS_REFUSED[case]
+    with pytest.raises(ExportError, match=message):
+        config = ExportConfig("fp32", BATCH, "none", outputs=told)
+        labelled: Any = labels and [0]
+        export_bundle(model, EXAMPLE, tmp_path / "b", config, labelled=labelled)

@@ -15,6 +15,7 @@ from export.runtime.engines.engine import FLAVOURS, Engine
 from export.runtime.engines.options import EngineConfig
 from export.runtime.onnx_session import ONNX_FILE
 from export.runtime.parity.accuracy import class_count, class_names
+from export.runtime.parity.network import EITHER, SCORES, VALUES, OutputKind
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Bundle:
         input_name: of the ONNX file's one input.
         image_shape: (C, H, W) of an input.
         outputs: name -> shape, in order.
+        kinds: name of an output -> what it is, of those of which the manifest says it.
         engines: those it lists.
         kept: the layers that compute in a wider type than the precision, by the names of their ONNX nodes.
     """
@@ -42,6 +44,7 @@ class Bundle:
     input_name: str
     image_shape: tuple[int, int, int]
     outputs: Mapping[str, tuple[int | str, ...]]
+    kinds: Mapping[str, OutputKind] = field(repr=False)
     engines: tuple[Engine, ...] = field(repr=False)
     kept: frozenset[str] = field(repr=False)
 
@@ -51,9 +54,18 @@ class Bundle:
         return str(self.manifest["files"][ONNX_FILE]["sha256"])
 
     @property
+    def unverified(self) -> str:
+        """Why no verdict was reached when it was exported; empty where it was found to be equal."""
+        return "" if self.manifest.get("verified", True) is True else str(self.manifest.get("verdict", "not stated"))
+
+    @property
     def class_count(self) -> int:
         """How many classes there are; raises ExportError where the first output is not [N, classes]."""
-        return class_count(next(iter(self.outputs.values())))
+        first, shape = next(iter(self.outputs.items()))
+        kind = self.kinds.get(first, OutputKind())
+        if kind.kind == VALUES:
+            raise ExportError(f"{self.path}: expected class scores, {first} holds values ({kind.why})")
+        return class_count(shape)
 
     @property
     def classes(self) -> list[str] | None:
@@ -110,11 +122,18 @@ def open_bundle(path: str | Path) -> Bundle:
             input_name=str(entry["name"]),
             image_shape=(_whole(channels), _whole(height), _whole(width)),
             outputs=outputs,
+            kinds={str(o["name"]): _kind(o["kind"], o["why"]) for o in manifest["outputs"] if "kind" in o},
             engines=tuple(_engine(name, facts, contents, precision) for name, facts in manifest["engines"].items()),
             kept=frozenset(map(str, manifest["kept"])),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ExportError(f"{path}: not a bundle of this project ({type(error).__name__}: {error})") from error
+
+
+def _kind(kind: object, why: object) -> OutputKind:
+    if kind not in (SCORES, VALUES, EITHER):
+        raise ValueError(f"expected {SCORES}, {VALUES} or {EITHER!r} of an output, got {kind!r:.80}")
+    return OutputKind(str(kind), str(why))
 
 
 def _whole(value: object) -> int:

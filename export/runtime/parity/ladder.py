@@ -15,7 +15,7 @@ from export.base.batch import Arrays, Batch, run_in_batches
 from export.base.errors import ExportError
 from export.base.precision import Precision
 from export.runtime.parity.checks import OperatorChecks
-from export.runtime.parity.network import NetworkCheck, compare
+from export.runtime.parity.network import NetworkCheck, OutputKind, compare
 from export.runtime.parity.rungs import Rung
 from export.runtime.runner import INPUT, Runner
 
@@ -37,6 +37,7 @@ class References:
         runtime: what ran them.
         seconds: per image of the first of them.
         unusable: unfused network that is no reference -> why.
+        kinds: output name -> what it is; of those not named, [N, classes] are class scores.
     """
 
     images: NDArray
@@ -45,6 +46,7 @@ class References:
     runtime: str = "recorded"
     seconds: float = 0.0
     unusable: Mapping[str, str] = field(default_factory=dict)
+    kinds: Mapping[str, OutputKind] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def reference_rungs(references: References, precision: Precision) -> list[Rung]:
     first = next(iter(references.rounded.values()))
     for name, outputs in references.rounded.items():
         factor = precision.network_factor if outputs is first else FOLDED_FACTOR
-        checks = compare(outputs, [first], references.oracle, factor, precision.network_floor)
+        checks = compare(outputs, [first], references.oracle, factor, precision.network_floor, references.kinds)
         seconds = references.seconds if outputs is first else 0.0
         rungs.append(Rung(name, references.runtime, precision.name, outputs=checks, seconds=seconds))
     return rungs
@@ -121,7 +123,7 @@ def judge(
     """Compare what a form computed with the references; `factor` is k of the network criterion."""
     rounded = list(references.rounded.values())
     runs = [
-        compare(outputs, rounded, references.oracle, factor, precision.network_floor)
+        compare(outputs, rounded, references.oracle, factor, precision.network_floor, references.kinds)
         for outputs in (execution.straight, execution.reversed)
     ]
     names = {name: None for run in runs for name in run}

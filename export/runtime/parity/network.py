@@ -6,13 +6,15 @@ with BatchNorm folded into the weights. The second rounds the very weights that 
 rounding the weights costs is one draw, alike for all images, and two networks that round different weights
 were seen to differ by 0.3 to 2.5 in their errors with nothing wrong in either.
 P3: a changed top-1 fails where the oracle's margin exceeds tau = 2 * k * max|rounded - oracle|; a verdict
-needs 95 % of the inputs above tau.
+needs 95 % of the inputs above tau, and more than one class among them. Asked of class scores alone. Of [N, values] of
+which nobody knows what they are, only the first half is: no rounding changes a clear top-1, whatever it means.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +24,23 @@ from export.base.errors import ExportError
 _DECIDED_SHARE = 0.95
 _LARGEST_ERROR = 0.5  # beyond it an output of zeros would be as good: the precision does not represent the network
 _INTEGER_FLOOR = 1e-3  # share of integer values, such as an argmax per pixel, that a near tie may change
+SCORES, VALUES, EITHER = "scores", "values", "scores or values"
+
+
+@dataclass(frozen=True)
+class OutputKind:
+    """What an output is.
+
+    Attributes:
+        kind: SCORES, of which the highest decides; VALUES; or EITHER, where that is not known.
+        why: how that was found out, in a few words; empty where nobody asked.
+    """
+
+    kind: str = SCORES
+    why: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind, "why": self.why}
 
 
 @dataclass(frozen=True)
@@ -34,8 +53,10 @@ class NetworkCheck:
         ratio: the larger of error / eager_error on the logits and on the logits centred per image, with
             the floor in place of a smaller eager_error.
         limit: k, what the ratio may not exceed.
-        top1_agreement: share of inputs with the oracle's top-1 class; None where the output has no classes.
-        decision: `equal`, `flipped`, `no verdict` (too few inputs with a clear margin) or `not a decision`.
+        top1_agreement: share of inputs with the oracle's top-1 class; None where the output has no classes, or may
+            have none and no clear margins.
+        decision: `equal`, `flipped`, `no verdict` (too few inputs with a clear margin, or one class) or
+            `not a decision`.
         reason: why it failed, empty where it passed.
     """
 
@@ -62,6 +83,7 @@ def compare(
     oracle: Mapping[str, NDArray],
     factor: float,
     floor: float,
+    kinds: Mapping[str, OutputKind] | None = None,
 ) -> dict[str, NetworkCheck]:
     """Compare every output of a candidate with the oracle's.
 
@@ -71,6 +93,7 @@ def compare(
         oracle: the same outputs in float64; says which outputs there must be.
         factor: k.
         floor: a relative error no candidate is blamed for, however small the eager model's is.
+        kinds: output name -> what it is; without one, [N, classes] are class scores.
 
     Returns:
         A check for every name in the oracle, and a failed one for every output the oracle does not have.
@@ -88,7 +111,8 @@ def compare(
         if name not in candidate:
             checks[name] = NetworkCheck.refused(factor, "the output is missing")
         else:
-            checks[name] = _compare_output(candidate[name], [r[name] for r in rounded], reference, factor, floor)
+            kind = (kinds or {}).get(name, OutputKind()).kind
+            checks[name] = _compare_output(candidate[name], [r[name] for r in rounded], reference, factor, floor, kind)
     for name in candidate.keys() - oracle.keys():
         checks[name] = NetworkCheck.refused(factor, "an output the model does not have")
     return checks
@@ -111,7 +135,7 @@ def finite(value: float) -> float | None:
 
 
 def _compare_output(
-    candidate: NDArray, rounded: Sequence[NDArray], oracle: NDArray, factor: float, floor: float
+    candidate: NDArray, rounded: Sequence[NDArray], oracle: NDArray, factor: float, floor: float, kind: str
 ) -> NetworkCheck:
     if candidate.shape != oracle.shape:
         return NetworkCheck.refused(factor, f"shape {list(candidate.shape)}, expected {list(oracle.shape)}")
@@ -121,8 +145,8 @@ def _compare_output(
         return NetworkCheck.refused(factor, f"{int((~np.isfinite(candidate)).sum())} values are NaN or Inf")
     error, eager_error = relative_error(candidate, oracle), max(relative_error(y, oracle) for y in rounded)
     ratio = error / max(eager_error, floor)
-    logits = oracle.ndim == 2 and oracle.shape[1] > 1
-    if logits:
+    row = oracle.ndim == 2 and oracle.shape[1] > 1
+    if row:
         centred, reference, *centred_rounded = (
             y - y.mean(axis=1, keepdims=True) for y in (candidate, oracle, *rounded)
         )
@@ -133,8 +157,10 @@ def _compare_output(
         return NetworkCheck(error, eager_error, ratio, factor, None, "not a decision", reason)
     reason = "" if ratio <= factor else f"error is {ratio:.2f} times that of unfused operators, the limit is {factor:g}"
     agreement, decision = None, "not a decision"
-    if logits:
+    if row and kind != VALUES:
         agreement, decision = _decide(candidate, rounded, oracle, factor)
+        if kind == EITHER and decision == "no verdict":
+            agreement, decision = None, "not a decision"
         if decision == "flipped":
             reason = reason or "a top-1 class changed where the oracle's margin is clear"
     return NetworkCheck(error, eager_error, ratio, factor, agreement, decision, reason)
@@ -155,7 +181,7 @@ def _decide(candidate: NDArray, rounded: Sequence[NDArray], oracle: NDArray, fac
     clear = margin > threshold
     if bool((clear & ~agrees).any()):
         decision = "flipped"
-    elif clear.mean() < _DECIDED_SHARE:
+    elif clear.mean() < _DECIDED_SHARE or len(np.unique(oracle.argmax(axis=1))) == 1:
         decision = "no verdict"
     else:
         decision = "equal"

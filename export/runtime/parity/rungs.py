@@ -8,7 +8,7 @@ from typing import Any
 
 from export.runtime.parity.accuracy import Accuracy, lost_accuracy
 from export.runtime.parity.checks import OUT_OF_RANGE, OperatorChecks
-from export.runtime.parity.network import NetworkCheck, finite
+from export.runtime.parity.network import NetworkCheck, OutputKind, finite
 
 RUNG_HEADINGS = ("form", "runtime", "operators", "error", "eager error", "ratio", "top-1", "MB", "ms/image", "verdict")
 
@@ -25,6 +25,7 @@ class Rung:
         outputs: P2 and P3 per output; empty where the form was not run.
         operators: P1; None where the form does not show its intermediate results.
         not_run: why it was built but not executed here, or why an unfused network is no reference; else empty.
+        no_verdict: of the export as a whole: why nothing was concluded from it; else empty.
         seconds: per image of one run on this machine, 0 where not run.
     """
 
@@ -35,11 +36,19 @@ class Rung:
     outputs: Mapping[str, NetworkCheck] = field(default_factory=dict)
     operators: OperatorChecks | None = None
     not_run: str = ""
+    no_verdict: str = ""
     seconds: float = 0.0
+
+    @classmethod
+    def of_weak_evidence(cls, precision: str, verdict: str) -> Rung:
+        """A rung that fails, for a bundle that was written without a verdict."""
+        return cls("evidence", "", precision, no_verdict=verdict)
 
     def __bool__(self) -> bool:
         if self.not_run:
             return True
+        if self.no_verdict:
+            return False
         operators = self.operators is None or bool(self.operators)
         return bool(self.outputs) and all(self.outputs.values()) and operators
 
@@ -51,6 +60,8 @@ class Rung:
     @property
     def verdict(self) -> str:
         """`equal`, `not run` or why it is not equal, in one line."""
+        if self.no_verdict:
+            return self.no_verdict
         if self.not_run:
             return f"not run: {self.not_run}" if self.file else f"no reference: {self.not_run}"
         failed = [f"{name}: {check.reason}" for name, check in self.outputs.items() if not check]
@@ -114,25 +125,70 @@ class Rung:
 
 
 @dataclass(frozen=True)
+class OutputEvidence:
+    """What the inputs make of one output.
+
+    Attributes:
+        kind: what it is, and how that was found out.
+        signal: ||y - mean over images|| in units of the precision's own error of y; None where it holds whole
+            numbers or does not follow from the input.
+        classes: how many different top-1 classes the inputs have; None where it is not class scores.
+    """
+
+    kind: OutputKind
+    signal: float | None
+    classes: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self.kind.to_json(), "signal": self.signal and finite(self.signal), "classes": self.classes}
+
+
+@dataclass(frozen=True)
 class Evidence:
     """What was found; true when nothing weakens it.
 
     Attributes:
-        weaknesses: one line each, naming the layer; empty where the evidence is good.
+        weaknesses: one line each, naming the layer or output; empty where the evidence is good.
         active_share: smallest and largest share of positive values after a ReLU.
-        branch_ratio: smallest and largest rms(summand) / rms(other summand) at an addition.
-        logit_variation: ||y - mean over images|| / ||y||, None where the first output has no classes.
-        classes: how many different top-1 classes the inputs have.
+        summand_signal: the smallest rms of a summand in units of the rounding error of its sum.
+        outputs: by name.
+        unexercised: what no input shows, though that is no reason to distrust the rest; one line each.
+        remedy: what the user can give so that the first weakness goes.
     """
 
     weaknesses: tuple[str, ...]
-    active_share: tuple[float, float] | None
-    branch_ratio: tuple[float, float] | None
-    logit_variation: float | None
-    classes: int | None
+    active_share: tuple[float, float] | None = None
+    summand_signal: float | None = None
+    outputs: Mapping[str, OutputEvidence] = field(default_factory=dict)
+    unexercised: tuple[str, ...] = ()
+    remedy: str = ""
 
     def __bool__(self) -> bool:
         return not self.weaknesses
+
+    @property
+    def lines(self) -> list[str]:
+        """What each output is, how that is known, and how far it varies; then what no input shows."""
+        found = []
+        for name, output in self.outputs.items():
+            why = f" ({output.kind.why})" if output.kind.why else ""
+            signal = "" if output.signal is None else f", varies by {_times(output.signal)} times its rounding error"
+            classes = "" if output.classes is None else f", {output.classes} top-1 classes among the images"
+            found.append(f"{name}: {output.kind.kind}{why}{signal}{classes}")
+        return [*found, *(f"not seen: {what}" for what in self.unexercised)]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "weaknesses": list(self.weaknesses),
+            "active_share": self.active_share,
+            "summand_signal": self.summand_signal,
+            "outputs": {name: output.to_json() for name, output in self.outputs.items()},
+            "unexercised": list(self.unexercised),
+        }
+
+
+def _times(signal: float) -> str:
+    return f"{signal:,.0f}" if signal >= 10 else f"{round(signal, 2):.2g}"
 
 
 @dataclass(frozen=True)
@@ -191,6 +247,7 @@ class ParityReport:
         quantisation: how it was quantised; None for floating-point precisions.
         accuracy: of the eager model in float32, then of each form; empty where it was not measured.
         kept: the operators of a network of 16 bits that compute in float32.
+        unverified: a bundle is wanted even without a verdict.
     """
 
     precision: str
@@ -200,10 +257,20 @@ class ParityReport:
     accuracy: tuple[Accuracy, ...] = ()
     quantisation: Quantisation | None = None
     kept: tuple[str, ...] = ()
+    unverified: bool = False
 
     def __bool__(self) -> bool:
+        return bool(self.evidence) and self._nothing_against_it
+
+    @property
+    def written(self) -> bool:
+        """Whether there is to be a bundle: it may be shipped, or is wanted although the evidence is too weak."""
+        return self._nothing_against_it and (self.unverified or bool(self.evidence))
+
+    @property
+    def _nothing_against_it(self) -> bool:
         executed = [rung for rung in self.rungs if not rung.not_run]
-        return bool(self.evidence) and bool(executed) and all(executed) and not lost_accuracy(self.accuracy)
+        return bool(executed) and all(executed) and not lost_accuracy(self.accuracy)
 
     @property
     def verdict(self) -> str:
@@ -230,9 +297,12 @@ class ParityReport:
         if failed:
             return f"{unequal}: {failed[0]}"
         if not self.evidence:
-            return f"no verdict, the evidence is too weak: {self.evidence.weaknesses[0]}"
-        undecided = [r for r in self.rungs for check in r.outputs.values() if check.decision == "no verdict"]
-        return f"{equal}{', no verdict on top-1: margins too small' if undecided else ''}"
+            lift = "" if self.unverified else "; ExportConfig.unverified=True writes a bundle that says so"
+            return f"no verdict, the evidence is too weak: {self.evidence.weaknesses[0]}; {self.evidence.remedy}{lift}"
+        undecided = any(check.decision == "no verdict" for r in self.rungs for check in r.outputs.values())
+        alike = any(output.classes == 1 for output in self.evidence.outputs.values())
+        why = "one class among the images" if alike else "margins too small"
+        return f"{equal}{f', no verdict on top-1: {why}' if undecided else ''}"
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -240,13 +310,7 @@ class ParityReport:
             "verdict": self.verdict,
             "images": self.images,
             "kept": list(self.kept),
-            "evidence": {
-                "weaknesses": list(self.evidence.weaknesses),
-                "active_share": self.evidence.active_share,
-                "branch_ratio": self.evidence.branch_ratio,
-                "logit_variation": self.evidence.logit_variation,
-                "classes": self.evidence.classes,
-            },
+            "evidence": self.evidence.to_json(),
             "rungs": [rung.to_json() for rung in self.rungs],
             "accuracy": [measured.to_json() for measured in self.accuracy],
             "quantisation": self.quantisation and self.quantisation.to_json(),

@@ -1,4 +1,4 @@
-"""The operator criterion, the kinds of faults and the evidence criterion, on cases made by hand."""
+"""The operator criterion and the kinds of faults, on cases made by hand."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from export import fuse
 from export.base.precision import PRECISIONS
-from export.criteria.evidence import check_evidence
 from export.criteria.fault import fault_of, quantised_fault_of
 from export.criteria.operators import check_operators, evaluate
 from export.fusion.nodes import FUSED_OPERATORS, is_call, module_path
@@ -20,8 +18,7 @@ from export.fusion.program import FusedProgram
 from export.lowering.runners import OnnxRuntimeRunner, ProgramRunner
 from export.runtime.parity.checks import Fault, OperatorCheck, OperatorChecks
 from export.runtime.runner import Runner
-from resnet.models import create_model
-from tests.export.networks import BATCH, Called, Fused
+from tests.export.networks import Called, Fused
 
 FP16 = PRECISIONS["fp16"]
 
@@ -152,42 +149,6 @@ def test_a_tensor_that_is_not_shown_is_reported(program: FusedProgram, trace: Ma
 def test_evaluate_refuses_to_compare_a_value_with_itself(program: FusedProgram) -> None:
     with pytest.raises(ValueError, match="compared with itself"):
         evaluate(program.source, "conv2d", {"conv2d": torch.zeros(1)})
-
-
-def dead_layer(images: Tensor) -> nn.Module:
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5))
-    model(images)
-    model.get_parameter("0.bias").data.sub_(100)
-    return model
-
-
-def vanishing_branch(images: Tensor) -> nn.Module:
-    conv = nn.Conv2d(3, 3, 1)
-    for parameter in conv.parameters():
-        parameter.data *= 1e-4
-    return Called(lambda x, m: (x + m.conv(x)).mean((2, 3)), conv=conv)
-
-
-# a network, what its images are multiplied with, and what makes them weak evidence
-WEAK: dict[str, tuple[Callable[[Tensor], nn.Module] | None, float, tuple[str, ...]]] = {
-    "good": (None, 1.0, ()),
-    "zeros as input": (None, 0.0, ("logits vary by 0.00", "1 top-1 classes")),
-    "untouched": (lambda _: create_model("resnet8"), 1.0, ("bn1 has the default", "every folded bias is zero")),
-    "a dead layer": (dead_layer, 1.0, ("1: share of positive values after the ReLU is 0",)),
-    "a vanishing branch": (vanishing_branch, 1.0, ("rms ratio of the two summands",)),
-}
-
-
-@pytest.mark.parametrize("case", WEAK)
-def test_weak_evidence_is_named(case: str, resnet8: Fused) -> None:
-    make, factor, expected = WEAK[case]
-    torch.manual_seed(0)
-    images = factor * resnet8.images
-    model = resnet8.model if make is None else make(images).eval()
-    with torch.no_grad():
-        found = check_evidence(fuse(model, images, BATCH).source, images, images, [model(images).double()])
-    assert bool(found) is (case == "good"), found.weaknesses
-    assert all(any(reason in weakness for weakness in found.weaknesses) for reason in expected)
 
 
 LARGEST = torch.finfo(torch.float16).max

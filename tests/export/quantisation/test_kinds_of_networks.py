@@ -205,7 +205,7 @@ def test_what_is_quantised_for_one_reader_all_read_so(in_8_bits: Mapping[Any, q8
             assert {reader.op for reader in value.users if reader is not node} <= {"output"}
             while is_call(value, *MOVES):
                 value = args_of(value)[0]
-            if q8.is_dequantised(value):
+            if is_call(value, q8.DEQUANTIZE):
                 assert torch.equal(*(parameter(program.master, args_of(n)[1]) for n in (value, node)))
                 rounded_once += 1
     assert rounded_once >= 3

@@ -32,7 +32,8 @@ def facts() -> dict[str, Any]:
     weights = {"file": "mine.safetensors", "sha256": "ab" * 32}
     engine = {"flavour": "tensorrt-rtx", "version": "1.7"}
     options = {"targets": ["sm_80", "sm_89"], "workspace_mib": 64}
-    evidence = {"active_share": [0.25, 0.75], "branch_ratio": [0.5, 2.0]}
+    scores = {"kind": "scores", "why": "labelled pictures are given", "signal": 875.0, "classes": 9}
+    evidence = {"active_share": [0.25, 0.75], "summand_signal": 512.0, "outputs": {"scores": scores}, "unexercised": []}
     edges = [(0, 1, ""), (1, 2, ""), (2, 3, ""), (1, 3, "residual"), (3, 4, ""), (2, 5, "")]
     return {
         "manifest": {
@@ -50,7 +51,7 @@ def facts() -> dict[str, Any]:
             "verdict": "equal to the eager model",
             "images": 16,
             "kept": ["block.conv2"],
-            "evidence": {"weaknesses": [], **evidence, "logit_variation": 0.875, "classes": 9},
+            "evidence": {"weaknesses": [], **evidence},
             "rungs": [
                 rung("eager", seconds_per_image=3.5781),
                 rung("fused", operators=shown),

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from export.report.lanes import LANES, boxes
-from export.report.plot import Z, plots
+from export.report.plot import COSTS, Z, plots
 from tests.export.report.report_facts import check, node
 
 
@@ -84,3 +84,9 @@ def test_more_values_than_there_are_lanes() -> None:
     drawn = boxes({"nodes": [node("fused", str(i)) for i in range(21)], "edges": edges})
     assert [lane.turn for lane in drawn[20].lanes] == ["ends"] * LANES
     assert drawn[20].reads == {"": tuple(str(i) for i in range(LANES + 4))}
+
+
+def test_a_scale_within_one_decade_has_no_lines() -> None:
+    """Layers that cost much the same: between half of 2.5 and 1.6 times 5 there is no power of ten."""
+    (plot,) = plots(COSTS, [[{"name": "a", "error": 0.0025}, {"name": "b", "error": 0.005}]])
+    assert len(plot.rows) == 2 and plot.grid == ()

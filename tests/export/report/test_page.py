@@ -95,13 +95,16 @@ def test_a_failure_is_seen_everywhere() -> None:
 
 def test_evidence_is_told_and_gives_no_verdict_where_it_is_weak() -> None:
     arguments = facts()
-    text = page_of(arguments).one(id="evidence").words
-    assert all(words in text for words in ("25 % to 75 %", "0.5 to 2 times", "87.5 %", "9 classes"))
+    arguments["parity"]["evidence"]["unexercised"] = ["gate.relu: the ReLU clips no value"]
+    text = page_of(arguments).one(id="forms").words
+    told = ("25 % to 75 %", "at least 512 times", "scores (labelled pictures are given)", "875 times", "9 classes")
+    assert all(words in text for words in (*told, "Not seen on any image: gate.relu: the ReLU clips no value"))
     arguments["parity"].update(passed=False, verdict="no verdict, the evidence is too weak: dead")
-    nothing = {"active_share": None, "branch_ratio": None, "logit_variation": None, "classes": None}
+    nothing: dict[str, Any] = {"active_share": None, "summand_signal": None, "outputs": {}, "unexercised": []}
     arguments["parity"]["evidence"] = {"weaknesses": ["dead"], **nothing}
     page = page_of(arguments)
     assert page.one(id="verdict").words == "\u2013 no verdict, the evidence is too weak: dead"
+    assert "UNVERIFIED" in page.one(id="unverified").words
     assert page.one(id="evidence").words == "" and "Weak evidence: dead" in page.one(id="forms").words
 
 

@@ -106,7 +106,7 @@ def test_a_form_keeps_99_percent_of_the_eager_models_top1(eager: int, other: int
     forms = (accuracy("eager", eager), accuracy("fused", eager), accuracy("onnx", other))
     assert bool(lost_accuracy(forms)) is fails
     passed = Rung("onnx", "numpy", "fp16", outputs={"y": NetworkCheck(0.0, 0.0, 0.0, 1.5, 1.0, "equal")})
-    report = ParityReport("fp16", 8, Evidence((), None, None, None, None), (passed,), forms)
+    report = ParityReport("fp16", 8, Evidence(()), (passed,), forms)
     assert bool(report) is not fails
     if fails:
         assert report.verdict.startswith(f"accuracy lost: onnx (fp16) has {other / 10:.2f} % top-1")

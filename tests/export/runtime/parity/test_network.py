@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from export.runtime.parity.network import NetworkCheck, compare, relative_error
+from export.runtime.parity.network import (
+    EITHER,
+    SCORES,
+    VALUES,
+    NetworkCheck,
+    OutputKind,
+    compare,
+    relative_error,
+)
 
 U = 2.0**-11
 FLOOR = 0.41 * U
@@ -137,3 +145,27 @@ def test_relative_error() -> None:
     assert relative_error(np.array([3.0, 4.5]), np.array([3.0, 4.0])) == pytest.approx(0.1)
     assert relative_error(np.array([0.0]), np.array([0.0])) == 0
     assert relative_error(np.array([float("nan")]), np.array([0.0])) == float("inf")
+
+
+KINDS = {  # of an output -> the decision of clear margins, of close ones, of one class, and of a flip
+    SCORES: ("equal", "no verdict", "no verdict", "flipped"),
+    EITHER: ("equal", "not a decision", "not a decision", "flipped"),
+    VALUES: ("not a decision",) * 4,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_top1_is_asked_of_what_may_be_scores(kind: str, oracle: NDArray[np.float64]) -> None:
+    close, alike = oracle.copy(), oracle.copy()
+    close[:2, 9] = close[:2].max(axis=1) - 1e-4
+    alike[:, 0] += 20
+    flipped = oracle.copy()
+    flipped[2] = np.roll(flipped[2], 1)
+    found = []
+    for exact, candidate in ((oracle, None), (close, None), (alike, None), (oracle, flipped)):
+        eager = exact + np.random.default_rng(1).normal(size=exact.shape) * 1e-3
+        shown = eager if candidate is None else candidate
+        result = compare({"y": shown}, [{"y": eager}], {"y": exact}, K, FLOOR, {"y": OutputKind(kind, "as told")})["y"]
+        assert bool(result) is (candidate is None)  # with its top-1 or without it, the error shows
+        found.append(result.decision)
+    assert tuple(found) == KINDS[kind]
