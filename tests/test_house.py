@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.children import run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -102,5 +103,5 @@ def test_rooms_of_the_device_do_without_pytorch() -> None:
         f"sys.path.insert(0, {str(ROOT)!r})\n"
         f"for name in {wanted}: importlib.import_module(name)"
     )
-    outcome = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True)
+    outcome = run([sys.executable, "-I", "-c", code])
     assert not outcome.returncode, outcome.stderr[-2000:]
