@@ -15,6 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from export.terminal.commands import CONSOLE_SCRIPT, PACKAGE, SCRIPTS
+from tests import children
 from tests.export import summing
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,13 +46,11 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     pytest.importorskip("onnxruntime")
     bare = tmp_path_factory.mktemp("bare")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", bare], check=True)
+    assert children.run([sys.executable, "-m", "venv", "--without-pip", bare]).returncode == 0
     pip(bare / "bin" / "python", "install", "--no-deps", "--no-index", wheel)
     (packages,) = bare.glob("lib/python*/site-packages")
-    with zipfile.ZipFile(wheel) as archive:
-        (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
-        lines = archive.read(metadata).decode().splitlines()
-    wanted = [line.removeprefix("Requires-Dist: ") for line in lines if line.startswith("Requires-Dist: ")]
+    (installed,) = packages.glob("*.dist-info")
+    wanted = importlib.metadata.Distribution.at(installed).requires or []
     for distribution in with_dependencies([*wanted, "onnxruntime"]):
         for top in {file.parts[0] for file in distribution.files or () if file.parts[0] != ".."}:
             if not (packages / top).exists():
@@ -64,7 +63,7 @@ def pip(python: str | Path, *arguments: object) -> None:
     spec = importlib.util.find_spec("pip")
     assert spec is not None and spec.origin is not None
     command = [str(python), str(Path(spec.origin).parent), "--disable-pip-version-check", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = children.run(command)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -83,7 +82,7 @@ def with_dependencies(requirements: list[str]) -> list[importlib.metadata.Distri
 def run(environment: Path, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     command = [str(environment / "bin" / CONSOLE_SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=clean, capture_output=True, text=True, timeout=300)
+    return children.run(command, cwd=cwd, env=clean)
 
 
 def test_every_folder_with_code_is_in_the_wheel(wheel: Path) -> None:
@@ -98,8 +97,7 @@ def test_every_folder_with_code_is_in_the_wheel(wheel: Path) -> None:
 
 
 def test_a_bundle_is_verified_where_there_is_no_pytorch(environment: Path, tmp_path: Path) -> None:
-    python = [str(environment / "bin" / "python"), "-c", "import torch"]
-    assert subprocess.run(python, cwd=tmp_path, capture_output=True).returncode == 1
+    assert children.run([environment / "bin" / "python", "-c", "import torch"], cwd=tmp_path).returncode == 1
     bundle = summing.write(tmp_path / "bundle")
     verified = run(environment, "verify", bundle, cwd=tmp_path)
     assert verified.returncode == 0, verified.stderr

@@ -2,16 +2,16 @@
 
 import copy
 import hashlib
-import re
 from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from resnet.errors import ResNetError
 from resnet.models import MODELS, CifarResNet, ResNet, create_model
+from tests.resnet.checks import assert_equal_in_float64, refusal
 from tests.resnet.restatement import restated
-from tests.resnet.rounding import assert_equal_in_float64
 
 # sha256 of the lines "name shape" of the state dicts of timm 1.0.31 and of torchvision 0.28, which are the same
 PUBLISHED_TENSORS = {
@@ -42,25 +42,8 @@ def test_tensors_are_those_of_timm_and_torchvision(name: str) -> None:
 
 def test_parameters_of_the_small_ones() -> None:
     found = {name: sum(p.numel() for p in create_model(name).parameters()) for name in {*MODELS} - {*PUBLISHED_TENSORS}}
-    counts = {f"{family}{depth}": pair[i] for depth, pair in PARAMETERS.items() for i, family in enumerate(FAMILIES)}
-    assert found == counts
-
-
-FAMILIES = ("resnet", "plain")
-NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-
-
-@pytest.mark.parametrize(("name", "projected"), [("resnet20", ("2", "3")), ("plain20", ())], ids=FAMILIES)
-def test_state_dict_keys_of_the_small_ones(name: str, projected: tuple[str, ...]) -> None:
-    keys = ["conv1.weight", *(f"bn1.{part}" for part in NORM)]
-    for stage in "123":
-        for block in range(3):
-            at = f"layer{stage}.{block}"
-            for i in "12":
-                keys += [f"{at}.conv{i}.weight", *(f"{at}.bn{i}.{part}" for part in NORM)]
-            if block == 0 and stage in projected:
-                keys += [f"{at}.downsample.0.weight", *(f"{at}.downsample.1.{part}" for part in NORM)]
-    assert list(create_model(name).state_dict()) == [*keys, "fc.weight", "fc.bias"]
+    pairs = {depth: dict(zip(("resnet", "plain"), pair, strict=True)) for depth, pair in PARAMETERS.items()}
+    assert found == {f"{family}{depth}": count for depth, pair in pairs.items() for family, count in pair.items()}
 
 
 def randomised(name: str) -> ResNet | CifarResNet:
@@ -69,16 +52,11 @@ def randomised(name: str) -> ResNet | CifarResNet:
     with torch.device("cpu"):
         model = spec.network(spec.block, (2, 2, 1, 1)[: len(spec.depths)], 10, 3).double().eval()
     with torch.no_grad():
-        for key, tensor in model.state_dict().items():
-            if key.endswith("num_batches_tracked"):
-                continue
-            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64, device="cpu")
-            if key.endswith(("running_var", "bn1.weight", "bn2.weight", "bn3.weight", "downsample.1.weight")):
-                tensor.copy_(torch.exp(0.3 * noise))
-            elif tensor.dim() == 4:
-                tensor.copy_(noise * (2 / tensor[0].numel()) ** 0.5)
-            else:
-                tensor.copy_(0.3 * noise)
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64, device="cpu")
+                weight = tensor.dim() > 1
+                tensor.copy_(noise * (2 / tensor[0].numel()) ** 0.5 if weight else torch.exp(0.3 * noise))
     return model
 
 
@@ -120,10 +98,6 @@ def test_forward_gradients_and_statistics_equal_the_formula(case: str) -> None:
     assert_equal_in_float64(results[0], expected | statistics, results[1])
 
 
-def test_one_relu_module_per_block() -> None:
-    assert sum(isinstance(m, nn.ReLU) for m in create_model("resnet50").modules()) == 1 + 16
-
-
 @pytest.mark.parametrize(
     ("name", "classes", "size"), [("resnet18", 1000, 224), ("resnet20", 10, 32), ("plain20", 10, 32)]
 )
@@ -133,15 +107,14 @@ def test_defaults_of_the_family_and_other_counts(name: str, classes: int, size: 
     assert create_model(name, num_classes=7, in_channels=1)(torch.empty(3, 1, 40, 56)).shape == (3, 7)
 
 
-NEAREST = {"resnet5": ["resnet50"], "ResNet50": ["resnet50"], "wide_resnet50": ["wide_resnet50_2"], "vit": [*MODELS]}
+NEAREST = {"resnet5": "resnet50", "ResNet50": "resnet50", "wide_resnet50": "wide_resnet50_2", "vit": "resnet110"}
 
 
 @pytest.mark.parametrize("given", NEAREST)
 def test_unknown_name_suggests_the_nearest_or_lists_all(given: str) -> None:
-    with pytest.raises(ValueError, match=f"unknown model '{given}'") as error:
-        create_model(given)
-    assert {*NEAREST[given]} <= {*re.findall(r"\w+", str(error.value))}
-    assert given == "vit" or len(str(error.value)) < 100
+    message = refusal(ResNetError, create_model, given)
+    names = message.removeprefix(f"unknown model '{given}'; nearest: ").split(", ")
+    assert NEAREST[given] in names and (names == [*MODELS] if given == "vit" else len(names) <= 3)
 
 
 @pytest.mark.parametrize("value", [0, -3, 2.5, True, "10"], ids=repr)

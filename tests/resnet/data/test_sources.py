@@ -6,13 +6,14 @@ import io
 import logging
 import os
 import pickle
+import pickletools
 import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,17 +25,14 @@ from resnet.data.labelled import DataError, LabelledImages, LabelledInputs, Spli
 from resnet.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from resnet.data.sources import open_splits, open_test, suggest_preprocessing, suggest_size
 from tests.faults.weights_inputs import Payload
+from tests.resnet import checks
 
 PLAIN = Preprocessing((4, 4), (4, 4), (0.0,) * 3, (1.0,) * 3)
 
 
 def refusal(source: Path | str, opener: Callable[[str], object] = open_splits) -> str:
     """The one-line message with which the source is refused."""
-    with pytest.raises(DataError) as caught:
-        opener(str(source))
-    message = str(caught.value)
-    assert "\n" not in message and len(message) < 700
-    return message
+    return checks.refusal(DataError, opener, str(source))
 
 
 def pixels(data: LabelledImages) -> NDArray[np.uint8]:
@@ -107,21 +105,14 @@ def cifar_members(name: str, version: str) -> dict[str, bytes]:
     return {**members, names: python2_pickle({b"coarse_label_names": [b"fish"], prefix + b"label_names": classes})}
 
 
-class _Python2Pickler(pickle._Pickler):
-    """Writes bytes as Python 2 wrote its strings."""
-
-    def save_string(self, value: bytes) -> None:
-        content = pickle.BINSTRING + len(value).to_bytes(4, "little") + value
-        self.write(content)  # type: ignore[attr-defined]  # set by pickle._Pickler, of which the stubs know less
-
-    # the stubs say that each takes an Unpickler
-    dispatch = {**pickle._Pickler.dispatch, bytes: save_string}  # type: ignore[dict-item]  # noqa: RUF012
-
-
 def python2_pickle(content: object) -> bytes:
-    stream = io.BytesIO()
-    _Python2Pickler(stream, protocol=2).dump(content)
-    return stream.getvalue().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
+    """Bytes are written as Python 2 wrote its strings."""
+    pickled = bytearray(pickle.dumps(content, protocol=3))
+    strings = {"BINBYTES": pickle.BINSTRING, "SHORT_BINBYTES": pickle.SHORT_BINSTRING}
+    for opcode, _, place in pickletools.genops(bytes(pickled)):
+        if opcode.name in strings and place is not None:
+            pickled[place : place + 1] = strings[opcode.name]
+    return bytes(pickled).replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
 
 
 def write_folder(folder: Path, members: dict[str, bytes]) -> Path:
@@ -132,11 +123,8 @@ def write_folder(folder: Path, members: dict[str, bytes]) -> Path:
     return folder
 
 
-ARCHIVES: dict[str, Literal["w:", "w:gz", "w:xz"]] = {".tar": "w:", ".gz": "w:gz", ".xz": "w:xz"}
-
-
 def write_archive(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, ARCHIVES[path.suffix]) as archive:
+    with tarfile.open(path, "w:xz" if path.suffix == ".xz" else "w:gz") as archive:
         for name, content in {"readme.html": b"<html>", **members}.items():
             info = tarfile.TarInfo(f"cifar/{name}")
             info.size = len(content)
@@ -146,7 +134,6 @@ def write_archive(path: Path, members: dict[str, bytes]) -> Path:
 
 LAYOUTS: dict[str, Callable[[Path, dict[str, bytes], str], Path]] = {
     "archive": lambda path, members, folder: write_archive(path / f"{folder}.tar.gz", members),
-    "unzipped-archive": lambda path, members, folder: write_archive(path / f"{folder}.tar", members),
     "folder": lambda path, members, folder: write_folder(path / folder, members),
     "folder-around": lambda path, members, folder: write_folder(path / folder, members).parent,
 }
@@ -174,16 +161,6 @@ def test_cifar(form: tuple[str, str], layout: str, tmp_path: Path) -> None:
     expected = Counter((int(label), picture.tobytes()) for label, picture in pairs)
     assert contents(splits.train, splits.validation) == expected
     assert np.bincount(splits.validation.labels).tolist() == [1] * len(CLASSES[name])
-
-
-def test_the_test_part_of_cifar_needs_no_split(tmp_path: Path) -> None:
-    """One training picture of a class leaves nothing to validate with, and the test part as it is."""
-    members = cifar_members("cifar10", "binary")
-    for i in range(1, 5):
-        members[f"data_batch_{i}.bin"] = bytes(3073)
-    source = write_folder(tmp_path / "cifar", members)
-    assert len(open_test(str(source))) == 10
-    assert "got 0 of 'cifar10 1'" in refusal(source)
 
 
 Change = Callable[[dict[str, bytes]], object]
@@ -225,13 +202,10 @@ FAULTS: dict[str, tuple[str, str, Change, str]] = {
         ("binary", "cifar10", "missing-batch", lambda m: m.pop("data_batch_3.bin"), "data_batch_3.bin is missing"),
         ("binary", "cifar10", "truncated", replaced("test_batch.bin", lambda c: c[:-1]), "bytes, got 30729 bytes"),
         ("binary", "cifar100", "empty", replaced("train.bin", lambda c: b""), "train.bin to hold records of 3074"),
-        ("binary", "cifar100", "of-cifar10", replaced("test.bin", lambda c: c[: 100 * 3073]), "3074 bytes, got 307300"),
         ("binary", "cifar10", "label", replaced("data_batch_2.bin", with_byte(3073, 10)), "10 classes, got 0 to 10"),
-        ("binary", "cifar100", "label", replaced("test.bin", with_byte(6149, 255)), "100 classes, got 0 to 255"),
         ("binary", "cifar10", "names", replaced("batches.meta.txt", lambda c: b"a\n" * 9), "batches.meta.txt, got 9"),
         ("python", "cifar10", "truncated", replaced("test_batch", lambda c: c[:-9]), "test_batch as CIFAR publishes"),
         ("python", "cifar10", "list", replaced("test_batch", lambda c: pickle.dumps([1])), "a dictionary, got list"),
-        ("python", "cifar10", "label-high", batch(labels=[10] * 10), "labels of 10 classes, got 10 to 10"),
         ("python", "cifar100", "label-low", repickled("test", fine_labels=[-1] * 100), "100 classes, got -1 to -1"),
         ("python", "cifar10", "label-huge", batch(labels=[1 << 70] * 10), "test_batch to hold a list of integers"),
         ("python", "cifar100", "coarse-only", repickled("train", fine_labels=None), "as labels, got NoneType"),
@@ -241,8 +215,6 @@ FAULTS: dict[str, tuple[str, str, Change, str]] = {
         ("python", "cifar10", "data-list", batch(data=[[0] * 3072] * 10), "got list and 10"),
         ("python", "cifar10", "data-float", batch(data=lambda data: data / 255), "pictures [N, 3072] and N labels"),
         ("python", "cifar100", "names", repickled("meta", fine_label_names=[b"a"] * 90), "in meta, got 90"),
-        ("python", "cifar10", "eval", asking_for("builtins", "eval"), "asks for 'builtins.eval'"),
-        ("python", "cifar10", "numpy-load", asking_for("numpy", "load"), "asks for 'numpy.load'"),
         ("python", "cifar10", "dtype", asking_for("numpy", "dtype.__class__"), "asks for 'numpy.dtype.__class__'"),
         ("python", "cifar10", "two-lines", asking_for("a\nb", "c"), r"asks for 'a\nb.c'"),
     )
@@ -337,6 +309,7 @@ def test_plain_class_folders(tmp_path: Path) -> None:
         assert part.name == "pets" and part.pictures == again.pictures
     assert open_test(str(root), {"pets"}).pictures == splits.test.pictures  # for a network trained on the others
     assert everything.picture(3).tobytes() == Image.open(root / "bird" / "003.png").tobytes()
+    assert open_test(str(root.rename(tmp_path / "digits"))).name == "digits-folder"
 
 
 # folders of a divided source, and which of them its parts to train on, to validate and to test with are taken from
@@ -350,30 +323,23 @@ DIVIDED: dict[tuple[str, ...], tuple[str, str, str]] = {
 
 @pytest.mark.parametrize("folders", DIVIDED, ids="-".join)
 def test_divided_class_folders(folders: tuple[str, ...], tmp_path: Path) -> None:
+    root = tmp_path / "cifar10"  # by that name everybody knows another data set
     for folder in folders:
-        write_classes(tmp_path / "pets" / folder, cat=5, dog=5)
-    splits = open_splits(str(tmp_path / "pets"))
+        write_classes(root / folder, cat=5, dog=5)
+    splits = open_splits(str(root))
     for part, origin in zip(parts(splits), DIVIDED[folders], strict=True):
         assert {path.parent.parent.name for path in part.pictures} == {origin}
-        assert (part.name, part.classes) == ("pets", ("cat", "dog"))
+        assert (part.name, part.classes) == ("cifar10-folder", ("cat", "dog"))
         assert_labelled_by_folder(part)
     assert files(*parts(splits)) == sorted(tmp_path.rglob("*.png"))
-    held_out = open_test(str(tmp_path / "pets"), {"pets"})
+    held_out = open_test(str(root), {"cifar10-folder"})
     assert held_out.pictures == splits.test.pictures  # of what a network was trained on, only that
     shown = splits.test if "test" in folders else splits.validation
-    assert open_test(str(tmp_path / "pets"), {"birds"}).pictures == shown.pictures
-
-
-def test_a_folder_has_not_the_name_of_a_data_set_everybody_knows(tmp_path: Path) -> None:
-    assert open_test(str(write_classes(tmp_path / "digits", cat=2, dog=2))).name == "digits-folder"
-    divided = tmp_path / "cifar10"
-    for part in ("train", "test"):
-        write_classes(divided / part, cat=5, dog=5)
-    assert {part.name for part in parts(open_splits(str(divided)))} == {"cifar10-folder"}
+    assert open_test(str(root), {"birds"}).pictures == shown.pictures
 
 
 def test_test_part_may_lack_a_class(tmp_path: Path) -> None:
-    write_classes(tmp_path / "train", bird=5, cat=5, dog=5)
+    write_classes(tmp_path / "train", bird=1, cat=1, dog=1)  # too few to take some to validate with
     write_classes(tmp_path / "test", dog=2)
     test = open_test(str(tmp_path))
     assert test.classes == ("bird", "cat", "dog") and test.labels.tolist() == [2, 2]
@@ -387,25 +353,15 @@ def test_of_a_class_folder_all_pictures_are_taken_and_nothing_hidden(
     shutil.copytree(root / "dog", root / "cat" / ".checkpoints")
     shutil.copytree(root / "dog", root / ".thumbnails")
     (root / "cat" / "._000.png").write_text("x")
-    assert open_test(str(root)).labels.tolist() == [0, 0, 1, 1] and not caplog.messages
+    for suffix in (".jpg", ".JPEG", ".bmp", ".webp", ".tif", ".ppm", ".gif"):
+        Image.open(root / "cat" / "000.png").save(root / "cat" / f"picture{suffix}")
+    assert open_test(str(root)).labels.tolist() == [0] * 9 + [1, 1] and not caplog.messages
     for name in ("notes.txt", "labels.csv"):
         (root / "cat" / name).write_text("x")
     with caplog.at_level(logging.WARNING, logger="resnet.data.sources"):
-        assert len(open_test(str(root))) == 4
+        assert len(open_test(str(root))) == 11
     (message,) = caplog.messages
     assert "left out 2 files" in message and str(root / "cat" / "labels.csv") in message
-
-
-@pytest.mark.parametrize("suffix", [".jpg", ".JPEG", ".png", ".bmp", ".webp", ".tif", ".ppm", ".gif"])
-def test_formats(suffix: str, tmp_path: Path) -> None:
-    for name in ("cat", "dog"):
-        source = Image.open(write_pictures(tmp_path / "png" / name, 1) / "000.png")
-        (tmp_path / "pets" / name).mkdir(parents=True)
-        source.save(tmp_path / "pets" / name / f"picture{suffix}")
-    picture = open_test(str(tmp_path / "pets")).picture(1)
-    assert picture.size == source.size and picture.convert("RGB").getpixel((5, 4)) is not None
-    if suffix not in (".jpg", ".JPEG", ".webp", ".gif"):  # these lose some
-        assert picture.tobytes() == source.tobytes()
 
 
 def divided(**counts: dict[str, int]) -> Callable[[Path], object]:
@@ -415,17 +371,15 @@ def divided(**counts: dict[str, int]) -> Callable[[Path], object]:
 PETS, FOX = {"cat": 5, "dog": 5}, {"cat": 2, "fox": 2}
 # folders that are no source: what is in them, and the words that must say so
 NO_CLASSES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "empty": (lambda root: None, "root: expected a folder of class folders, got one without folders"),
+    "nothing": (Path.rmdir, "root: expected digits, a folder of class folders or an archive of CIFAR, got no file"),
     "pictures-without-folders": (lambda root: write_pictures(root, 3), "got one without folders"),
     "one-class": (lambda root: write_classes(root, cat=9), "root: expected pictures of at least two classes, got only"),
     "empty-class": (lambda root: write_classes(root, cat=9, dog=0), "root/dog: expected pictures (.bmp, "),
-    "no-pictures": (lambda root: (write_classes(root, a=9, b=0) / "b/x.txt").touch(), "got 1 files"),
     "text-as-picture": (
         lambda root: (write_classes(root, **PETS) / "cat/page.jpg").touch(),
         "root/cat/page.jpg: expected a picture (",
     ),
     "foreign-in-val": (divided(train=PETS, val=FOX), "val/fox: expected one of the classes in train/: cat, dog"),
-    "foreign-in-test": (divided(train=PETS, test=FOX), "root/test/fox: expected one of the classes in train/"),
     "empty-part": (divided(train=PETS, test={}), "root/test: expected a folder of class folders"),
     "no-train": (divided(val=PETS, test=PETS), "train/ with val/ or test/ and nothing else, got test, val"),
     "part-beside-classes": (lambda root: write_classes(root, train=5, **PETS), "nothing else, got cat, dog, train"),
@@ -470,16 +424,8 @@ def test_an_unreadable_file_is_named_when_it_is_its_turn(case: str, tmp_path: Pa
     batches = LabelledInputs(data, PLAIN).batches(2)
     assert next(batches)[0].shape == (2, 3, 4, 4)
     for read in (lambda: next(batches), lambda: data.picture(2)):
-        with pytest.raises(DataError) as caught:
-            read()
-        message = str(caught.value)
-        assert message.startswith(str(root / "dog" / "000.tiff")) and expected in message and "\n" not in message
-
-
-@pytest.mark.parametrize("opener", [open_splits, open_test], ids=["splits", "test"])
-def test_paths_that_do_not_exist_are_refused(opener: Callable[[str], object], tmp_path: Path) -> None:
-    for source in (tmp_path / "nothing", tmp_path / "nowhere" / "digit", tmp_path / "cifar10"):
-        assert refusal(source, opener).startswith(f"{source}: expected digits, a folder of class folders or an archive")
+        message = checks.refusal(DataError, read)
+        assert message.startswith(str(root / "dog" / "000.tiff")) and expected in message
 
 
 def images(count: int, height: int, width: int, channels: int = 3, low: int = 0, high: int = 256) -> LabelledImages:
@@ -488,54 +434,32 @@ def images(count: int, height: int, width: int, channels: int = 3, low: int = 0,
     return LabelledImages("noise", ("a", "b"), np.arange(count) % 2, pictures, mirrored=True)
 
 
-LENGTHS = {1: [1] * 7, 3: [3, 3, 1], 7: [7], 100: [7]}  # of the batches of seven pictures, by batch size
-
-
-@pytest.mark.parametrize("size", LENGTHS)
-def test_batches_are_everything_in_order(size: int) -> None:
-    data, lengths = images(7, 5, 6), LENGTHS[size]
-    batches = list(LabelledInputs(data, PLAIN).batches(size))
-    assert [len(labels) for _, labels in batches] == lengths
+def test_batches_are_everything_in_order() -> None:
+    data = images(7, 5, 6)
+    batches = list(LabelledInputs(data, PLAIN).batches(3))
+    assert [len(labels) for _, labels in batches] == [3, 3, 1]
     assert np.array_equal(np.concatenate([labels for _, labels in batches]), data.labels)
     expected = PLAIN([Image.fromarray(picture) for picture in pixels(data)])
     assert np.array_equal(np.concatenate([inputs for inputs, _ in batches]), expected)
 
 
 # height and width of the pictures, what the network was designed for, and the suggestion
-SIZES = {
-    "digits": ((8, 8), 32, 16),
-    "digits-in-a-small-network": ((8, 8), 12, 12),
-    "cifar": ((32, 32), 32, 32),
-    "cifar-in-a-large-network": ((32, 32), 224, 64),
-    "smaller-side": ((50, 20), 224, 40),
-    "almost-photograph": ((63, 200), 224, 126),
-    "photograph": ((64, 64), 224, 224),
-}
+SIZES = [((8, 8), 32, 16), ((8, 8), 12, 12), ((50, 20), 224, 40), ((63, 200), 224, 126), ((64, 64), 224, 224)]
 
 
-def test_suggested_size() -> None:
-    for case, (shape, designed, expected) in SIZES.items():
-        assert suggest_size(images(1, *shape), designed) == expected, case
+@pytest.mark.parametrize(("shape", "designed", "expected"), SIZES)
+def test_suggested_size(shape: tuple[int, int], designed: int, expected: int) -> None:
+    assert suggest_size(images(1, *shape), designed) == expected
 
 
 @pytest.mark.parametrize("channels", [1, 3], ids=["grey", "rgb"])
-def test_suggested_statistics_are_those_of_the_pictures(channels: int) -> None:
-    data = images(40, 16, 16, channels, low=20, high=120)
-    suggested = suggest_preprocessing(data, (16, 16))
-    assert (suggested.size, suggested.resize, suggested.channels) == ((16, 16), (16, 16), channels)
-    colours = pixels(data).reshape(-1, channels).astype(np.float64) / 255
-    half = 0.5e-4 + len(colours) ** 0.5 * 2**-24  # of the last of four decimals, and a sum in float32
-    assert suggested.mean == pytest.approx(colours.mean(axis=0), abs=half, rel=0)
-    assert suggested.std == pytest.approx(colours.std(axis=0), abs=half, rel=0)
-
-
-def test_suggestion_for_digits_at_another_size() -> None:
-    data = open_splits("digits").train
-    suggested = suggest_preprocessing(data, (16, 16))
-    assert (suggested.size, suggested.resize, suggested.channels) == ((16, 16), (16, 16), 1)
+def test_suggested_statistics_are_those_of_the_inputs(channels: int) -> None:
+    data = images(40, 8, 8, channels, low=20, high=120)
+    suggested = suggest_preprocessing(data, (20, 16))
+    assert (suggested.size, suggested.resize, suggested.channels) == ((20, 16), (20, 16), channels)
     inputs = data.inputs(range(len(data)), suggested).astype(np.float64)
-    half = 0.5e-4 / suggested.std[0] + inputs.size**0.5 * 2**-24  # the last of four decimals, sums in float32
-    assert abs(inputs.mean()) < half and abs(inputs.std() - 1) < half
+    half = 0.5e-4 / min(suggested.std) + (inputs.size / channels) ** 0.5 * 2**-24  # of four decimals; sums in float32
+    assert abs(inputs.mean(axis=(0, 2, 3))).max() < half and abs(inputs.std(axis=(0, 2, 3)) - 1).max() < half
 
 
 def test_suggestion_for_large_pictures_and_those_of_one_colour() -> None:

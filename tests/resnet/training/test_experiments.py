@@ -5,21 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.benchmark import Timer
 
-from resnet.data.labelled import LabelledImages, Splits
 from resnet.data.preprocessing import Preprocessing
-from resnet.data.sources import open_splits, suggest_preprocessing
 from resnet.models import create_model
 from resnet.training.experiments import (
     REGULARISER_SEEDS,
     Outcome,
     Trial,
-    by_setting,
     cost,
     gradient_norms,
     recommend,
@@ -30,22 +26,9 @@ from resnet.training.experiments import (
 from resnet.training.loop import Epoch
 from resnet.training.reports import EXPERIMENTS, compare_report, depths_report, regularisers_report
 from resnet.training.settings import TrainingConfig
+from tests.resnet.training.conftest import Data
 
-Data = tuple[Splits, Preprocessing]
 PNG = b"\x89PNG\r\n\x1a\n"
-
-
-@pytest.fixture(scope="module")
-def stripes() -> Data:
-    """Two classes that any network tells apart: stripes across and stripes down."""
-    generator = np.random.default_rng(0)
-    pictures = generator.integers(0, 60, (60, 8, 8)).astype(np.uint8)
-    labels = np.arange(60) % 2
-    pictures[labels == 0, ::2] += 150
-    pictures[labels == 1, :, ::2] += 150
-    data = LabelledImages("stripes", ("across", "down"), labels.astype(np.int64), pictures, mirrored=True)
-    parts = [data.subset(np.arange(start, start + 20)) for start in (0, 20, 40)]
-    return Splits(*parts), suggest_preprocessing(parts[0], (8, 8))
 
 
 def outcome(model: str, accuracy: float, label: str | None = None, **changes: float) -> Outcome:
@@ -74,9 +57,8 @@ def test_gradient_norms_are_those_of_autograd_and_leave_the_model_as_it_was() ->
         assert norm == pytest.approx(weight.grad.norm().item(), rel=weight.numel() ** 0.5 * 2**-23), name
 
 
-def test_before_training_the_gradients_of_a_deep_plain_network_are_spread_and_those_of_a_residual_one_are_not() -> None:
-    splits = open_splits("digits")
-    preprocessing = suggest_preprocessing(splits.train, (8, 8))
+def test_before_training_gradients_of_a_deep_network_are_spread_where_it_is_plain(digits: Data) -> None:
+    splits, preprocessing = digits
     images = torch.from_numpy(splits.train.inputs(range(64), preprocessing))
     labels = torch.from_numpy(splits.train.labels[:64])
     spread = {}
@@ -101,15 +83,14 @@ def test_the_shallowest_within_one_standard_error_is_recommended() -> None:
 
 def test_cost_counts_multiply_adds_and_weights() -> None:
     preprocessing = Preprocessing((8, 8), (8, 8), (0.0,), (1.0,))
-    spent = cost(create_model("resnet8", in_channels=1, num_classes=5), preprocessing)
+    model = create_model("resnet8", in_channels=1, num_classes=5)
+    spent = cost(model, preprocessing)
     first = 8 * 8 * 16 * 9
     stage1 = 2 * 8 * 8 * 16 * 16 * 9
     stage2 = 4 * 4 * 32 * (16 * 9 + 32 * 9 + 16)
     stage3 = 2 * 2 * 64 * (32 * 9 + 64 * 9 + 32)
     assert spent.macs == first + stage1 + stage2 + stage3 + 64 * 5
-    model = create_model("resnet8", in_channels=1, num_classes=5)
-    assert spent.parameters == sum(p.numel() for p in model.parameters())
-    assert spent.seconds > 0
+    assert spent.parameters == sum(p.numel() for p in model.parameters()) and spent.seconds > 0
 
 
 def test_each_regulariser_is_on_alone_and_once_per_seed() -> None:
@@ -123,15 +104,13 @@ def test_each_regulariser_is_on_alone_and_once_per_seed() -> None:
     for label, config in settings.items():
         changed = [name for name in names if getattr(config, name) != getattr(none, name)]
         assert len(changed) == 1 + (label == "L2 decoupled"), (label, changed)
-    groups = by_setting([outcome("resnet8", 0.9, "L1, seed 0"), outcome("resnet8", 0.8, "L1, seed 1")])
-    assert [*groups] == ["L1"] and len(groups["L1"]) == 2
 
 
-def test_the_report_of_plain_against_residual_says_what_was_measured(stripes: Data) -> None:
+def test_the_report_of_plain_against_residual_says_what_was_measured(digits: Data) -> None:
     depths = (20, 32, 56)
     plain = [outcome(f"plain{d}", 0.5, loss=2.0, first=300.0) for d in depths]
     residual = [outcome(f"resnet{d}", 0.75, loss=0.25, first=2.0) for d in depths]
-    report = compare_report([*plain, *residual], *stripes)
+    report = compare_report([*plain, *residual], *digits)
     assert "56 layers, in the same budget: test top-1 50.00 % plain, 75.00 % residual" in report.findings[2]
     assert "plain56 the norm of the gradient is 300" in report.findings[3]
     assert "600 times the smallest" in report.findings[3] and "4 times the smallest" in report.findings[4]
@@ -140,28 +119,28 @@ def test_the_report_of_plain_against_residual_says_what_was_measured(stripes: Da
     assert page.startswith("# Plain against residual") and "![" in page and "| plain20 | 2.000 | 50.00 |" in page
 
 
-def test_the_report_of_depths_recommends(stripes: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_of_depths_recommends(digits: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Timer, "blocked_autorange", lambda timer, **_: timer.timeit(1))  # no second for each
-    report = depths_report([outcome("resnet8", 0.5), outcome("resnet14", 0.95)], *stripes)
+    report = depths_report([outcome("resnet8", 0.5), outcome("resnet14", 0.95)], *digits)
     assert report.findings[0].startswith("Recommended: resnet14") and report.picture.startswith(PNG)
     assert report.rows[0][0] == "resnet8" and report.rows[0][3] == "1.00"
 
 
-def test_the_report_of_regularisers_says_what_is_beyond_chance(stripes: Data) -> None:
+def test_the_report_of_regularisers_says_what_is_beyond_chance(digits: Data) -> None:
     outcomes = [outcome("resnet8", 0.5, f"none, seed {i}") for i in range(3)]
     outcomes += [outcome("resnet8", 0.52, f"L1, seed {i}") for i in range(3)]
     outcomes += [outcome("resnet8", 0.95, f"crop, seed {i}") for i in range(3)]
-    report = regularisers_report(outcomes, *stripes)
+    report = regularisers_report(outcomes, *digits)
     assert report.findings[1].endswith("apart from none: crop.") and report.picture.startswith(PNG)
 
 
-def test_a_trial_goes_on_where_it_stopped(stripes: Data, tmp_path: Path) -> None:
+def test_a_trial_goes_on_where_it_stopped(digits: Data, tmp_path: Path) -> None:
     trial = Trial("resnet8", "resnet8", TrainingConfig(epochs=2, batch_size=10, warmup_epochs=0))
     ran: list[Epoch] = []
 
     def run(resume: bool) -> Outcome:
         return run_trial(
-            trial, *stripes, tmp_path, device="cpu", resume=resume,
+            trial, *digits, tmp_path, device="cpu", resume=resume,
             on_step=lambda *_: None, on_epoch=ran.append,
         )  # fmt: skip
 
@@ -171,9 +150,6 @@ def test_a_trial_goes_on_where_it_stopped(stripes: Data, tmp_path: Path) -> None
 
 
 def test_every_experiment_can_be_asked_for() -> None:
-    assert [*EXPERIMENTS] == ["compare", "depths", "regularisers"]
     for experiment in EXPERIMENTS.values():
         trials = experiment.trials("resnet8", TrainingConfig())
         assert len({trial.label for trial in trials}) == len(trials)
-    depths = [trial.model for trial in EXPERIMENTS["depths"].trials("resnet8", TrainingConfig())]
-    assert depths == [f"resnet{depth}" for depth in (8, 14, 20, 32, 44, 56)]

@@ -6,6 +6,7 @@ import copy
 import csv
 import itertools
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,39 +15,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from resnet.data.labelled import Splits
-from resnet.data.preprocessing import Preprocessing
 from resnet.data.sources import open_splits, suggest_preprocessing
 from resnet.model_card import read_model_card
 from resnet.models import create_model
-from resnet.training.loop import LOG_FILE, MODEL_FILE, STATE_FILE, train
+from resnet.training.loop import LOG_FILE, MODEL_FILE, STATE_FILE, seeded_model, train
 from resnet.training.recipe import augment, learning_rate, make_optimizer, training_step
 from resnet.training.settings import TrainingConfig, TrainingError
 from resnet.weights import load_weights
+from tests.resnet.checks import assert_equal_in_float64, bits, refusal
 from tests.resnet.restatement import restated
-from tests.resnet.rounding import assert_equal_in_float64
+from tests.resnet.training.conftest import Data
 
-Data = tuple[Splits, Preprocessing]
 QUICK = TrainingConfig(epochs=3, batch_size=32, warmup_epochs=1, dropout=0.2, augment=("crop", "flip", "cutout"))
-
-
-@pytest.fixture(scope="module")
-def digits() -> Data:
-    """A tenth of the digits, at their own 8x8 pixels."""
-    splits = open_splits("digits")
-    few = np.arange(128)
-    small = Splits(splits.train.subset(few), splits.validation.subset(few[:64]), splits.test.subset(few[:64]))
-    return small, suggest_preprocessing(small.train, (8, 8))
-
-
-def smoothed_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    log_p = logits - logits.exp().sum(1, keepdim=True).log()
-    target = torch.full_like(logits, smoothing / logits.shape[1])
-    target[torch.arange(len(labels)), labels] += 1 - smoothing
-    return -(target * log_p).sum(1).mean()
 
 
 def test_one_step_equals_a_restatement_of_network_loss_and_adam_in_float64() -> None:
@@ -60,7 +42,7 @@ def test_one_step_equals_a_restatement_of_network_loss_and_adam_in_float64() -> 
     config = TrainingConfig(label_smoothing=0.1, l1=1e-3, clip=0.5, learning_rate=1e-3)
     p = {name: parameter.detach().clone().requires_grad_() for name, parameter in model.named_parameters()}
     logits = restated({**model.state_dict(), **p}, images, statistics={})
-    loss = smoothed_cross_entropy(logits, labels, 0.1)
+    loss = F.cross_entropy(logits, labels, label_smoothing=0.1)
     penalty = sum((v.abs().sum() for v in p.values() if v.ndim > 1), torch.zeros(()))
     gradients = dict(zip(p, torch.autograd.grad(loss + 1e-3 * penalty, list(p.values())), strict=True))
     length = torch.stack([(g**2).sum() for g in gradients.values()]).sum().sqrt()
@@ -92,16 +74,6 @@ def test_l2_reaches_weights_and_neither_biases_nor_batchnorm(name: str, kind: st
     assert decayed["weight_decay"] == 0.1 and {p.ndim for p in decayed["params"]} == {2, 4}
     assert spared["weight_decay"] == 0.0 and {p.ndim for p in spared["params"]} == {1}
     assert len(decayed["params"]) + len(spared["params"]) == len([*model.parameters()])
-
-
-def test_decoupled_decay_shrinks_a_weight_without_gradient_by_rate_times_decay() -> None:
-    weight = nn.Linear(3, 2).double()
-    before = weight.weight.detach().clone()
-    optimizer = make_optimizer(weight, TrainingConfig(optimizer="adamw", l2=0.1, learning_rate=0.01))
-    weight.weight.grad = torch.zeros_like(weight.weight)
-    optimizer.step()
-    eps = torch.finfo(torch.float64).eps  # two roundings on each side
-    assert torch.allclose(weight.weight, before * (1 - 0.01 * 0.1), rtol=4 * eps, atol=0)
 
 
 def test_the_learning_rate_rises_in_a_line_and_falls_in_a_cosine() -> None:
@@ -155,30 +127,14 @@ def test_it_learns_and_the_file_holds_what_it_learned(tmp_path: Path) -> None:
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
 
 
-@pytest.fixture(scope="module")
-def whole(digits: Data, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of trainings that nothing interrupted, by optimizer."""
-    folders = {optimizer: tmp_path_factory.mktemp(optimizer) for optimizer in ("adam", "sgd")}
-    for optimizer, folder in folders.items():
-        train("resnet8", *digits, replace(QUICK, optimizer=optimizer, l2=1e-3), folder)
-    return folders
-
-
-# optimizer, and the epoch and the step after which it stops
-INTERRUPTED = {
-    "first-epoch": ("adam", (1, 2)),
-    "epoch-begins": ("adam", (2, 1)),
-    "last-step": ("adam", (3, 4)),
-    "momentum": ("sgd", (3, 1)),
-}
-
-
-@pytest.mark.parametrize("case", INTERRUPTED)
+# the epoch and the step after which it stops: in the first, as a later one begins, at the very end
+@pytest.mark.parametrize("where", [(1, 2), (2, 1), (3, 4)], ids=str)
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_an_interrupted_training_resumes_to_the_same_bits(
-    digits: Data, whole: dict[str, Path], tmp_path: Path, case: str
+    digits: Data, tmp_path: Path, optimizer: str, where: tuple[int, int]
 ) -> None:
-    optimizer, where = INTERRUPTED[case]
     config = replace(QUICK, optimizer=optimizer, l2=1e-3)
+    train("resnet8", *digits, config, tmp_path / "whole")
 
     def stop(epoch: int, step: int, steps: int) -> None:
         if (epoch, step) == where:
@@ -192,38 +148,29 @@ def test_an_interrupted_training_resumes_to_the_same_bits(
     assert begun == (where[0] > 1)
     train("resnet8", *digits, config, tmp_path / "cut", resume=begun)
     for name in (MODEL_FILE, STATE_FILE, LOG_FILE):
-        assert (tmp_path / "cut" / name).read_bytes() == (whole[optimizer] / name).read_bytes(), name
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
-def test_the_seed_decides_and_nothing_else_does(digits: Data, tmp_path: Path) -> None:
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        torch.manual_seed(hash(name) % 1000)
-        train("resnet8", *digits, replace(QUICK, epochs=1, seed=seed), tmp_path / name)
-    a, b, c = (load_file(tmp_path / name / MODEL_FILE) for name in "abc")
-    assert all(torch.equal(a[key], b[key]) for key in a)
-    assert not torch.equal(a["conv1.weight"], c["conv1.weight"])
+def test_seeds_differ(digits: Data) -> None:
+    first, second = (bits(seeded_model("resnet8", *digits, replace(QUICK, seed=seed))) for seed in (0, 1))
+    assert first["conv1.weight"] != second["conv1.weight"]
 
 
-def test_patience_ends_it_early(digits: Data, tmp_path: Path) -> None:
-    config = replace(QUICK, epochs=20, patience=2, learning_rate=1e-12)
-    result = train("resnet8", *digits, config, tmp_path)
-    accuracies = [epoch.validation_accuracy for epoch in result.epochs]
-    assert len(accuracies) < 20 and len(accuracies) - 1 - accuracies.index(max(accuracies)) == 2
-
-
-def test_with_patience_the_last_of_the_best_epochs_is_kept(digits: Data, tmp_path: Path) -> None:
+@pytest.mark.parametrize("pictures", [64, 1], ids=["fewer-right", "always-as-many-right"])
+def test_patience_ends_it_early_with_the_last_of_the_best(digits: Data, tmp_path: Path, pictures: int) -> None:
     splits, preprocessing = digits
-    one = Splits(splits.train, splits.validation.subset(np.array([0])), splits.test)
-    result = train("resnet8", one, preprocessing, replace(QUICK, epochs=6, patience=6), tmp_path)
-    best = max(epoch.validation_accuracy for epoch in result.epochs)
-    assert result.kept.number == max(e.number for e in result.epochs if e.validation_accuracy == best)
+    few = replace(splits, validation=splits.validation.subset(np.arange(pictures)))
+    config = replace(QUICK, epochs=20, patience=2, learning_rate=1e-12)
+    result = train("resnet8", few, preprocessing, config, tmp_path)
+    accuracies = [epoch.validation_accuracy for epoch in result.epochs]
+    best = [epoch.number for epoch in result.epochs if epoch.validation_accuracy == max(accuracies)]
+    assert len(accuracies) == best[0] + 2 and result.kept.number == best[-1]
 
 
 def test_a_loss_that_is_not_finite_ends_it_in_one_line(digits: Data, tmp_path: Path) -> None:
-    expected = r"^the loss became \S+ in epoch 1, step \d+: expected a finite one.*rate"
-    with pytest.raises(TrainingError, match=expected) as caught:
-        train("resnet8", *digits, replace(QUICK, learning_rate=1e30, warmup_epochs=0, clip=0.0), tmp_path)
-    assert "\n" not in str(caught.value)
+    config = replace(QUICK, learning_rate=1e30, warmup_epochs=0, clip=0.0)
+    message = refusal(TrainingError, train, "resnet8", *digits, config, tmp_path)
+    assert re.match(r"the loss became \S+ in epoch 1, step \d+: expected a finite one.*rate", message)
 
 
 def test_a_folder_with_a_training_is_not_overwritten(digits: Data, tmp_path: Path) -> None:

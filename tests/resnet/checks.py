@@ -1,13 +1,30 @@
-"""What rounding explains: each limit follows from the computation itself, none from a number seen on one machine."""
+"""What tests of this room hold results to: one line for a refusal, the same bits, or what rounding explains."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
+import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from resnet.errors import ResNetError
 
 _ORDER = 256.0  # float32 may be summed in another order, and in float64: then it loses less than its own share
+
+
+def refusal(kind: type[ResNetError], call: Callable[..., object], *arguments: object) -> str:
+    """The one line with which a call is refused."""
+    with pytest.raises(kind) as caught:
+        call(*arguments)
+    message = str(caught.value)
+    assert message.isprintable() and len(message) < 1000
+    return message
+
+
+def bits(model: nn.Module) -> dict[str, bytes]:
+    """All that a model holds."""
+    return {name: tensor.numpy().tobytes() for name, tensor in model.state_dict().items()}
 
 
 def relative_errors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
@@ -24,8 +41,9 @@ def assert_equal_in_float64(
 ) -> None:
     """`found` and `expected` are one computation in float64, `single` is the same in float32.
 
-    How much a computation makes of rounding errors is seen in float32: in float64 it may make as much of errors that
-    are eps64 / eps32 = 2e-9 times as large. A defect is as large in both, so it cannot widen its own limit.
+    The limit follows from the computation itself, not from a number seen on one machine. How much it makes of rounding
+    errors is seen in float32: in float64 it may make as much of errors that are eps64 / eps32 = 2e-9 times as large. A
+    defect is as large in both, so it cannot widen its own limit.
     """
     ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
     limit = _ORDER * ratio * max(relative_errors(single, expected).values())
