@@ -22,7 +22,7 @@ from export.criteria.operators import evaluate
 from export.criteria.scales import check_layers, check_scales
 from export.fusion.capture import plain_torch
 from export.fusion.nodes import args_of, is_call, module_path, parameter, resnet_deploy, schema_name
-from export.fusion.program import QuantisedProgram
+from export.fusion.program import QuantisedProgram, output_nodes
 from export.lowering.onnx_file import OnnxFile
 from export.quantisation.scheme import Range, Scheme
 from export.runtime.parity.checks import OperatorChecks, QuantisedCheck
@@ -52,7 +52,7 @@ def check_quantised(
     graph, precision = program.master, scheme.arithmetic
     checks: list[QuantisedCheck] = []
     with plain_torch():
-        wanted = [*filter(_is_leaf, graph.graph.nodes), *_returned(graph)]
+        wanted = [*filter(_is_leaf, graph.graph.nodes), *output_nodes(graph)]
         refused = [_refused(node, reason) for node in wanted if (reason := _why_unusable(node, trace))]
         if refused:
             return OperatorChecks(tuple(refused), ())
@@ -62,7 +62,7 @@ def check_quantised(
         for node in graph.graph.nodes:
             if is_call(node, resnet_deploy.quantize_linear.default):
                 checks.append(_check_value(graph, node, leaves, precision))
-        for node in _returned(graph):
+        for node in output_nodes(graph):
             if node.name not in leaves:
                 checks.append(_check_output(graph, node, leaves, trace[node.name], precision))
     return OperatorChecks(tuple(checks), ())
@@ -73,7 +73,7 @@ def shown_values(program: QuantisedProgram, file: OnnxFile) -> dict[str, str]:
 
     What the network returns is read where the file returns it.
     """
-    graph, returned = program.master, _returned(program.master)
+    graph, returned = program.master, output_nodes(program.master)
     shown = {n.name: file.values[n.name] for n in graph.graph.nodes if _is_leaf(n) and n.name in file.values}
     return {**dict(zip((node.name for node in returned), file.output_names, strict=True)), **shown}
 
@@ -140,11 +140,3 @@ def _check_output(
         reason = f"{worst:.1f} roundoffs off, the limit is {allowed:g}"
         fault = fault_of(got, expected, difference, precision.dtype)
     return QuantisedCheck(module_path(node), schema_name(node), worst, differing, reason, fault, allowed)
-
-
-def _returned(graph: fx.GraphModule) -> list[fx.Node]:
-    """The nodes whose values the network returns."""
-    found: list[fx.Node] = []
-    output = next(node for node in graph.graph.nodes if node.op == "output")
-    fx.node.map_arg(output.args, lambda node: found.append(node))
-    return found
