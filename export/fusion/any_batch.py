@@ -27,6 +27,15 @@ def refuse_random(graph_module: fx.GraphModule) -> None:
                 )
 
 
+def narrowed(graph_module: fx.GraphModule) -> list[str]:
+    """A note of a forward that computes in 16 bits by itself; what is exported computes in the precision asked for."""
+    for node in graph_module.graph.nodes:
+        types = {value for value in (*node.args, *node.kwargs.values()) if isinstance(value, torch.dtype)}
+        if types & {torch.float16, torch.bfloat16}:
+            return [f"{module_path(node)}: autocast or a cast in forward is ignored, the export chooses the precision"]
+    return []
+
+
 def fold_created(graph_module: fx.GraphModule) -> fx.GraphModule:
     """Make constants of what forward creates from nothing, such as an arange, in the type it is created in."""
     graph = graph_module.graph
@@ -66,7 +75,7 @@ def for_any_batch(graph_module: fx.GraphModule) -> fx.GraphModule:
     input, so that no other value is read for it. A squeeze names the dimensions that it drops, the batch not among
     them: a single image keeps its batch dimension, which `meta[NOTES]` says.
     """
-    graph, notes = graph_module.graph, []
+    graph, notes = graph_module.graph, narrowed(graph_module)
     x = next(node for node in graph.nodes if node.op == "placeholder")
     batch: fx.Node | None = None
     whole = str(x.meta["val"].shape[0])
@@ -80,8 +89,10 @@ def for_any_batch(graph_module: fx.GraphModule) -> fx.GraphModule:
             sizes = args_of(node)[0].meta["val"].shape
             asked = _squeezed(node)
             if any(not isinstance(sizes[d], int) for d in asked):
-                node.target = aten.squeeze.dims
-                node.args = (node.args[0], [d for d in asked if isinstance(sizes[d], int) and sizes[d] == 1])
+                dropped = [d for d in asked if isinstance(sizes[d], int) and sizes[d] == 1]
+                node.target, node.args = aten.squeeze.dims, (node.args[0], dropped)
+                if not dropped:
+                    node.replace_all_uses_with(args_of(node)[0])
                 notes.append(f"{module_path(node)}: squeeze keeps the batch dimension of a single image")
         elif is_call(node, aten.as_strided.default):
             with graph.inserting_before(node):

@@ -83,8 +83,13 @@ def check_model(model: nn.Module, example: Tensor) -> None:
     if not isinstance(example, Tensor) or example.dim() != 4 or not example.is_floating_point():
         raise ExportError(
             f"expected an example of shape [N, C, H, W] in floating point, got {describe_value(example)}"
-            + (": give the normalised picture that the model is fed" if _holds_pixels(example) else "")
+            + (": give it as the model is fed, normalised" if isinstance(example, Tensor) else "")
         )
+    with plain_torch():  # what inference mode made takes no part in autograd
+        _check_tensors(model)
+
+
+def _check_tensors(model: nn.Module) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if nn.parameter.is_lazy(tensor):
             raise ExportError(f"{name} has no shape yet: call the model on an example first, as lazy modules need")
@@ -94,10 +99,6 @@ def check_model(model: nn.Module, example: Tensor) -> None:
             raise ExportError(f"{name} holds NaN or Inf: expected finite weights")
         if name.endswith("running_var") and bool((tensor < 0).any()):
             raise ExportError(f"{name} holds {tensor.min().item():.3g}: a variance cannot be negative")
-
-
-def _holds_pixels(example: object) -> bool:
-    return isinstance(example, Tensor) and example.dim() == 4
 
 
 def capture(model: nn.Module, example: Tensor, batch: Batch) -> fx.GraphModule:
@@ -157,7 +158,7 @@ def _fixed_batch(model: nn.Module, x: Tensor) -> str:
     except Exception as error:  # whatever the user's code raises
         own = [frame for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename]
         if own and own[-1].filename != __file__:
-            where = f" ({Path(own[-1].filename).name}, line {own[-1].lineno}: {own[-1].line})"
+            where = f" ({Path(own[-1].filename).name}, line {own[-1].lineno}: {str(own[-1].line)[:60]})"
     return (
         f"forward takes no other batch than {len(x)}{where}: expected x.shape[0] or -1 where it has a number, as in "
         f"view({len(x)}, -1) or zeros({len(x)}, ...); or export that size alone, ExportConfig.batch={len(x)}"

@@ -167,9 +167,12 @@ def size_at(size: fx.Node | torch.SymInt, batch: int) -> int:
 
 
 def computed_by(node: fx.Node) -> fx.Node:
-    """What computed the values that `node` holds, before they were moved."""
+    """The node whose values `node` holds, before they were moved: a result of an operator, one of several maybe."""
     while node.op == "call_function" and moves_data(node) and tensor_inputs(node):
-        node = tensor_inputs(node)[0]
+        parent = tensor_inputs(node)[0]
+        if is_call(node, operator.getitem) and not moves_data(parent):
+            break
+        node = parent
     return node
 
 

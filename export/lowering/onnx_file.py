@@ -110,6 +110,7 @@ def lower_onnx(program: FusedProgram, example: Tensor, precision: Precision, met
     _strip(model, metadata)
     _rename(graph_module, model, groups)
     values = {name: group[-1].output[0] if group else "input" for name, group in groups.items()}
+    values |= {name: _shown_name(name) for name in hidden if name not in values}
     return OnnxFile(model, names, values)
 
 
@@ -197,7 +198,8 @@ def _hidden(graph_module: fx.GraphModule, groups: Mapping[str, list[onnx.NodePro
     for node in graph_module.graph.nodes:
         if weighs(node):
             wanted |= dict.fromkeys([node, *(computed_by(n) for n in tensor_inputs(node))])
-    return [node.name for node in wanted if node.op == "call_function" and node.name not in groups]
+    missing = [node for node in wanted if node.op == "call_function" and node.name not in groups]
+    return [node.name for node in missing if isinstance(node.meta.get("val"), Tensor)]
 
 
 def _strip(model: onnx.ModelProto, metadata: dict[str, str]) -> None:
