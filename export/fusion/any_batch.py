@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from export.base.errors import ExportError
-from export.fusion.nodes import add_constant, args_of, aten, is_call, module_path, named_args, schema_name
+from export.fusion.nodes import (
+    add_constant,
+    args_of,
+    aten,
+    constant,
+    is_call,
+    module_path,
+    named_args,
+    schema_name,
+)
 
 NOTES = "notes"  # key of a graph's meta: what differs from the model, a line each
 
@@ -36,18 +46,27 @@ def narrowed(graph_module: fx.GraphModule) -> list[str]:
     return []
 
 
-def fold_created(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """Make constants of what forward creates from nothing, such as an arange, in the type it is created in."""
+def fold_created(graph_module: fx.GraphModule, own: Collection[str]) -> fx.GraphModule:
+    """Make constants of what forward creates from nothing, such as an arange, in the type it is created in.
+
+    `own` are the names of the model's parameters and buffers, which take part in nothing of that.
+    """
     graph = graph_module.graph
+    created: set[fx.Node] = set()
     for node in list(graph.nodes):
-        if node.op != "call_function" or node.all_input_nodes or not isinstance(node.meta.get("val"), Tensor):
+        if node.op == "get_attr" and node.target not in own:
+            created.add(node)
+        makes = node.op == "call_function" and isinstance(node.meta.get("val"), Tensor)
+        if not makes or not created.issuperset(node.all_input_nodes):
             continue
         target: Any = node.target
+        arguments = fx.node.map_arg((node.args, node.kwargs), lambda n: constant(graph_module, n))
         with graph.inserting_before(node):
-            created = add_constant(graph_module, f"created_{node.name}", target(*node.args, **node.kwargs))
-        created.meta = dict(node.meta)
-        node.replace_all_uses_with(created)
+            new = add_constant(graph_module, f"created_{node.name}", target(*arguments[0], **arguments[1]))
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
         graph.erase_node(node)
+        created.add(new)
     return graph_module
 
 
@@ -62,6 +81,18 @@ def _squeezed(node: fx.Node) -> list[int]:
     return [d % rank for d in ([asked] if isinstance(asked, int) else asked)] if rank else []
 
 
+def _has_default_type(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a call computes floating-point numbers from whole ones alone, in torch's default type."""
+    value = node.meta.get("val")
+    if node.op != "call_function" or not isinstance(value, Tensor) or not value.is_floating_point():
+        return False
+    if not schema_name(node) or named_args(node).get("dtype") is not None:
+        return False
+    read = [n.meta.get("val") if n.op != "get_attr" else constant(graph_module, n) for n in node.all_input_nodes]
+    whole = [isinstance(x, torch.SymInt) or (isinstance(x, Tensor) and not x.is_floating_point()) for x in read]
+    return bool(whole) and all(whole)
+
+
 def drops_single(node: fx.Node) -> bool:
     """Whether a node squeezes the first dimension, where that is 1."""
     return is_call(node, *_SQUEEZES) and 0 in _squeezed(node) and args_of(node)[0].meta["val"].shape[0] == 1
@@ -73,12 +104,14 @@ def for_any_batch(graph_module: fx.GraphModule) -> fx.GraphModule:
     view(x, [batch, ...]) becomes reshape(x, [-1, ...]), which any layout allows and which lowers to one
     Reshape of constant shape; as_strided reads an input laid out as it was traced; the batch size is read from the
     input, so that no other value is read for it. A squeeze names the dimensions that it drops, the batch not among
-    them: a single image keeps its batch dimension, which `meta[NOTES]` says.
+    them: a single image keeps its batch dimension, which `meta[NOTES]` says. What is made of whole numbers names its
+    type, so that it can be another one.
     """
     graph, notes = graph_module.graph, narrowed(graph_module)
     x = next(node for node in graph.nodes if node.op == "placeholder")
     batch: fx.Node | None = None
     whole = str(x.meta["val"].shape[0])
+
     for node in list(graph.nodes):
         value = node.meta.get("val")
         if is_call(node, *_VIEWS):
@@ -105,6 +138,14 @@ def for_any_batch(graph_module: fx.GraphModule) -> fx.GraphModule:
                     batch = graph.call_function(aten.sym_size.int, (x, 0))
                 batch.meta = dict(node.meta)
             node.replace_all_uses_with(batch)
+        elif _has_default_type(graph_module, node):
+            if "dtype" in named_args(node):  # zeros(batch, ...)
+                node.kwargs = {**node.kwargs, "dtype": value.dtype}
+                continue
+            with graph.inserting_after(node):  # a count times 0.5
+                cast = graph.call_function(aten._to_copy.default, (node,), {"dtype": value.dtype})
+            cast.meta = dict(node.meta)
+            node.replace_all_uses_with(cast, cast.__ne__)
     graph.eliminate_dead_code()
     graph_module.recompile()
     graph_module.meta[NOTES] = notes

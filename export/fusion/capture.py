@@ -143,11 +143,13 @@ def capture(model: nn.Module, example: Tensor, batch: Batch) -> fx.GraphModule:
         if program.graph_signature.user_inputs_to_mutate:
             raise ExportError("forward changes its input in place: expected a pure function of its input")
         graph_module = program.module(check_guards=False)
+        lists = duplicate.named_parameters(remove_duplicate=False), duplicate.named_buffers(remove_duplicate=False)
+        own = {name for names in lists for name, _ in names}
         refuse_random(graph_module)
         if size == 1 and any(drops_single(node) for node in graph_module.graph.nodes):
             with suppress(ExportError):  # where it also takes two images, one is no special case
                 return capture(model, example, Batch(1, 2, 2))
-        return for_any_batch(fold_created(graph_module))
+        return for_any_batch(fold_created(graph_module, own))
 
 
 def _fixed_batch(model: nn.Module, x: Tensor) -> str:

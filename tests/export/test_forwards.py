@@ -152,7 +152,7 @@ def test_an_output_that_is_more_than_tensors(name: str, images: Tensor) -> None:
 
 
 def _nested(model: Any) -> nn.Module:
-    model.conv = torch.compile(model.conv)
+    model.conv = torch.compile(model.conv, backend="eager")
     return nn.DataParallel(model)
 
 
@@ -176,7 +176,7 @@ def _normalised(model: Any) -> Any:
 
 
 WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {
-    "compiled": lambda model: torch.compile(nn.DataParallel(model)),
+    "compiled": lambda model: torch.compile(nn.DataParallel(model), backend="eager"),
     "compiled inside": _nested,
     "averaged": lambda model: torch.optim.swa_utils.AveragedModel(model).eval(),
     "traced by fx": lambda model: torch.fx.GraphModule(model, torch.fx.Tracer().trace(model)).eval(),
@@ -225,6 +225,7 @@ def test_what_no_bundle_can_hold_is_refused_in_one_line(name: str, images: Tenso
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_models_and_examples_that_are_something_else(images: Tensor) -> None:
     scripted = nn.Sequential(torch.jit.trace(nn.Conv2d(3, 4, 3), images)).eval()
     with pytest.raises(ExportError, match=r"^0 is TorchScript.*state_dict"):
