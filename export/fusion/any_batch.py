@@ -42,7 +42,7 @@ def narrowed(graph_module: fx.GraphModule) -> list[str]:
     for node in graph_module.graph.nodes:
         types = {value for value in (*node.args, *node.kwargs.values()) if isinstance(value, torch.dtype)}
         if types & {torch.float16, torch.bfloat16}:
-            return [f"{module_path(node)}: autocast or a cast in forward is ignored, the export chooses the precision"]
+            return ["autocast, or a cast to 16 bits in forward, is ignored: the export chooses the precision"]
     return []
 
 
