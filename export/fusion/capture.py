@@ -92,7 +92,7 @@ def check_model(model: nn.Module, example: Tensor) -> None:
 def _check_tensors(model: nn.Module) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if nn.parameter.is_lazy(tensor):
-            raise ExportError(f"{name} has no shape yet: call the model on an example first, as lazy modules need")
+            raise ExportError(f"{name} holds no values yet: call the model on an example first, as lazy modules need")
         if tensor.is_meta:
             raise ExportError(f"{name} holds no values: expected a model with its weights loaded")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -133,10 +133,10 @@ def capture(model: nn.Module, example: Tensor, batch: Batch) -> fx.GraphModule:
         except ExportError:
             raise
         except Exception as error:
+            name, reason = type(unwrapped(model)).__name__, first_line(error)
             if "specialized it to be a constant" in str(error):
-                raise ExportError(_fixed_batch(duplicate, traced_input)) from error
-            name = type(unwrapped(model)).__name__
-            raise ExportError(f"torch.export cannot capture {name}: {first_line(error)}") from error
+                reason = _fixed_batch(duplicate, traced_input)
+            raise ExportError(f"torch.export cannot capture {name}: {reason}") from error
         mutated = list(program.graph_signature.buffers_to_mutate.values())
         if mutated:
             raise ExportError(f"forward changes the buffer {mutated[0]}: expected a pure function of its input")

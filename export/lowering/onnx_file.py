@@ -104,13 +104,15 @@ def lower_onnx(program: FusedProgram, example: Tensor, precision: Precision, met
     graph_module = program.at(precision)
     names = output_names(graph_module)
     model, groups = _translate(graph_module, example, program.batch, precision, names)
-    hidden = _hidden(graph_module, groups)
+    twins = _twins(graph_module)
+    hidden = [name for name in _hidden(graph_module, groups) if name not in twins]
     if hidden:  # the exporter merged what is to be checked into its reader: it has to leave these values alone
         model, groups = _translate(graph_module, example, program.batch, precision, names, hidden)
     _strip(model, metadata)
     _rename(graph_module, model, groups)
     values = {name: group[-1].output[0] if group else "input" for name, group in groups.items()}
     values |= {name: _shown_name(name) for name in hidden if name not in values}
+    values |= {name: values[twin] for name, twin in twins.items() if name not in values and twin in values}
     return OnnxFile(model, names, values)
 
 
@@ -200,6 +202,17 @@ def _hidden(graph_module: fx.GraphModule, groups: Mapping[str, list[onnx.NodePro
             wanted |= dict.fromkeys([node, *(computed_by(n) for n in tensor_inputs(node))])
     missing = [node for node in wanted if node.op == "call_function" and node.name not in groups]
     return [node.name for node in missing if isinstance(node.meta.get("val"), Tensor)]
+
+
+def _twins(graph_module: fx.GraphModule) -> dict[str, str]:
+    """Node -> an earlier one that makes the same call, which the exporter writes once."""
+    first: dict[str, fx.Node] = {}
+    known: dict[fx.Node, fx.Node] = {}
+    for node in graph_module.graph.nodes:
+        read = fx.node.map_arg((node.args, node.kwargs), lambda n: known[n])
+        called = node.op == "call_function"
+        known[node] = first.setdefault(f"{node.target} {read}", node) if called else node
+    return {node.name: twin.name for node, twin in known.items() if twin is not node}
 
 
 def _strip(model: onnx.ModelProto, metadata: dict[str, str]) -> None:
