@@ -20,14 +20,15 @@ from export.base.errors import ExportError
 from export.base.precision import FORMATS, INT8, PRECISIONS, Precision
 from export.base.progress import Progress, silent
 from export.config import AUTO, ExportConfig, choose_flavours
+from export.criteria.batches import check_batches
 from export.criteria.evidence import check_evidence
-from export.criteria.outputs import output_kinds, output_nodes
+from export.criteria.outputs import output_kinds
 from export.criteria.references import run_references, run_simulations
 from export.forms import Forms, floating_forms
 from export.fusion.capture import check_model, describe_value
 from export.fusion.description import describe_graph
 from export.fusion.passes import DEFAULT_LEVEL, QUANTISED_LEVEL
-from export.fusion.program import Coverage, FusedProgram, fuse, output_names
+from export.fusion.program import Coverage, FusedProgram, fuse, output_names, output_nodes
 from export.lowering.runners import EagerRunner, ProgramRunner
 from export.manifest import describe
 from export.mixed_precision import keep_float32, quantise_network
@@ -168,6 +169,7 @@ def export_bundle(
     with staged(output) as staging:
         progress("capture and fuse")
         program = fuse(model, example, job.batch, DEFAULT_LEVEL if calibration is None else QUANTISED_LEVEL)
+        check_batches(program, job.images)
         names, classes = output_names(program.graph_module), job.metadata.get("classes")
         kinds = output_kinds(program.source, names, job.config.outputs, labelled is not None, classes)
         meter = _meter(job, program)
@@ -241,8 +243,7 @@ def _meter(job: _Job, program: FusedProgram) -> Meter | None:
     """What measures accuracy, and has measured the eager model's; None without labelled pictures."""
     if job.labelled is None:
         return None
-    first = output_nodes(program.source)[0]
-    logits: list[int | str] = ["batch", *(int(size) for size in first.meta["val"].shape[1:])]
+    logits: list[int | str] = ["batch", *(int(n) for n in output_nodes(program.source)[0].meta["val"].shape[1:])]
     meter = Meter(job.labelled, job.metadata.get("classes"), logits, job.batch, job.progress)
     names = output_names(program.graph_module)
     meter.measure(EagerRunner(job.model, torch.float32, names), "fp32")

@@ -14,7 +14,8 @@ ReLU, sigma^2 is, for
     conv2d_conv1x1_bias_act     S + R(pre) + conv(V, We^2) as the two above on the intermediate h, which itself
                                                            carries V = S_h + R(h) where h > 0
     conv2d_bias_relu_maxpool    S + R(pre)                 at the pixel that is the largest of its window
-    mean                        T + R(y)                   T = u32^2 max(1, HW/2) mean(x^2) / HW, the sum over pixels
+    mean                        T + R(y)                   T = u32^2 max(1, HW/2) mean(x^2) / HW, the sum over pixels,
+                                                           + (0.41 u32)^2 HW/3 mean(x)^2, its way up from 0 to the sum
     mean_linear                 S + R(y) + V @ W^2         sum p^2 = m^2 @ W^2, on the mean m with V = T + R(m)
 
 A runtime that adds in an operator of its own also rounds the summands: R(pre - r) more for a residual r,
@@ -109,9 +110,14 @@ class Rounding:
 
 
 def mean_variance(x: Tensor, dims: list[int], keepdim: bool = False) -> Tensor:
-    """T: the variance of a mean accumulated in float32, before it is rounded."""
+    """T: the variance of a mean accumulated in float32, before it is rounded.
+
+    The k-th of K partial sums of values of one sign, as behind a ReLU, is about k/K of the sum, whatever they scatter
+    by: their roundings add up to (0.41 u32)^2 K/3 of its square.
+    """
     length = math.prod(x.shape[dim] for dim in dims)
-    return _accumulation(length) * x.square().mean(dims, keepdim) / length
+    drift = (ROUNDING_RMS * UNIT_ROUNDOFF[torch.float32]) ** 2 * length / 3
+    return _accumulation(length) * x.square().mean(dims, keepdim) / length + drift * x.mean(dims, keepdim).square()
 
 
 def bound_of(variance: Tensor, pre: Tensor) -> Bound:

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from export.fusion.nodes import aten, resnet_deploy
+from export.fusion.nodes import WEIGHTED, aten, resnet_deploy
 from kernels.operators.registry import OPERATORS, Arguments
 from kernels.rounding import Bound, Rounding, bound_of, mean_variance
 
@@ -37,12 +36,20 @@ def _fused(operator: type[Arguments[Any]]) -> Callable[[Call], Bound]:
     return lambda call: operator.of(*call.arguments.values()).bound(call.pre, call.rounding)
 
 
-def _linear(call: Call) -> Bound:
-    a = call.arguments
-    products = F.linear(a["input"].square(), a["weight"].square())
-    constants = 0.0 if a["bias"] is None else a["bias"].square()
-    variance = call.rounding.sum(products, constants, a["weight"].shape[1])
-    return bound_of(variance + call.rounding.of(call.pre), call.pre)
+def _weighted(target: Callable[..., Any]) -> Callable[[Call], Bound]:
+    """Of a convolution or linear layer of any rank: S + R(y), with the sum of p^2 from the operator itself."""
+
+    def bound(call: Call) -> Bound:
+        a, rounding, rank = call.arguments, call.rounding, call.pre.dim()
+        products = target(**{**a, "input": a["input"].square(), "weight": a["weight"].square(), "bias": None})
+        linear = target is aten.linear.default
+        constants = 0.0 if a["bias"] is None else a["bias"].square().reshape(-1, *[1] * (0 if linear else rank - 2))
+        variance = rounding.sum(products, constants, a["weight"][0].numel()) + rounding.of(call.pre)
+        if linear and rank != 2 and a["bias"] is not None and rounding.separate_addition:
+            variance = variance + rounding.of(call.pre - a["bias"])  # a matrix product of its own
+        return bound_of(variance, call.pre)
+
+    return bound
 
 
 def _mean(call: Call) -> Bound:
@@ -55,7 +62,7 @@ def _exact(call: Call) -> Bound:
 
 
 BOUNDS: dict[Callable[..., Any], Callable[[Call], Bound]] = {
-    aten.linear.default: _linear,
+    **{target: _weighted(target) for target in WEIGHTED},
     aten.max_pool2d.default: _exact,
     aten.mean.dim: _mean,
     **{getattr(resnet_deploy, name).default: _fused(operator) for name, operator in OPERATORS.items()},

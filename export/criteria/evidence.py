@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, fx
 
 from export.base.precision import Precision
-from export.criteria.outputs import depends_on_input, output_nodes
+from export.criteria.outputs import depends_on_input
 from export.fusion.capture import plain_torch
 from export.fusion.nodes import args_of, aten, constant, is_call, module_path, moves_data, named_args, schema_name
+from export.fusion.program import output_nodes
 from export.runtime.parity.ladder import ENGINE_FACTOR, References
 from export.runtime.parity.network import SCORES, OutputKind
 from export.runtime.parity.rungs import Evidence, OutputEvidence
@@ -55,7 +56,7 @@ def check_evidence(source: fx.GraphModule, x: Tensor, references: References, pr
     spread = _spread(references.images)
     if not spread > OUTPUT_SIGNAL * _noise(precision) * _norm(references.images):
         weaknesses.append("inputs hardly differ between images")
-    varying = [name for name, node in zip(references.oracle, output_nodes(source), strict=False) if node in dependent]
+    varying = [name for name, node in zip(references.oracle, output_nodes(source), strict=True) if node in dependent]
     outputs = _outputs(references, precision, varying)
     for name, found in outputs.items():
         if found.signal is not None and not found.signal >= OUTPUT_SIGNAL:

@@ -31,11 +31,15 @@ from export.fusion.nodes import (
     aten,
     constant,
     is_call,
+    is_size,
     module_path,
     moves_data,
     named_args,
     schema_name,
+    size_at,
     source_name,
+    tensor_inputs,
+    weighs,
 )
 from export.fusion.program import FusedProgram, operator_nodes
 from export.runtime.parity.checks import UNDERFLOW, Fault, OperatorCheck, OperatorChecks
@@ -59,17 +63,19 @@ def check_operators(
 
     Returns:
         One check per operator in execution order; `unchecked` names the operators without a criterion
-        and those whose tensors the candidate does not show.
+        and those whose tensors the candidate does not show, `unproved` the convolutions and linear layers among them.
     """
-    checks, unchecked = [], []
+    checks, unchecked, unproved = [], [], []
     with plain_torch():
         for node in operator_nodes(program.master):
             check = _check_node(program, precision, node, trace, separate_addition)
             if check is None:
                 unchecked.append(module_path(node))
+                if weighs(node):
+                    unproved.append(f"{module_path(node)} ({schema_name(node)})")
             else:
                 checks.append(check)
-    return OperatorChecks(tuple(checks), tuple(unchecked))
+    return OperatorChecks(tuple(checks), tuple(unchecked), tuple(unproved))
 
 
 def check_alone(program: FusedProgram, precision: Precision, x: Tensor) -> list[OperatorCheck]:
@@ -199,6 +205,8 @@ def evaluate(source: fx.GraphModule, name: str, leaves: Mapping[str, Tensor]) ->
         if node.name not in known:
             if node.op == "get_attr":
                 known[node.name] = constant(source, node)
+            elif node.op == "call_function" and is_size(node):
+                known[node.name] = size_at(node, _batch_of(nodes, leaves))
             elif node.op != "call_function":
                 raise ValueError(f"it does not follow from {', '.join(leaves)}")
             else:
@@ -212,15 +220,20 @@ def evaluate(source: fx.GraphModule, name: str, leaves: Mapping[str, Tensor]) ->
     return visit(nodes[name])
 
 
+def _batch_of(nodes: Mapping[str, fx.Node], leaves: Mapping[str, Tensor]) -> int:
+    """The batch size that `leaves` were computed for."""
+    for name, value in leaves.items():
+        for size, length in zip(nodes[name].meta["val"].shape, value.shape, strict=True):
+            if isinstance(size, torch.SymInt):
+                return length // size_at(size, 1)  # as many as there are per image
+    raise ValueError(f"its size does not follow from {', '.join(leaves)}")
+
+
 def _bound(program: FusedProgram, node: fx.Node) -> Callable[[Call], Bound] | None:
     """The error model of a call, None where it has none: other operators, axes or computed parameters."""
     if is_call(node, aten.mean.dim):
         x = args_of(node)[0].meta["val"]
         if x.dim() != 4 or sorted(d % 4 for d in args_of(node)[1]) != [2, 3]:
-            return None
-    if is_call(node, aten.linear.default):
-        computed = [n for n in args_of(node)[1:] if n is not None and constant(program.master, n) is None]
-        if args_of(node)[0].meta["val"].dim() != 2 or computed:
             return None
     target: Any = node.target
     return BOUNDS.get(target)
@@ -228,15 +241,30 @@ def _bound(program: FusedProgram, node: fx.Node) -> Callable[[Call], Bound] | No
 
 def _activations(node: fx.Node) -> list[fx.Node]:
     """The tensors a node computes from, its parameters apart."""
-    return [n for n in node.all_input_nodes if n.op != "get_attr"]
+    return tensor_inputs(node)
 
 
-def _value(node: fx.Node, trace: Mapping[str, Tensor]) -> Tensor | None:
-    """What the candidate holds for `node`; a change of layout or shape follows from what it was made from."""
-    if node.name not in trace and is_call(node, aten.contiguous.default, aten.reshape.default):
-        value = _value(args_of(node)[0], trace)
-        return value.reshape(args_of(node)[1]) if value is not None and len(node.args) > 1 else value
-    return trace.get(node.name)
+_REARRANGES = (aten.cat.default, aten.stack.default, aten.pixel_shuffle.default, aten.channel_shuffle.default)
+
+
+def _value(node: fx.Node, trace: Mapping[str, Tensor]) -> Any:
+    """What the candidate holds for `node`; what only moves values follows from those that it moves."""
+    if node.name in trace:
+        return trace[node.name]
+    if is_call(node, aten._to_copy.default):
+        return _value(args_of(node)[0], trace)  # of another type, to which whoever reads it rounds it
+    inputs = node.all_input_nodes
+    moved = node.op == "call_function" and (moves_data(node) or is_call(node, *_REARRANGES))
+    if not moved or not inputs or any(n.op == "get_attr" for n in inputs):
+        return None
+    x = next(n for n in node.graph.nodes if n.op == "placeholder")
+    found: dict[fx.Node, Any] = {}
+    for n in inputs:
+        found[n] = _value(n, trace) if not is_size(n) else size_at(n, len(trace[x.name])) if x.name in trace else None
+    if any(value is None for value in found.values()):
+        return None
+    target: Any = node.target
+    return target(*fx.node.map_arg(node.args, found.__getitem__), **fx.node.map_arg(node.kwargs, found.__getitem__))
 
 
 def _check(
@@ -353,7 +381,8 @@ def _allowed(
         return (read[argument] if value is None else value).float()
 
     arguments = {key: value_of(argument) for key, argument in named_args(node).items()}
-    rounds_weights, bound = weights_too and precision.name != "fp32", _bound(program, node)
+    weight, bound = named_args(node).get("weight"), _bound(program, node)
+    rounds_weights = weights_too and precision.name != "fp32" and constant(program.master, weight) is not None
     assert bound is not None  # who asks has seen to it
     return bound(Call(arguments, pre, Rounding(precision.roundoff, rounds_weights, separate_addition)))
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from export.base.errors import ExportError
 from export.fusion.nodes import moves_data, schema_name
+from export.fusion.program import output_nodes
 from export.runtime.parity.network import EITHER, SCORES, VALUES, OutputKind
 
 _SOFTMAX = ("softmax", "_softmax", "log_softmax", "_log_softmax")
@@ -33,7 +33,7 @@ def output_kinds(
     Raises:
         ExportError: `scores` where no output is [N, classes].
     """
-    nodes = dict(zip(names, output_nodes(source), strict=False))
+    nodes = dict(zip(names, output_nodes(source), strict=True))
     rows = {name: _row(node) for name, node in nodes.items()}
     count = len(classes) if isinstance(classes, list | tuple) else 0
     chosen, why = None, ""
@@ -52,12 +52,6 @@ def output_kinds(
         chosen, why = next((name for name, row in rows.items() if row == count), None), f"{count} classes have names"
     found = {name: _found_out(node, rows[name]) for name, node in nodes.items()}
     return found if chosen is None else {**found, chosen: OutputKind(SCORES, why)}
-
-
-def output_nodes(source: fx.GraphModule) -> list[fx.Node]:
-    """The nodes that a graph returns, in order."""
-    (output,) = (node for node in source.graph.nodes if node.op == "output")
-    return [leaf for leaf in pytree.tree_leaves(output.args) if isinstance(leaf, fx.Node)]
 
 
 def depends_on_input(source: fx.GraphModule) -> set[fx.Node]:

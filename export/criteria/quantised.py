@@ -20,11 +20,11 @@ from torch import Tensor, fx
 from export.base.precision import Precision
 from export.criteria.fault import fault_of, quantised_fault_of
 from export.criteria.operators import evaluate
-from export.criteria.scales import check_layers, check_scales, returned_nodes
+from export.criteria.scales import check_layers, check_scales
 from export.criteria.spread import draws, spread
 from export.fusion.capture import plain_torch
 from export.fusion.nodes import args_of, is_call, module_path, parameter, resnet_deploy, schema_name
-from export.fusion.program import QuantisedProgram
+from export.fusion.program import QuantisedProgram, output_nodes
 from export.lowering.onnx_file import OnnxFile
 from export.quantisation.scheme import Range, Scheme
 from export.runtime.parity.checks import OperatorChecks, QuantisedCheck
@@ -55,7 +55,7 @@ def check_quantised(
     graph, precision = program.master, scheme.arithmetic
     checks: list[QuantisedCheck] = []
     with plain_torch():
-        wanted = [*filter(_is_leaf, graph.graph.nodes), *returned_nodes(graph)]
+        wanted = [*filter(_is_leaf, graph.graph.nodes), *output_nodes(graph)]
         refused = [_refused(node, reason) for node in wanted if (reason := _why_unusable(node, trace))]
         if refused:
             return OperatorChecks(tuple(refused), ())
@@ -65,7 +65,7 @@ def check_quantised(
         for node in graph.graph.nodes:
             if is_call(node, resnet_deploy.quantize_linear.default):
                 checks.append(_check_value(graph, node, leaves, precision))
-        for node in returned_nodes(graph):
+        for node in output_nodes(graph):
             if node.name not in leaves:
                 checks.append(_check_output(graph, node, leaves, trace[node.name], precision))
     return OperatorChecks(tuple(checks), ())
@@ -76,7 +76,7 @@ def shown_values(program: QuantisedProgram, file: OnnxFile) -> dict[str, str]:
 
     What the network returns is read where the file returns it.
     """
-    graph, returned = program.master, returned_nodes(program.master)
+    graph, returned = program.master, output_nodes(program.master)
     shown = {n.name: file.values[n.name] for n in graph.graph.nodes if _is_leaf(n) and n.name in file.values}
     return {**dict(zip((node.name for node in returned), file.output_names, strict=True)), **shown}
 

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from export.base.batch import Arrays, run_in_batches
-from export.base.precision import DOUBLE, Precision
+from export.base.errors import ExportError
+from export.base.precision import DOUBLE, PRECISIONS, Precision
 from export.fusion.program import FusedProgram
 from export.lowering.runners import EagerRunner, ProgramRunner, UnfusedRunner
 from export.runtime.parity.ladder import FOLDED_FACTOR, References
@@ -20,6 +21,7 @@ from export.runtime.parity.network import relative_error
 from export.runtime.runner import Runner
 
 _EXACT = 1e-9  # relative error of float64 arithmetic in another order
+_SAME = 2.0**-20  # 16 roundoffs of float32, which the constants made in forward have in the captured graph
 
 
 def run_references(
@@ -30,9 +32,36 @@ def run_references(
 
 
 def run_oracle(model: nn.Module, program: FusedProgram, names: tuple[str, ...], images: NDArray) -> References:
-    """Run the user's model in float64; nothing yet says what rounding makes of it."""
-    with EagerRunner(model, torch.float64, names) as runner:
-        return References(images, {}, run_in_batches(runner.infer, images, program.batch, len(images)))
+    """Run the user's model in float64; nothing yet says what rounding makes of it.
+
+    Where it leaves float64, as a model with `x.float()` does, its captured graph stands in, once that was seen to
+    compute what the model does in float32.
+
+    Raises:
+        ExportError: the model runs neither way, or the graph computes something else.
+    """
+    failure, oracle = "", {}
+    try:
+        oracle = _outputs(EagerRunner(model, torch.float64, names), program, images)
+        if all(y.dtype == np.float64 or not np.issubdtype(y.dtype, np.floating) for y in oracle.values()):
+            return References(images, {}, oracle)
+    except ExportError as error:
+        failure = f"{error}; and "
+    captured = _outputs(UnfusedRunner("unfused", program, program.source, DOUBLE, names), program, images)
+    if oracle and all(relative_error(captured[name], y) <= _SAME for name, y in oracle.items()):
+        return References(images, {}, captured)  # of a narrower type in the end alone
+    single = PRECISIONS["fp32"]
+    eager = _outputs(EagerRunner(model, single.dtype, names), program, images)
+    graph = _outputs(UnfusedRunner("unfused", program, program.source, single, names), program, images)
+    for name, exact in captured.items():
+        apart, rounding = relative_error(eager[name], exact), relative_error(graph[name], exact)
+        if not apart <= FOLDED_FACTOR * max(rounding, single.network_floor):
+            raise ExportError(
+                f"{failure}{name} of the eager model in float32 is {apart:.2g} from that of its graph: expected the "
+                "same; take autocast, .half() and .float() out of forward, the export chooses the type"
+            )
+    oracle = captured
+    return References(images, {}, oracle)
 
 
 def run_rounded(references: References, model: nn.Module, program: FusedProgram, precision: Precision) -> References:
@@ -40,22 +69,42 @@ def run_rounded(references: References, model: nn.Module, program: FusedProgram,
 
     They are the user's model, or where operators of the program are kept in float32 its captured graph with those in
     float32 too, and the captured graph with BatchNorm folded. The first may overflow where the second does not, between
-    a convolution and its BatchNorm: then it is no reference.
+    a convolution and its BatchNorm: then it is no reference. Where the model does not run in the precision, as with a
+    float32 constant that forward makes, its captured graph stands in, once that was seen to compute the oracle.
     """
-    names, images = tuple(references.oracle), references.images
+    names, unusable = tuple(references.oracle), {}
     eager: Runner = EagerRunner(model, precision.dtype, names)
-    if program.kept:
-        eager = UnfusedRunner("unfused", program, program.source, precision, names)
+    unfused = UnfusedRunner("unfused", program, program.source, precision, names)
+    folded = UnfusedRunner("folded", program, program.folded, precision, names)
     rounded, seconds = {}, []
-    for runner in (eager, UnfusedRunner("folded", program, program.folded, precision, names)):
-        with runner:
-            started = time.perf_counter()
-            rounded[runner.name] = run_in_batches(runner.infer, images, program.batch, len(images))
-            seconds.append((time.perf_counter() - started) / len(images))
-    why_not = _no_reference(program, rounded[eager.name], rounded["folded"], references, precision)
-    unusable = {eager.name: why_not} if why_not else {}
-    rounded = {name: outputs for name, outputs in rounded.items() if name not in unusable}
+    for runner in (unfused if program.kept else eager, folded):
+        started = time.perf_counter()
+        try:
+            rounded[runner.name] = _outputs(runner, program, references.images)
+        except ExportError as error:
+            if runner is not eager or not _captured_exactly(program, references):
+                raise
+            unusable[eager.name] = str(error)
+            rounded[unfused.name] = _outputs(unfused, program, references.images)
+        seconds.append((time.perf_counter() - started) / len(references.images))
+    first = next(iter(rounded))
+    why_not = _no_reference(program, rounded[first], rounded["folded"], references, precision)
+    if why_not:
+        unusable[first] = why_not
+        del rounded[first]
     return replace(references, rounded=rounded, runtime=eager.runtime, seconds=seconds[0], unusable=unusable)
+
+
+def _outputs(runner: Runner, program: FusedProgram, images: NDArray) -> Arrays:
+    with runner:
+        return run_in_batches(runner.infer, images, program.batch, len(images))
+
+
+def _captured_exactly(program: FusedProgram, references: References) -> bool:
+    """Whether the captured graph computes the oracle in float64."""
+    runner = UnfusedRunner("unfused", program, program.source, DOUBLE, tuple(references.oracle))
+    captured = _outputs(runner, program, references.images)
+    return all(relative_error(captured[name], y) <= _SAME for name, y in references.oracle.items())
 
 
 def _no_reference(
@@ -77,8 +126,7 @@ def _no_reference(
 def _folded_exactly(program: FusedProgram, oracle: Arrays, images: NDArray) -> bool:
     """Whether folding alone, in float64, leaves the outputs as they were."""
     runner = UnfusedRunner("folded", program, program.folded, DOUBLE, tuple(oracle))
-    with runner:
-        folded = run_in_batches(runner.infer, images, program.batch, len(images))
+    folded = _outputs(runner, program, images)
     errors = [relative_error(folded[name], y) for name, y in oracle.items() if np.issubdtype(y.dtype, np.floating)]
     return max(errors) < _EXACT
 

@@ -25,7 +25,7 @@ from torch import Tensor, fx
 
 from export.criteria.operators import evaluate
 from export.fusion.nodes import args_of, is_call, module_path, named_args, parameter, resnet_deploy, source_name
-from export.fusion.program import QuantisedProgram
+from export.fusion.program import QuantisedProgram, output_nodes
 from export.quantisation.quantise import BIAS_LIMIT, LAYERS, range_of, summand_name
 from export.quantisation.scheme import Range, Scheme
 from export.runtime.parity.checks import QuantisedCheck
@@ -124,21 +124,13 @@ def check_layers(program: QuantisedProgram, leaves: Mapping[str, Tensor]) -> lis
             checks.append(_check_layer(both, node, originals[summand_name(node)]))
         elif is_call(node, _QUANTIZE) and _is_between(args_of(node)[0]):
             checks.append(_check_between(both, args_of(node)[0], str(node.meta["label"])))
-    outputs = zip(returned_nodes(program.master), returned_nodes(program.source), strict=True)
+    outputs = zip(output_nodes(program.master), output_nodes(program.source), strict=True)
     return checks + [_check_output(both, node, end.name) for node, end in outputs]
 
 
 def is_quantised(node: fx.Node) -> bool:
     """Whether a node is a layer that computes with 8-bit weights."""
     return is_call(node, *LAYERS) and is_call(args_of(node)[1], _DEQUANTIZE)
-
-
-def returned_nodes(graph: fx.GraphModule) -> list[fx.Node]:
-    """The nodes whose values the network returns."""
-    found: list[fx.Node] = []
-    output = next(node for node in graph.graph.nodes if node.op == "output")
-    fx.node.map_arg(output.args, lambda node: found.append(node))
-    return found
 
 
 def _is_between(value: fx.Node) -> bool:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from export.base.batch import Batch
 from export.base.errors import ExportError, first_line
-from export.fusion.nodes import args_of, aten, is_call
+from export.fusion.any_batch import drops_single, fold_created, for_any_batch, refuse_random
+from export.fusion.unwrapping import inner_module, plain_outputs, unwrapped
 
 
 @contextmanager
@@ -35,13 +39,29 @@ def plain_torch() -> Iterator[None]:
 def eager_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy of `model` on the CPU in `dtype`, in eval mode; `model` itself is left as it was.
 
+    It is the module inside torch.compile and DataParallel, and returns what `plain_outputs` makes of its outputs.
+
     Raises:
-        ExportError: the model cannot be copied (old-style weight_norm, for one).
+        ExportError: the model cannot be copied, or is TorchScript.
     """
+    model = unwrapped(model)
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in [*vars(module).values(), *module._buffers.values()]:
+            if isinstance(value, Tensor) and value.grad_fn is not None:  # old-style weight_norm; torch does not copy it
+                memo[id(value)] = value.detach().clone()
     try:
-        duplicate = copy.deepcopy(model)
+        with torch.inference_mode(False):
+            duplicate = copy.deepcopy(model, memo)
     except (RuntimeError, TypeError) as error:
         raise ExportError(f"the model cannot be copied: {first_line(error)}") from error
+    for module in list(duplicate.modules()):
+        if module._compiled_call_impl is not None:  # what Module.compile() left
+            module._compiled_call_impl = None
+        for name, child in list(module.named_children()):
+            if inner_module(child) is not child:
+                setattr(module, name, inner_module(child))
+    duplicate.register_forward_hook(lambda module, inputs, outputs: plain_outputs(outputs))
     return duplicate.to(device="cpu", dtype=dtype)
 
 
@@ -54,15 +74,26 @@ def check_model(model: nn.Module, example: Tensor) -> None:
     """
     if not isinstance(model, nn.Module):
         raise ExportError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    model = unwrapped(model)
     training = [name or "the model" for name, module in model.named_modules() if module.training]
     if training:
         raise ExportError(
             f"expected a model in eval mode, got {', '.join(training[:3])} in training mode: call .eval()"
         )
     if not isinstance(example, Tensor) or example.dim() != 4 or not example.is_floating_point():
-        raise ExportError(f"expected an example of shape [N, C, H, W] in floating point, got {describe_value(example)}")
+        raise ExportError(
+            f"expected an example of shape [N, C, H, W] in floating point, got {describe_value(example)}"
+            + (": give it as the model is fed, normalised" if isinstance(example, Tensor) else "")
+        )
+    with plain_torch():  # what inference mode made takes no part in autograd
+        _check_tensors(model)
+
+
+def _check_tensors(model: nn.Module) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if nn.parameter.is_lazy(tensor) or tensor.is_meta:
+        if nn.parameter.is_lazy(tensor):
+            raise ExportError(f"{name} holds no values yet: call the model on an example first, as lazy modules need")
+        if tensor.is_meta:
             raise ExportError(f"{name} holds no values: expected a model with its weights loaded")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ExportError(f"{name} holds NaN or Inf: expected finite weights")
@@ -80,11 +111,13 @@ def capture(model: nn.Module, example: Tensor, batch: Batch) -> fx.GraphModule:
 
     Returns:
         A graph of ATen calls without in-place operators. Parameters keep their names, nodes the name of
-        the module they come from (`nn_module_stack`), and calling it returns what the model returns.
+        the module they come from (`nn_module_stack`), and calling it returns what `plain_outputs` makes of what the
+        model returns. `meta[any_batch.NOTES]` says where it differs.
 
     Raises:
         ExportError: the model is refused by `check_model` or by torch.export (data- or shape-dependent
-            control flow, a batch size fixed in the code, a buffer changed by the forward pass).
+            control flow, a batch size fixed in the code, a buffer changed by the forward pass), or draws random
+            numbers.
     """
     check_model(model, example)
     size = batch.minimum if batch.static else max(2, min(batch.optimum, batch.maximum))
@@ -97,42 +130,41 @@ def capture(model: nn.Module, example: Tensor, batch: Batch) -> fx.GraphModule:
         try:
             program = torch.export.export(duplicate, (traced_input,), dynamic_shapes=dynamic, strict=False)
             program = program.run_decompositions({})  # no decomposition: only in-place operators go
+        except ExportError:
+            raise
         except Exception as error:
-            raise ExportError(f"torch.export cannot capture {type(model).__name__}: {first_line(error)}") from error
+            name, reason = type(unwrapped(model)).__name__, first_line(error)
+            if "specialized it to be a constant" in str(error):
+                reason = _fixed_batch(duplicate, traced_input)
+            raise ExportError(f"torch.export cannot capture {name}: {reason}") from error
         mutated = list(program.graph_signature.buffers_to_mutate.values())
         if mutated:
             raise ExportError(f"forward changes the buffer {mutated[0]}: expected a pure function of its input")
         if program.graph_signature.user_inputs_to_mutate:
             raise ExportError("forward changes its input in place: expected a pure function of its input")
         graph_module = program.module(check_guards=False)
-    return _without_layout(graph_module)
+        lists = duplicate.named_parameters(remove_duplicate=False), duplicate.named_buffers(remove_duplicate=False)
+        own = {name for names in lists for name, _ in names}
+        refuse_random(graph_module)
+        if size == 1 and any(drops_single(node) for node in graph_module.graph.nodes):
+            with suppress(ExportError):  # where it also takes two images, one is no special case
+                return capture(model, example, Batch(1, 2, 2))
+        return for_any_batch(fold_created(graph_module, own))
 
 
-_VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
-
-
-def _without_layout(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """Free the graph of the memory layout and batch size it was traced with.
-
-    view(x, [batch, ...]) becomes reshape(x, [-1, ...]), which any layout allows and which lowers to one
-    Reshape of constant shape; as_strided reads an input laid out as it was traced.
-    """
-    for node in graph_module.graph.nodes:
-        if is_call(node, *_VIEWS):
-            shape = list(args_of(node)[1])
-            symbolic = [i for i, length in enumerate(shape) if isinstance(length, fx.Node)]
-            if len(symbolic) == 1 and -1 not in shape:
-                shape[symbolic[0]] = -1
-            node.target = aten.reshape.default
-            node.args = (node.args[0], shape)
-        elif is_call(node, aten.as_strided.default):
-            with graph_module.graph.inserting_before(node):
-                traced = graph_module.graph.call_function(aten.contiguous.default, (node.args[0],))
-            traced.meta = dict(args_of(node)[0].meta)
-            node.replace_input_with(args_of(node)[0], traced)
-    graph_module.graph.eliminate_dead_code()
-    graph_module.recompile()
-    return graph_module
+def _fixed_batch(model: nn.Module, x: Tensor) -> str:
+    """What to say of a model that only takes the batch size it was traced with."""
+    where = ""
+    try:
+        model(torch.zeros(len(x) + 1, *x.shape[1:]))
+    except Exception as error:  # whatever the user's code raises
+        own = [frame for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename]
+        if own and own[-1].filename != __file__:
+            where = f" ({Path(own[-1].filename).name}, line {own[-1].lineno}: {str(own[-1].line)[:60]})"
+    return (
+        f"forward takes no other batch than {len(x)}{where}: expected x.shape[0] or -1 where it has a number, as in "
+        f"view({len(x)}, -1) or zeros({len(x)}, ...); or export that size alone, ExportConfig.batch={len(x)}"
+    )
 
 
 def describe_value(value: object) -> str:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from export.fusion.nodes import FUSED_OPERATORS, is_call, module_path, named_args, schema_name
-from export.fusion.program import operator_nodes, output_names
+from export.fusion.program import operator_nodes, output_names, output_nodes
 
 
 def describe_graph(master: fx.GraphModule) -> dict[str, Any]:
@@ -36,7 +35,7 @@ def describe_graph(master: fx.GraphModule) -> dict[str, Any]:
     operators = set(operator_nodes(master))
     for node in master.graph.nodes:
         if node.op == "output":
-            for name, value in zip(output_names(master), pytree.tree_leaves(node.args), strict=True):
+            for name, value in zip(output_names(master), output_nodes(master), strict=True):
                 nodes.append(_facts("output", name, "", value))
                 connect(value, "")
         elif node.op == "placeholder":

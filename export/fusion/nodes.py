@@ -100,24 +100,80 @@ def pair(values: Sequence[int]) -> tuple[int, int]:
 
 _MOVES_DATA = (
     "alias",
+    "chunk",
     "clone",
     "contiguous",
+    "detach",
     "dropout",
     "expand",
+    "flip",
+    "movedim",
+    "narrow",
     "permute",
     "reshape",
+    "roll",
+    "select",
     "slice",
+    "split",
+    "split_with_sizes",
     "squeeze",
     "sym_size",
+    "t",
     "transpose",
+    "unbind",
+    "unflatten",
     "unsqueeze",
     "_assert_tensor_metadata",
+)
+WEIGHTED = (
+    aten.conv1d.default,
+    aten.conv1d.padding,
+    aten.conv2d.default,
+    aten.conv2d.padding,
+    aten.conv3d.default,
+    aten.conv3d.padding,
+    aten.conv_transpose1d.default,
+    aten.conv_transpose2d.input,
+    aten.conv_transpose3d.input,
+    aten.linear.default,
 )
 
 
 def moves_data(node: fx.Node) -> bool:
     """Whether a call computes nothing: it moves, names or measures values (dropout, in eval mode, too)."""
     return schema_name(node) in ("", *_MOVES_DATA)
+
+
+def weighs(node: object) -> TypeGuard[fx.Node]:
+    """Whether `node` is a convolution, a linear layer or a fused operator: what may not stay unchecked."""
+    return is_call(node, *FUSED_OPERATORS, *WEIGHTED)
+
+
+def tensor_inputs(node: fx.Node) -> list[fx.Node]:
+    """What a node computes from, its parameters and sizes apart."""
+    return [n for n in node.all_input_nodes if n.op != "get_attr" and not is_size(n)]
+
+
+def is_size(node: fx.Node) -> bool:
+    """Whether a node is a number that follows from the batch size."""
+    return isinstance(node.meta.get("val"), torch.SymInt)
+
+
+def size_at(size: fx.Node | torch.SymInt, batch: int) -> int:
+    """The value of such a number for one batch size."""
+    number: Any = size.meta["val"] if isinstance(size, fx.Node) else size
+    expression = number.node.expr
+    return int(expression.subs(dict.fromkeys(expression.free_symbols, batch)))
+
+
+def computed_by(node: fx.Node) -> fx.Node:
+    """The node whose values `node` holds, before they were moved: a result of an operator, one of several maybe."""
+    while node.op == "call_function" and moves_data(node) and tensor_inputs(node):
+        parent = tensor_inputs(node)[0]
+        if is_call(node, operator.getitem) and not moves_data(parent):
+            break
+        node = parent
+    return node
 
 
 def add_constant(graph_module: fx.GraphModule, name: str, value: Tensor) -> fx.Node:

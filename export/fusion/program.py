@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from export.base.batch import DEFAULT_BATCH, Batch
 from export.base.errors import ExportError
 from export.base.precision import PRECISIONS, Precision
+from export.fusion.any_batch import NOTES
 from export.fusion.capture import capture, plain_torch
 from export.fusion.casting import converted
 from export.fusion.nodes import (
@@ -53,7 +54,7 @@ class Coverage:
     """Which operators of a model were fused, and which run as they were.
 
     Attributes:
-        notes: what is unusual about the model's parameters, a line each.
+        notes: what is unusual about the model's parameters and outputs, a line each.
     """
 
     fused: tuple[Operator, ...]
@@ -203,29 +204,74 @@ def _coverage(source: fx.GraphModule, master: fx.GraphModule) -> Coverage:
             fused.append(Operator(module_path(node), schema_name(node), tuple(node.meta["fused"])))
         else:
             left.append(Operator(module_path(node), schema_name(node), reason=node.meta.get("refused", "")))
-    return Coverage(tuple(fused), tuple(left), tuple(constant_channels(source)))
+    notes = [*source.meta.get(NOTES, ()), *left_out(source), *constant_channels(source)]
+    return Coverage(tuple(fused), tuple(left), tuple(notes))
 
 
 def output_names(graph_module: fx.GraphModule) -> tuple[str, ...]:
-    """`output` for one tensor, dictionary keys for a dictionary, else output_0, output_1, …
+    """Of what is exported: `output` for one tensor, dictionary keys for a dictionary, else output_0, output_1, …
 
     Raises:
-        ExportError: the model returns no tensor.
+        ExportError: the model returns no tensor that depends on its input.
     """
-    spec: Any = graph_module._out_spec
-    tree = pytree.tree_unflatten(range(spec.num_leaves), spec)
-    if spec.num_leaves == 0:
+    names = tuple(name for name, node in _returned(graph_module).items() if _is_exported(node))
+    if not names:
         raise ExportError("the model returns nothing: expected a tensor, or a tuple or dictionary of tensors")
-    if spec.num_leaves == 1 and isinstance(tree, int):
-        return ("output",)
+    return names
+
+
+def output_nodes(graph_module: fx.GraphModule) -> list[fx.Node]:
+    """What is exported of what the graph returns, in the order of `output_names`."""
+    return [node for node in _returned(graph_module).values() if _is_exported(node)]
+
+
+def returned_tensors(graph_module: fx.GraphModule, outputs: object) -> list[Tensor]:
+    """What is exported of `outputs`, which the graph returned, in the order of `output_names`."""
+    leaves = zip(_returned(graph_module).values(), pytree.tree_leaves(outputs), strict=True)
+    return [leaf for node, leaf in leaves if _is_exported(node)]
+
+
+def left_out(graph_module: fx.GraphModule) -> list[str]:
+    """One line for what the graph returns and no file can hold: None, numbers, strings, constants."""
+    names = [name for name, node in _returned(graph_module).items() if not _is_exported(node)]
+    return [f"not exported, as it is no tensor that depends on the input: {', '.join(names)}"] if names else []
+
+
+def _returned(graph_module: fx.GraphModule) -> dict[str, Any]:
+    """Name -> node or constant, for each leaf of what the graph returns."""
+    (output,) = (node for node in graph_module.graph.nodes if node.op == "output")
+    spec: Any = graph_module._out_spec
+    names = leaf_names(pytree.tree_unflatten(range(spec.num_leaves), spec))
+    return dict(zip(names, pytree.tree_leaves(output.args), strict=True))
+
+
+def _is_exported(leaf: object) -> bool:
+    """Whether it is a tensor, and not the same one whatever the input."""
+    if not isinstance(leaf, fx.Node) or not isinstance(leaf.meta.get("val"), Tensor):
+        return False
+    seen, waiting = {leaf}, [leaf]
+    while waiting:
+        node = waiting.pop()
+        if node.op == "placeholder":
+            return True
+        new = [n for n in node.all_input_nodes if n not in seen]
+        seen.update(new)
+        waiting += new
+    return False
+
+
+def leaf_names(outputs: object) -> list[str]:
+    """A name for each leaf of what a model returns."""
     names: list[str] = []
-    for path, _ in pytree.tree_flatten_with_path(tree)[0]:
+    for path, _ in pytree.tree_flatten_with_path(outputs)[0]:
         words = "".join(c if c.isalnum() else " " for c in pytree.keystr(path)).split()
         word = "_".join(words)
-        if not word.isidentifier() or word == "input":
+        if not path:
+            word = "output"
+        elif not word.isidentifier() or word == "input":
             word = f"output_{word}"
         names.append(next(name for name in variants(word) if name not in names))
-    return tuple(names)
+    return names
 
 
 def variants(name: str) -> Iterator[str]:

@@ -4,26 +4,37 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
+from torch.fx import traceback
 
 from export.base.batch import Batch
 from export.base.errors import ExportError, first_line
 from export.base.precision import Precision
 from export.fusion.capture import plain_torch
-from export.fusion.nodes import FUSED_OPERATORS, QUANTISATION, is_call, module_path, named_args, schema_name
-from export.fusion.program import FusedProgram, output_names, variants
+from export.fusion.interpreter import GraphInterpreter
+from export.fusion.nodes import (
+    FUSED_OPERATORS,
+    QUANTISATION,
+    computed_by,
+    is_call,
+    module_path,
+    named_args,
+    tensor_inputs,
+    weighs,
+)
+from export.fusion.program import FusedProgram, output_names, returned_tensors, variants
 from export.lowering.onnx_operators import TRANSLATIONS
 
 # Conv admits bfloat16 from opset 22 on; TensorRT 10.3, the oldest supported, reads up to opset 20.
 _OPSETS = {torch.float32: 18, torch.float16: 18, torch.bfloat16: 22}
 _QUANTISED_OPSET = 19  # the first in which quantisation has 16-bit floating-point scales
 _FX_NODE = "pkg.torch.onnx.fx_node"
+_ORIGIN = "fused_node"  # what a traced node is stamped with: the node of the fused graph that it computes
 
 
 @dataclass(frozen=True)
@@ -34,7 +45,8 @@ class OnnxFile:
         model: standard operators only, weights inside, float32 input `input` and float32 outputs.
         output_names: in the order of the model's flattened outputs.
         values: fused-graph node name -> ONNX value that holds its result, for the input, every fused
-            operator and each operator left eager whose result is still there.
+            operator, each convolution and linear layer with what they read, and each operator left eager whose result
+            is still there. A value that is not found is missing, never another one.
     """
 
     model: onnx.ModelProto
@@ -53,16 +65,28 @@ class OnnxFile:
 
 
 class _Boundary(nn.Module):
-    """float32 in and out around a graph of another precision; outputs flattened."""
+    """float32 in and out around a graph of another precision; outputs flattened, behind them the values of `shown`.
 
-    def __init__(self, graph_module: fx.GraphModule, dtype: torch.dtype) -> None:
+    Every node that is traced carries the name of the node of the graph that it computes.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule, dtype: torch.dtype, shown: Sequence[str]) -> None:
         super().__init__()
         self.graph_module = graph_module
-        self.dtype = dtype
+        self.dtype, self.shown = dtype, shown
+        for node in graph_module.graph.nodes:
+            node.meta["custom"] = {_ORIGIN: node.name}
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        outputs = pytree.tree_leaves(self.graph_module(x.to(self.dtype)))
-        return tuple(y.float() if y.is_floating_point() else y for y in outputs)
+        placeholder = next(node for node in self.graph_module.graph.nodes if node.op == "placeholder")
+        with traceback.preserve_node_meta():
+            with traceback.annotate(placeholder.meta["custom"]):
+                x = x.to(self.dtype)
+            interpreter = GraphInterpreter(self.graph_module, {})
+            interpreter.values = {}
+            outputs = returned_tensors(self.graph_module, interpreter.run(x))
+        wide = [y.float() if y.is_floating_point() else y for y in outputs]
+        return (*wide, *(interpreter.values[name] for name in self.shown))
 
 
 def lower_onnx(program: FusedProgram, example: Tensor, precision: Precision, metadata: dict[str, str]) -> OnnxFile:
@@ -79,17 +103,31 @@ def lower_onnx(program: FusedProgram, example: Tensor, precision: Precision, met
     """
     graph_module = program.at(precision)
     names = output_names(graph_module)
-    model = _translate(graph_module, example, program.batch, precision, names)
-    groups = _groups(graph_module, model, precision)
+    model, groups = _translate(graph_module, example, program.batch, precision, names)
+    twins = _twins(graph_module)
+    hidden = [name for name in _hidden(graph_module, groups) if name not in twins]
+    if hidden:  # the exporter merged what is to be checked into its reader: it has to leave these values alone
+        model, groups = _translate(graph_module, example, program.batch, precision, names, hidden)
     _strip(model, metadata)
     _rename(graph_module, model, groups)
     values = {name: group[-1].output[0] if group else "input" for name, group in groups.items()}
+    values |= {name: _shown_name(name) for name in hidden if name not in values}
+    values |= {name: values[twin] for name, twin in twins.items() if name not in values and twin in values}
     return OnnxFile(model, names, values)
 
 
 def _translate(
-    graph_module: fx.GraphModule, example: Tensor, batch: Batch, precision: Precision, names: tuple[str, ...]
-) -> onnx.ModelProto:
+    graph_module: fx.GraphModule,
+    example: Tensor,
+    batch: Batch,
+    precision: Precision,
+    names: tuple[str, ...],
+    shown: Sequence[str] = (),
+) -> tuple[onnx.ModelProto, dict[str, list[onnx.NodeProto]]]:
+    """The model, and fused-graph node -> the ONNX nodes that compute it, in order; none for an input that is not cast.
+
+    `shown` names nodes whose values no optimisation may touch.
+    """
     size = batch.minimum if batch.static else max(2, batch.optimum)
     traced_input = torch.zeros(size, *example.shape[1:], dtype=torch.float32)
     dynamic = None if batch.static else ({0: torch.export.Dim("batch", min=batch.minimum, max=batch.maximum)},)
@@ -101,13 +139,13 @@ def _translate(
         with plain_torch(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             exported = torch.onnx.export(
-                _Boundary(graph_module, precision.dtype).eval(),
+                _Boundary(graph_module, precision.dtype, shown).eval(),
                 (traced_input,),
                 dynamo=True,
                 opset_version=_QUANTISED_OPSET if quantised else _OPSETS[precision.dtype],
                 custom_translation_table=TRANSLATIONS,
                 input_names=["input"],
-                output_names=list(names),
+                output_names=[*names, *map(_shown_name, shown)],
                 dynamic_shapes=dynamic,
                 external_data=False,
                 verbose=False,
@@ -116,36 +154,65 @@ def _translate(
         raise ExportError(f"cannot be written as ONNX: {first_line(error.__cause__ or error)}") from error
     finally:
         registry_log.setLevel(level)
-    model: onnx.ModelProto = exported.model_proto  # type: ignore[union-attr]  # None only for a file written elsewhere
-    return model
+    assert exported is not None and exported.exported_program is not None  # None only for a file written elsewhere
+    model: onnx.ModelProto = exported.model_proto
+    extra = {_shown_name(name) for name in shown}
+    for value in [value for value in model.graph.output if value.name in extra]:
+        model.graph.output.remove(value)
+    results = {*names, *extra}
+    return model, _groups(graph_module, exported.exported_program.graph, model, results)
+
+
+def _shown_name(node: str) -> str:
+    return f"value.{node}"
 
 
 def _groups(
-    graph_module: fx.GraphModule, model: onnx.ModelProto, precision: Precision
+    graph_module: fx.GraphModule, traced: fx.Graph, model: onnx.ModelProto, results: Collection[str]
 ) -> dict[str, list[onnx.NodeProto]]:
-    """Fused-graph node -> the ONNX nodes that compute it, in order; none for an input that is not cast.
+    """As in `_translate`. A node of which the last step was merged into another one is left out.
 
-    Tracing keeps the order of calls, so the n-th of a kind is the n-th.
+    Args:
+        traced: what the exporter translated, each node stamped with the one of `graph_module` that it computes.
+        results: the names that the exporter was told to give to outputs.
     """
-    traced: dict[str, list[onnx.NodeProto]] = {}
-    for node in model.graph.node:
-        text = next((entry.value for entry in node.metadata_props if entry.key == _FX_NODE), "")
-        traced.setdefault(text.partition(" ")[0].lstrip("%"), []).append(node)
-    boundary = "_to_copy" if precision.dtype != torch.float32 else "input"  # 16-bit graphs begin with a cast
-    counts: dict[str, int] = {boundary: 1}
+    written: dict[str, list[onnx.NodeProto]] = {}
+    for onnx_node in model.graph.node:
+        text = next((entry.value for entry in onnx_node.metadata_props if entry.key == _FX_NODE), "")
+        written.setdefault(text.partition(" ")[0].lstrip("%"), []).append(onnx_node)
+    steps: dict[str, list[str]] = {}
+    for node in traced.nodes:
+        origin = (node.meta.get("custom") or {}).get(_ORIGIN)
+        if origin is not None and node.op == "call_function" and isinstance(node.meta.get("val"), Tensor):
+            steps.setdefault(origin, []).append(node.name)
     groups = {}
     for node in graph_module.graph.nodes:
-        if node.op == "placeholder":
-            groups[node.name] = traced.get(boundary, [])
-        kind = schema_name(node)
-        if not kind:
-            continue
-        index = counts.get(kind, 0)
-        counts[kind] = index + 1
-        name = f"{kind}_{index}" if index else kind
-        if name in traced:
-            groups[node.name] = traced[name]
+        names = steps.get(node.name, [])
+        group = [onnx_node for name in names for onnx_node in written.get(name, [])]
+        if node.op == "placeholder" or (group and group[-1].output[0] in {names[-1], *results}):
+            groups[node.name] = group
     return groups
+
+
+def _hidden(graph_module: fx.GraphModule, groups: Mapping[str, list[onnx.NodeProto]]) -> list[str]:
+    """Convolutions, linear layers and what they read whose values are not in the file."""
+    wanted: dict[fx.Node, None] = {}
+    for node in graph_module.graph.nodes:
+        if weighs(node):
+            wanted |= dict.fromkeys([node, *(computed_by(n) for n in tensor_inputs(node))])
+    missing = [node for node in wanted if node.op == "call_function" and node.name not in groups]
+    return [node.name for node in missing if isinstance(node.meta.get("val"), Tensor)]
+
+
+def _twins(graph_module: fx.GraphModule) -> dict[str, str]:
+    """Node -> an earlier one that makes the same call, which the exporter writes once."""
+    first: dict[str, fx.Node] = {}
+    known: dict[fx.Node, fx.Node] = {}
+    for node in graph_module.graph.nodes:
+        read = fx.node.map_arg((node.args, node.kwargs), lambda n: known[n])
+        called = node.op == "call_function"
+        known[node] = first.setdefault(f"{node.target} {read}", node) if called else node
+    return {node.name: twin.name for node, twin in known.items() if twin is not node}
 
 
 def _strip(model: onnx.ModelProto, metadata: dict[str, str]) -> None:

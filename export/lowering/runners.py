@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from export.base.machine import installed_version
 from export.base.precision import Precision
 from export.fusion.capture import eager_copy, plain_torch
 from export.fusion.interpreter import GraphInterpreter
-from export.fusion.program import FusedProgram
+from export.fusion.program import FusedProgram, leaf_names, returned_tensors
 from export.lowering.cuda_graph import CudaGraphProgram
 from export.lowering.onnx_file import OnnxFile
 from export.runtime.onnx_session import ONNX_FILE, ONNX_FORMS, OnnxRunner, open_session, rounded_copy, runs_rounded
@@ -43,12 +44,23 @@ class EagerRunner(Runner):
         del self._copy
 
     def _run(self, x: NDArray) -> Arrays:
-        with plain_torch():
-            try:
-                outputs = self._copy(torch.from_numpy(x).to(self._dtype, copy=True))
-            except RuntimeError as error:
+        try:
+            outputs = self._call(x)
+        except Exception as error:  # whatever the user's code raises
+            if len(x) > 1:
                 raise ExportError(f"the eager model does not run in {self._dtype}: {first_line(error)}") from error
-        return self._named(arrays(outputs))
+            outputs = {}
+        if len(x) == 1 and any(y.shape[:1] != (1,) for y in outputs.values() or [x[0]]):
+            # A single image whose batch was squeezed away: it is the first of two.
+            outputs = {name: y[:1] for name, y in self._run(np.concatenate([x, x])).items()}
+        return outputs
+
+    def _call(self, x: NDArray) -> Arrays:
+        with plain_torch():
+            outputs = self._copy(torch.from_numpy(x).to(self._dtype, copy=True))
+        found = dict(zip(leaf_names(outputs), pytree.tree_leaves(outputs), strict=True))
+        wanted = [name for name in self.interface.outputs if isinstance(found.get(name), Tensor)]
+        return dict(zip(wanted, arrays([found[name] for name in wanted]), strict=True))
 
 
 class UnfusedRunner(Runner):
@@ -78,7 +90,7 @@ class UnfusedRunner(Runner):
     def _run(self, x: NDArray) -> Arrays:
         with plain_torch():
             outputs = self._graph_module(torch.from_numpy(x).to(self._precision.dtype, copy=True))
-        return self._named(arrays(outputs))
+        return self._named(arrays(returned_tensors(self._graph_module, outputs)))
 
 
 class ProgramRunner(Runner):
@@ -113,7 +125,8 @@ class ProgramRunner(Runner):
 
     def _run(self, x: NDArray) -> Arrays:
         with plain_torch():
-            return self._named(arrays(self._call(self._input(x))))
+            outputs = self._call(self._input(x))
+        return self._named(arrays(returned_tensors(self._program.graph_module, outputs)))
 
     def trace(self, inputs: Mapping[str, NDArray]) -> dict[str, Tensor]:
         self._interpreter.values = {}
@@ -156,6 +169,6 @@ class OnnxRuntimeRunner(OnnxRunner):
 
 def arrays(outputs: Any) -> list[NDArray]:
     """The tensors in what a model returns, in order: float64 as it is, narrower ones as float32."""
-    leaves = [y.detach() for y in pytree.tree_leaves(outputs)]
+    leaves = [y.detach() for y in pytree.tree_leaves(outputs) if isinstance(y, Tensor)]
     wide = [y.float() if y.is_floating_point() and y.dtype != torch.float64 else y for y in leaves]
     return [y.cpu().numpy() for y in wide]

@@ -118,13 +118,20 @@ class QuantisedCheck:
 
 @dataclass(frozen=True)
 class OperatorChecks:
-    """All operators of one candidate; true when each passed and there was at least one."""
+    """All operators of one candidate; true when each passed, there was at least one and no layer is unproved.
+
+    Attributes:
+        checks: in execution order.
+        unchecked: the operators that were not checked.
+        unproved: the convolutions and linear layers among them, each with its kind.
+    """
 
     checks: tuple[OperatorCheck | QuantisedCheck, ...]
     unchecked: tuple[str, ...]
+    unproved: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.checks) and all(self.checks)
+        return bool(self.checks) and all(self.checks) and not self.unproved
 
     @property
     def first_failure(self) -> OperatorCheck | QuantisedCheck | None:
@@ -135,6 +142,8 @@ class OperatorChecks:
         """The first operator that failed and why; empty where all passed."""
         first = self.first_failure
         if first is None:
+            if self.unproved:
+                return f"no verdict: {self.unproved[0]} could not be checked, its values are not shown"
             return "" if self.checks else "no operator could be checked"
         return f"{first.name}: {first.fault.kind if first.fault else first.reason}"
 

@@ -55,8 +55,9 @@ class Execution:
 
     Attributes:
         straight: its outputs for the images in order.
-        reversed: its outputs for the images in reverse order and batches of another size, put back in
-            order: a stale output or one that depends on its neighbours differs.
+        rows: which image each of `mixed` is of.
+        mixed: its outputs for the images in reverse order, over and over, in batches of the smallest, the optimal and
+            the largest size that it takes: a stale output or one that depends on its neighbours differs.
         trace: its intermediate tensors for the first images, empty where it does not show them.
         changed_input: whether it wrote to its input.
         seconds: per image of the first run after a warm-up.
@@ -66,31 +67,46 @@ class Execution:
     runtime: str
     file: str
     straight: Arrays
-    reversed: Arrays
+    rows: NDArray[np.intp]
+    mixed: Arrays
     trace: Mapping[str, Any]
     changed_input: bool
     seconds: float
 
 
 def execute(runner: Runner, images: NDArray, batch: Batch) -> Execution:
-    """Run a form twice over the images, the second time backwards and in smaller batches."""
+    """Run a form twice over the images, the second time backwards and in batches of every size that matters."""
     untouched = images.copy()
     with runner:
         trace = runner.trace({INPUT: operator_images(images, batch)})
         started = time.perf_counter()
         straight = run_in_batches(runner.infer, images, batch, len(images))
         seconds = (time.perf_counter() - started) / len(images)
-        backwards = run_in_batches(runner.infer, images[::-1].copy(), batch, max(1, len(images) // 2 - 1))
+        parts = []
+        for rows in mixed_rows(len(images), batch):
+            try:
+                parts.append(runner.infer({INPUT: images[rows]}))
+            except ExportError as error:
+                raise ExportError(f"in a batch of {len(rows)}, {error}") from error
     return Execution(
         name=runner.name,
         runtime=runner.runtime,
         file=runner.file,
         straight=straight,
-        reversed={name: values[::-1] for name, values in backwards.items()},
+        rows=np.concatenate(mixed_rows(len(images), batch)),
+        mixed={name: np.concatenate([part[name] for part in parts]) for name in straight},
         trace=trace,
         changed_input=not np.array_equal(images, untouched),
         seconds=seconds,
     )
+
+
+def mixed_rows(count: int, batch: Batch) -> list[NDArray[np.intp]]:
+    """Which of `count` images go into which batch: backwards, in each size that matters, until each was shown once."""
+    sizes = sorted({batch.minimum, batch.optimum, batch.maximum})
+    sizes *= -(-count // sum(sizes))
+    backwards = np.resize(np.arange(count)[::-1], sum(sizes))
+    return np.split(backwards, np.cumsum(sizes)[:-1])
 
 
 def operator_images(images: NDArray, batch: Batch) -> NDArray:
@@ -121,11 +137,10 @@ def judge(
     operators: OperatorChecks | None = None,
 ) -> Rung:
     """Compare what a form computed with the references; `factor` is k of the network criterion."""
-    rounded = list(references.rounded.values())
-    runs = [
-        compare(outputs, rounded, references.oracle, factor, precision.network_floor, references.kinds)
-        for outputs in (execution.straight, execution.reversed)
-    ]
+    every, runs = np.arange(len(references.images)), []
+    for computed, rows in ((execution.straight, every), (execution.mixed, execution.rows)):
+        oracle, *rounded = (_rows(values, rows) for values in (references.oracle, *references.rounded.values()))
+        runs.append(compare(computed, rounded, oracle, factor, precision.network_floor, references.kinds))
     names = {name: None for run in runs for name in run}
     outputs = {name: max((run[name] for run in runs if name in run), key=_severity) for name in names}
     if execution.changed_input:
@@ -139,6 +154,10 @@ def judge(
         operators=operators,
         seconds=execution.seconds,
     )
+
+
+def _rows(outputs: Arrays, rows: NDArray[np.intp]) -> Arrays:
+    return {name: values[rows] for name, values in outputs.items()}
 
 
 def attempt(runner: Runner, obstacle: str, precision: Precision, images: NDArray, batch: Batch) -> Execution | Rung:

@@ -142,7 +142,8 @@ def test_values_behind_a_dead_relu_and_of_another_shape_fail(
 def test_a_tensor_that_is_not_shown_is_reported(program: FusedProgram, trace: Mapping[str, Tensor]) -> None:
     hidden = {name: value for name, value in trace.items() if name != fused_name(program, "layer1.0.conv2")}
     checks = check_operators(program, FP16, hidden)
-    assert checks and checks.unchecked == ("layer1.0.conv2", "layer2.0.conv1", "layer2.0.conv2")
+    assert not checks and checks.unchecked == ("layer1.0.conv2", "layer2.0.conv1", "layer2.0.conv2")
+    assert checks.diagnosis.startswith("no verdict: layer1.0.conv2 (conv2d_bias_act) could not be checked")
     assert not check_operators(program, FP16, {})  # nothing checked is not a pass
 
 
