@@ -18,10 +18,10 @@ MERGED, APART = ["conv2d_projection_bias_act"], ["conv2d_bias_act", "conv2d_bias
 
 
 def block(call: Callable[[Tensor, Tensor], object], other: dict[str, Any] | None = None, **main: Any) -> nn.Module:
-    """Two convolutions of the input and what `call` makes of their results."""
+    """Two convolutions, not of one value, which would be one convolution, and what `call` makes of their results."""
     first = nn.Conv2d(6, 8, **{"kernel_size": 3, "padding": 1, "stride": 2, **main})
     second = nn.Conv2d(6, 8, **{"kernel_size": 1, "stride": 2, **(other or {})})
-    return Called(lambda x, m: call(m.main(x), m.other(x)), main=first, other=second)
+    return Called(lambda x, m: call(m.main(x), m.other(x.clone())), main=first, other=second)
 
 
 def added(y: Tensor, s: Tensor) -> Tensor:
