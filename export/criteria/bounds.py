@@ -45,6 +45,15 @@ def _linear(call: Call) -> Bound:
     return bound_of(variance + call.rounding.of(call.pre), call.pre)
 
 
+def _transposed(call: Call) -> Bound:
+    a = call.arguments
+    geometry = (a["stride"], a["padding"], a["output_padding"], a["groups"], a["dilation"])
+    products = F.conv_transpose2d(a["input"].square(), a["weight"].square(), None, *geometry)
+    constants = 0.0 if a["bias"] is None else a["bias"].square()[:, None, None]
+    variance = call.rounding.sum(products, constants, a["weight"][:, 0].numel() // a["groups"])
+    return bound_of(variance + call.rounding.of(call.pre), call.pre)
+
+
 def _mean(call: Call) -> Bound:
     a = call.arguments
     return bound_of(mean_variance(a["self"], a["dim"], a["keepdim"]) + call.rounding.of(call.pre), call.pre)
@@ -55,6 +64,7 @@ def _exact(call: Call) -> Bound:
 
 
 BOUNDS: dict[Callable[..., Any], Callable[[Call], Bound]] = {
+    aten.conv_transpose2d.input: _transposed,
     aten.linear.default: _linear,
     aten.max_pool2d.default: _exact,
     aten.mean.dim: _mean,

@@ -25,6 +25,7 @@ from export.fusion.program import QuantisedProgram
 from export.quantisation.quantise import BIAS_LIMIT, LAYERS, is_input, range_of, summand_name
 from export.quantisation.scheme import Range, Scheme
 from export.runtime.parity.checks import QuantisedCheck
+from kernels.operators.conv2d_bias_act import Conv2dBiasAct
 from kernels.rounding import MAX_RMS_Z, MAX_Z
 
 _HALF = 0.5 + 1e-6  # steps
@@ -153,8 +154,13 @@ def _check_layer(
     bias = args_of(layer)[2] if len(layer.args) > 2 else None
     if is_call(bias, _DEQUANTIZE):
         sigma2 = sigma2 + parameter(graph, args_of(bias)[1]).square().reshape(-1, *[1] * (sigma2.dim() - 2)) / 12
+    sigma = sigma2.sqrt()
+    if is_call(layer, resnet_deploy.conv2d_bias_act.default) and named_args(layer)["activation"]:
+        arguments = fx.node.map_arg(layer.args, lambda n: evaluate(graph, n.name, leaves))
+        call: Conv2dBiasAct[Tensor] = Conv2dBiasAct.of(*arguments)
+        sigma = call.act().carried(call.before_activation(), sigma)
     floor = _EXACT * expected.abs().max()
-    z = ((got - expected).abs() / (sigma2.sqrt() + floor))[(got != 0) | (expected != 0)]
+    z = ((got - expected).abs() / (sigma + floor))[(got != 0) | (expected != 0)]
     rms, worst = (float(z.square().mean().sqrt()), float(z.max())) if len(z) else (0.0, 0.0)
     reason = ""
     if not (rms <= MAX_RMS_Z and worst <= MAX_Z[torch.float16]):
