@@ -14,6 +14,7 @@ from export.base.precision import PRECISIONS
 from export.fusion.nodes import FUSED_OPERATORS, is_call, named_args
 from export.lowering.onnx_file import lower_onnx
 from export.lowering.runners import OnnxRuntimeRunner, ProgramRunner
+from export.runtime.parity.checks import OperatorCheck
 from tests.export.networks import BATCH, Called, Fused, fuse_exactly, judged, kinds, make
 
 CONV, PROJECTION, HEAD = "conv2d_bias_act", "conv2d_projection_bias_act", "mean_linear"
@@ -92,9 +93,14 @@ def test_an_activation_joins_the_convolution_before_it(word: str, images: Tensor
     assert ("relu" if call["relu"] else call["activation"]) == name
 
 
-@pytest.mark.parametrize(
-    "word", ["ReLU6", "LeakyReLU", "PReLU", "Sigmoid", "SiLU", "Hardsigmoid", "Hardswish", "GELU", "GELU by tanh"]
-)
+# The precisions in which each is tried: float16 rounds what others hide, and has steps that others have not.
+TRIED = {
+    **dict.fromkeys(("ReLU6", "LeakyReLU", "Sigmoid", "Hardsigmoid", "GELU by tanh"), ("fp16",)),
+    **dict.fromkeys(("PReLU", "SiLU", "Hardswish", "GELU"), ("fp32", "fp16", "bf16")),
+}
+
+
+@pytest.mark.parametrize("word", TRIED)
 def test_a_network_of_them_is_right_in_every_form(word: str, images: Tensor) -> None:
     network = Fused(make(lambda: residual_network(WORDS[word][0]), images), images)
     program = network.program
@@ -105,7 +111,9 @@ def test_a_network_of_them_is_right_in_every_form(word: str, images: Tensor) -> 
         for runner in (ProgramRunner(program, p, ("output",)), OnnxRuntimeRunner(file, p)):
             rung = judged(runner, network, program, precision)
             assert rung, (precision, runner.name, rung.verdict)
-            assert all(check.rms_z > 0.5 for check in rung.operators.checks if precision == "fp16")
+            assert rung.operators is not None
+            checks = [check for check in rung.operators.checks if isinstance(check, OperatorCheck)]
+            assert len(checks) == 6 and (precision == "fp32" or all(check.rms_z > 0.4 for check in checks))
     types = [node.op_type for node in file.model.graph.node if node.op_type != "Cast"]
     expected = NODES.get(WORDS[word][1], ["Mul"])
     assert types[1 : 1 + len(expected)] == expected and types.count(expected[0]) >= 5
