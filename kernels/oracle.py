@@ -35,7 +35,7 @@ def make_inputs(problem: Problem, device: torch.device | str = "cpu", seed: int 
 
 
 def oracle(problem: Problem, inputs: Arguments[Tensor]) -> tuple[Tensor, Tensor]:
-    """(value before the last activation, its sigma as rounding.py explains it), both float64.
+    """(value before the last activation, the result's sigma as rounding.py explains it), both float64.
 
     The operands are exactly those the operator gets, so there is no term for their rounding.
     """
@@ -58,11 +58,12 @@ def p1_failures(
     value = y.detach().cpu().double()
     if not bool(value.isfinite().all()):
         return [f"{int((~value.isfinite()).sum())} of {value.numel()} values are not finite"]
-    error = (value - (pre.relu() if problem.relu else pre)).abs()
+    y64 = inputs.map(lambda tensor: tensor.detach().cpu().double()).activated(pre)
+    error = (value - y64).abs()
     z = torch.where(error == 0, 0.0, error / sigma)
     failures = []
-    # Values that ReLU makes 0 have no error and would hide that of the others.
-    active = pre >= -ZERO_BELOW_SIGMA * sigma if problem.relu else torch.ones_like(pre, dtype=torch.bool)
+    # Values that an activation makes 0 have no error and would hide that of the others.
+    active = pre >= -ZERO_BELOW_SIGMA * sigma if problem.relu else (y64 != 0) | (value != 0)
     rms_z = float(z[active].square().sum().div(active.sum().clamp(min=1)).sqrt())
     if not rms_z <= MAX_RMS_Z:
         failures.append(f"rms z is {rms_z:.3g}, expected at most {MAX_RMS_Z}")

@@ -133,6 +133,8 @@ class ConvProblem:
     has_residual: bool = False
     relu: bool = False
     projection: Projection | None = None
+    activation: str = ""
+    negative_slope: float = 0.01
 
     @property
     def operator(self) -> str:
@@ -209,7 +211,9 @@ class ConvProblem:
 
     @property
     def key(self) -> str:
-        return f"conv {self.words}{shortcut_words(self.has_residual, self.projection, self.relu)}"
+        words = f"conv {self.words}{shortcut_words(self.has_residual, self.projection, self.relu)}"
+        slope = f" {self.negative_slope:g}" if self.activation == "leaky_relu" else ""
+        return f"{words} {self.activation}{slope}" if self.activation else words
 
     @property
     def words(self) -> str:
@@ -239,14 +243,18 @@ class ConvProblem:
         }
         if self.has_residual:
             shapes["residual"] = self.out_shape
+        if self.activation == "prelu":
+            shapes["slope"] = (self.c_out,)
         return {**shapes, **(self.projection.shapes(self.batch, self.c_out) if self.projection else {})}
 
     @property
     def settings(self) -> dict[str, Any]:
-        geometry = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "relu": self.relu}
+        settings = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "relu": self.relu}
+        if self.activation:
+            settings |= {"activation": self.activation, "negative_slope": self.negative_slope}
         if self.projection:
-            return {**geometry, "shortcut_stride": self.projection.stride}
-        return {**geometry, "groups": self.groups}
+            return {**settings, "shortcut_stride": self.projection.stride}
+        return {**settings, "groups": self.groups}
 
     def with_batch(self, batch: int) -> "ConvProblem":
         return replace(self, batch=batch)

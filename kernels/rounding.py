@@ -10,6 +10,7 @@ ReLU, sigma^2 is, for
 
     conv2d_bias_act             S + R(pre)                 sum p^2 = conv(x^2, W^2)
     linear                      S + R(y)                   sum p^2 = x^2 @ W^2
+    conv_transpose2d            S + R(y)                   sum p^2 = conv_transpose(x^2, W^2)
     conv2d_projection_bias_act  S + R(pre)                 sum p^2 = conv(x^2, W^2) + conv(s^2, Ws^2), K of both
     conv2d_conv1x1_bias_act     S + R(pre) + conv(V, We^2) as the two above on the intermediate h, which itself
                                                            carries V = S_h + R(h) where h > 0
@@ -17,6 +18,9 @@ ReLU, sigma^2 is, for
     mean                        T + R(y)                   T = u32^2 max(1, HW/2) mean(x^2) / HW, the sum over pixels,
                                                            + (0.41 u32)^2 HW/3 mean(x)^2, its way up from 0 to the sum
     mean_linear                 S + R(y) + V @ W^2         sum p^2 = m^2 @ W^2, on the mean m with V = T + R(m)
+
+Behind another activation f than ReLU, sigma^2 is D^2 + R(f(pre)) and what evaluating f takes: D is what the sigma above
+makes of f(pre), by the steepest chord of f over a few sigma (see operators/activations.py).
 
 A runtime that adds in an operator of its own also rounds the summands: R(pre - r) more for a residual r,
 and R(r) besides where r is a projection. max-pool alone must be exact.

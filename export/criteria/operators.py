@@ -170,7 +170,7 @@ def _expected_of(
     """y64 of an operator on what it reads, rounded to a type or as it is."""
     read = {n: values[n.name] if dtype is None else _rounded(values[n.name], dtype) for n in _activations(node)}
     leaves = {str(source_name(n)): x.double() for n, x in read.items()}
-    return _expected(program.source, str(source_name(node)), leaves)[0]
+    return _expected(program.source, node, leaves)[0]
 
 
 def _notices(
@@ -291,7 +291,7 @@ def _check(
             return refused(broken, fault_of(x, values[n.name].double(), None, dtype))
     leaves = {str(source_name(n)): x.double() for n, x in read.items()}
     try:
-        y64, pre = _expected(program.source, str(source_name(node)), leaves)
+        y64, pre = _expected(program.source, node, leaves)
     except ValueError as error:
         return refused(f"wrong wiring: {error}")
     weights = [w for n in node.all_input_nodes if (w := constant(program.master, n)) is not None]
@@ -368,11 +368,11 @@ def _allowed(
     pre: Tensor | None = None,
     weights_too: bool = True,
 ) -> Bound:
-    """What rounding explains of an operator's error; `pre` is the value before its ReLU, if it is known already."""
+    """What rounding explains of an operator's error; `pre` is what its activation reads, if it is known already."""
     read = {n: _rounded(values[n.name], precision.dtype) for n in _activations(node)}
     if pre is None:
         leaves = {str(source_name(n)): x.double() for n, x in read.items()}
-        pre = _expected(program.source, str(source_name(node)), leaves)[1]
+        pre = _expected(program.source, node, leaves)[1]
 
     def value_of(argument: Any) -> Any:
         if not isinstance(argument, fx.Node):
@@ -407,8 +407,12 @@ def _why_not(rms: float, peak: float, rms_limit: float, max_limit: float, alive:
     return ""
 
 
-def _expected(source: fx.GraphModule, target: str, leaves: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """y64, and the value before the ReLU and the pool behind that (y64 itself where there is none)."""
+def _expected(source: fx.GraphModule, fused: fx.Node, leaves: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """y64, and the value before the activation and the pool behind that (y64 itself where there is none)."""
+    target, before = str(source_name(fused)), fused.meta.get("before_activation")
+    if before is not None:
+        pre = evaluate(source, before, leaves)
+        return evaluate(source, target, {**leaves, before: pre}), pre
     node = last = next(n for n in source.graph.nodes if n.name == target)
     while is_call(node, aten.relu.default, aten.max_pool2d.default) and args_of(node)[0].name not in leaves:
         node = args_of(node)[0]

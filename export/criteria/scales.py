@@ -29,6 +29,7 @@ from export.fusion.program import QuantisedProgram, output_nodes
 from export.quantisation.quantise import BIAS_LIMIT, LAYERS, range_of, summand_name
 from export.quantisation.scheme import Range, Scheme
 from export.runtime.parity.checks import QuantisedCheck
+from kernels.operators.conv2d_bias_act import Conv2dBiasAct
 from kernels.rounding import MAX_Z
 
 _HALF = 0.5 + 1e-6  # steps
@@ -225,6 +226,9 @@ def _check_layer(both: _Networks, layer: fx.Node, original: fx.Node) -> Quantise
             sigma2 + parameter(program.master, args_of(bias)[1]).square().reshape(-1, *[1] * (sigma2.dim() - 2)) / 12
         )
     sigma = sigma2.sqrt()
+    if is_call(layer, resnet_deploy.conv2d_bias_act.default) and named_args(layer)["activation"]:
+        call: Conv2dBiasAct[Tensor] = Conv2dBiasAct.of(*read, **layer.kwargs)
+        sigma = call.act().carried(call.before_activation(), sigma)
     z = ((got - expected).abs() / (sigma + _EXACT * expected.abs().max()))[(got != 0) | (expected != 0)]
     worst = float(z.max()) if len(z) else 0.0
     for index in (1, 2):

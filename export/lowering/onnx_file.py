@@ -238,6 +238,8 @@ def _rename(graph_module: fx.GraphModule, model: onnx.ModelProto, groups: Mappin
             for argument, owner in node.meta["weights"].items():
                 role = "bias" if argument.endswith("bias") else "weight"
                 names[f"graph_module.{arguments[argument].target}"] = f"{owner}.{role}"
+            slopes = {n.input[1] for n in groups.get(node.name, []) if n.op_type == "PRelu"}  # as it broadcasts
+            names |= {slope: f"{node.meta['weights']['slope']}.weight" for slope in slopes}
             names |= _value_names(node, groups.get(node.name, []))
         elif is_call(node, *QUANTISATION):
             names |= _quantisation_names(node, groups.get(node.name, []))
@@ -260,10 +262,11 @@ def _rename(graph_module: fx.GraphModule, model: onnx.ModelProto, groups: Mappin
 def _value_names(node: fx.Node, group: Sequence[onnx.NodeProto]) -> dict[str, str]:
     """ONNX value -> module, for the last value of each module that a fused operator replaces.
 
-    A convolution's is what its ReLU, or the addition of the other summand, makes of it.
+    A convolution's is what its activation, or the addition of the other summand, makes of it.
     """
     arguments, parts = named_args(node), node.meta["fused"]
-    owners = {f"graph_module.{arguments[name].target}": owner for name, owner in node.meta["weights"].items()}
+    layers = {name: owner for name, owner in node.meta["weights"].items() if name != "slope"}
+    owners = {f"graph_module.{arguments[name].target}": owner for name, owner in layers.items()}
     pools = {"ReduceMean": parts[0], "MaxPool": parts[-1]}
     owner_of: dict[str, str] = {}
     for onnx_node in group:

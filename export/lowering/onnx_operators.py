@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
+from onnxscript import ir, opset19
 from onnxscript import opset18 as op
-from onnxscript import opset19
 
 from export.fusion.nodes import resnet_deploy
 from kernels.operators.conv2d_bias_act import Conv2dBiasAct
@@ -22,13 +23,13 @@ def _conv2d_bias_act(a: Conv2dBiasAct[Any]) -> Any:
     y = _conv(a.x, a.weight, a.bias, a.stride, a.padding, a.dilation, a.groups)
     if a.residual is not None:
         y = op.Add(y, a.residual)
-    return op.Relu(y) if a.relu else y
+    return _activated(y, a)
 
 
 def _conv2d_projection_bias_act(a: Conv2dProjectionBiasAct[Any]) -> Any:
     y = _conv(a.x, a.weight, a.bias, a.stride, a.padding, a.dilation)
     y = op.Add(y, _project(a.shortcut, a.shortcut_weight, a.shortcut_stride))
-    return op.Relu(y) if a.relu else y
+    return _activated(y, a)
 
 
 def _conv2d_conv1x1_bias_act(a: Conv2dConv1x1BiasAct[Any]) -> Any:
@@ -50,6 +51,43 @@ def _conv2d_bias_relu_maxpool(a: Conv2dBiasReluMaxpool[Any]) -> Any:
 def _mean_linear(a: MeanLinear[Any]) -> Any:
     pixels: Any = op.Constant(value_ints=[2, 3])
     return op.Gemm(op.ReduceMean(a.x, pixels, keepdims=0), a.weight, a.bias, transB=1)
+
+
+def _activated(y: Any, a: Conv2dBiasAct[Any] | Conv2dProjectionBiasAct[Any]) -> Any:
+    """The activation of y, in operators that every runtime fuses or knows."""
+
+    def number(value: float) -> Any:
+        return op.Constant(value=ir.to_proto(ir.tensor(value, a.weight.dtype)))
+
+    match "relu" if a.relu else a.activation:
+        case "":
+            return y
+        case "relu":
+            return op.Relu(y)
+        case "relu6":
+            return op.Clip(y, number(0.0), number(6.0))
+        case "leaky_relu":
+            return op.LeakyRelu(y, alpha=a.negative_slope)
+        case "prelu":
+            rows: Any = op.Constant(value_ints=[1, 2])
+            slope: Any = a.slope
+            return op.PRelu(y, op.Unsqueeze(slope, rows))
+        case "sigmoid":
+            return op.Sigmoid(y)
+        case "silu":
+            return op.Mul(y, op.Sigmoid(y))
+        case "hardsigmoid":
+            return op.HardSigmoid(y, alpha=1 / 6, beta=0.5)
+        case "hardswish":
+            return op.Mul(y, op.HardSigmoid(y, alpha=1 / 6, beta=0.5))  # TensorRT reads no HardSwish of bfloat16
+        case "gelu":
+            half = op.Mul(y, number(0.5))
+            return op.Mul(half, op.Add(op.Erf(op.Mul(y, number(math.sqrt(0.5)))), number(1.0)))
+        case "gelu_tanh":
+            cubic = op.Mul(op.Mul(y, y), number(0.044715))
+            inner = op.Mul(op.Mul(y, number(2 * math.sqrt(2 / math.pi))), op.Add(cubic, number(1.0)))
+            return op.Mul(y, op.Sigmoid(inner))
+    raise ValueError(f"no lowering of the activation {a.activation!r}")
 
 
 def _conv(x, weight, bias, stride, padding, dilation, groups=1):  # type: ignore[no-untyped-def]
@@ -74,7 +112,8 @@ def _of_values(arguments: type[Arguments[Any]], lowering: Callable[[Any], Any]) 
     def translate(*values: Any) -> Any:
         return lowering(arguments.of(*values))
 
-    names = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in arguments.names()]
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    names = [inspect.Parameter(name, kind) for name in arguments.names()]
     translate.__signature__ = inspect.Signature(names)  # type: ignore[attr-defined]
     return translate
 

@@ -25,6 +25,7 @@ from export.fusion.nodes import (
     schema_name,
     source_name,
 )
+from export.fusion.passes.name_activations import ACTIVATIONS
 from export.quantisation.scheme import Range, Scheme
 
 LAYERS = (resnet_deploy.conv2d_bias_act.default, aten.linear.default)
@@ -110,8 +111,8 @@ def _sums(node: fx.Node, layers: Collection[fx.Node]) -> bool:
 
 
 def _layer_of(node: fx.Node) -> fx.Node:
-    """The layer whose result, added to and rectified, `node` is; `node` itself where it is something else."""
-    while is_call(node, aten.relu.default) or (is_call(node, aten.add.Tensor) and "fused" in node.meta):
+    """The layer whose result, added to and activated, `node` is; `node` itself where it is something else."""
+    while is_call(node, *ACTIVATIONS) or (is_call(node, aten.add.Tensor) and "fused" in node.meta):
         node = args_of(node)[0]
     return node
 

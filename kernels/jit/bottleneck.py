@@ -11,7 +11,7 @@ import triton.language as tl
 from kernels.jit.parts import (
     _accumulate_boxes,
     _accumulate_gathered,
-    _bias_residual_relu_store,
+    _bias_residual_act_store,
     _biased,
     _box_corner,
     _box_pixels,
@@ -159,6 +159,18 @@ def _conv2d_conv1x1_kernel(
                 1,
                 BLOCK_K,
             )
-        _bias_residual_relu_store(
-            y_tile, expand_bias_ptr, residual_ptr, y_ptr, offs_y, offs_n, mask_m, mask_n, HAS_RESIDUAL, APPLY_RELU
+        _bias_residual_act_store(
+            y_tile,
+            expand_bias_ptr,
+            residual_ptr,
+            None,
+            y_ptr,
+            offs_y,
+            offs_n,
+            mask_m,
+            mask_n,
+            HAS_RESIDUAL,
+            APPLY_RELU,
+            "",
+            0.0,
         )

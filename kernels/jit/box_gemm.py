@@ -11,7 +11,7 @@ import triton.language as tl
 
 from kernels.jit.parts import (
     _accumulate_boxes,
-    _bias_residual_relu_store,
+    _bias_residual_act_store,
     _box_corner,
     _box_pixels,
     _let_next_kernel_start,
@@ -26,6 +26,7 @@ def _conv2d_boxes_kernel(
     weight_desc,
     bias_ptr,
     residual_ptr,
+    slope_ptr,
     shortcut_desc,
     shortcut_weight_desc,
     y_ptr,
@@ -42,6 +43,8 @@ def _conv2d_boxes_kernel(
     HAS_RESIDUAL: tl.constexpr,
     HAS_PROJECTION: tl.constexpr,
     APPLY_RELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    NEGATIVE_SLOPE: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_P: tl.constexpr,
     TILE_Q: tl.constexpr,
@@ -98,6 +101,18 @@ def _conv2d_boxes_kernel(
         mask_m = (n < N) & (p < P) & (q < Q)
         offs_n = first_column + tl.arange(0, BLOCK_N)
         offs_y = _pixel_offset(n, p, q, P, Q, C_OUT)
-        _bias_residual_relu_store(
-            acc, bias_ptr, residual_ptr, y_ptr, offs_y, offs_n, mask_m, offs_n < C_OUT, HAS_RESIDUAL, APPLY_RELU
+        _bias_residual_act_store(
+            acc,
+            bias_ptr,
+            residual_ptr,
+            slope_ptr,
+            y_ptr,
+            offs_y,
+            offs_n,
+            mask_m,
+            offs_n < C_OUT,
+            HAS_RESIDUAL,
+            APPLY_RELU,
+            ACTIVATION,
+            NEGATIVE_SLOPE,
         )

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from kernels.jit.parts import (
-    _bias_residual_relu_store,
+    _bias_residual_act_store,
     _let_next_kernel_start,
     _sum_of_splits,
     _wait_for_previous_kernel,
@@ -70,4 +70,6 @@ def _mean_linear_kernel(
         acc, holds_sum = _sum_of_splits(acc, partials_ptr, counters_ptr, tile, split, SPLIT_K, BLOCK_M, BLOCK_N)
         mask_y = offs_m < tl.where(holds_sum, N, 0)
         offs_y = offs_m.to(tl.int64) * C_OUT
-        _bias_residual_relu_store(acc, bias_ptr, None, y_ptr, offs_y, offs_n, mask_y, mask_n, False, False)
+        _bias_residual_act_store(
+            acc, bias_ptr, None, None, y_ptr, offs_y, offs_n, mask_y, mask_n, False, False, "", 0.0
+        )

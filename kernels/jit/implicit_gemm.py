@@ -11,7 +11,7 @@ import triton.language as tl
 
 from kernels.jit.parts import (
     _accumulate_gathered,
-    _bias_residual_relu_store,
+    _bias_residual_act_store,
     _let_next_kernel_start,
     _pixels,
     _sum_of_splits,
@@ -26,6 +26,7 @@ def _conv2d_gathered_kernel(
     weight_ptr,
     bias_ptr,
     residual_ptr,
+    slope_ptr,
     shortcut_ptr,
     shortcut_weight_ptr,
     partials_ptr,
@@ -57,6 +58,8 @@ def _conv2d_gathered_kernel(
     HAS_RESIDUAL: tl.constexpr,
     HAS_PROJECTION: tl.constexpr,
     APPLY_RELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    NEGATIVE_SLOPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -151,6 +154,18 @@ def _conv2d_gathered_kernel(
         acc, holds_sum = _sum_of_splits(acc, partials_ptr, counters_ptr, index, split, SPLIT_K, BLOCK_M, BLOCK_N)
         mask_m = offs_m < tl.where(holds_sum, M, 0)
     offs_y = offs_m.to(tl.int64) * (GROUPS * C_OUT)
-    _bias_residual_relu_store(
-        acc, bias_ptr, residual_ptr, y_ptr, offs_y, offs_o, mask_m, mask_n, HAS_RESIDUAL, APPLY_RELU
+    _bias_residual_act_store(
+        acc,
+        bias_ptr,
+        residual_ptr,
+        slope_ptr,
+        y_ptr,
+        offs_y,
+        offs_o,
+        mask_m,
+        mask_n,
+        HAS_RESIDUAL,
+        APPLY_RELU,
+        ACTIVATION,
+        NEGATIVE_SLOPE,
     )

@@ -10,15 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.operators.activations import Activation
 from kernels.operators.checks import check_convolution, check_shortcut, check_tensors, check_vector
 from kernels.operators.registry import Arguments, T, accumulation_dtype, register
 from kernels.problems import ConvProblem
-from kernels.rounding import Bound, Rounding, bound_of
+from kernels.rounding import Bound, Rounding
 
 
 @dataclass(frozen=True, eq=False)
 class Conv2dBiasAct(Arguments[T]):
-    """Convolution with bias, optional residual and optional ReLU, rounded once.
+    """Convolution with bias, optional residual and optional activation, rounded once.
 
         y = act(conv2d(x, weight) + bias + residual)
 
@@ -32,7 +33,10 @@ class Conv2dBiasAct(Arguments[T]):
         residual: (N, C_OUT, P, Q), channels_last, dtype of x; added before the activation.
         stride, padding, dilation: (height, width) in pixels.
         groups: both channel counts are multiples of it.
-        relu: act(v) = max(v, 0), NaN stays NaN; otherwise act(v) = v.
+        relu: act(v) = max(v, 0), NaN stays NaN.
+        activation: another act, one of `activations.ACTIVATIONS`; with neither act(v) = v.
+        negative_slope: of the activation leaky_relu.
+        slope: (C_OUT,), contiguous, dtype of x; of the activation prelu.
 
     Returns:
         (N, C_OUT, P, Q), channels_last, dtype of x; accumulated in float32 (float64: in float64).
@@ -54,11 +58,18 @@ class Conv2dBiasAct(Arguments[T]):
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
     relu: bool = False
+    activation: str = ""
+    negative_slope: float = 0.01
+    slope: T | None = None
+
+    def act(self: "Conv2dBiasAct[Tensor]") -> Activation:
+        return Activation(self.activation, self.negative_slope, self.slope)
 
     def check(self: "Conv2dBiasAct[Tensor]", dtypes: Sequence[torch.dtype]) -> tuple[int, ...]:
         shape = check_convolution("", self.x, self.weight, self.stride, self.padding, self.dilation, self.groups)
         check_vector("bias", self.bias, shape[1])
         check_shortcut(self.residual, None, (1, 1), shape, "residual")
+        self.act().check(self.relu, shape[1])
         check_tensors(self.tensors(), dtypes)
         return shape
 
@@ -79,6 +90,8 @@ class Conv2dBiasAct(Arguments[T]):
             dtype=self.x.dtype,
             has_residual=self.residual is not None,
             relu=self.relu,
+            activation=self.activation,
+            negative_slope=self.negative_slope,
         )
 
     def reference(self: "Conv2dBiasAct[Tensor]") -> Tensor:
@@ -93,18 +106,20 @@ class Conv2dBiasAct(Arguments[T]):
             y = F.conv2d(self.x.to(compute), weight.to(compute), self.bias.to(compute), *geometry)
             if self.residual is not None:
                 y = y.add_(self.residual)
-            if self.relu:
-                y = y.relu_()
+            y = y.relu_() if self.relu else self.act()(y)
             return y.to(self.x.dtype).contiguous(memory_format=torch.channels_last)
 
     def before_activation(self: "Conv2dBiasAct[Tensor]") -> Tensor:
-        return replace(self, relu=False).reference()
+        return replace(self, relu=False, activation="", slope=None).reference()
+
+    def activated(self: "Conv2dBiasAct[Tensor]", value: Tensor) -> Tensor:
+        return value.relu() if self.relu else self.act()(value)
 
     def bound(self: "Conv2dBiasAct[Tensor]", pre: Tensor, rounding: Rounding) -> Bound:
         geometry = (self.stride, self.padding, self.dilation, self.groups)
         products = F.conv2d(self.x.square(), self.weight.square(), None, *geometry)
         variance = rounding.convolution(pre, products, self.bias, self.weight[0].numel(), self.residual)
-        return bound_of(variance, pre)
+        return self.act().bound(variance, pre, rounding)
 
 
 conv2d_bias_act = register(Conv2dBiasAct[Tensor])

@@ -23,14 +23,21 @@ T = TypeVar("T")
 _Self = TypeVar("_Self", bound="Arguments[Any]")
 _Parameters = ParamSpec("_Parameters")
 _TENSORS: dict[Any, str] = {T: "Tensor", Optional[T]: "Tensor?"}  # noqa: UP045  a value, which mypy takes in this form
-_SCHEMA_TYPES: dict[Any, str] = {**_TENSORS, tuple[int, int]: "int[2]", int: "int", bool: "bool"}
+_SCHEMA_TYPES: dict[Any, str] = {
+    **_TENSORS,
+    tuple[int, int]: "int[2]",
+    int: "int",
+    bool: "bool",
+    str: "str",
+    float: "float",
+}
 
 
 @dataclass(frozen=True, eq=False)
 class Arguments(Generic[T]):
     """An operator's arguments, in the order of its schema; T is Tensor or what stands for one in a graph.
 
-    A field is a T, a T or None, a pair of integers, an integer or a flag.
+    A field is a T, a T or None, a pair of integers, a number, a word or a flag.
     """
 
     operator: ClassVar[str]
@@ -46,9 +53,9 @@ class Arguments(Generic[T]):
 
     @classmethod
     def of(cls: type[_Self], *values: Any) -> _Self:
-        """The arguments of a call, all of them, in the order of the schema."""
-        pairs = (tuple(value) if isinstance(value, list) else value for value in values)
-        return cls(**dict(zip(cls.names(), pairs, strict=True)))
+        """The arguments of a call in the order of the schema, of which those with a default may be left out."""
+        pairs = [tuple(value) if isinstance(value, list) else value for value in values]
+        return cls(**dict(zip(cls.names()[: len(pairs)], pairs, strict=True)))
 
     def values(self) -> tuple[Any, ...]:
         return tuple(getattr(self, name) for name in self.names())
@@ -84,7 +91,11 @@ class Arguments(Generic[T]):
 
     @abstractmethod
     def before_activation(self) -> Tensor:
-        """The reference's value before the ReLU, and before the pool behind that."""
+        """The reference's value before the ReLU or other activation, and before the pool behind that."""
+
+    def activated(self, value: Tensor) -> Tensor:
+        """The activation of a value of `before_activation`."""
+        return value.relu() if self.problem().relu else value
 
     def pool(self, value: Tensor) -> Tensor:
         """What follows the ReLU, of a value before or after it."""

@@ -14,6 +14,7 @@ from kernels.configs.config import Config
 from kernels.configs.convolution import ConvConfig, box_of
 from kernels.configs.heuristic import heuristic_config
 from kernels.configs.targets import TARGETS
+from kernels.operators.activations import ACTIVATIONS
 from kernels.operators.conv2d_bias_relu_maxpool import StemProblem
 from kernels.operators.conv2d_conv1x1_bias_act import BottleneckConfig, BottleneckProblem, PairConfig
 from kernels.operators.mean_linear import HeadProblem
@@ -85,9 +86,16 @@ def _convolutions(draw: st.DrawFn, limits: Limits, grouped: bool = False, most_d
     return ConvProblem(batch, c_in, height, width, c_out, kernel, stride, padding, dilation, groups, dtype)
 
 
+_SLOPES = st.sampled_from([0.0, 0.01, 0.1, 1.5, -0.5])
+ACTS: st.SearchStrategy[dict[str, Any]] = st.one_of(
+    st.builds(lambda relu: {"relu": relu}, st.booleans()),
+    st.builds(lambda name, a: {"activation": name, "negative_slope": a}, st.sampled_from(ACTIVATIONS), _SLOPES),
+)
+
+
 def convs(limits: Limits) -> st.SearchStrategy[ConvProblem]:
     conv, flag = _convolutions(limits, grouped=True), st.booleans()
-    return st.builds(lambda c, residual, relu: replace(c, has_residual=residual, relu=relu), conv, flag, flag)
+    return st.builds(lambda c, residual, act: replace(c, has_residual=residual, **act), conv, flag, ACTS)
 
 
 @st.composite
@@ -101,7 +109,7 @@ def _projections(draw: st.DrawFn, conv: ConvProblem, limits: Limits) -> Projecti
 @st.composite
 def projections(draw: st.DrawFn, limits: Limits) -> ConvProblem:
     conv = draw(_convolutions(limits))
-    return replace(conv, projection=draw(_projections(conv, limits)), relu=draw(st.booleans()))
+    return replace(conv, projection=draw(_projections(conv, limits)), **draw(ACTS))
 
 
 @st.composite

@@ -12,10 +12,12 @@ from export.fusion.passes.fuse_bottleneck import fuse_bottleneck
 from export.fusion.passes.fuse_epilogue import fuse_epilogue
 from export.fusion.passes.fuse_head import fuse_head
 from export.fusion.passes.fuse_stem import fuse_stem
+from export.fusion.passes.merge_branches import merge_branches
 from export.fusion.passes.merge_projection import merge_projection
+from export.fusion.passes.name_activations import name_activations
 from export.fusion.passes.pool_as_mean import pool_as_mean
 
-FOLDING = (fold_constants, fold_batchnorm, pool_as_mean)
+FOLDING = (fold_constants, name_activations, fold_batchnorm, merge_branches, pool_as_mean)
 
 # In the order they are applied, each with the first level that has it.
 _FUSIONS = (
@@ -44,6 +46,8 @@ __all__ = [
     "fuse_epilogue",
     "fuse_head",
     "fuse_stem",
+    "merge_branches",
     "merge_projection",
+    "name_activations",
     "pool_as_mean",
 ]

@@ -1,9 +1,15 @@
-"""Fold inference BatchNorm into the convolution before it.
+"""Fold inference BatchNorm, and constant scales and shifts, into the layer before or behind it.
 
-With s = gamma / sqrt(var + eps):  W' = W * s  and  b' = (b - mean) * s + beta.
+With s and t of `affine.py`, for BatchNorm s = gamma / sqrt(var + eps) and t = beta - mean * s:
+
+    behind a layer    W' = W * s  and  b' = b * s + t                      per output channel
+    before it         W' = W * s  and  b' = b + sum of W * t               per input channel
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -15,43 +21,46 @@ from export.fusion.nodes import (
     constant,
     copy_meta,
     duplicate,
-    first_output,
     is_call,
     module_path,
+    named_args,
+    only_reader,
     parameter,
 )
+from export.fusion.passes.affine import (
+    BATCH_NORM,
+    Affine,
+    affine_of,
+    batch_norm_scale_and_shift,
+    is_inference_batch_norm,
+    multiply_add,
+)
 
-_BATCH_NORM = aten._native_batch_norm_legit_no_training.default
 _BATCH_STATISTICS = (aten._native_batch_norm_legit.no_stats, aten._native_batch_norm_legit.default)
+_CONVOLUTIONS = (aten.conv2d.default, aten.conv2d.padding)
+_TRANSPOSED = aten.conv_transpose2d.input
+_LAYERS = (*_CONVOLUTIONS, _TRANSPOSED, aten.linear.default)
+# A number, unlike a BatchNorm, may make weights of any size: not below this, where float16 loses digits of the smaller
+# ones (its smallest normal number is 2^-14).
+_SMALLEST_WEIGHT = 2.0**-8
+# Root mean square. What is normalised has values of about 1; were its mean several of them, weights that are rounded
+# would be multiplied by the mean too, which the network never does.
+_LARGEST_SHIFT = 2.0
 
 
 def fold_batchnorm(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """Fold each BatchNorm that is the only reader of a convolution; write the others as x * s + t.
+    """Fold each BatchNorm, scale and shift that alone reads a convolution, transposed or not, or linear layer.
 
-    Computed in the type of the graph's parameters, float64 in this project. A BatchNorm that uses the
+    What is left of BatchNorm is written as x * s + t, and folded into the layer behind it where that is exact: padding
+    sees no shift. Computed in the type of the graph's parameters, float64 in this project. A BatchNorm that uses the
     statistics of the batch itself (track_running_stats=False) is not a constant map and stays.
     """
     graph_module = duplicate(graph_module)
     for node in list(graph_module.graph.nodes):
-        if is_call(node, *_BATCH_STATISTICS):
-            node.meta["refused"] = "BatchNorm without running statistics depends on the batch"
-        if not is_call(node, _BATCH_NORM):
-            continue
-        scale_shift = _scale_and_shift(graph_module, node)
-        output = first_output(node)
-        if scale_shift is None or output is None:
-            node.meta["refused"] = "BatchNorm parameters are computed in the forward pass"
-            continue
-        reason = _why_not_foldable(graph_module, args_of(node)[0])
-        if reason is None:
-            new = _fold(graph_module, node, *scale_shift)
-        else:
-            new = _multiply_add(graph_module, node, output, *scale_shift)
-            new.meta["refused"] = f"BatchNorm not folded: {reason}"
-        copy_meta(new, output)
-        output.replace_all_uses_with(new)
-        graph_module.graph.erase_node(output)
-        graph_module.graph.erase_node(node)
+        _fold_behind(graph_module, node)
+    graph_module.graph.eliminate_dead_code()
+    for node in list(graph_module.graph.nodes):
+        _fold_before(graph_module, node)
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
     return graph_module
@@ -61,7 +70,7 @@ def constant_channels(graph_module: fx.GraphModule) -> list[str]:
     """One line for each BatchNorm with a running variance of 0: only eps then limits what it multiplies with."""
     found = []
     for node in graph_module.graph.nodes:
-        scale_shift = _scale_and_shift(graph_module, node) if is_call(node, _BATCH_NORM) else None
+        scale_shift = batch_norm_scale_and_shift(graph_module, node) if is_inference_batch_norm(node) else None
         if scale_shift is not None:
             constant_ones = parameter(graph_module, args_of(node)[4]) == 0
             if bool(constant_ones.any()):
@@ -71,63 +80,138 @@ def constant_channels(graph_module: fx.GraphModule) -> list[str]:
     return found
 
 
-def _scale_and_shift(graph_module: fx.GraphModule, node: fx.Node) -> tuple[Tensor, Tensor] | None:
-    """s = gamma / sqrt(var + eps) and t = beta - mean * s; gamma 1 and beta 0 where affine=False."""
-    _, gamma_node, beta_node, mean_node, var_node, _, eps = args_of(node)
-    mean, var = constant(graph_module, mean_node), constant(graph_module, var_node)
-    gamma, beta = constant(graph_module, gamma_node), constant(graph_module, beta_node)
-    computed = [n for n in (gamma_node, beta_node) if n is not None and constant(graph_module, n) is None]
-    if mean is None or var is None or computed:
-        return None
-    scale = torch.rsqrt(var + eps)
-    if gamma is not None:
-        scale = gamma * scale
-    shift = -mean * scale
-    if beta is not None:
-        shift = beta + shift
-    return scale, shift
+def _fold_behind(graph_module: fx.GraphModule, node: fx.Node) -> None:
+    if is_call(node, *_BATCH_STATISTICS) or (is_call(node, *BATCH_NORM) and not is_inference_batch_norm(node)):
+        node.meta["refused"] = "BatchNorm without running statistics depends on the batch"
+        return
+    affine = affine_of(graph_module, node)
+    if affine is None:
+        if is_inference_batch_norm(node):
+            node.meta["refused"] = "BatchNorm parameters are computed in the forward pass"
+        return
+    reason = _why_not_foldable(graph_module, affine)
+    if reason is None:
+        new = _with_output_scaled(graph_module, affine)
+    elif affine.is_batch_norm:
+        new = multiply_add(graph_module, affine)
+        new.meta["refused"] = f"BatchNorm not folded: {reason}"
+    else:
+        return
+    copy_meta(new, affine.output)
+    affine.output.replace_all_uses_with(new)
+    for erased in dict.fromkeys((affine.output, affine.call)):
+        graph_module.graph.erase_node(erased)
 
 
-def _why_not_foldable(graph_module: fx.GraphModule, conv: object) -> str | None:
-    if not is_call(conv, aten.conv2d.default, aten.conv2d.padding):
+def _why_not_foldable(graph_module: fx.GraphModule, affine: Affine) -> str | None:
+    layer = affine.x
+    if not is_call(layer, *_LAYERS):
         return "its input is not a 2-D convolution"
-    if args_of(conv)[0].meta["val"].dim() != 4:
-        return "the convolution's input has no batch dimension"
-    if len(conv.users) > 1:
-        return f"the convolution's output has {len(conv.users)} readers"
-    if constant(graph_module, args_of(conv)[1]) is None:
-        return "the convolution's weight is computed in the forward pass"
-    if len(conv.args) > 2 and args_of(conv)[2] is not None and constant(graph_module, args_of(conv)[2]) is None:
-        return "the convolution's bias is computed in the forward pass"
+    kind = "linear layer" if is_call(layer, aten.linear.default) else "convolution"
+    if args_of(layer)[0].meta["val"].dim() != (2 if kind == "linear layer" else 4):
+        return f"the {kind}'s output is not one {'row' if kind == 'linear layer' else 'map'} per image"
+    if len(layer.users) > 1 or only_reader(layer) is None:
+        return f"the {kind}'s output has {len(layer.users)} readers"
+    reason = _why_not_constant(graph_module, layer, kind)
+    if reason is None and not affine.is_batch_norm:
+        weight = parameter(graph_module, args_of(layer)[1])
+        reason = _why_too_small(weight, _output_scaled(layer, weight, affine.scale))
+    return reason
+
+
+def _why_not_constant(graph_module: fx.GraphModule, layer: fx.Node, kind: str) -> str | None:
+    a = named_args(layer)
+    if constant(graph_module, a["weight"]) is None:
+        return f"the {kind}'s weight is computed in the forward pass"
+    if a["bias"] is not None and constant(graph_module, a["bias"]) is None:
+        return f"the {kind}'s bias is computed in the forward pass"
     return None
 
 
-def _fold(graph_module: fx.GraphModule, node: fx.Node, scale: Tensor, shift: Tensor) -> fx.Node:
-    """A convolution with the BatchNorm `node` folded in. Its own parameters are left for other readers."""
-    conv = args_of(node)[0]
-    weight = parameter(graph_module, args_of(conv)[1])
-    bias = constant(graph_module, args_of(conv)[2]) if len(conv.args) > 2 else None
-    folded_bias = shift if bias is None else bias * scale + shift
-    name = module_path(conv)
-    with graph_module.graph.inserting_before(node):
-        weight_node = add_constant(graph_module, f"{name}.weight", weight * scale[:, None, None, None])
-        bias_node = add_constant(graph_module, f"{name}.bias", folded_bias)
-        new = graph_module.graph.call_function(
-            conv.target, (args_of(conv)[0], weight_node, bias_node, *args_of(conv)[3:]), dict(conv.kwargs)
-        )
-    new.meta = {"nn_module_stack": conv.meta.get("nn_module_stack"), "fused": [name, module_path(node)]}
-    return new
+def _why_too_small(weight: Tensor, scaled: Tensor) -> str | None:
+    """Why a scaled weight holds less than the weight did in 16 bits."""
+    largest = scaled.abs().max().item()
+    if 0 < largest < min(_SMALLEST_WEIGHT, weight.abs().max().item()):
+        return f"the scaled weights are {largest:.2g} and smaller"
+    return None
 
 
-def _multiply_add(
-    graph_module: fx.GraphModule, node: fx.Node, output: fx.Node, scale: Tensor, shift: Tensor
+def _output_scaled(layer: fx.Node, weight: Tensor, scale: Tensor) -> Tensor:
+    if not is_call(layer, _TRANSPOSED):
+        return weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
+    groups = named_args(layer)["groups"]  # [C_IN, C_OUT / groups, R, S]: the first axis goes through the groups
+    by_group = weight.reshape(groups, -1, *weight.shape[1:]) * scale.reshape(groups, 1, -1, 1, 1)
+    return by_group.reshape(weight.shape)
+
+
+def _with_output_scaled(graph_module: fx.GraphModule, affine: Affine) -> fx.Node:
+    """The layer with what is behind it folded in. Its own parameters are left for other readers."""
+    layer = affine.x
+    weight, bias = parameter(graph_module, args_of(layer)[1]), constant(graph_module, named_args(layer)["bias"])
+    folded_bias = affine.shift if bias is None else bias * affine.scale + affine.shift
+    parts = [*layer.meta.get("fused", [module_path(layer)]), module_path(affine.call)]
+    return _layer(graph_module, layer, affine.call, _output_scaled(layer, weight, affine.scale), folded_bias, parts)
+
+
+def _layer(
+    graph_module: fx.GraphModule, layer: fx.Node, before: fx.Node, weight: Tensor, bias: Tensor, parts: list[str]
 ) -> fx.Node:
-    """x * s + t per channel: exact in any type, and standard operators when lowered."""
-    name, channel_shape = module_path(node), (-1, *[1] * (args_of(node)[0].meta["val"].dim() - 2))
-    with graph_module.graph.inserting_before(node):
-        scale_node = add_constant(graph_module, f"{name}.scale", scale.reshape(channel_shape))
-        shift_node = add_constant(graph_module, f"{name}.shift", shift.reshape(channel_shape))
-        scaled = graph_module.graph.call_function(aten.mul.Tensor, (args_of(node)[0], scale_node))
-        scaled.meta = {**output.meta, "source": None}  # the captured graph has no such value
-        new = graph_module.graph.call_function(aten.add.Tensor, (scaled, shift_node))
+    """`layer` with other parameters, ahead of the node `before`."""
+    name, target = module_path(layer), cast(Callable[..., Any], layer.target)
+    with graph_module.graph.inserting_before(before):
+        weight_node = add_constant(graph_module, f"{name}.weight", weight)
+        bias_node = add_constant(graph_module, f"{name}.bias", bias)
+        new = graph_module.graph.call_function(
+            target, (args_of(layer)[0], weight_node, bias_node, *args_of(layer)[3:]), dict(layer.kwargs)
+        )
+    new.meta = {"nn_module_stack": layer.meta.get("nn_module_stack"), "fused": parts}
     return new
+
+
+def _fold_before(graph_module: fx.GraphModule, layer: fx.Node) -> None:
+    """Fold all that scales and shifts the input of `layer`, as one, into it."""
+    if not is_call(layer, *_CONVOLUTIONS, aten.linear.default):
+        return
+    steps: list[Affine] = []
+    node, reader = args_of(layer)[0], layer
+    while only_reader(node) is reader and (affine := affine_of(graph_module, node)) is not None:
+        steps.append(affine)
+        node, reader = affine.x, node
+    if (
+        not steps
+        or _why_not_constant(graph_module, layer, "layer")
+        or layer.meta["val"].dim() != node.meta["val"].dim()
+    ):
+        return
+    scale, shift = torch.ones_like(steps[0].scale), torch.zeros_like(steps[0].shift)
+    for affine in reversed(steps):
+        scale, shift = scale * affine.scale, shift * affine.scale + affine.shift
+    weight, bias = parameter(graph_module, args_of(layer)[1]), constant(graph_module, named_args(layer)["bias"])
+    scaled = _by_input(layer, weight, scale)
+    sees_shift = _pads(graph_module, layer) and bool((shift != 0).any())
+    if sees_shift or shift.square().mean().sqrt() > _LARGEST_SHIFT or _why_too_small(weight, scaled):
+        return
+    shifts = _by_input(layer, weight, shift).flatten(1).sum(1)
+    parts = [*(module_path(affine.call) for affine in reversed(steps))]
+    parts += layer.meta.get("fused", [module_path(layer)])
+    folded_bias = shifts if bias is None else bias + shifts
+    new = _layer(graph_module, layer, layer, scaled, folded_bias, list(dict.fromkeys(parts)))
+    new.args = (node, *new.args[1:])
+    copy_meta(new, layer)
+    layer.replace_all_uses_with(new)
+    graph_module.graph.erase_node(layer)
+
+
+def _by_input(layer: fx.Node, weight: Tensor, scale: Tensor) -> Tensor:
+    """The weight [C_OUT, C_IN / groups, ...] times one factor per input channel."""
+    groups = named_args(layer).get("groups", 1)
+    by_group = weight.reshape(groups, -1, *weight.shape[1:])
+    return (by_group * scale.reshape(groups, 1, -1, *[1] * (weight.dim() - 2))).reshape(weight.shape)
+
+
+def _pads(graph_module: fx.GraphModule, layer: fx.Node) -> bool:
+    """Whether a layer reads beyond its input's border."""
+    padding = named_args(layer).get("padding", [0, 0])
+    if padding == "same":
+        return any(size > 1 for size in parameter(graph_module, args_of(layer)[1]).shape[2:])
+    return padding != "valid" and any(size > 0 for size in padding)

@@ -25,7 +25,8 @@ def fuse_bottleneck(graph_module: fx.GraphModule) -> fx.GraphModule:
     """Let each 1x1 convolution take the convolution with ReLU before it, where it alone reads that one.
 
     The first has one group, no residual and a kernel larger than 1x1. The second has stride 1, padding 0
-    and one group, may have a shortcut or a projection, and reads the first as its input and nowhere else.
+    and one group, no activation but ReLU, may have a shortcut or a projection, and reads the first as its input and
+    nowhere else.
     """
     graph_module = duplicate(graph_module)
     for expand in list(graph_module.graph.nodes):
@@ -43,7 +44,7 @@ def _expands(graph_module: fx.GraphModule, node: fx.Node) -> bool:
         return False
     a = _expand_args(node)
     pointwise = parameter(graph_module, a.weight).shape[2:] == (1, 1)
-    return pointwise and (a.stride, a.padding, getattr(a, "groups", 1)) == ((1, 1), (0, 0), 1)
+    return pointwise and not a.activation and (a.stride, a.padding, getattr(a, "groups", 1)) == ((1, 1), (0, 0), 1)
 
 
 def _expand_args(node: fx.Node) -> Conv2dBiasAct[Any] | Conv2dProjectionBiasAct[Any]:

@@ -23,7 +23,7 @@ from kernels.operators.conv2d_projection_bias_act import Conv2dProjectionBiasAct
 def merge_projection(graph_module: fx.GraphModule) -> fx.GraphModule:
     """Where two convolutions are added, let one take the other, a plain 1x1 convolution, as its projection.
 
-    The projection has padding 0, dilation 1, one group, no ReLU of its own and no other reader; the other
+    The projection has padding 0, dilation 1, one group, no activation of its own and no other reader; the other
     convolution has one group. Either may be the left summand. Where both qualify as the projection, it is
     the one whose input has other readers: a shortcut leaves the trunk, a branch has its input to itself.
     The bias is the sum of both, in the type of the graph's parameters, float64 in this project.
@@ -50,7 +50,7 @@ def _summands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     if not is_call(other, resnet_deploy.conv2d_bias_act.default) or only_reader(other) is not node:
         return None
     a = fused_args(Conv2dBiasAct, other)
-    return (node, other) if a.residual is None and not a.relu else None
+    return (node, other) if a.residual is None and not a.relu and not a.activation else None
 
 
 def _mergeable(graph_module: fx.GraphModule, main: fx.Node, projection: fx.Node) -> bool:
@@ -63,7 +63,7 @@ def _mergeable(graph_module: fx.GraphModule, main: fx.Node, projection: fx.Node)
 def _replace(graph_module: fx.GraphModule, node: fx.Node, main: fx.Node, projection: fx.Node) -> None:
     """Put `main`, with `projection` as its shortcut, in the place of `node`, which is one of them."""
     a, p = fused_args(Conv2dBiasAct, main), fused_args(Conv2dBiasAct, projection)
-    name = module_path(main)
+    name, act = module_path(main), fused_args(Conv2dBiasAct, node)
     with graph_module.graph.inserting_before(node):
         total = parameter(graph_module, a.bias) + parameter(graph_module, p.bias)
         bias = add_constant(graph_module, f"{name}.bias", total)
@@ -77,14 +77,17 @@ def _replace(graph_module: fx.GraphModule, node: fx.Node, main: fx.Node, project
             padding=a.padding,
             dilation=a.dilation,
             shortcut_stride=p.stride,
-            relu=fused_args(Conv2dBiasAct, node).relu,
+            relu=act.relu,
+            activation=act.activation,
+            negative_slope=act.negative_slope,
+            slope=act.slope,
         )
         new = fused_call(graph_module.graph, merged)
     other = next(n for n in (main, projection) if n is not node)
     new.meta = {
         "nn_module_stack": main.meta["nn_module_stack"],
         "fused": [*other.meta["fused"], *node.meta["fused"]],
-        "weights": {**main.meta["weights"], "shortcut_weight": module_path(projection)},
+        "weights": {**node.meta["weights"], **main.meta["weights"], "shortcut_weight": module_path(projection)},
     }
     copy_meta(new, node)
     node.replace_all_uses_with(new)

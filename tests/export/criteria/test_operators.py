@@ -65,7 +65,7 @@ def bottleneck(channels: int) -> nn.Module:
 
 def projection() -> nn.Module:
     """A convolution and a projection of about the same size, whose sum is small beside them."""
-    conv, project = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 1)
+    conv, project = nn.Conv2d(3, 8, 3, padding=2, dilation=2), nn.Conv2d(3, 8, 1)
     project.weight.data[:] = -conv.weight.data.sum((2, 3), keepdim=True)
     project.weight.data *= 1 + 0.1 * torch.rand(8, 3, 1, 1)
     return Called(lambda x, m: m.conv(x) + m.project(x), conv=conv, project=project)

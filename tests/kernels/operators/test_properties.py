@@ -16,6 +16,7 @@ from torch import Tensor
 import kernels.launch
 from kernels.configs.config import Config
 from kernels.launch import target_of
+from kernels.operators.activations import ACTIVATIONS
 from kernels.operators.conv2d_conv1x1_bias_act import BottleneckProblem
 from kernels.operators.registry import OPERATORS as OPERATOR_ARGUMENTS
 from kernels.oracle import make_inputs, oracle, p1_failures
@@ -180,6 +181,10 @@ def other_calls(draw: st.DrawFn, problems: st.SearchStrategy[Problem], device: t
         other = not value
     elif isinstance(value, int):
         other = draw(st.integers(-1, 8))
+    elif isinstance(value, float):
+        other = draw(st.floats(-2, 2) | st.just(math.nan))
+    elif isinstance(value, str):
+        other = draw(st.sampled_from(["", "relu", "swish", *ACTIVATIONS]))
     else:
         other = draw(st.lists(st.integers(-1, 8), min_size=0, max_size=3).map(tuple))
     return replace(call, **{name: other})
@@ -281,7 +286,7 @@ def test_nan_and_inf_stay_in_their_image(name: str, way: Way, data: st.DataObjec
     tensor[index] = data.draw(st.sampled_from([math.nan, math.inf, -math.inf]))
     y = way.run(problem, inputs)
     pre, _ = oracle(problem, inputs)
-    expected = pre.relu() if problem.relu else pre
+    expected = inputs.map(lambda tensor: tensor.detach().cpu().double()).activated(pre)
     others = [image for image in range(problem.batch) if image != index[0]]
     assert torch.equal(y[others], clean[others])
     classes = (torch.isnan, torch.isposinf, torch.isneginf)

@@ -44,9 +44,9 @@ def returned(x: Tensor, m: Any) -> tuple[Tensor, Tensor]:
 
 
 def block(call: Callable[[Tensor, Tensor], object], other: dict[str, Any] | None = None, **main: Any) -> nn.Module:
-    """Two convolutions of the input and what `call` makes of their results."""
+    """Two convolutions, not of one value, which would be one convolution, and what `call` makes of their results."""
     shortcut = {"stride": 2, **(other or {})}
-    return called(lambda x, m: call(m.conv(x), m.expand(x)), shortcut, **{"stride": 2, **main})
+    return called(lambda x, m: call(m.conv(x), m.expand(x.clone())), shortcut, **{"stride": 2, **main})
 
 
 def added(y: Tensor, s: Tensor) -> Tensor:
