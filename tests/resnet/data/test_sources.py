@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -123,11 +123,8 @@ def write_folder(folder: Path, members: dict[str, bytes]) -> Path:
     return folder
 
 
-ARCHIVES: dict[str, Literal["w:", "w:gz", "w:xz"]] = {".tar": "w:", ".gz": "w:gz", ".xz": "w:xz"}
-
-
 def write_archive(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, ARCHIVES[path.suffix]) as archive:
+    with tarfile.open(path, "w:xz" if path.suffix == ".xz" else "w:gz") as archive:
         for name, content in {"readme.html": b"<html>", **members}.items():
             info = tarfile.TarInfo(f"cifar/{name}")
             info.size = len(content)
@@ -137,7 +134,6 @@ def write_archive(path: Path, members: dict[str, bytes]) -> Path:
 
 LAYOUTS: dict[str, Callable[[Path, dict[str, bytes], str], Path]] = {
     "archive": lambda path, members, folder: write_archive(path / f"{folder}.tar.gz", members),
-    "unzipped-archive": lambda path, members, folder: write_archive(path / f"{folder}.tar", members),
     "folder": lambda path, members, folder: write_folder(path / folder, members),
     "folder-around": lambda path, members, folder: write_folder(path / folder, members).parent,
 }
@@ -219,7 +215,6 @@ FAULTS: dict[str, tuple[str, str, Change, str]] = {
         ("python", "cifar10", "data-list", batch(data=[[0] * 3072] * 10), "got list and 10"),
         ("python", "cifar10", "data-float", batch(data=lambda data: data / 255), "pictures [N, 3072] and N labels"),
         ("python", "cifar100", "names", repickled("meta", fine_label_names=[b"a"] * 90), "in meta, got 90"),
-        ("python", "cifar10", "numpy-load", asking_for("numpy", "load"), "asks for 'numpy.load'"),
         ("python", "cifar10", "dtype", asking_for("numpy", "dtype.__class__"), "asks for 'numpy.dtype.__class__'"),
         ("python", "cifar10", "two-lines", asking_for("a\nb", "c"), r"asks for 'a\nb.c'"),
     )
@@ -377,17 +372,14 @@ PETS, FOX = {"cat": 5, "dog": 5}, {"cat": 2, "fox": 2}
 # folders that are no source: what is in them, and the words that must say so
 NO_CLASSES: dict[str, tuple[Callable[[Path], object], str]] = {
     "nothing": (Path.rmdir, "root: expected digits, a folder of class folders or an archive of CIFAR, got no file"),
-    "empty": (lambda root: None, "root: expected a folder of class folders, got one without folders"),
     "pictures-without-folders": (lambda root: write_pictures(root, 3), "got one without folders"),
     "one-class": (lambda root: write_classes(root, cat=9), "root: expected pictures of at least two classes, got only"),
     "empty-class": (lambda root: write_classes(root, cat=9, dog=0), "root/dog: expected pictures (.bmp, "),
-    "no-pictures": (lambda root: (write_classes(root, a=9, b=0) / "b/x.txt").touch(), "got 1 files"),
     "text-as-picture": (
         lambda root: (write_classes(root, **PETS) / "cat/page.jpg").touch(),
         "root/cat/page.jpg: expected a picture (",
     ),
     "foreign-in-val": (divided(train=PETS, val=FOX), "val/fox: expected one of the classes in train/: cat, dog"),
-    "foreign-in-test": (divided(train=PETS, test=FOX), "root/test/fox: expected one of the classes in train/"),
     "empty-part": (divided(train=PETS, test={}), "root/test: expected a folder of class folders"),
     "no-train": (divided(val=PETS, test=PETS), "train/ with val/ or test/ and nothing else, got test, val"),
     "part-beside-classes": (lambda root: write_classes(root, train=5, **PETS), "nothing else, got cat, dog, train"),
@@ -452,18 +444,12 @@ def test_batches_are_everything_in_order() -> None:
 
 
 # height and width of the pictures, what the network was designed for, and the suggestion
-SIZES = {
-    "digits": ((8, 8), 32, 16),
-    "digits-in-a-small-network": ((8, 8), 12, 12),
-    "smaller-side": ((50, 20), 224, 40),
-    "almost-photograph": ((63, 200), 224, 126),
-    "photograph": ((64, 64), 224, 224),
-}
+SIZES = [((8, 8), 32, 16), ((8, 8), 12, 12), ((50, 20), 224, 40), ((63, 200), 224, 126), ((64, 64), 224, 224)]
 
 
-def test_suggested_size() -> None:
-    for case, (shape, designed, expected) in SIZES.items():
-        assert suggest_size(images(1, *shape), designed) == expected, case
+@pytest.mark.parametrize(("shape", "designed", "expected"), SIZES)
+def test_suggested_size(shape: tuple[int, int], designed: int, expected: int) -> None:
+    assert suggest_size(images(1, *shape), designed) == expected
 
 
 @pytest.mark.parametrize("channels", [1, 3], ids=["grey", "rgb"])
