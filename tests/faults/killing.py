@@ -31,8 +31,6 @@ import pytest
 
 from tests.children import CLOCK_SECONDS, limit_cpu
 
-Check = Callable[[str], None]
-
 _TRACEME, _SYSCALL, _SETOPTIONS, _GET_SYSCALL_INFO = 0, 24, 0x4200, 0x420E
 _MARK_SYSCALLS, _DIE_WITH_TRACER = 0x1, 0x100000
 _SYSCALL_STOP = signal.SIGTRAP | 0x80
@@ -63,7 +61,7 @@ _libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c
 _libc.ptrace.restype = ctypes.c_long
 
 
-def kills(function: Callable[[], object], check: Check) -> int:
+def kills(function: Callable[[], object], check: Callable[[str], None]) -> int:
     """Kill `function` at its first moment, check, run and kill it at its second, and so on until it ends by itself.
 
     Args:

@@ -33,9 +33,8 @@ from tests import children
 from tests.faults.bundle_inputs import ENGINE, a_picture, class_folders, copied, forge, replace, run, with_engine
 from tests.faults.mutations import nested
 from tests.faults.writers import write_bundle
-from tests.scripts.loading import load_script
+from tests.scripts.loading import ROOT, load_script
 
-ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(path for room in ("export", "kernels", "resnet", "scripts") for path in (ROOT / room).rglob("*.py"))
 
 

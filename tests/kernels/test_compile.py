@@ -40,7 +40,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return report
 
 
-KERNELS = {name for path in JIT_FILES for name in re.findall(r"def (_\w+_kernel)\(", path.read_text())}
+KERNELS = {name for path in JIT_FILES for name in re.findall(r"def (_\w+_kernel)\(\n", path.read_text())}
 
 
 @pytest.mark.parametrize("target", TARGETS)

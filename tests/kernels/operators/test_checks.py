@@ -15,12 +15,13 @@ from torch import Tensor
 import kernels.launch
 from kernels.operators.registry import Arguments
 from kernels.oracle import make_inputs
+from tests.kernels import strategies
 from tests.kernels.cases import ONE_OF_EACH
 from tests.kernels.launching import fake, operator
 
 
 def dense(*shape: int) -> Tensor:
-    return torch.zeros(shape).contiguous(memory_format=torch.channels_last)
+    return strategies.dense(torch.zeros(shape))
 
 
 CONV, PROJECTION, BOTTLENECK, HEAD = "conv", "projection", "bottleneck-projection", "head"
@@ -65,9 +66,13 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "shortcut-without-weight": (
         BOTTLENECK, {"shortcut_weight": None}, "shortcut is (2, 48, 11, 13), expected the output's shape (2, 72, 6, 7)",
     ),
-    "columns-of-the-head": (HEAD, {"weight": torch.zeros(33, 71)}, "x has 70 channels, expected weight's 71 columns"),
     "no-pixels": (HEAD, {"x": dense(5, 70, 0, 7)}, "x is (5, 70, 0, 7) and weight (33, 70), expected no empty"),
 }  # fmt: skip
+for name, problem in ONE_OF_EACH.items():  # every tensor of every operator
+    for tensor, shape in problem.shapes.items():
+        fewer = (shape[0], shape[1] - 1, *shape[2:]) if len(shape) > 1 else (shape[0] - 1,)
+        REFUSED[f"{name}-{tensor}-channels"] = name, {tensor: dense(*fewer)}, "expected"
+        REFUSED[f"{name}-{tensor}-axes"] = name, {tensor: dense(*shape[:-1])}, "expected"
 
 
 def call_of(name: str, **changes: Any) -> Arguments[Tensor]:

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from kernels.operators.quantize_linear import dequantize_linear, quantize_linear
 from kernels.operators.registry import Arguments, T
+from kernels.rounding import UNIT_ROUNDOFF
 from tests.kernels.launching import assert_like, fake, operator, same
 from tests.kernels.strategies import any_layouts, examples
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+ROUNDOFF = {**UNIT_ROUNDOFF, torch.float64: 2.0**-53}
+FLOATS = tuple(ROUNDOFF)
 WHOLE = (torch.int8, torch.uint8)
 
 
@@ -100,10 +102,6 @@ def dequantise_calls(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = FLOATS) 
     return Dequantize(q, draw(scales(dtype, channels)), zero_point)  # type: ignore[abstract]
 
 
-def roundoff(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps / 2
-
-
 def arithmetic(dtype: torch.dtype) -> torch.dtype:
     """16-bit types are computed in float32."""
     return dtype if dtype == torch.float64 else torch.float32
@@ -128,7 +126,7 @@ def test_quantised_values_are_those_of_float64(call: Quantize[Tensor]) -> None:
     """But where the quotient, once rounded, may be on the other side of a tie; by a power of two it is exact."""
     got, whole = checked(call), call.zero_point.dtype
     x, scale, zero = doubles(call)
-    error = 0.0 if math.frexp(scale.item())[0] == 0.5 else 2 * roundoff(arithmetic(call.x.dtype))
+    error = 0.0 if math.frexp(scale.item())[0] == 0.5 else 2 * ROUNDOFF[arithmetic(call.x.dtype)]
     ends = torch.stack([x / scale * (1 - error), x / scale * (1 + error)]).round() + zero
     low, high = ends.clamp(torch.iinfo(whole).min, torch.iinfo(whole).max).aminmax(dim=0)
     assert got.dtype == whole and got.shape == x.shape
@@ -143,7 +141,7 @@ def test_dequantised_values_are_those_of_float64_rounded(call: Dequantize[Tensor
     expected = (q - of_channels(zero, q)) * of_channels(scale, q)
     # Up to 2^24 whole numbers are exact in float32.
     rounded = 2 if call.q.dtype == torch.int32 else 1
-    error = rounded * roundoff(arithmetic(dtype)) + (roundoff(dtype) if dtype != arithmetic(dtype) else 0.0)
+    error = rounded * ROUNDOFF[arithmetic(dtype)] + (ROUNDOFF[dtype] if dtype != arithmetic(dtype) else 0.0)
     assert got.dtype == dtype and got.shape == q.shape
     assert bool(((got.double() - expected).abs() <= 1.001 * error * expected.abs()).all())
 
