@@ -55,9 +55,9 @@ class Execution:
 
     Attributes:
         straight: its outputs for the images in order.
-        rows: which image each of `mixed` is of.
-        mixed: its outputs for the images in reverse order, over and over, in batches of the smallest, the optimal and
-            the largest size that it takes: a stale output or one that depends on its neighbours differs.
+        again: its outputs for the images, once or several times more: in reverse order, in batches of the smallest, the
+            optimal and the largest size that it takes, put back in order. A stale output or one that depends on its
+            neighbours differs.
         trace: its intermediate tensors for the first images, empty where it does not show them.
         changed_input: whether it wrote to its input.
         seconds: per image of the first run after a warm-up.
@@ -67,8 +67,7 @@ class Execution:
     runtime: str
     file: str
     straight: Arrays
-    rows: NDArray[np.intp]
-    mixed: Arrays
+    again: tuple[Arrays, ...]
     trace: Mapping[str, Any]
     changed_input: bool
     seconds: float
@@ -93,8 +92,7 @@ def execute(runner: Runner, images: NDArray, batch: Batch) -> Execution:
         runtime=runner.runtime,
         file=runner.file,
         straight=straight,
-        rows=np.concatenate(mixed_rows(len(images), batch)),
-        mixed={name: np.concatenate([part[name] for part in parts]) for name in straight},
+        again=_rounds({name: np.concatenate([part[name] for part in parts]) for name in straight}, len(images)),
         trace=trace,
         changed_input=not np.array_equal(images, untouched),
         seconds=seconds,
@@ -107,6 +105,20 @@ def mixed_rows(count: int, batch: Batch) -> list[NDArray[np.intp]]:
     sizes *= -(-count // sum(sizes))
     backwards = np.resize(np.arange(count)[::-1], sum(sizes))
     return np.split(backwards, np.cumsum(sizes)[:-1])
+
+
+def _rounds(outputs: Arrays, count: int) -> tuple[Arrays, ...]:
+    """What was computed of the images in reverse order, over and over, as one set of all images for each time.
+
+    A criterion on a set weighs all images alike: where the last time is not complete, the first one's are taken.
+    """
+    total = len(next(iter(outputs.values())))
+    found = []
+    for start in range(0, total, count):
+        places = np.arange(start, start + count)
+        places = np.where(places < total, places, places - start)[::-1]
+        found.append({name: values[places] for name, values in outputs.items()})
+    return tuple(found)
 
 
 def operator_images(images: NDArray, batch: Batch) -> NDArray:
@@ -137,10 +149,11 @@ def judge(
     operators: OperatorChecks | None = None,
 ) -> Rung:
     """Compare what a form computed with the references; `factor` is k of the network criterion."""
-    every, runs = np.arange(len(references.images)), []
-    for computed, rows in ((execution.straight, every), (execution.mixed, execution.rows)):
-        oracle, *rounded = (_rows(values, rows) for values in (references.oracle, *references.rounded.values()))
-        runs.append(compare(computed, rounded, oracle, factor, precision.network_floor, references.kinds))
+    rounded = list(references.rounded.values())
+    runs = [
+        compare(outputs, rounded, references.oracle, factor, precision.network_floor, references.kinds)
+        for outputs in (execution.straight, *execution.again)
+    ]
     names = {name: None for run in runs for name in run}
     outputs = {name: max((run[name] for run in runs if name in run), key=_severity) for name in names}
     if execution.changed_input:
@@ -154,10 +167,6 @@ def judge(
         operators=operators,
         seconds=execution.seconds,
     )
-
-
-def _rows(outputs: Arrays, rows: NDArray[np.intp]) -> Arrays:
-    return {name: values[rows] for name, values in outputs.items()}
 
 
 def attempt(runner: Runner, obstacle: str, precision: Precision, images: NDArray, batch: Batch) -> Execution | Rung:
