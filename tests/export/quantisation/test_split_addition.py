@@ -7,10 +7,20 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, fx, nn
 
 from export import fuse
-from export.fusion.nodes import aten, is_call, module_path, moves_data, named_args, resnet_deploy, source_name
+from export.fusion.nodes import (
+    aten,
+    is_call,
+    module_path,
+    moves_data,
+    named_args,
+    resnet_deploy,
+    schema_name,
+    source_name,
+)
 from export.quantisation.split_addition import split_addition
 from tests.export import networks
 from tests.export.networks import BATCH, Called, Fused, snapshot, values_of
@@ -20,8 +30,9 @@ CONV = resnet_deploy.conv2d_bias_act.default
 
 
 def without_relu() -> nn.Module:
-    """Convolutions that are added with no ReLU behind them."""
-    return Called(lambda x, m: m.one(x) + m.other(x), one=nn.Conv2d(3, 8, 3, padding=1), other=nn.Conv2d(3, 8, 1))
+    """Convolutions that are added with no ReLU behind them; one is dilated, so that they stay two."""
+    one = nn.Conv2d(3, 8, 3, padding=2, dilation=2)
+    return Called(lambda x, m: m.one(x) + m.other(x), one=one, other=nn.Conv2d(3, 8, 1))
 
 
 @pytest.fixture(scope="module", params=["basic", "resnet8", without_relu, networks.backbone], ids=name_of)
@@ -99,3 +110,19 @@ def test_the_graph_is_left_as_it_was(network: tuple[fx.GraphModule, Tensor]) -> 
     split = split_addition(master)
     assert snapshot(master) == before
     assert str(split_addition(split).graph) == str(split.graph)
+
+
+ACTS: dict[str, nn.Module] = {
+    "hardtanh": nn.ReLU6(), "leaky_relu": nn.LeakyReLU(0.2), "prelu": nn.PReLU(3), "silu": nn.SiLU(),
+    "gelu": nn.GELU("tanh"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ACTS)
+def test_an_activation_stays_behind_the_sum(kind: str, resnet8: Fused) -> None:
+    model = Called(lambda x, m: m.act(m.conv(x.relu()) + x), conv=nn.Conv2d(3, 3, 3, padding=1), act=ACTS[kind])
+    master, x = fuse(model.eval(), resnet8.images, BATCH, "b").master, resnet8.images[:2].double()
+    split = split_addition(master)
+    assert len(residuals(master)) == 1 and not residuals(split)
+    assert [schema_name(n) for n in split.graph.nodes][-3:] == ["add", kind, ""]
+    assert torch.allclose(split(x), master(x), rtol=0, atol=1e-14)
