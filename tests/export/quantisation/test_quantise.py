@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from export import ExportError
-from export.fusion.nodes import args_of, aten, is_call, module_path, parameter, source_name
+from export import ExportError, fuse
+from export.fusion.nodes import args_of, aten, is_call, module_path, parameter, schema_name, source_name
 from export.quantisation.quantise import quantise, quantised_values
 from export.quantisation.scheme import CPU, TENSORRT, Range, Scheme
 from export.quantisation.sensitivity import layer_costs
@@ -225,3 +225,19 @@ def test_of_several_outputs_the_first_counts(pictures: dict[str, Tensor]) -> Non
     subject = q8.quantised(model.eval(), pictures["resnet8"])
     first, second = layer_costs(subject.program.master, subject.calibration.ranges, subject.images)
     assert (first.name, second.name, second.error) == ("shown", "other", 0.0) and first.error > 0
+
+
+ACTS: dict[str, nn.Module] = {
+    "hardtanh": nn.ReLU6(), "leaky_relu": nn.LeakyReLU(0.2), "prelu": nn.PReLU(3), "silu": nn.SiLU(),
+    "gelu": nn.GELU("tanh"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ACTS)
+def test_an_activation_stays_behind_the_sum(kind: str, resnet8: networks.Fused) -> None:
+    conv = nn.Conv2d(3, 3, 3, padding=1)
+    model = networks.Called(lambda x, m: m.act(m.conv(x.relu()) + x), conv=conv, act=ACTS[kind])
+    master, x = fuse(model.eval(), resnet8.images, networks.BATCH, "b").master, resnet8.images[:2].double()
+    split = split_addition(master)
+    assert [schema_name(n) for n in split.graph.nodes][-3:] == ["add", kind, ""]
+    assert torch.allclose(split(x), master(x), rtol=0, atol=1e-14)

@@ -67,7 +67,7 @@ WORDS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "Sigmoid": (nn.Sigmoid, "sigmoid"),
     "SiLU": (nn.SiLU, "silu"),
     "swish": (spelled(lambda x: x * torch.sigmoid(x)), "silu"),
-    "swish in place": (spelled(lambda x: x.clone().mul_(x.sigmoid())), "sigmoid"),
+    "swish in place": (spelled(lambda x: x.mul_(x.sigmoid())), "silu"),
     "Hardsigmoid": (nn.Hardsigmoid, "hardsigmoid"),
     "h-sigmoid": (spelled(lambda x: F.relu6(x + 3.0) / 6.0), "hardsigmoid"),
     "Hardswish": (nn.Hardswish, "hardswish"),
