@@ -287,7 +287,7 @@ def test_truncated_files_are_refused(
     [
         (".pt", "renamed.safetensors", "looks like a torch.save archive"),
         (".safetensors", "renamed.pt", "looks like a safetensors file"),
-        *((".pt", name, "expected one of .safetensors, .pt, .pth, .tar") for name in ("a.bin", "weights", "a.pt.gz")),
+        *((".pt", name, "expected one of .safetensors, .pt, .pth, .tar") for name in ("a.onnx", "weights", "a.pt.gz")),
     ],
 )
 def test_wrong_suffix_is_refused(
