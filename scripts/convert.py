@@ -17,11 +17,12 @@ from export.terminal.commands import typed
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("convert", __doc__)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=".safetensors, .pt, .pth or .pth.tar")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="as export.py takes with --weights")
     parser.add_argument("output", metavar="OUTPUT.safetensors", help="replaced if it is a file")
     parser.add_argument("--model", required=True, metavar="NAME", help="what the weights are for")
     parser.add_argument("--num-classes", type=int, metavar="N", help="default: the model's, 1000 or 10")
     parser.add_argument("--in-channels", type=int, metavar="N", help="default 3")
+    parser.add_argument("--weights-key", metavar="KEY", help="of a checkpoint with several networks, the one to take")
     return parser.parse_args(argv)
 
 
@@ -50,7 +51,7 @@ def convert(args: argparse.Namespace) -> int:
         card.check(args.checkpoint, args.model, args.num_classes, args.in_channels)
         classes, channels = len(card.classes), card.preprocessing.channels
     model = create_model(args.model, num_classes=classes, in_channels=channels)
-    info = load_weights(model, args.checkpoint)
+    info = load_weights(model, args.checkpoint, key=args.weights_key)
     metadata = {"converted_from": Path(info.path).name, "converted_from_sha256": info.sha256}
     save_weights(args.output, model.state_dict(), metadata | (card.to_metadata() if card else {}))
     print(f"{args.output} written; next: {next_command(args)}")

@@ -23,9 +23,17 @@ from export.terminal.flags import in_flags
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("export", __doc__)
-    parser.add_argument("--model", metavar="NAME", help="default: what the weights say they are for, else resnet50")
+    parser.add_argument("--model", metavar="NAME", help="default: what the weights are for, else resnet50")
     parser.add_argument(
-        "--weights", metavar="PATH|pretrained", help=".safetensors, .pt, .pth or .pth.tar; absent: seeded, untrained"
+        "--weights",
+        metavar="PATH|pretrained",
+        help=".safetensors, .pt, .pth, .pth.tar, .ckpt, .bin, .th, .pkl or .model; absent: seeded, untrained",
+    )
+    parser.add_argument(
+        "--weights-key",
+        metavar="KEY",
+        help="of a checkpoint with several networks in it, the one to take: state_dict_ema, teacher, ...; default: "
+        "the first that is no average",
     )
     parser.add_argument("--num-classes", type=int, metavar="N", help="default: the weights', else 1000 or 10")
     parser.add_argument("--in-channels", type=int, metavar="N", help="default: the weights', else 3")
@@ -122,7 +130,7 @@ with importing("export"):
     from resnet.model_card import read_model_card
     from resnet.models import MODELS, create_model
     from resnet.pretrained import download
-    from resnet.weights import load_weights
+    from resnet.weights import load_weights, recognise_weights
 
 
 DEFAULT_MODEL = "resnet50"
@@ -188,8 +196,10 @@ def run(args: argparse.Namespace, source: Source, progress: Progress) -> ExportR
             progress("fetch the published weights")
             path = download(source.model, progress=progress.transferred)
         progress("load the weights")
-        info = load_weights(model, path)
+        info = load_weights(model, path, key=args.weights_key)
         metadata["weights"] = {"file": Path(info.path).name, "sha256": info.sha256}
+        if info.others:
+            metadata["weights"]["key"] = info.key
     else:
         progress("initialise: UNTRAINED, seeded weights with calibrated BatchNorm")
         initialise(model, cut(CALIBRATION_IMAGES, CALIBRATION_SEED))
@@ -257,12 +267,22 @@ class Source:
 
 
 def describe_source(args: argparse.Namespace, size: tuple[int, int] | None) -> Source:
-    card = read_model_card(args.weights) if args.weights not in (None, PRETRAINED) else None
+    own = args.weights not in (None, PRETRAINED)
+    if args.weights_key is not None and not own:
+        raise ExportError(f"--weights-key: for --weights PATH, got {args.weights or 'no weights'}")
+    card = read_model_card(args.weights) if own else None
     if card is None:
-        name, channels = args.model or DEFAULT_MODEL, 3 if args.in_channels is None else args.in_channels
+        name, channels, classes = args.model or DEFAULT_MODEL, args.in_channels, args.num_classes
+        if own and args.model is None:
+            network = recognise_weights(args.weights, args.weights_key)
+            if network is not None and network.certain:
+                name = network.name
+                channels = network.in_channels if channels is None else channels
+                classes = network.num_classes if classes is None else classes
+        channels = 3 if channels is None else channels
         size = size or (MODELS[name].image_size if name in MODELS else 224,) * 2  # create_model refuses other names
         preprocessing = imagenet_preprocessing(channels)
-        return Source(name, args.num_classes, channels, size, preprocessing and preprocessing.at(size))
+        return Source(name, classes, channels, size, preprocessing and preprocessing.at(size))
     card.check(args.weights, args.model, args.num_classes, args.in_channels)
     preprocessing = card.preprocessing.at(size) if size else card.preprocessing
     channels = preprocessing.channels

@@ -43,6 +43,7 @@ FLAGS = {
     "create_model(num_classes)": "--num-classes",
     "create_model(in_channels)": "--in-channels",
     "load_weights(path)": "--weights PATH",
+    "load_weights(key)": "--weights-key",
     "train(resume)": "--resume",
 }
 _WITHOUT_VALUE = ("", "...", "True")

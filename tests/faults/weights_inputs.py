@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import io
 import os
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -25,7 +27,7 @@ from tests.faults.bundle_inputs import TryOne, refused_or
 from tests.faults.mutations import NASTY, damaged_bytes, damaged_safetensors
 
 CANARY = "executed"
-CODE = (
+CODE: tuple[tuple[Callable[..., object], tuple[object, ...]], ...] = (
     (os.mkdir, (CANARY,)),
     (os.system, (f"touch {CANARY}",)),
     (eval, (f"__import__('os').mkdir({CANARY!r})",)),
@@ -35,6 +37,8 @@ CODE = (
     (torch.load, (CANARY,)),
     (torch.hub.load, (".", "evil")),
     (Path, ("/etc/passwd",)),
+    (np.testing.runstring, (f"open({CANARY!r}, 'w')", {})),
+    (functools.partial, (os.mkdir, CANARY)),
 )
 
 

@@ -241,7 +241,7 @@ PLACES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "safetensors": ("a.pt", partial(safetensors.torch.save_file, TENSORS), "looks like a safetensors file"),
     **{
         name: (name, partial(torch.save, TENSORS), "expected one of .safetensors, .pt, .pth, .tar")
-        for name in ("a.bin", "weights", "a.pt.gz")
+        for name in ("a.onnx", "weights", "a.pt.gz")
     },
     **{
         given: ("a.pt", partial(torch.save, content), f"holds {given}; expected tensors by name, bare or under one of")
