@@ -24,6 +24,11 @@ from resnet.data.sources import open_splits
 from resnet.initialise import initialise
 from resnet.models import BasicBlock, Bottleneck, ResNet, create_model
 
+# What the tests of a marker found wrong when they fail, and what they are.
+RATES = {
+    "right_network": ("false refusals", "right networks (kinds x precisions)"),
+    "mutant": ("false acceptances", "mutants"),
+}
 IMAGE_SIZES = {"resnet8": 32, "resnet20": 32, "resnet50": 64, "basic": 64, "bottleneck": 64}
 SMALL: dict[str, tuple[type[BasicBlock | Bottleneck], tuple[int, int, int, int]]] = {
     "basic": (BasicBlock, (1, 1, 1, 1)),
@@ -53,6 +58,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How often the judge was wrong, of the tests that ran."""
+    for marker, (wrong, what) in RATES.items():
+        failed, passed = (
+            sum(marker in report.keywords for report in terminalreporter.stats.get(outcome, []))
+            for outcome in ("failed", "passed")
+        )
+        if failed + passed:
+            terminalreporter.write_line(f"{wrong}: {failed} of {failed + passed} {what}")
 
 
 @pytest.fixture(scope="session", autouse=True)

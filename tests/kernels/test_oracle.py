@@ -208,6 +208,7 @@ def test_a_correct_output_is_accepted(dtype: str, name: str) -> None:
     assert trial.failures(trial.correct) == []
 
 
+@pytest.mark.mutant
 @pytest.mark.parametrize(("name", "defect"), [(name, defect) for name in DEFECTS for defect in DEFECTS[name]])
 def test_a_broken_output_is_refused(name: str, defect: str) -> None:
     for dtype in DTYPES:
@@ -215,6 +216,7 @@ def test_a_broken_output_is_refused(name: str, defect: str) -> None:
         assert trial.failures(DEFECTS[name][defect](trial)) != [], dtype
 
 
+@pytest.mark.mutant
 @pytest.mark.parametrize("defect", [accumulated_in_storage_type, truncated])
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_wrong_rounding_is_refused(dtype: str, defect: Defect) -> None:

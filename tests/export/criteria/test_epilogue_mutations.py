@@ -148,6 +148,7 @@ def test_a_right_activation_is_accepted(
     assert accepts(programs[name], runner_of(programs[name], precision), images, precision)
 
 
+@pytest.mark.mutant
 @pytest.mark.parametrize(("name", "defect"), DEFECTS)
 def test_a_wrong_activation_is_refused(
     name: str, defect: str, programs: Mapping[str, FusedProgram], images: Tensor, precision: str
@@ -185,6 +186,7 @@ IN_FILES: dict[str, tuple[str, Edit]] = {
 }
 
 
+@pytest.mark.mutant
 @pytest.mark.parametrize("defect", IN_FILES)
 @pytest.mark.parametrize("form", ["fp32", "fp16"])
 def test_a_wrong_activation_in_a_file_is_refused(
@@ -297,6 +299,7 @@ def test_right_folds_are_accepted(folds: tuple[nn.Module, FusedProgram], images:
     assert accepts(folds[1], runner_of(folds[1], precision), images, precision)
 
 
+@pytest.mark.mutant
 @pytest.mark.parametrize("defect", [*WRONG, *PATCHED])
 def test_a_wrong_fold_is_refused(
     defect: str,

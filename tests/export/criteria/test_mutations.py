@@ -101,6 +101,7 @@ def test_every_operator_has_defects_and_a_network_to_plant_them_in() -> None:
     assert set(mutants.MUTANTS) == set(FUSED_OPERATORS) == {op for operators in SUBJECTS.values() for op in operators}
 
 
+@pytest.mark.mutant
 @pytest.mark.parametrize(("name", "operator", "defect"), DEFECTS)
 def test_defective_operator_is_refused(
     subjects: Mapping[str, Fused], name: str, operator: Any, defect: str, precision: str
@@ -111,17 +112,20 @@ def test_defective_operator_is_refused(
     assert refuses(subjects[name], program_runner(subjects[name].program, precision, operators=operators), precision)
 
 
+@pytest.mark.mutant
 @pytest.mark.parametrize("defect", mutants.RUNNERS)
 def test_defective_runner_is_refused(subject: Fused, precision: str, defect: str) -> None:
     assert refuses(subject, mutants.RUNNERS[defect](subject.program, PRECISIONS[precision], NAMES), precision)
 
 
+@pytest.mark.mutant
 @pytest.mark.parametrize("defect", mutants.PROGRAMS)
 def test_defective_program_is_refused(subject: Fused, precision: str, defect: str) -> None:
     program = mutants.PROGRAMS[defect](subject.program)
     assert refuses(subject, program_runner(program, precision), precision, program)
 
 
+@pytest.mark.mutant
 def test_shortcut_taken_from_the_branch_is_refused(subjects: Mapping[str, Fused], precision: str) -> None:
     subject = subjects["bottlenecks"]
     program = mutants.with_shortcut_from_the_branch(subject.program)
@@ -129,6 +133,7 @@ def test_shortcut_taken_from_the_branch_is_refused(subjects: Mapping[str, Fused]
     assert rung.verdict.startswith("layer1.0.conv3: wrong wiring: ")
 
 
+@pytest.mark.mutant
 def test_bfloat16_network_called_fp16_is_refused(subject: Fused) -> None:
     assert refuses(subject, program_runner(subject.program, "bf16"), "fp16")
 
@@ -152,6 +157,7 @@ ONNX_DEFECTS: dict[str, Edit] = {
 }
 
 
+@pytest.mark.mutant
 @pytest.mark.parametrize("defect", ONNX_DEFECTS)
 @pytest.mark.parametrize("name", WRITTEN)
 def test_defective_onnx_file_is_refused(name: str, subjects: Mapping[str, Fused], precision: str, defect: str) -> None:

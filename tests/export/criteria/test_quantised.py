@@ -157,7 +157,7 @@ MUTANTS: dict[str, Edit] = {
 HARMLESS_ON_CPUS = {"ReLU behind the sum lost": relu_behind_the_sum_lost, "weights along the wrong axis": wrong_axis}
 
 
-@pytest.mark.parametrize("defect", [*MUTANTS, *HARMLESS_ON_CPUS])
+@pytest.mark.parametrize("defect", [*(pytest.param(d, marks=pytest.mark.mutant) for d in MUTANTS), *HARMLESS_ON_CPUS])
 def test_broken_files_are_refused(digits: q8.Subject, scheme: Scheme, defect: str) -> None:
     file, edit = digits.shown(scheme), {**MUTANTS, **HARMLESS_ON_CPUS}[defect]
     checks = digits.check(scheme, digits.trace(scheme, replace(file, model=edited(file.model, edit))))
@@ -227,6 +227,7 @@ WEIGHTS: dict[str, Rewrite] = {
 BIASES = ("floor", "swapped", "off")
 
 
+@pytest.mark.mutant
 @pytest.mark.parametrize(("role", "defect"), [*(("weight", d) for d in WEIGHTS), *(("bias", d) for d in BIASES)])
 def test_wrongly_quantised_parameters_are_refused(digits: q8.Subject, scheme: Scheme, role: str, defect: str) -> None:
     """What is computed is what the program says, which is not what the network says."""
@@ -277,6 +278,7 @@ GRAPHS: dict[str, Callable[[QuantisedProgram], None]] = {
 }
 
 
+@pytest.mark.mutant
 @pytest.mark.parametrize("defect", GRAPHS)
 def test_wrongly_quantised_graphs_are_refused(digits: q8.Subject, scheme: Scheme, defect: str) -> None:
     """The candidate computes exactly what the graph says: it is the graph that is wrong."""
@@ -367,6 +369,7 @@ BROKEN_LOGITS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.mutant
 @pytest.mark.parametrize("defect", BROKEN_LOGITS)
 def test_broken_logits_are_refused(digits: q8.Subject, scheme: Scheme, trace: Trace, defect: str) -> None:
     name = node_of(digits, scheme, "fc")

@@ -73,6 +73,7 @@ BROKEN: dict[str, Callable[[NDArray], NDArray]] = {
 }
 
 
+@pytest.mark.mutant
 @pytest.mark.parametrize("defect", BROKEN)
 def test_a_broken_output_is_refused(defect: str, oracle: NDArray[np.float64], eager: NDArray[np.float64]) -> None:
     result = check(BROKEN[defect](eager), eager, oracle)
