@@ -19,7 +19,6 @@ from export.base.machine import installed_version
 from export.base.precision import Precision
 from export.fusion.capture import eager_copy, plain_torch
 from export.fusion.interpreter import GraphInterpreter
-from export.fusion.nodes import aten
 from export.fusion.program import FusedProgram, leaf_names, returned_tensors
 from export.lowering.cuda_graph import CudaGraphProgram
 from export.lowering.onnx_file import OnnxFile
@@ -94,23 +93,6 @@ class UnfusedRunner(Runner):
         return self._named(arrays(returned_tensors(self._graph_module, outputs)))
 
 
-def _rounded_once(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """An operator that computes in float32 and rounds its result to the type of its input."""
-
-    def compute(*args: Any, **kwargs: Any) -> Tensor:
-        wide = pytree.tree_map_only(Tensor, lambda t: t.float() if t.dtype.itemsize == 2 else t, (args, kwargs))
-        return operator(*wide[0], **wide[1]).to(args[0].dtype)
-
-    return compute
-
-
-# What torch's own kernels for CPUs round after every tap in 16 bits; no GPU does.
-_ROUNDED_ONCE = {
-    target: _rounded_once(target)
-    for target in (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
-}
-
-
 class ProgramRunner(Runner):
     """The fused program: on the CPU node by node by the operators' references, on CUDA as graphs of Triton kernels."""
 
@@ -125,7 +107,7 @@ class ProgramRunner(Runner):
         """On the CPU, `operators` replaces some operators, such as by their Triton launchers in the interpreter."""
         super().__init__(Interface.of(output_names, program.image_shape, program.batch))
         self._program, self._precision = program, precision
-        self._device, self._operators = device, {**_ROUNDED_ONCE, **(operators or {})}
+        self._device, self._operators = device, dict(operators or {})
         self.name, package = ("triton", "triton") if device != "cpu" or operators else ("fused", "torch")
         self.runtime = f"{package} {installed_version(package)}"
 
