@@ -1,4 +1,4 @@
-"""Whole numbers add up exactly in any order: every operator agrees with integer arithmetic, with no tolerance at all."""
+"""Whole numbers add up exactly in any order: every operator agrees with integer arithmetic, without a tolerance."""
 
 from __future__ import annotations
 
