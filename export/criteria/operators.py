@@ -25,7 +25,7 @@ from export.base.precision import PRECISIONS, Precision
 from export.criteria.bounds import BOUNDS, Call
 from export.criteria.fault import fault_of
 from export.fusion.capture import plain_torch
-from export.fusion.interpreter import GraphInterpreter
+from export.fusion.interpreter import ON_CPU, GraphInterpreter
 from export.fusion.nodes import (
     args_of,
     aten,
@@ -106,7 +106,8 @@ def check_alone(program: FusedProgram, precision: Precision, x: Tensor) -> list[
                 return exact[n.name] if parameter is None else _rounded(parameter, precision.dtype)
 
             target: Any = node.target
-            y = target(*fx.node.map_arg(node.args, value_of), **fx.node.map_arg(node.kwargs, value_of))
+            args, kwargs = fx.node.map_arg(node.args, value_of), fx.node.map_arg(node.kwargs, value_of)
+            y = ON_CPU.get(target, target)(*args, **kwargs)
             check = _check_node(program, precision, node, {**exact, node.name: y}, separate_addition=False)
             if check is not None:
                 checks.append(check)

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from export.fusion.nodes import aten
+
+_TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
 
 
 class GraphInterpreter(fx.Interpreter):
@@ -24,3 +30,14 @@ class GraphInterpreter(fx.Interpreter):
 
     def call_function(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         return super().call_function(self._operators.get(target, target), args, kwargs)
+
+
+def _rounded_once(target: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    args, kwargs = pytree.tree_map_only(Tensor, Tensor.float, (args, kwargs))
+    y: Tensor = target(x.float(), *args, **kwargs)
+    return y.to(x.dtype)
+
+
+# PyTorch on a CPU adds up the overlapping windows of a float16 transposed convolution in float16. These accumulate in
+# float32 and round once, as a GPU and every other layer does.
+ON_CPU: dict[Any, Callable] = {target: partial(_rounded_once, target) for target in _TRANSPOSED}

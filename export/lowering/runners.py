@@ -18,7 +18,7 @@ from export.base.errors import ExportError, first_line
 from export.base.machine import installed_version
 from export.base.precision import Precision
 from export.fusion.capture import eager_copy, plain_torch
-from export.fusion.interpreter import GraphInterpreter
+from export.fusion.interpreter import ON_CPU, GraphInterpreter
 from export.fusion.program import FusedProgram, leaf_names, returned_tensors
 from export.lowering.cuda_graph import CudaGraphProgram
 from export.lowering.onnx_file import OnnxFile
@@ -113,7 +113,7 @@ class ProgramRunner(Runner):
 
     def __enter__(self) -> Self:
         if self._device == "cpu":
-            self._interpreter = GraphInterpreter(self._program.at(self._precision), self._operators)
+            self._interpreter = GraphInterpreter(self._program.at(self._precision), ON_CPU | self._operators)
             self._call: Callable[[Tensor], Any] = self._interpreter.run
         else:
             graphs = CudaGraphProgram(self._program, self._precision, self._device)

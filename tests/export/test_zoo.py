@@ -1,6 +1,6 @@
 """No right network is refused: one of each kind, exported and its bundle verified. `make test` prints how many were.
 
-By default every kind goes through one precision and every fourth through all; with TEST_TIMES above 1 all through all.
+By default every kind goes through one precision and every sixth through all; with TEST_TIMES above 1 all through all.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from export.quantisation.calibration import InMemory
 from tests.effort import TIMES
 from tests.export.zoo import SIZE, ZOO, channels_of, pictures, settled
 
-FULL = 4  # every how many kinds are tried in every precision
+FULL = 6  # every how many kinds are tried in every precision
 TRIALS = [
     (name, precision)
     for i, name in enumerate(ZOO)

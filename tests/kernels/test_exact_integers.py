@@ -1,4 +1,4 @@
-"""Whole numbers add up exactly in any order: every operator agrees with integer arithmetic, with no tolerance at all."""
+"""Whole numbers add up exactly in any order: every operator agrees with integer arithmetic, without a tolerance."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ ODD = ("conv c_in-13-1x1", "conv depthwise-multiplier-2", "conv dilation-2", "co
        "projection tails-everywhere", "bottleneck tails-everywhere", "stem 13-20-3x3-no-padding")  # fmt: skip
 HEAD = HeadProblem(5, 70, 4, 4, 33)  # of 16 pixels: a mean over 49 is rounded however whole it is
 BENT: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {
-    "relu6": lambda v, _: F.relu6(v), "leaky_relu": lambda v, _: F.leaky_relu(v, 2.0), "prelu": F.prelu,
+    "relu6": lambda v, _: F.relu6(v), "leaky_relu": lambda v, _: F.leaky_relu(v, 2.0),
+    "prelu": lambda v, slope: v if slope is None else F.prelu(v, slope),
 }  # fmt: skip
 PROBLEMS: dict[str, Problem] = {**ONE_OF_EACH, **{name: CASES[name] for name in ODD}, "head": HEAD} | {
     name: replace(SMALL, relu=False, activation=name, negative_slope=2.0 * (name == "leaky_relu")) for name in BENT

@@ -1,0 +1,86 @@
+"""Whole networks of whole numbers: each form computes what the eager model does in integer arithmetic, bit for bit."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import kernels.launch
+from export import FusedProgram, fuse
+from export.base.precision import PRECISIONS
+from export.fusion.nodes import FUSED_OPERATORS
+from export.fusion.program import output_names
+from export.lowering.onnx_file import lower_onnx
+from export.lowering.runners import OnnxRuntimeRunner, ProgramRunner
+from export.runtime.runner import Runner
+from kernels.operators.registry import OPERATORS
+from tests.export.networks import BATCH, values_of
+from tests.export.zoo import SIZE, ZOO
+from tests.kernels.launching import quick_config
+
+# By precision: up to where its type holds every whole number, the weights of a filter that are not 0, and whether the
+# network keeps its head, whose mean over up to 1024 pixels needs 10 bits more.
+EXACT = {"fp32": (2**24, 8, True), "fp16": (2**11, 3, False), "bf16": (2**8, 2, False)}
+KINDS = ("basic", "bottleneck", "preact", "resnext", "repvgg", "iresnet", "densenet", "shufflenet", "mobilenet_v2",
+         "ghostnet", "inception", "vgg", "unet", "fpn", "ssd", "option_a")  # fmt: skip
+
+
+def whole(name: str, terms: int, head: bool) -> nn.Module:
+    """One of the zoo whose weights are -1, 0 and 1, and whose BatchNorm turns signs and shifts by whole numbers."""
+    torch.manual_seed(0)
+    model: Any = ZOO[name]()
+    if not head and isinstance(model, nn.Sequential):
+        model = model[:-1]
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eps = 0.0
+            module.weight.data = torch.randint(0, 2, module.weight.shape) * 2.0 - 1
+            module.running_mean = torch.randint(-1, 2, module.bias.shape).float()
+            module.bias.data = torch.randint(-1, 2, module.bias.shape).float()
+        elif isinstance(module, nn.PReLU):
+            module.weight.data = torch.randint(-1, 2, module.weight.shape).float()
+        elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+            order = torch.rand(module.weight.shape).flatten(1).argsort(1).argsort(1).reshape(module.weight.shape)
+            signs = torch.randint(0, 2, module.weight.shape) * 2.0 - 1
+            module.weight.data = torch.where(order < terms, signs, 0)
+            if module.bias is not None:
+                module.bias.data = torch.randint(-1, 2, module.bias.shape).float()
+    return model.eval().requires_grad_(False)
+
+
+def by_triton(program: FusedProgram, precision: str, names: tuple[str, ...]) -> Runner:
+    """The fused operators by their kernels in the interpreter."""
+
+    def launched(operator: str, *arguments: Any) -> Tensor:
+        config = quick_config(OPERATORS[operator].of(*arguments).problem())
+        return kernels.launch.run(operator, *arguments, config=config)
+
+    operators = {operator: partial(launched, operator._opname) for operator in FUSED_OPERATORS}
+    return ProgramRunner(program, PRECISIONS[precision], names, operators=operators)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_form_agrees_with_integer_arithmetic(name: str, precision: str) -> None:
+    limit, terms, head = EXACT[precision]
+    model, p = whole(name, terms, head), PRECISIONS[precision]
+    images = torch.randint(-2, 3, (2, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(1)).float()
+    program = fuse(model, images, BATCH)
+    names = output_names(program.graph_module)
+    for value in values_of(program.source, images.double()).values():
+        assert value.abs().max() <= limit and bool((1024 * value % 1 == 0).all())
+    expected = [y.float().numpy() for y in pytree.tree_leaves(model.double()(images.double()))]
+    model.float()
+    assert all((y != 0).mean() > 0.1 and y.std() > 0 for y in expected)
+    forms = [ProgramRunner(program, p, names), OnnxRuntimeRunner(lower_onnx(program, images, p, {}), p)]
+    if not torch.cuda.is_available():
+        forms.append(by_triton(program, precision, names))
+    for form in forms:
+        with form:
+            got = form.infer({"input": images.numpy()})
+        for output, y in zip(names, expected, strict=True):
+            assert (got[output] == y).all(), (form.name, output)
