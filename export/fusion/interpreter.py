@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
@@ -33,8 +34,9 @@ class GraphInterpreter(fx.Interpreter):
 
 
 def _rounded_once(target: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    args, kwargs = pytree.tree_map_only(Tensor, Tensor.float, (args, kwargs))
-    y: Tensor = target(x.float(), *args, **kwargs)
+    wide = x.dtype if x.dtype.itemsize > 2 else torch.float32
+    args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to(wide), (args, kwargs))
+    y: Tensor = target(x.to(wide), *args, **kwargs)
     return y.to(x.dtype)
 
 
