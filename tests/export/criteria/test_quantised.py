@@ -248,7 +248,7 @@ def dropped_bias(program: QuantisedProgram) -> None:
 
 def dropped_relu(program: QuantisedProgram) -> None:
     layer = q8.layers(program)[INNER]
-    layer.args = (*layer.args[:-1], False)
+    layer.args = tuple(False if value is True else value for value in layer.args)
 
 
 def move_scale(program: QuantisedProgram, factor: float) -> None:
