@@ -180,8 +180,8 @@ def _copies(file: Path, content: object, key: str | None, family: bool) -> list[
         return copies
     chosen = choose(copies, key) or choose(as_they_are(content), key)
     if not chosen:
-        there = list(dict.fromkeys(label for label in (*(c.label for c in copies), *keys_of(content)) if label))
-        have = some(there) if there else "no keys: one network, bare"
+        there = list(dict.fromkeys(label for label in (*keys_of(content), *(c.label for c in copies)) if label))
+        have = some(there, 8) if there else "no keys: one network, bare"
         raise WeightsError(file, f"has nothing under load_weights(key={short(key)!r}); it has {have}")
     return chosen
 
@@ -249,7 +249,7 @@ def _fault(copy: NetworkCopy, expected: Mapping[str, Tensor], chosen: bool) -> s
         if tensor.dtype not in kinds or tensor.layout != torch.strided or tensor.is_meta:
             given, wanted = _dtype_name(tensor.dtype), " or ".join(map(_dtype_name, kinds))
             kind = f"{given}, {tensor.layout}, on {tensor.device}"
-            quantised = " (quantised; export the float model, with --int8 for 8 bits)" if tensor.is_quantized else ""
+            quantised = " (quantised; load the float weights it was made from)" if tensor.is_quantized else ""
             return f"{short(name)} is {kind}{quantised}; expected {wanted}, dense, with data"
     if copy.renamed and any(r.endswith("linear -> fc") for r in copy.renamed) and _is_plain(expected):
         return f"has the names of residual networks of CIFAR repositories; {_ZERO_PADDED}"

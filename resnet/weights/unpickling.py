@@ -5,6 +5,7 @@ OmegaConf, the arguments of a script) gets an empty class of its name in its pla
 and keeps nothing; so the tensors beside it can be read. Functions are code, and refused by name.
 """
 
+import functools
 import re
 import sys
 from collections import OrderedDict
@@ -18,10 +19,13 @@ _RANDOM = "numpy.random"
 # Of Python, NumPy and PyTorch these have a stand-in; of other packages, whatever is named like a class.
 _KNOWN = frozenset((
     *(f"builtins.{name}" for name in ("int", "float", "str", "bool", "bytes", "list", "dict", "tuple", "frozenset")),
-    *(f"builtins.{name}" for name in ("object", "type", "slice", "range", "NoneType", "getattr")),  # getattr: an enum
+    *(f"builtins.{name}" for name in ("object", "type", "slice", "range", "NoneType", "Ellipsis", "NotImplemented")),
+    "builtins.getattr",  # how some versions of Python store an enum
     "argparse.Namespace", "types.SimpleNamespace", "functools.partial", "copyreg._reconstructor",
-    "collections.defaultdict", "collections.deque", "enum.Enum", "typing.Any", "typing.Union", "typing.Optional",
+    "collections.defaultdict", "collections.deque", "collections.ChainMap", "collections.UserDict",
+    "enum.Enum", "typing.Any", "typing.Union", "typing.Optional",
     "typing.Dict", "typing.List", "decimal.Decimal", "fractions.Fraction", "uuid.UUID", "random.Random",
+    "array.array", "re._compile",
     *(f"pathlib.{name}" for name in ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath")),
     *(f"pathlib._local.{name}" for name in ("Path", "PosixPath", "WindowsPath", "PurePosixPath")),
     *(f"datetime.{name}" for name in ("datetime", "date", "time", "timedelta", "timezone")),
@@ -74,7 +78,7 @@ def read_pickle(file: Path) -> object:
         NeedsCode: it asks for code.
         Exception: whatever a malformed file makes PyTorch raise.
     """
-    places = {name: _stand_in(name, _kind(name)) for name in _KNOWN}
+    places = {**_known()}
     for _ in range(_MOST_CLASSES):
         try:
             with torch.serialization.safe_globals([(place, name) for name, place in places.items()]):
@@ -100,8 +104,11 @@ def read_pickle(file: Path) -> object:
     raise NeedsCode(name)
 
 
-def _kind(name: str) -> type:
-    return OrderedDict if name in _LIKE_DICT else list if name in _LIKE_LIST else object
+@functools.cache
+def _known() -> dict[str, Any]:
+    """What stands in for the names that every file may use."""
+    kinds = dict.fromkeys(_LIKE_DICT, OrderedDict) | dict.fromkeys(_LIKE_LIST, list)
+    return {name: _stand_in(name, kinds.get(name, object)) for name in sorted(_KNOWN)}
 
 
 def _stand_in(name: str, kind: type) -> Any:
@@ -119,4 +126,6 @@ def _stand_in(name: str, kind: type) -> Any:
 def _is_class(name: str) -> bool:
     """Whether a name is that of a class, and none of Python's own, of which some run commands."""
     module, _, last = name.rpartition(".")
+    if module == "torch.nn.functional":  # an activation among the settings; it has a stand-in, and is not called
+        return True
     return module.partition(".")[0] not in sys.stdlib_module_names | {"numpy"} and last.lstrip("_")[:1].isupper()

@@ -16,6 +16,7 @@ import pickle
 import re
 import sys
 import types
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -319,6 +320,9 @@ FASTAI = {"0." + k: t for k, t in swap(without(S18, FC), *CHILDREN).items()} | {
 }
 CIFAR18 = {**S18, "conv1.weight": torch.ones(64, 3, 3, 3)}
 PLAIN = weights("plain8", 10)
+with warnings.catch_warnings():  # on its way out of PyTorch, not out of files
+    warnings.simplefilter("ignore", UserWarning)
+    EIGHT_BITS = torch.quantize_per_tensor(S8["conv1.weight"], 0.1, 0, torch.qint8)
 # the model, what is saved, and the words that must say what is wrong with it
 REFUSED: dict[str, tuple[str, Any, str]] = {
     "another": ("resnet50", S18, r"fits resnet18 with 5 classes.*name='resnet18'.*num_classes=5"),
@@ -383,7 +387,7 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
     ),
     "quantised": (
         "resnet8",
-        {**S8, "conv1.weight": torch.quantize_per_tensor(S8["conv1.weight"], 0.1, 0, torch.qint8)},
+        {**S8, "conv1.weight": EIGHT_BITS},
         r"conv1\.weight is qint8.*quantised",
     ),
     "sparse": ("resnet8", {**S8, "fc.weight": S8["fc.weight"].to_sparse()}, "sparse_coo"),
