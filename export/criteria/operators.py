@@ -337,7 +337,8 @@ def _error_beyond_weights(
 
     All values of an output channel share one rounding of its weights: of one channel, or few, one in nine is beyond the
     limit on the mean with nothing wrong. So that part is taken out of the error and out of what is allowed. None where
-    with the weights of float64 the operator is not the captured one: they are wrong, however they are rounded.
+    with the weights of float64 the operator is not the captured one: they are wrong, however they are rounded; and
+    where weights below the smallest normal number of the type lose more than rounding takes of others.
     """
 
     def run(dtype: torch.dtype) -> Tensor:
@@ -351,6 +352,9 @@ def _error_beyond_weights(
         result: Tensor = target(*fx.node.map_arg(node.args, value_of), **fx.node.map_arg(node.kwargs, value_of))
         return result
 
+    held = [w for n in node.all_input_nodes if (w := constant(program.master, n)) is not None]
+    if any(bool((_faint(w, precision.dtype) & (_rounded(w, precision.dtype) != w)).any()) for w in held):
+        return None
     if not float((run(torch.float64) - y64).norm()) <= _EXACT * float(y64.norm()):
         return None
     sigma = _allowed(program, precision, node, values, separate_addition, pre, weights_too=False).sigma

@@ -202,10 +202,11 @@ class Fused:
 
     model: nn.Module
     images: Tensor
+    batch: Batch = BATCH
 
     @cached_property
     def program(self) -> FusedProgram:
-        return fuse(self.model, self.images, BATCH)
+        return fuse(self.model, self.images, self.batch)
 
     @cached_property
     def references(self) -> Mapping[str, References]:

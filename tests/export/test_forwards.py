@@ -240,10 +240,9 @@ def test_one_size_alone(size: int, images: Tensor) -> None:
     """What fixes the batch is right for that size; a squeeze keeps the batch of one image."""
     model = make(lambda: network(lambda x, m: m.fc(F.adaptive_avg_pool2d(x, 1).squeeze())), images)
     for own in (model, network(lambda x, m: m.fc(x.mean((2, 3))).view(size, -1)).eval()):
-        program = fuse(own, images, Batch(size, size, size))
-        check_batches(program, images.numpy())
-        runner = OnnxRuntimeRunner(lower_onnx(program, images, FP32, {}), FP32)
-        assert judged(runner, Fused(own, images), program, "fp32")
+        alone = Fused(own, images, Batch(size, size, size))
+        check_batches(alone.program, images.numpy())
+        assert judged(OnnxRuntimeRunner(alone.files["fp32"], FP32), alone, alone.program, "fp32")
 
 
 class _WrongIn(ProgramRunner):

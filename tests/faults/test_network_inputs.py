@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from export import ExportError, FusedProgram, fuse
+from export import FusedProgram, fuse
 from export.base.precision import PRECISIONS
 from export.runtime.artefacts import running_first
 from export.runtime.bundle.contents import open_bundle
@@ -52,13 +52,6 @@ def block(x: Tensor) -> FusedProgram:
     program = fuse_exactly(residual(), x)
     assert [operator.kind for operator in program.coverage.fused] == ["conv2d_bias_act"] and not program.coverage.left
     return program
-
-
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-def test_weight_normalisation_of_old_is_refused_in_one_line(x: Tensor) -> None:
-    with pytest.raises(ExportError, match="the model cannot be copied: ") as error:
-        fuse(nn.utils.weight_norm(nn.Conv2d(3, 8, 3)).eval(), x, BATCH)
-    assert "\n" not in str(error.value)
 
 
 def small(x: Tensor, m: Any) -> Tensor:
