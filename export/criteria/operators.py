@@ -386,8 +386,10 @@ def _allowed(
         return (read[argument] if value is None else value).float()
 
     arguments = {key: value_of(argument) for key, argument in named_args(node).items()}
-    weight, bound = named_args(node).get("weight"), _bound(program, node)
-    rounds_weights = weights_too and precision.name != "fp32" and constant(program.master, weight) is not None
+    given, bound = named_args(node), _bound(program, node)
+    weights = [given["weight"]] if "weight" in given else list(given.values())
+    held = any(constant(program.master, weight) is not None for weight in weights)
+    rounds_weights = weights_too and precision.name != "fp32" and held
     assert bound is not None  # who asks has seen to it
     return bound(Call(arguments, pre, Rounding(precision.roundoff, rounds_weights, separate_addition)))
 

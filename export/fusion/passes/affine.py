@@ -130,7 +130,7 @@ def _per_channel(graph_module: fx.GraphModule, value: object, x: fx.Node) -> Ten
     like = x.meta["val"]
     if like.dim() not in (2, 4) or not isinstance(like.shape[1], int) or isinstance(value, bool):
         return None
-    held = torch.tensor(float(value)) if isinstance(value, int | float) else constant(graph_module, value)
+    held = constant(graph_module, value) if isinstance(value, fx.Node) else torch.tensor(value, dtype=torch.float64)
     if held is None or held.dim() > like.dim() or not held.is_floating_point():
         return None
     channels = like.shape[1]

@@ -46,6 +46,9 @@ _SMALLEST_WEIGHT = 2.0**-8
 # Root mean square. What is normalised has values of about 1; were its mean several of them, weights that are rounded
 # would be multiplied by the mean too, which the network never does.
 _LARGEST_SHIFT = 2.0
+# Root mean square. A bias is rounded once for all images: of a constant that is several times what it is added to, such
+# as a mean age, that would be an error that all share.
+_LARGEST_BIAS = 8.0
 
 
 def fold_batchnorm(graph_module: fx.GraphModule) -> fx.GraphModule:
@@ -116,6 +119,8 @@ def _why_not_foldable(graph_module: fx.GraphModule, affine: Affine) -> str | Non
     if reason is None and not affine.is_batch_norm:
         weight = parameter(graph_module, args_of(layer)[1])
         reason = _why_too_small(weight, _output_scaled(layer, weight, affine.scale))
+        if affine.shift.square().mean().sqrt() > _LARGEST_BIAS:
+            reason = "what is added is large, and rounded apart"
     return reason
 
 

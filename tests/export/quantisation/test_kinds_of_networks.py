@@ -340,7 +340,7 @@ def test_spread_counts_what_is_summed(pictures: dict[str, Tensor]) -> None:
     leaves = {"x": subject.images.double()}
     assert spread(graph, nodes["x"], leaves, u).max() == 0
     (last,) = (node for node in graph.graph.nodes if is_call(node, aten.sub.Tensor))
-    assert 900 * u < spread(graph, last, leaves, u).median() < 1100 * u
+    assert 900 * u < spread(graph, last, leaves, u).median() < 2500 * u  # of three steps that large
     (classes,) = (node for node in graph.graph.nodes if is_call(node, aten.argmax.default))
     exact = values_of(graph, leaves["x"])[classes.name]
     changed = [
