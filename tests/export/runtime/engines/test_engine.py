@@ -63,7 +63,7 @@ def test_an_engine_that_is_not_what_was_asked_is_impossible(onnx_files: dict[str
 
 @pytest.mark.parametrize("content", [b"", b"not an ONNX file", b"\x08\x08" * 50])
 def test_file_that_is_no_onnx_model_is_refused_in_one_line(content: bytes) -> None:
-    with pytest.raises(ExportError, match=r"cannot parse the ONNX file|could not build an engine") as error:
+    with pytest.raises(ExportError, match=r"the ONNX file|an ONNX file|could not build an engine") as error:
         build_engine(content, RTX, FP16, BATCH, SHAPE)
     assert "\n" not in str(error.value)
 
