@@ -107,8 +107,7 @@ def test_the_file_computes_what_the_simulation_does(
 ) -> None:
     """Every value to the LSB that rounding explains, and the outputs as near to float64 as the simulations are."""
     subject = in_8_bits[network]
-    layers = LAYERS[network] - (network is networks.doubled)  # of equal nodes the file has one
-    assert_reads_8_bits(subject.file(scheme).model, layers)
+    assert_reads_8_bits(subject.file(scheme).model, LAYERS[network])
     rung = subject.judge(scheme)
     assert rung and rung.operators is not None and not rung.operators.unchecked, rung.verdict
 
