@@ -469,6 +469,7 @@ NO_WEIGHTS: dict[str, tuple[Callable[[], bytes], str]] = {
     "denied": (lambda: b'<?xml version="1.0"?><Error>', "a failed download"),
     "truncated": (lambda: torch_saved()[:-50], "a truncated zip archive"),
     "protocol": (lambda: torch_saved(pickle_protocol=4), "protocol 4"),
+    "one-byte": (lambda: b"\x80", "looks like a pickle"),
     "detectron": (lambda: pickle.dumps({"model": np.zeros(1)}, 4), "a pickle, of protocol 4"),
 }
 
