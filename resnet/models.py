@@ -122,7 +122,7 @@ def _stage(block: BlockFactory, in_channels: int, channels: int, depth: int, str
 def _he_initialise(model: nn.Module) -> None:
     """Convolutions from N(0, 2 / fan_out), as He et al. 2015; BatchNorm and fc keep PyTorch's defaults."""
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d) and not module.weight.is_meta:  # where there is nothing to draw
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 

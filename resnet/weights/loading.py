@@ -103,6 +103,11 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str], key: str | None
         raise WeightsError(file, faults[0] or "")
     copy = copies[faults.index(None)]
     found = copy.tensors
+    fitting = [c for c, fault in zip(copies, faults, strict=True) if fault is None]
+    shared = [c for c in fitting if c.tensors.get("fc.weight") is found.get("fc.weight") and c.follows == copy.follows]
+    if key is None and len(shared) > 1 and "fc.weight" in found:
+        keys = " or ".join(f"load_weights(key={short(c.label)!r})" for c in shared[:3])
+        raise WeightsError(file, f"{len(shared)} networks share one classifier, so none is the whole; choose {keys}")
     converted = {name: tensor.detach().to(expected[name].dtype) for name, tensor in found.items()}
     _check_values(file, converted)
     info = WeightsInfo(
@@ -118,7 +123,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str], key: str | None
         key=copy.label,
         renamed=copy.renamed,
         unused=tuple(name for name in copy.rest if name not in copy.wrappers),
-        others=tuple(c.label for c, fault in zip(copies, faults, strict=True) if fault is None and c is not copy),
+        others=tuple(c.label for c in fitting if c is not copy),
     )
     model.load_state_dict({**expected, **converted})
     _LOG.info("weights from %s", _description(info))

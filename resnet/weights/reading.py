@@ -181,7 +181,7 @@ def _looks_like(file: Path, size: int, reason: str) -> str:
 def _looks_like_pickle(head: bytes) -> str:
     if head.startswith(_OLD_MAGIC):
         return "a torch.save file as before PyTorch 1.6"
-    if head[1] > 2 or b"numpy" in head:
+    if len(head) > 1 and (head[1] > 2 or b"numpy" in head):
         remedy = "not by torch.save with its default protocol; read it where it was made and torch.save its tensors"
         return f"a pickle, of protocol {head[1]}, {remedy}"
     return "a pickle"

@@ -361,6 +361,16 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
         {**under("net.", S8), "classifier.weight": torch.ones(3, 10), "classifier.bias": torch.ones(3)},
         r"2 unexpected \(classifier",
     ),
+    "two-streams": (
+        "resnet8",
+        {
+            **under("rgb.", without(S8, FC)),
+            **under("flow.", without(OTHER, FC)),
+            "fc.weight": S8["fc.weight"],
+            "fc.bias": S8["fc.bias"],
+        },
+        r"2 networks share one classifier.*key='rgb'\) or load_weights\(key='flow'",
+    ),
     "second-head": ("resnet8", {**under("net.", S8), "head.weight": TWO}, r"unexpected \(head\.weight\)"),
     "biases": ("resnet8", {**S8, "layer1.0.conv1.bias": torch.ones(16)}, "convolutions with a bias"),
     "folded": ("resnet8", {**without(S8, "bn1"), "conv1.bias": torch.ones(16)}, "BatchNorm is folded already"),
@@ -459,6 +469,7 @@ NO_WEIGHTS: dict[str, tuple[Callable[[], bytes], str]] = {
     "denied": (lambda: b'<?xml version="1.0"?><Error>', "a failed download"),
     "truncated": (lambda: torch_saved()[:-50], "a truncated zip archive"),
     "protocol": (lambda: torch_saved(pickle_protocol=4), "protocol 4"),
+    "one-byte": (lambda: b"\x80", "looks like a pickle"),
     "detectron": (lambda: pickle.dumps({"model": np.zeros(1)}, 4), "a pickle, of protocol 4"),
 }
 
