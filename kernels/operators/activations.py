@@ -42,8 +42,8 @@ class _Kind:
         zero_below: all that is below gives exactly 0; None where nothing does.
         steps: roundings of about the result's size on the way to it, where each step is an operator of its own.
         cancels: whether a step is of the size of what it reads though the result is small: 1 + erf(v) for one.
-        half: what 1/2 is multiplied with where a runtime computes a sigmoid as 1/2 and an odd function of v (ONNX Runtime
-            does): of a small result, that 1/2 was rounded too.
+        half: what 1/2 is multiplied with where a runtime computes a sigmoid as 1/2 and an odd function of v, as ONNX
+            Runtime does: of a small result, that 1/2 was rounded too.
     """
 
     function: Callable[[Tensor, float, Tensor | None], Tensor]
