@@ -42,15 +42,15 @@ class _Kind:
         zero_below: all that is below gives exactly 0; None where nothing does.
         steps: roundings of about the result's size on the way to it, where each step is an operator of its own.
         cancels: whether a step is of the size of what it reads though the result is small: 1 + erf(v) for one.
-        half: what 1/2 is multiplied with where a runtime computes a sigmoid as 1/2 and an odd function of v, as ONNX
-            Runtime does: of a small result, that 1/2 was rounded too.
+        sigmoid: by what a step that is a sigmoid is multiplied. As an operator of its own it is as exact as its largest
+            summand, in float32: ONNX Runtime's is 1/2 and a rational function, off by 2^-25 rms where it is near 0 too.
     """
 
     function: Callable[[Tensor, float, Tensor | None], Tensor]
     zero_below: float | None = None
     steps: int = 0
     cancels: bool = False
-    half: Callable[[Tensor], Tensor] | None = None
+    sigmoid: Callable[[Tensor], Tensor] | None = None
 
 
 def _prelu(value: Tensor, _: float, slope: Tensor | None) -> Tensor:
@@ -62,8 +62,8 @@ _KINDS: dict[str, _Kind] = {
     "relu6": _Kind(lambda v, a, s: v.clamp(0, 6), zero_below=0.0),
     "leaky_relu": _Kind(lambda v, a, s: F.leaky_relu(v, a)),
     "prelu": _Kind(_prelu, steps=1),
-    "sigmoid": _Kind(lambda v, a, s: v.sigmoid(), half=torch.ones_like),
-    "silu": _Kind(lambda v, a, s: F.silu(v), steps=1, half=lambda v: v),
+    "sigmoid": _Kind(lambda v, a, s: v.sigmoid(), sigmoid=torch.ones_like),
+    "silu": _Kind(lambda v, a, s: F.silu(v), steps=1, sigmoid=torch.abs),
     "hardsigmoid": _Kind(lambda v, a, s: F.hardsigmoid(v), zero_below=-3.0, steps=1),
     "hardswish": _Kind(lambda v, a, s: F.hardswish(v), zero_below=-3.0, steps=2),
     "gelu": _Kind(lambda v, a, s: F.gelu(v), steps=2, cancels=True),
@@ -117,8 +117,8 @@ class Activation:
         if kind.cancels:
             roundoff = rounding.roundoff if rounding.separate_addition else single
             variance = variance + (0.5 * roundoff * pre.to(variance.dtype)).square()
-        if kind.half is not None:
-            variance = variance + (0.5 * single * kind.half(pre).to(variance.dtype)).square()
+        if kind.sigmoid is not None and rounding.separate_addition:
+            variance = variance + (0.5 * single * kind.sigmoid(pre.to(variance.dtype))).square()
         variance = variance + (ROUNDING_RMS * _SPACING.get(rounding.roundoff, _SMALLEST_SPACING)) ** 2
         if kind.zero_below is None:
             return Bound(variance.sqrt(), torch.full_like(before.upper, math.inf))
