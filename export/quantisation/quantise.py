@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from export.base.errors import ExportError
 from export.fusion.nodes import (
+    QUANTISATION,
     add_constant,
     args_of,
     aten,
@@ -18,14 +19,18 @@ from export.fusion.nodes import (
     is_call,
     module_path,
     moves_data,
+    named_args,
     parameter,
     resnet_deploy,
+    schema_name,
     source_name,
 )
 from export.quantisation.scheme import Range, Scheme
 
 LAYERS = (resnet_deploy.conv2d_bias_act.default, aten.linear.default)
 _POOLS = (aten.max_pool2d.default, aten.mean.dim)
+_CHOOSE = ("flip", "index_select", "pixel_shuffle", "pixel_unshuffle", "roll", "select", "upsample_nearest2d")
+_SHAPES = ("sym_size", "_assert_tensor_metadata")
 BIAS_LIMIT = 2.0**30  # an int32 bias leaves room for the sum of the products
 
 
@@ -37,7 +42,9 @@ def quantise(
     A layer is a convolution or a linear layer with constant weights; first and last ones are no exception. Its input
     is quantised and, by the residual rule, the shortcut that is added to its result, but not the result: that goes
     to the addition and the ReLU as it is, and is quantised where the next layer reads it. With a scheme of quantised
-    sums the result is quantised before the addition too. A max-pool reads and returns values of one scale.
+    sums the result is quantised before the addition too. What is quantised for one reader all read in 8 bits, a pool
+    or a concatenation too, but for layers that are kept and what the network returns. Values that are chosen from a
+    quantised one, by a max-pool, a slice or a flip, have its scale.
 
     Args:
         graph_module: fused at level b; with `split_addition` for a scheme of quantised sums. float64.
@@ -117,10 +124,36 @@ def is_input(value: fx.Node) -> bool:
 
 
 def _ranged(value: fx.Node) -> fx.Node:
-    """Whose range a value has: pooled maxima are among what they are chosen from."""
+    """Whose range a value has: pooled maxima are among what they are chosen from, and so is what a slice leaves.
+
+    A slice of what is not quantised has its own range, which may be smaller.
+    """
+    end = value
+    while is_call(end, aten.max_pool2d.default) or _chooses(end):
+        end = args_of(end)[0]
+    if is_call(end, *QUANTISATION):
+        return _ranged(args_of(args_of(end)[0])[0])
     while is_call(value, aten.max_pool2d.default):
         value = args_of(value)[0]
     return value
+
+
+def _chooses(value: fx.Node) -> bool:
+    """Whether a call computes nothing but moves, repeats or leaves out what its first argument holds, or adds zeros."""
+    if value.op != "call_function" or not value.args or not isinstance(args_of(value)[0], fx.Node):
+        return False
+    if is_call(value, aten.pad.default):
+        given = named_args(value)
+        return given["mode"] != "constant" or not given["value"]
+    return schema_name(value) in _CHOOSE or (bool(schema_name(value)) and moves_data(value))
+
+
+def _reads_floats(reader: fx.Node, layers: Collection[fx.Node]) -> bool:
+    """Whether a reader of a quantised value takes it as it was: a kept layer, the output, or for its shape alone."""
+    kept = reader
+    if is_call(reader, aten.add.Tensor) and "fused" in reader.meta:
+        kept = args_of(reader)[0]
+    return reader.op == "output" or schema_name(reader) in _SHAPES or (is_call(kept, *LAYERS) and kept not in layers)
 
 
 def summand_name(layer: fx.Node) -> str:
@@ -149,7 +182,7 @@ def _quantise_value(
         raise ExportError(
             f"{label} reaches {max(map(abs, values)):.4g}: no scale in {scheme.arithmetic.dtype} holds that"
         )
-    readers = [node for node in value.users if node in layers or is_call(node, *_POOLS) or _sums(node, layers)]
+    readers = [node for node in value.users if not _reads_floats(node, layers)]
     with graph.inserting_before(value.next):
         constants = _constants(graph_module, label, scale, zero_point)
         quantised = graph.call_function(resnet_deploy.quantize_linear.default, (value, *constants))

@@ -141,9 +141,9 @@ class Scale:
         return round(100 * min(max(share, 0.0), 1.0), 2)
 
     def decades(self) -> list[float]:
-        """The powers of ten in it; of a wide scale, only some."""
+        """The powers of ten in it; of a wide scale, only some, of a narrow one maybe none."""
         first, last = math.ceil(math.log10(self.low)), math.floor(math.log10(self.high))
-        return [10.0**exponent for exponent in range(first, last + 1, 1 + (last - first) // _LINES)]
+        return [10.0**exponent for exponent in range(first, last + 1, 1 + max(last - first, 0) // _LINES)]
 
 
 def plots(measure: Measure, forms: Sequence[Sequence[Check]]) -> list[Plot]:

@@ -30,6 +30,8 @@ def test_zero_and_infinity_have_a_place_and_a_shape() -> None:
     assert [shape for _, shape in some] == ["dot", "diamond"] and 0 < some[0][0] < some[1][0] < 100
     (empty,) = plots(Z, [[{**check("a", 0.0, None), "rms_limit": None, "max_limit": None}]])
     assert empty.rows[0].limits == ()
+    (narrow,) = plots(Z, [[check("a", 2.4, 2.5) | {"rms_limit": 2.4, "max_limit": 2.5}]])
+    assert narrow.grid == ()
 
 
 def test_the_axis_names_the_limit_of_most() -> None:
