@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from export.base.batch import Arrays, run_in_batches
+from export.base.batch import Arrays, at_once, run_in_batches
 from export.base.precision import DOUBLE, Precision
 from export.fusion.program import FusedProgram
 from export.lowering.runners import EagerRunner, ProgramRunner, UnfusedRunner
@@ -31,7 +31,7 @@ def run_references(
 def run_oracle(model: nn.Module, program: FusedProgram, names: tuple[str, ...], images: NDArray) -> References:
     """Run the user's model in float64; nothing yet says what rounding makes of it."""
     with EagerRunner(model, torch.float64, names) as runner:
-        return References(images, {}, run_in_batches(runner.infer, images, program.batch, len(images)))
+        return References(images, {}, run_in_batches(runner.infer, images, program.batch, at_once(images)))
 
 
 def run_rounded(references: References, model: nn.Module, program: FusedProgram, precision: Precision) -> References:
@@ -49,7 +49,7 @@ def run_rounded(references: References, model: nn.Module, program: FusedProgram,
     for runner in (eager, UnfusedRunner("folded", program, program.folded, precision, names)):
         with runner:
             started = time.perf_counter()
-            rounded[runner.name] = run_in_batches(runner.infer, images, program.batch, len(images))
+            rounded[runner.name] = run_in_batches(runner.infer, images, program.batch, at_once(images))
             seconds.append((time.perf_counter() - started) / len(images))
     why_not = _no_reference(program, rounded[eager.name], rounded["folded"], references, precision)
     unusable = {eager.name: why_not} if why_not else {}
@@ -77,7 +77,7 @@ def _folded_exactly(program: FusedProgram, oracle: Arrays, images: NDArray) -> b
     """Whether folding alone, in float64, leaves the outputs as they were."""
     runner = UnfusedRunner("folded", program, program.folded, DOUBLE, tuple(oracle))
     with runner:
-        folded = run_in_batches(runner.infer, images, program.batch, len(images))
+        folded = run_in_batches(runner.infer, images, program.batch, at_once(images))
     errors = [relative_error(folded[name], y) for name, y in oracle.items() if np.issubdtype(y.dtype, np.floating)]
     return max(errors) < _EXACT
 
@@ -92,6 +92,6 @@ def run_simulations(references: References, simulations: Mapping[str, tuple[Fuse
     for name, (program, precision) in simulations.items():
         with ProgramRunner(program, precision, names) as runner:
             started = time.perf_counter()
-            rounded[name] = run_in_batches(runner.infer, references.images, program.batch, len(references.images))
+            rounded[name] = run_in_batches(runner.infer, references.images, program.batch, at_once(references.images))
             seconds = (time.perf_counter() - started) / len(references.images)
     return References(references.images, rounded, references.oracle, references.runtime, seconds)

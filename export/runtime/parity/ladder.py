@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from export.base.batch import Arrays, Batch, run_in_batches
+from export.base.batch import Arrays, Batch, at_once, run_in_batches
 from export.base.errors import ExportError
 from export.base.precision import Precision
 from export.runtime.parity.checks import OperatorChecks
@@ -72,13 +72,13 @@ class Execution:
 
 def execute(runner: Runner, images: NDArray, batch: Batch) -> Execution:
     """Run a form twice over the images, the second time backwards and in smaller batches."""
-    untouched = images.copy()
+    untouched, size = images.copy(), at_once(images) if runner.in_host_memory else len(images)
     with runner:
         trace = runner.trace({INPUT: operator_images(images, batch)})
         started = time.perf_counter()
-        straight = run_in_batches(runner.infer, images, batch, len(images))
+        straight = run_in_batches(runner.infer, images, batch, size)
         seconds = (time.perf_counter() - started) / len(images)
-        backwards = run_in_batches(runner.infer, images[::-1].copy(), batch, max(1, len(images) // 2 - 1))
+        backwards = run_in_batches(runner.infer, images[::-1].copy(), batch, max(1, size // 2 - 1))
     return Execution(
         name=runner.name,
         runtime=runner.runtime,
@@ -92,8 +92,8 @@ def execute(runner: Runner, images: NDArray, batch: Batch) -> Execution:
 
 
 def operator_images(images: NDArray, batch: Batch) -> NDArray:
-    """The images the operator criterion looks at: about four, repeated up to the smallest batch allowed."""
-    size = max(batch.minimum, min(_OPERATOR_IMAGES, batch.maximum))
+    """The images the operator criterion looks at: about four, fewer large ones, or the smallest batch allowed."""
+    size = max(batch.minimum, min(_OPERATOR_IMAGES, batch.maximum, at_once(images)))
     return np.resize(images, (size, *images.shape[1:]))
 
 

@@ -1,0 +1,110 @@
+"""What a runtime makes of a file has the shapes of the file, and pools are written so that it does."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from onnx import helper
+from torch import Tensor, nn
+
+from export import Batch, ExportError, fuse
+from export.base.precision import PRECISIONS
+from export.lowering.onnx_file import lower_onnx
+from export.lowering.runners import OnnxRuntimeRunner
+from export.runtime.engines.engine import FLAVOURS, build_engine, import_flavour
+from export.runtime.engines.shape_proof import prove_shapes
+from export.runtime.onnx_wire import value_shapes
+
+RTX, FP32, BATCH = FLAVOURS["tensorrt-rtx"], PRECISIONS["fp32"], Batch(1, 2, 4)
+
+
+class Pools(nn.Module):
+    def __init__(self, pools: dict[str, Callable[[Tensor], Tensor]]) -> None:
+        super().__init__()
+        self.pools = pools
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {name: pool(x) for name, pool in self.pools.items()}
+
+
+def pools() -> dict[str, Callable[[Tensor], Tensor]]:
+    found: dict[str, Callable[[Tensor], Tensor]] = {}
+    for k, s, p in [(2, 2, 1), (2, 3, 0), (3, 2, 1), (3, 3, 1), (5, 3, 2), (5, 2, 1)]:
+        found[f"max_{k}{s}{p}"] = lambda x, k=k, s=s, p=p: F.max_pool2d(x, k, s, p, ceil_mode=True)
+        for ceil, counts, divisor in itertools.product((True, False), (True, False), (None, 7)):
+            found[f"avg_{k}{s}{p}_{ceil}_{counts}_{divisor}"] = (
+                lambda x, a=(k, s, p, ceil, counts, divisor): F.avg_pool2d(x, *a)
+            )
+    found["uneven"] = lambda x: F.avg_pool2d(x, (3, 2), (2, 3), (1, 0), True)
+    found["uneven_max"] = lambda x: F.max_pool2d(x, (3, 2), (1, 2), (0, 1), 1, True)
+    found["default_stride"] = lambda x: F.max_pool2d(x, 2, ceil_mode=True)
+    return found
+
+
+@pytest.fixture(scope="module")
+def trt() -> Any:
+    return import_flavour(RTX)
+
+
+def prove(trt: Any, content: bytes) -> None:
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    assert trt.OnnxParser(network, logger).parse(content)
+    prove_shapes(network, content)
+
+
+@pytest.mark.parametrize("size", [(11, 11), (12, 13)])
+def test_every_pool_has_pytorchs_windows_and_values_everywhere(size: tuple[int, int], trt: Any) -> None:
+    model, x = Pools(pools()).eval(), torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    file = lower_onnx(fuse(model, x, BATCH), x, FP32, {})
+    with OnnxRuntimeRunner(file, FP32) as runner:
+        found = runner.infer({"input": x.numpy()})
+    wrong = [name for name, y in model(x).items() if found[name].shape != y.shape]
+    assert not wrong
+    assert not [name for name, y in model(x).items() if np.abs(found[name] - y.numpy()).max() > 1e-5]
+    written = [a for node in file.model.graph.node for a in node.attribute if a.name == "ceil_mode"]
+    assert written and not any(a.i for a in written)
+    prove(trt, file.serialize())
+
+
+def pooling(shape: list[int | str | None] | None, **attributes: Any) -> bytes:
+    """A file with one max-pool of 2x2 and stride 2 on 17x17, whose output is said to have a shape."""
+    node = helper.make_node("MaxPool", ["input"], ["pooled"], name="pool", kernel_shape=[2, 2], strides=[2, 2], **attributes)
+    values = [helper.make_tensor_value_info(n, 1, s) for n, s in (("input", ["N", 3, 17, 17]), ("pooled", shape))]
+    graph = helper.make_graph([node], "g", values[:1], values[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    return bytes(model.SerializeToString())
+
+
+def test_an_engine_of_other_shapes_is_refused_in_words(trt: Any) -> None:
+    """The last of 10 windows lies wholly in the padding: PyTorch and ONNX Runtime drop it."""
+    content = pooling(["N", 3, 9, 9], pads=[1, 1, 1, 1], ceil_mode=1)
+    words = r"^pool \(POOLING\) would give pooled the shape \[N, 3, 10, 10\]: expected \[N, 3, 9, 9\], as in the ONNX file$"
+    with pytest.raises(ExportError, match=words):
+        build_engine(content, RTX, FP32, BATCH, (3, 17, 17))
+    for known in (["N", 3, 8, 8], ["N", 3, "H", 8], [None, None, None, None], None):
+        prove(trt, pooling(known))
+    with pytest.raises(ExportError, match=r"expected \[N, 3, 8\]"):
+        prove(trt, pooling(["N", 3, 8]))
+
+
+def test_what_the_parser_refuses_is_refused_by_name() -> None:
+    with pytest.raises(ExportError, match=r"cannot parse the ONNX file: pool \(MaxPool\): .*dilations"):
+        build_engine(pooling(["N", 3, 8, 8], dilations=[2, 2]), RTX, FP32, BATCH, (3, 17, 17))
+
+
+def test_shapes_are_read_from_the_bytes_as_onnx_reads_them() -> None:
+    model = onnx.load_model_from_string(pooling(["N", 3, 8, 8]))
+    model.graph.value_info.append(helper.make_tensor_value_info("scalar", 1, []))
+    model.graph.value_info.append(helper.make_tensor_value_info("large", 1, [1 << 40, None, 0]))
+    assert value_shapes(model.SerializeToString()) == {
+        "input": (None, 3, 17, 17), "pooled": (None, 3, 8, 8), "scalar": (), "large": (1 << 40, None, 0)
+    }  # fmt: skip
