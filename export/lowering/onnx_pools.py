@@ -22,9 +22,7 @@ def _max_pool2d(self, kernel_size, stride=(), padding=(0, 0), dilation=(1, 1), c
     kernel, steps, before, dilations = _geometry(kernel_size, stride, padding, dilation)
     behind = _behind(self, kernel, steps, before, dilations) if ceil_mode else before
     pads = [*before, *behind]
-    y, _indices = op.MaxPool(
-        self, ceil_mode=False, dilations=dilations, kernel_shape=kernel, pads=pads, strides=steps
-    )
+    y, _indices = op.MaxPool(self, ceil_mode=False, dilations=dilations, kernel_shape=kernel, pads=pads, strides=steps)
     return y
 
 
@@ -57,7 +55,9 @@ def _geometry(*values: Sequence[int]) -> list[list[int]]:
     return [[*pair(each)] for each in (kernel, stride or kernel, *others)]
 
 
-def _behind(x: Any, kernel: Sequence[int], stride: Sequence[int], before: Sequence[int], dilation: Sequence[int]) -> list[int]:
+def _behind(
+    x: Any, kernel: Sequence[int], stride: Sequence[int], before: Sequence[int], dilation: Sequence[int]
+) -> list[int]:
     """The padding behind an input [N, C, H, W] that the windows of PyTorch's `ceil_mode` need, or the given one."""
     found = []
     for length, size, step, pad, spread in zip(x.shape[2:], kernel, stride, before, dilation, strict=True):

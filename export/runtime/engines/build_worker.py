@@ -71,9 +71,9 @@ def build(
 def _why_not_parsed(parser: Any) -> str:
     if not parser.num_errors:
         return "no reason given"
-    error = parser.get_error(0)
-    node = f"{error.node_name()} ({error.node_operator()}): " if error.node_name() else ""
-    return f"{node}{error.desc().splitlines()[0]}"
+    failure = parser.get_error(0)
+    node = f"{failure.node_name()} ({failure.node_operator()}): " if failure.node_name() else ""
+    return f"{node}{failure.desc().splitlines()[0]}"
 
 
 def count_dla_cores(flavour: Flavour) -> int:

@@ -30,7 +30,9 @@ def prove_shapes(network: Any, onnx_bytes: bytes) -> None:
             expected, got = shapes.get(tensor.name), _shape(tensor)
             if expected is None or got is None:
                 continue
-            if len(got) != len(expected) or any(None not in (m, n) and m != n for m, n in zip(got, expected)):
+            if len(got) != len(expected) or any(
+                None not in (m, n) and m != n for m, n in zip(got, expected, strict=True)
+            ):
                 raise ExportError(
                     f"{layer.name} ({layer.type.name}) would give {tensor.name} the shape {_words(got)}: "
                     f"expected {_words(expected)}, as in the ONNX file"
@@ -38,7 +40,7 @@ def prove_shapes(network: Any, onnx_bytes: bytes) -> None:
 
 
 def _shape(tensor: Any) -> tuple[int | None, ...] | None:
-    """Of a tensor of TensorRT, None for a size that it does not know; None where it does not know how many there are."""
+    """Of a tensor of TensorRT, with None for a size that it does not know; None where it does not know the rank."""
     try:
         return tuple(size if size >= 0 else None for size in tensor.shape)
     except ValueError:  # of a rank below 0

@@ -23,7 +23,8 @@ OBJECTS = {
     "export/runtime/engines/build_worker.py": {
         "trt": "module", "builder": "Builder", "network": "INetworkDefinition", "parser": "OnnxParser",
         "options": "IBuilderConfig", "profile": "IOptimizationProfile", "cache": "ITimingCache", "layer": "ILayer",
-        "engine": "ICudaEngine", "inspector": "EngineInspector", "context": "IExecutionContext", "error": "ParserError",
+        "engine": "ICudaEngine", "inspector": "EngineInspector", "context": "IExecutionContext",
+        "failure": "ParserError",
     },
     "export/runtime/engines/loader.py": {"trt": "module", "runtime": "Runtime"},
     "export/runtime/engines/precision_proof.py": {

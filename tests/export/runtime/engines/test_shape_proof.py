@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -36,14 +35,13 @@ class Pools(nn.Module):
 
 def pools() -> dict[str, Callable[[Tensor], Tensor]]:
     found: dict[str, Callable[[Tensor], Tensor]] = {}
-    for k, s, p in [(2, 2, 1), (2, 3, 0), (3, 2, 1), (3, 3, 1), (5, 3, 2), (5, 2, 1)]:
+    for k, s, p in [(2, 2, 1), (2, 3, 0), (3, 2, 1), (5, 3, 2)]:
         found[f"max_{k}{s}{p}"] = lambda x, k=k, s=s, p=p: F.max_pool2d(x, k, s, p, ceil_mode=True)
-        for ceil, counts, divisor in itertools.product((True, False), (True, False), (None, 7)):
-            found[f"avg_{k}{s}{p}_{ceil}_{counts}_{divisor}"] = (
-                lambda x, a=(k, s, p, ceil, counts, divisor): F.avg_pool2d(x, *a)
-            )
+        for counts, divisor in ((True, None), (False, None), (True, 7)):
+            name = f"avg_{k}{s}{p}_{counts}_{divisor}"
+            found[name] = lambda x, a=(k, s, p, True, counts, divisor): F.avg_pool2d(x, *a)
+    found["divided"] = lambda x: F.avg_pool2d(x, 3, 2, 1, divisor_override=5)
     found["uneven"] = lambda x: F.avg_pool2d(x, (3, 2), (2, 3), (1, 0), True)
-    found["uneven_max"] = lambda x: F.max_pool2d(x, (3, 2), (1, 2), (0, 1), 1, True)
     found["default_stride"] = lambda x: F.max_pool2d(x, 2, ceil_mode=True)
     return found
 
@@ -61,9 +59,8 @@ def prove(trt: Any, content: bytes) -> None:
     prove_shapes(network, content)
 
 
-@pytest.mark.parametrize("size", [(11, 11), (12, 13)])
-def test_every_pool_has_pytorchs_windows_and_values_everywhere(size: tuple[int, int], trt: Any) -> None:
-    model, x = Pools(pools()).eval(), torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+def test_every_pool_has_pytorchs_windows_and_values_everywhere(trt: Any) -> None:
+    model, x = Pools(pools()).eval(), torch.randn(2, 3, 11, 13, generator=torch.Generator().manual_seed(0))
     file = lower_onnx(fuse(model, x, BATCH), x, FP32, {})
     with OnnxRuntimeRunner(file, FP32) as runner:
         found = runner.infer({"input": x.numpy()})
@@ -77,7 +74,9 @@ def test_every_pool_has_pytorchs_windows_and_values_everywhere(size: tuple[int, 
 
 def pooling(shape: list[int | str | None] | None, **attributes: Any) -> bytes:
     """A file with one max-pool of 2x2 and stride 2 on 17x17, whose output is said to have a shape."""
-    node = helper.make_node("MaxPool", ["input"], ["pooled"], name="pool", kernel_shape=[2, 2], strides=[2, 2], **attributes)
+    node = helper.make_node(
+        "MaxPool", ["input"], ["pooled"], name="pool", kernel_shape=[2, 2], strides=[2, 2], **attributes
+    )
     values = [helper.make_tensor_value_info(n, 1, s) for n, s in (("input", ["N", 3, 17, 17]), ("pooled", shape))]
     graph = helper.make_graph([node], "g", values[:1], values[1:])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
@@ -87,7 +86,9 @@ def pooling(shape: list[int | str | None] | None, **attributes: Any) -> bytes:
 def test_an_engine_of_other_shapes_is_refused_in_words(trt: Any) -> None:
     """The last of 10 windows lies wholly in the padding: PyTorch and ONNX Runtime drop it."""
     content = pooling(["N", 3, 9, 9], pads=[1, 1, 1, 1], ceil_mode=1)
-    words = r"^pool \(POOLING\) would give pooled the shape \[N, 3, 10, 10\]: expected \[N, 3, 9, 9\], as in the ONNX file$"
+    words = (
+        r"^pool \(POOLING\) would give pooled the shape \[N, 3, 10, 10\]: expected \[N, 3, 9, 9\], as in the ONNX file$"
+    )
     with pytest.raises(ExportError, match=words):
         build_engine(content, RTX, FP32, BATCH, (3, 17, 17))
     for known in (["N", 3, 8, 8], ["N", 3, "H", 8], [None, None, None, None], None):
