@@ -8,7 +8,7 @@ behind the input is what PyTorch's windows reach, and an average counts it or no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
@@ -34,7 +34,8 @@ def _avg_pool2d(  # type: ignore[no-untyped-def]
     x, beyond = self, [end - begin for begin, end in zip(before, behind, strict=True)]
     if count_include_pad and divisor_override is None and max(beyond) > 0:
         # What lies in the padding is counted, what lies behind it is not: the padding becomes part of the input.
-        x = op.Pad(self, op.Constant(value_ints=[0, 0, *before, 0, 0, *before]))
+        pads: Any = op.Constant(value_ints=[0, 0, *before, 0, 0, *before])
+        x = op.Pad(self, pads)
         before, behind, count_include_pad = [0, 0], [max(0, n) for n in beyond], False
     y = op.AveragePool(
         x,
@@ -46,7 +47,8 @@ def _avg_pool2d(  # type: ignore[no-untyped-def]
     )
     if divisor_override is None:
         return y
-    return op.Mul(y, op.CastLike(op.Constant(value_float=prod(kernel) / divisor_override), y))
+    factor: Any = op.Constant(value_float=prod(kernel) / divisor_override)
+    return op.Mul(y, op.CastLike(factor, y))
 
 
 def _geometry(*values: Sequence[int]) -> list[list[int]]:
@@ -69,4 +71,4 @@ def _behind(
     return found
 
 
-POOLS = {aten.max_pool2d.default: _max_pool2d, aten.avg_pool2d.default: _avg_pool2d}
+POOLS: dict[Callable, Callable] = {aten.max_pool2d.default: _max_pool2d, aten.avg_pool2d.default: _avg_pool2d}

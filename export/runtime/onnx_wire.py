@@ -1,8 +1,8 @@
 """What ONNX files say of themselves, told from their bytes: a device need not have ONNX installed.
 
-Whether a file holds all that it is made of is asked before a runtime opens it. Runtimes differ in what they do with a
-tensor whose values lie in another file: ONNX Runtime 1.20 to 1.23 read it wherever an absolute path says, whatever folder
-they were given to look in. The numbers are those of onnx.proto3.
+Whether a file holds all that it is made of is asked before a runtime opens it. Runtimes differ in what they do with
+a tensor whose values lie in another file: ONNX Runtime 1.20 to 1.23 read it wherever an absolute path says, whatever
+folder they were given to look in. The numbers are those of onnx.proto3.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,25 +24,19 @@ RTX, FP32, BATCH = FLAVOURS["tensorrt-rtx"], PRECISIONS["fp32"], Batch(1, 2, 4)
 
 
 class Pools(nn.Module):
-    def __init__(self, pools: dict[str, Callable[[Tensor], Tensor]]) -> None:
+    """Pools of each kind that runtimes were seen to differ in, by name."""
+
+    def __init__(self) -> None:
         super().__init__()
-        self.pools = pools
+        geometries = [(2, 2, 1), (2, 3, 0), (3, 2, 1), (5, 3, 2)]
+        self.largest: list[Any] = [(*g, 1, True) for g in geometries] + [(2, None, 0, 1, True)]
+        counts: list[Any] = [(True, None), (False, None), (True, 7)]
+        self.averages: list[Any] = [(*g, True, *c) for g in geometries for c in counts]
+        self.averages += [(3, 2, 1, False, True, 5), ((3, 2), (2, 3), (1, 0), True)]
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return {name: pool(x) for name, pool in self.pools.items()}
-
-
-def pools() -> dict[str, Callable[[Tensor], Tensor]]:
-    found: dict[str, Callable[[Tensor], Tensor]] = {}
-    for k, s, p in [(2, 2, 1), (2, 3, 0), (3, 2, 1), (5, 3, 2)]:
-        found[f"max_{k}{s}{p}"] = lambda x, k=k, s=s, p=p: F.max_pool2d(x, k, s, p, ceil_mode=True)
-        for counts, divisor in ((True, None), (False, None), (True, 7)):
-            name = f"avg_{k}{s}{p}_{counts}_{divisor}"
-            found[name] = lambda x, a=(k, s, p, True, counts, divisor): F.avg_pool2d(x, *a)
-    found["divided"] = lambda x: F.avg_pool2d(x, 3, 2, 1, divisor_override=5)
-    found["uneven"] = lambda x: F.avg_pool2d(x, (3, 2), (2, 3), (1, 0), True)
-    found["default_stride"] = lambda x: F.max_pool2d(x, 2, ceil_mode=True)
-    return found
+        largest = {f"max{i}": F.max_pool2d(x, *a) for i, a in enumerate(self.largest)}
+        return largest | {f"average{i}": F.avg_pool2d(x, *a) for i, a in enumerate(self.averages)}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +53,7 @@ def prove(trt: Any, content: bytes) -> None:
 
 
 def test_every_pool_has_pytorchs_windows_and_values_everywhere(trt: Any) -> None:
-    model, x = Pools(pools()).eval(), torch.randn(2, 3, 11, 13, generator=torch.Generator().manual_seed(0))
+    model, x = Pools().eval(), torch.randn(2, 3, 11, 13, generator=torch.Generator().manual_seed(0))
     file = lower_onnx(fuse(model, x, BATCH), x, FP32, {})
     with OnnxRuntimeRunner(file, FP32) as runner:
         found = runner.infer({"input": x.numpy()})
@@ -72,12 +65,13 @@ def test_every_pool_has_pytorchs_windows_and_values_everywhere(trt: Any) -> None
     prove(trt, file.serialize())
 
 
-def pooling(shape: list[int | str | None] | None, **attributes: Any) -> bytes:
+def pooling(shape: Any, **attributes: Any) -> bytes:
     """A file with one max-pool of 2x2 and stride 2 on 17x17, whose output is said to have a shape."""
     node = helper.make_node(
         "MaxPool", ["input"], ["pooled"], name="pool", kernel_shape=[2, 2], strides=[2, 2], **attributes
     )
-    values = [helper.make_tensor_value_info(n, 1, s) for n, s in (("input", ["N", 3, 17, 17]), ("pooled", shape))]
+    given: dict[str, Any] = {"input": ["N", 3, 17, 17], "pooled": shape}
+    values = [helper.make_tensor_value_info(name, 1, sizes) for name, sizes in given.items()]
     graph = helper.make_graph([node], "g", values[:1], values[1:])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     return bytes(model.SerializeToString())
