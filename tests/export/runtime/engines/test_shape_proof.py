@@ -18,6 +18,7 @@ from export.lowering.onnx_file import lower_onnx
 from export.lowering.runners import OnnxRuntimeRunner
 from export.runtime.engines.engine import FLAVOURS, build_engine, import_flavour
 from export.runtime.engines.shape_proof import prove_shapes
+from export.runtime.onnx_session import rounded_copy
 from export.runtime.onnx_wire import value_shapes
 
 RTX, FP32, BATCH = FLAVOURS["tensorrt-rtx"], PRECISIONS["fp32"], Batch(1, 2, 4)
@@ -103,3 +104,9 @@ def test_shapes_are_read_from_the_bytes_as_onnx_reads_them() -> None:
     assert value_shapes(model.SerializeToString()) == {
         "input": (None, 3, 17, 17), "pooled": (None, 3, 8, 8), "scalar": (), "large": (1 << 40, None, 0)
     }  # fmt: skip
+
+
+def test_a_file_whose_shapes_onnx_does_not_infer_is_refused_in_one_line() -> None:
+    wrong = onnx.load_model_from_string(pooling(["N", 3, 9, 9], pads=[1, 1, 1, 1], ceil_mode=1))
+    with pytest.raises(ExportError, match=r"shapes that ONNX does not infer: .*MaxPool, node name: pool"):
+        rounded_copy(wrong)
