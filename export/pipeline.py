@@ -308,7 +308,8 @@ def _compare(
     if forms.simulations:
         by_precision[precision] = run_simulations(references, forms.simulations)
         rungs += reference_rungs(by_precision[precision], precision)
-    for candidate, execution in zip(forms.candidates, executions, strict=True):
+    for candidate in forms.candidates:
+        execution = executions.pop(0)  # its intermediate tensors, which of large images are many, go with it
         held, operators = candidate.precision, candidate.check(execution.trace)
         rungs.append(judge(execution, by_precision[held], held, held.network_factor, operators))
     rungs += [judge_attempt(outcome, by_precision[precision], precision, ENGINE_FACTOR) for outcome in outcomes]

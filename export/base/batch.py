@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -38,6 +39,7 @@ class Batch:
 
 
 DEFAULT_BATCH = Batch(1, 8, 32)
+_PIXELS_AT_ONCE = 2**21  # 32 images of 256 x 256: 0.5 GB for each value of 64 channels in float32
 
 
 def as_batch(value: Batch | tuple[int, int, int] | int) -> Batch:
@@ -67,3 +69,8 @@ def run_in_batches(
         outputs = infer({"input": filled})
         parts.append({name: values[: len(part)] for name, values in outputs.items()})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def at_once(images: NDArray) -> int:
+    """How many images like these, [N, C, H, W], to compute on together, by the memory of their values; at least two."""
+    return max(2, _PIXELS_AT_ONCE // max(1, math.prod(images.shape[2:])))

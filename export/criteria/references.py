@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from export.base.batch import Arrays, run_in_batches
+from export.base.batch import Arrays, at_once, run_in_batches
 from export.base.errors import ExportError
 from export.base.precision import DOUBLE, PRECISIONS, Precision
 from export.fusion.program import FusedProgram
@@ -97,7 +97,7 @@ def run_rounded(references: References, model: nn.Module, program: FusedProgram,
 
 def _outputs(runner: Runner, program: FusedProgram, images: NDArray) -> Arrays:
     with runner:
-        return run_in_batches(runner.infer, images, program.batch, len(images))
+        return run_in_batches(runner.infer, images, program.batch, at_once(images))
 
 
 def _captured_exactly(program: FusedProgram, references: References) -> bool:
@@ -141,6 +141,6 @@ def run_simulations(references: References, simulations: Mapping[str, tuple[Fuse
     for name, (program, precision) in simulations.items():
         with ProgramRunner(program, precision, names) as runner:
             started = time.perf_counter()
-            rounded[name] = run_in_batches(runner.infer, references.images, program.batch, len(references.images))
+            rounded[name] = run_in_batches(runner.infer, references.images, program.batch, at_once(references.images))
             seconds = (time.perf_counter() - started) / len(references.images)
     return replace(references, rounded=rounded, seconds=seconds, unusable={})

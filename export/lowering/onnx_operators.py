@@ -11,6 +11,7 @@ from onnxscript import ir, opset19
 from onnxscript import opset18 as op
 
 from export.fusion.nodes import resnet_deploy
+from export.lowering.onnx_pools import POOLS
 from kernels.operators.conv2d_bias_act import Conv2dBiasAct
 from kernels.operators.conv2d_bias_relu_maxpool import Conv2dBiasReluMaxpool
 from kernels.operators.conv2d_conv1x1_bias_act import Conv2dConv1x1BiasAct
@@ -129,4 +130,5 @@ TRANSLATIONS: dict[Callable, Callable] = {
     **{getattr(resnet_deploy, a.operator).default: _of_values(a, lowering) for a, lowering in _LOWERINGS.items()},
     resnet_deploy.quantize_linear.default: _quantize_linear,
     resnet_deploy.dequantize_linear.default: _dequantize_linear,
+    **POOLS,
 }

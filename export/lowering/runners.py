@@ -108,6 +108,7 @@ class ProgramRunner(Runner):
         super().__init__(Interface.of(output_names, program.image_shape, program.batch))
         self._program, self._precision = program, precision
         self._device, self._operators = device, dict(operators or {})
+        self.in_host_memory = device == "cpu"
         self.name, package = ("triton", "triton") if device != "cpu" or operators else ("fused", "torch")
         self.runtime = f"{package} {installed_version(package)}"
 

@@ -172,10 +172,16 @@ def rounded_copy(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy that computes every 16-bit node in float32 and rounds its result to the 16-bit type.
 
     That is what a 16-bit device does; the values are exact, held in float32.
+
+    Raises:
+        ExportError: ONNX gives a value another shape than the file does.
     """
     onnx = import_onnx()
     narrow_types = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
-    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True)
+    try:
+        inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True)
+    except onnx.shape_inference.InferenceError as error:
+        raise ExportError(f"the ONNX file has shapes that ONNX does not infer: {first_line(error)}") from error
     types = {value.name: value.type.tensor_type.elem_type for value in inferred.graph.value_info}
     copy = onnx.ModelProto()
     copy.CopyFrom(model)

@@ -1,7 +1,8 @@
-"""Which ONNX files hold all that they are made of, told from their bytes before a runtime opens them.
+"""What ONNX files say of themselves, told from their bytes: a device need not have ONNX installed.
 
-Runtimes differ in what they do with a tensor whose values lie in another file: ONNX Runtime 1.20 to 1.23 read it
-wherever an absolute path says, whatever folder they were given to look in. The numbers are those of onnx.proto3.
+Whether a file holds all that it is made of is asked before a runtime opens it. Runtimes differ in what they do with
+a tensor whose values lie in another file: ONNX Runtime 1.20 to 1.23 read it wherever an absolute path says, whatever
+folder they were given to look in. The numbers are those of onnx.proto3.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ _FIELDS = {
     "tensor": {},
 }
 _EXTERNAL_DATA, _DATA_LOCATION = 13, 14
+_GRAPH, _VALUES = 7, (11, 12, 13)  # of the model; inputs, outputs and values between, of the graph
+_NAME, _TYPE, _TENSOR_TYPE, _SHAPE, _DIMENSION, _SIZE = 1, 2, 1, 2, 1, 1
 
 
 def refuse_external_data(content: bytes) -> None:
@@ -40,6 +43,35 @@ def refuse_external_data(content: bytes) -> None:
                 raise ExportError("the ONNX file keeps tensors in other files, expected all of them in it")
             if length is not None and number in _FIELDS[kind]:
                 waiting.append((_FIELDS[kind][number], value, value + length))
+
+
+def value_shapes(content: bytes) -> dict[str, tuple[int | None, ...]]:
+    """Name of a value -> its shape as the file has it, None for a size that has a name or none, such as the batch.
+
+    Raises:
+        ExportError: the bytes are no protocol buffer.
+    """
+    shapes = {}
+    for graph in _messages(content, (0, len(content)), _GRAPH):
+        for value in _messages(content, graph, *_VALUES):
+            names = [content[start:end].decode() for start, end in _messages(content, value, _NAME)]
+            for kind in _messages(content, value, _TYPE):
+                for tensor in _messages(content, kind, _TENSOR_TYPE):
+                    for shape in _messages(content, tensor, _SHAPE):
+                        sizes = [_size(content, part) for part in _messages(content, shape, _DIMENSION)]
+                        shapes[names[0]] = tuple(sizes)
+    return shapes
+
+
+def _messages(content: bytes, message: tuple[int, int], *numbers: int) -> list[tuple[int, int]]:
+    """Where the messages and texts of these fields begin and end."""
+    found = _fields(content, *message)
+    return [(value, value + length) for number, value, length in found if number in numbers and length is not None]
+
+
+def _size(content: bytes, dimension: tuple[int, int]) -> int | None:
+    sizes = [value for number, value, length in _fields(content, *dimension) if number == _SIZE and length is None]
+    return sizes[0] if sizes else None
 
 
 def _fields(content: bytes, at: int, end: int) -> Iterator[tuple[int, int, int | None]]:

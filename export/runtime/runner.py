@@ -54,6 +54,7 @@ class Runner(ABC):
         runtime: what executes it, with version where that matters.
         file: the artefact in the bundle, empty where there is none.
         path: of the artefact, for errors; empty where it has none.
+        in_host_memory: whether its values are in the memory of this process, which large images may exceed.
         interface: what it takes and gives.
     """
 
@@ -61,6 +62,7 @@ class Runner(ABC):
     runtime: str
     file = ""
     path = ""
+    in_host_memory = True
 
     def __init__(self, interface: Interface) -> None:
         self.interface = interface

@@ -256,7 +256,7 @@ class _WrongIn(ProgramRunner):
 
 @pytest.mark.parametrize("wrong", [0, BATCH.minimum, BATCH.optimum, BATCH.maximum])
 def test_every_size_that_matters_is_run(wrong: int, resnet8: Fused) -> None:
-    assert {len(rows) for rows in mixed_rows(3, BATCH)} == {BATCH.minimum, BATCH.optimum, BATCH.maximum}
+    assert {len(rows) for rows in mixed_rows(3, BATCH, BATCH.maximum)} == {BATCH.minimum, BATCH.optimum, BATCH.maximum}
     runner = _WrongIn(resnet8.program, FP32, ("output",))
     runner.wrong = wrong
     assert bool(_judged(runner, resnet8, resnet8.program)) == (wrong == 0)

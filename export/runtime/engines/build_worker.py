@@ -17,6 +17,7 @@ from export.runtime.engines.inspector import Kernel, prove_kernels, read_kernels
 from export.runtime.engines.loader import load_engine, make_logger
 from export.runtime.engines.options import EngineConfig
 from export.runtime.engines.precision_proof import prove_precision
+from export.runtime.engines.shape_proof import prove_shapes
 
 _MIB = 2**20
 
@@ -38,8 +39,8 @@ def build(
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(onnx_bytes):
-        reason = parser.get_error(0).desc() if parser.num_errors else "no reason given"
-        raise ExportError(f"{flavour.name} cannot parse the ONNX file: {reason.splitlines()[0]}")
+        raise ExportError(f"{flavour.name} cannot parse the ONNX file: {_why_not_parsed(parser)}")
+    prove_shapes(network, onnx_bytes)
     proof = prove_precision(trt, network, precision, kept)
     options = builder.create_builder_config()
     profile = builder.create_optimization_profile()
@@ -65,6 +66,14 @@ def build(
         layers = [kernel.to_json() for kernel in kernels]
     seconds = time.perf_counter() - started
     return Engine(flavour, plan, trt.__version__, precision, proof.convolutions, seconds, config, tuple(layers))
+
+
+def _why_not_parsed(parser: Any) -> str:
+    if not parser.num_errors:
+        return "no reason given"
+    failure = parser.get_error(0)
+    node = f"{failure.node_name()} ({failure.node_operator()}): " if failure.node_name() else ""
+    return f"{node}{failure.desc().splitlines()[0]}"
 
 
 def count_dla_cores(flavour: Flavour) -> int:

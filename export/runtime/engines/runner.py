@@ -21,6 +21,8 @@ _ADVICE = "export with a smaller ExportConfig.batch"
 class TensorRTRunner(TimedRunner):
     """An engine on the first CUDA device. Its process lives between enter and exit."""
 
+    in_host_memory = False
+
     def __init__(self, engine: Engine, interface: Interface) -> None:
         super().__init__(interface)
         self._engine = engine

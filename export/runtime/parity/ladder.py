@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from export.base.batch import Arrays, Batch, run_in_batches
+from export.base.batch import Arrays, Batch, at_once, run_in_batches
 from export.base.errors import ExportError
 from export.base.precision import Precision
 from export.runtime.parity.checks import OperatorChecks
@@ -76,13 +76,14 @@ class Execution:
 def execute(runner: Runner, images: NDArray, batch: Batch) -> Execution:
     """Run a form twice over the images, the second time backwards and in batches of every size that matters."""
     untouched = images.copy()
+    size = min(batch.maximum, at_once(images)) if runner.in_host_memory else batch.maximum
     with runner:
         trace = runner.trace({INPUT: operator_images(images, batch)})
         started = time.perf_counter()
-        straight = run_in_batches(runner.infer, images, batch, len(images))
+        straight = run_in_batches(runner.infer, images, batch, size)
         seconds = (time.perf_counter() - started) / len(images)
         parts = []
-        for rows in mixed_rows(len(images), batch):
+        for rows in mixed_rows(len(images), batch, size):
             try:
                 parts.append(runner.infer({INPUT: images[rows]}))
             except ExportError as error:
@@ -99,9 +100,12 @@ def execute(runner: Runner, images: NDArray, batch: Batch) -> Execution:
     )
 
 
-def mixed_rows(count: int, batch: Batch) -> list[NDArray[np.intp]]:
-    """Which of `count` images go into which batch: backwards, in each size that matters, until each was shown once."""
-    sizes = sorted({batch.minimum, batch.optimum, batch.maximum})
+def mixed_rows(count: int, batch: Batch, largest: int) -> list[NDArray[np.intp]]:
+    """Which of `count` images go into which batch: backwards, in each size that matters, until each was shown once.
+
+    Of more than `largest` a batch is made only where the form takes no fewer.
+    """
+    sizes = sorted({max(batch.minimum, min(n, largest)) for n in (batch.minimum, batch.optimum, batch.maximum)})
     sizes *= -(-count // sum(sizes))
     backwards = np.resize(np.arange(count)[::-1], sum(sizes))
     return np.split(backwards, np.cumsum(sizes)[:-1])
@@ -122,8 +126,8 @@ def _rounds(outputs: Arrays, count: int) -> tuple[Arrays, ...]:
 
 
 def operator_images(images: NDArray, batch: Batch) -> NDArray:
-    """The images the operator criterion looks at: about four, repeated up to the smallest batch allowed."""
-    size = max(batch.minimum, min(_OPERATOR_IMAGES, batch.maximum))
+    """The images the operator criterion looks at: about four, fewer large ones, or the smallest batch allowed."""
+    size = max(batch.minimum, min(_OPERATOR_IMAGES, batch.maximum, at_once(images) // 2))
     return np.resize(images, (size, *images.shape[1:]))
 
 

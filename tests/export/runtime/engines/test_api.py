@@ -24,12 +24,14 @@ OBJECTS = {
         "trt": "module", "builder": "Builder", "network": "INetworkDefinition", "parser": "OnnxParser",
         "options": "IBuilderConfig", "profile": "IOptimizationProfile", "cache": "ITimingCache", "layer": "ILayer",
         "engine": "ICudaEngine", "inspector": "EngineInspector", "context": "IExecutionContext",
+        "failure": "ParserError",
     },
     "export/runtime/engines/loader.py": {"trt": "module", "runtime": "Runtime"},
     "export/runtime/engines/precision_proof.py": {
         "trt": "module", "network": "INetworkDefinition", "layer": "ILayer", "producer": "ILayer", "origin": "ILayer",
         "dequantise": "ILayer", "tensor": "ITensor", "source": "ITensor",
     },
+    "export/runtime/engines/shape_proof.py": {"network": "INetworkDefinition", "layer": "ILayer", "tensor": "ITensor"},
     "export/runtime/engines/run_worker.py": {
         "self._trt": "module", "self._engine": "ICudaEngine", "self._context": "IExecutionContext",
         "options": "IRuntimeConfig",
