@@ -199,26 +199,30 @@ def evaluate(source: fx.GraphModule, name: str, leaves: Mapping[str, Tensor]) ->
     Raises:
         ValueError: it also depends on something that is not among the leaves.
     """
-    nodes = {node.name: node for node in source.graph.nodes}
-    known: dict[str, Any] = dict(leaves)
-
-    def visit(node: fx.Node) -> Any:
-        if node.name not in known:
-            if node.op == "get_attr":
-                known[node.name] = constant(source, node)
-            elif node.op == "call_function" and is_size(node):
-                known[node.name] = size_at(node, _batch_of(nodes, leaves))
-            elif node.op != "call_function":
-                raise ValueError(f"it does not follow from {', '.join(leaves)}")
-            else:
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), visit)
-                target: Any = node.target
-                known[node.name] = target(*args, **kwargs)
-        return known[node.name]
-
     if name in leaves:
         raise ValueError("it would be compared with itself")
-    return visit(nodes[name])
+    nodes = {node.name: node for node in source.graph.nodes}
+    known: dict[str, Any] = dict(leaves)
+    waiting = [nodes[name]]  # no function that calls itself: that would keep all values until a garbage collection
+    while waiting:
+        node = waiting[-1]
+        if node.name in known:
+            pass
+        elif node.op == "get_attr":
+            known[node.name] = constant(source, node)
+        elif node.op == "call_function" and is_size(node):
+            known[node.name] = size_at(node, _batch_of(nodes, leaves))
+        elif node.op != "call_function":
+            raise ValueError(f"it does not follow from {', '.join(leaves)}")
+        elif unknown := [n for n in node.all_input_nodes if n.name not in known]:
+            waiting += unknown
+            continue
+        else:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: known[n.name])
+            target: Any = node.target
+            known[node.name] = target(*args, **kwargs)
+        waiting.pop()
+    return known[name]
 
 
 def _batch_of(nodes: Mapping[str, fx.Node], leaves: Mapping[str, Tensor]) -> int:

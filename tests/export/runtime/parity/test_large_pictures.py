@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from unittest.mock import patch
 
@@ -63,3 +64,18 @@ def test_large_pictures_run_few_at_once_and_a_wrong_corner_is_refused(
         references = run_references(subject.model, subject.program, ("output",), images, FP16)
     assert {len(call.args[1]) for call in run.call_args_list} == {2}
     assert torch.tensor(references.oracle["output"]).shape[0] == len(images)
+
+
+def test_what_a_check_computed_is_freed_when_it_ends(fused: Mapping[str, Fused]) -> None:
+    """Nothing waits for the garbage collector, which counts objects and not their size."""
+    subject = fused["basic"]
+    trace = execute(ProgramRunner(subject.program, FP16, ("output",)), subject.images.numpy(), BATCH).trace
+    gc.collect()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        assert check_operators(subject.program, FP16, trace)
+        gc.collect()
+        assert not [x for x in gc.garbage if isinstance(x, torch.Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
