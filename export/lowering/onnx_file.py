@@ -34,6 +34,8 @@ from export.lowering.onnx_operators import TRANSLATIONS
 _OPSETS = {torch.float32: 18, torch.float16: 18, torch.bfloat16: 22}
 _QUANTISED_OPSET = 19  # the first in which quantisation has 16-bit floating-point scales
 _FX_NODE = "pkg.torch.onnx.fx_node"
+# They warn of every operator of a torchvision that is not installed, and of each argument of a translation.
+_NOISY = ("_registration", "_schemas")
 _ORIGIN = "fused_node"  # what a traced node is stamped with: the node of the fused graph that it computes
 
 
@@ -85,7 +87,10 @@ class _Boundary(nn.Module):
             interpreter = GraphInterpreter(self.graph_module, {})
             interpreter.values = {}
             outputs = returned_tensors(self.graph_module, interpreter.run(x))
-        wide = [y.float() if y.is_floating_point() else y for y in outputs]
+        wide: list[Tensor] = []
+        for y in outputs:
+            y = y.float() if y.is_floating_point() else y
+            wide.append(y.clone() if any(y is other for other in wide) else y)  # a value has one name
         return (*wide, *(interpreter.values[name] for name in self.shown))
 
 
@@ -132,9 +137,10 @@ def _translate(
     traced_input = torch.zeros(size, *example.shape[1:], dtype=torch.float32)
     dynamic = None if batch.static else ({0: torch.export.Dim("batch", min=batch.minimum, max=batch.maximum)},)
     quantised = any(is_call(node, *QUANTISATION) for node in graph_module.graph.nodes)
-    registry_log = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = registry_log.level
-    registry_log.setLevel(logging.ERROR)  # it warns of every operator of a torchvision that is not installed
+    logs = [logging.getLogger(f"torch.onnx._internal.exporter.{name}") for name in _NOISY]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.ERROR)
     try:
         with plain_torch(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -151,9 +157,10 @@ def _translate(
                 verbose=False,
             )
     except torch.onnx.errors.OnnxExporterError as error:
-        raise ExportError(f"cannot be written as ONNX: {first_line(error.__cause__ or error)}") from error
+        raise ExportError(f"cannot be written as ONNX: {first_line(_reason(error))}") from error
     finally:
-        registry_log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
     assert exported is not None and exported.exported_program is not None  # None only for a file written elsewhere
     model: onnx.ModelProto = exported.model_proto
     extra = {_shown_name(name) for name in shown}
@@ -161,6 +168,16 @@ def _translate(
         model.graph.output.remove(value)
     results = {*names, *extra}
     return model, _groups(graph_module, exported.exported_program.graph, model, results)
+
+
+def _reason(error: BaseException) -> BaseException:
+    """What one of our translations says, else what the exporter does."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ExportError):
+            return cause
+        cause = cause.__cause__
+    return error.__cause__ or error
 
 
 def _shown_name(node: str) -> str:
