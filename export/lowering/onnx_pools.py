@@ -62,7 +62,7 @@ def _adaptive_max_pool2d(self, output_size):  # type: ignore[no-untyped-def]
     if any(length % size for length, size in sizes):
         given = " x ".join(str(length) for length, _ in sizes)
         expected = " x ".join(str(size) for _, size in sizes)
-        raise ExportError(f"adaptive_max_pool2d of {given} to {expected}: expected a size that divides; ONNX has no other")
+        raise ExportError(f"adaptive_max_pool2d of {given} to {expected}: expected sizes that divide it, as in ONNX")
     kernel = [length // size for length, size in sizes]
     y, _indices = op.MaxPool(self, kernel_shape=kernel, strides=kernel)
     return y, y

@@ -39,7 +39,7 @@ def whole(name: str, terms: int, head: bool) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eps = 2.0**-8  # with its variance 1 in all types; PyTorch before 2.11 takes no 0
-            module.running_var = torch.full_like(module.running_var, 1 - module.eps)
+            module.running_var = torch.full_like(module.bias, 1 - module.eps)
             module.weight.data = torch.randint(0, 2, module.weight.shape) * 2.0 - 1
             module.running_mean = torch.randint(-1, 2, module.bias.shape).float()
             module.bias.data = torch.randint(-1, 2, module.bias.shape).float()

@@ -56,7 +56,7 @@ def test_refusals_and_faults_are_told_apart() -> None:
         run("from export.base.errors import ExportError\nraise ExportError('no such thing')")
     with pytest.raises(ExportError, match=r"^building the engine failed: RuntimeError: no kernel$"):
         run("raise RuntimeError('no kernel\\nof many lines')")
-    with pytest.raises(ChildFault, match=r"^building the engine failed: ZeroDivisionError: division by zero\n\nTraceback"):
+    with pytest.raises(ChildFault, match=r"^building the engine failed: ZeroDivisionError: division.*\n\nTraceback"):
         run("1 / 0")
     with pytest.raises(ExportError, match="failed: ModuleNotFoundError"):
         run_in_child(TASK, ADVICE, "no_such_module:f")
