@@ -224,7 +224,7 @@ def test_what_no_bundle_can_hold_is_refused_in_one_line(name: str, images: Tenso
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_models_and_examples_that_are_something_else(images: Tensor) -> None:
     scripted = nn.Sequential(torch.jit.trace(nn.Conv2d(3, 4, 3), images)).eval()
     with pytest.raises(ExportError, match=r"^0 is TorchScript.*state_dict"):
