@@ -19,8 +19,6 @@ from export.runtime.parity.network import NetworkCheck, OutputKind, compare
 from export.runtime.parity.rungs import Rung
 from export.runtime.runner import INPUT, Runner
 
-# Two draws of rounding the weights, which were seen to differ by up to 2.5; a broken fold is off by far more.
-FOLDED_FACTOR = 4.0
 ENGINE_FACTOR = 3.0  # k for TensorRT, which chooses its own fusions and accumulation orders
 _OPERATOR_IMAGES = 4  # the operator criterion looks at every element: more images add time, not evidence
 
@@ -37,6 +35,7 @@ class References:
         runtime: what ran them.
         seconds: per image of the first of them.
         unusable: unfused network that is no reference -> why.
+        wrong: unfused network that is not the model even without rounding -> how it differs.
         kinds: output name -> what it is; of those not named, [N, classes] are class scores.
     """
 
@@ -46,6 +45,7 @@ class References:
     runtime: str = "recorded"
     seconds: float = 0.0
     unusable: Mapping[str, str] = field(default_factory=dict)
+    wrong: Mapping[str, str] = field(default_factory=dict)
     kinds: Mapping[str, OutputKind] = field(default_factory=dict)
 
 
@@ -132,14 +132,20 @@ def operator_images(images: NDArray, batch: Batch) -> NDArray:
 
 
 def reference_rungs(references: References, precision: Precision) -> list[Rung]:
-    """What rounding alone costs: the first unfused network, and the others, which may not differ much from it."""
+    """What rounding alone costs: the first unfused network, and the others beside it.
+
+    Each is one draw of rounding the same network, and no number bounds what two draws may differ by. What they have to
+    be is finite, less than all of the output, and the model itself where nothing is rounded.
+    """
     rungs = [
         Rung(name, references.runtime, precision.name, not_run=reason) for name, reason in references.unusable.items()
     ]
-    first = next(iter(references.rounded.values()))
+    first, factor = next(iter(references.rounded.values())), precision.network_factor
     for name, outputs in references.rounded.items():
-        factor = precision.network_factor if outputs is first else FOLDED_FACTOR
-        checks = compare(outputs, [first], references.oracle, factor, precision.network_floor, references.kinds)
+        rounded = [first] if outputs is first else [first, outputs]
+        checks = compare(outputs, rounded, references.oracle, factor, precision.network_floor, references.kinds)
+        if name in references.wrong:
+            checks = {"(exact)": NetworkCheck.refused(factor, references.wrong[name]), **checks}
         seconds = references.seconds if outputs is first else 0.0
         rungs.append(Rung(name, references.runtime, precision.name, outputs=checks, seconds=seconds))
     return rungs

@@ -21,7 +21,6 @@ from export import Batch, fuse
 from export.base.precision import PRECISIONS
 from export.lowering.onnx_file import OnnxFile, lower_onnx
 from export.runtime.onnx_session import rounded_copy
-from export.runtime.parity.ladder import FOLDED_FACTOR
 from export.runtime.parity.network import compare
 from tests.export.networks import BATCH, Fused
 
@@ -103,7 +102,7 @@ def test_every_named_value_is_what_its_module_computes(
     oracle, rounded = (computed(network.model, network.images, dtype) for dtype in (torch.float64, p.dtype))
     values = rounded_values(file, network.images, *MODULES)
     got = {name: value.reshape(oracle[name].shape) for name, value in zip(MODULES, values, strict=True)}
-    for name, check in compare(got, [rounded], oracle, FOLDED_FACTOR, p.network_floor).items():
+    for name, check in compare(got, [rounded], oracle, p.network_factor, p.network_floor).items():
         assert check, f"{name}: {check.reason}"
 
 
