@@ -10,6 +10,8 @@ for one network is not for another.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor, fx
@@ -38,24 +40,27 @@ _KEEP_SIGN = ("max_pool2d", "adaptive_max_pool2d", "avg_pool2d", "adaptive_avg_p
               "upsample_nearest2d", "upsample_bilinear2d", "sum", "amax", "amin", "_to_copy", "sqrt")  # fmt: skip
 
 
-def check_evidence(source: fx.GraphModule, x: Tensor, references: References, precision: Precision) -> Evidence:
+def check_evidence(
+    source: fx.GraphModule, shown: Mapping[str, Tensor], references: References, precision: Precision
+) -> Evidence:
     """Look for reasons why a comparison on these inputs would prove little.
 
     Args:
         source: the captured graph, float64.
-        x: [N, C, H, W], what the graph is run on: a batch that it accepts.
+        shown: name -> [N, ...], what the graph is run on: a batch that it accepts.
         references: all inputs, what float64 makes of them and what rounding does to that.
         precision: of the forms that are compared.
     """
     dependent = depends_on_input(source)
     observer = _Observer(source, dependent, precision)
     with plain_torch():
-        observer.run(x.double())
+        observer.run(*(x.double() for x in shown.values()))
     untrained = _default_statistics(source)
     weaknesses = [*untrained, *observer.weaknesses]
-    spread = _spread(references.images)
-    if not spread > OUTPUT_SIGNAL * _noise(precision) * _norm(references.images):
-        weaknesses.append("inputs hardly differ between images")
+    several = len(references.inputs) > 1
+    for name, values in references.inputs.items():
+        if not _spread(values) > OUTPUT_SIGNAL * _noise(precision) * _norm(values):
+            weaknesses.append(f"{f'inputs of {name}' if several else 'inputs'} hardly differ between images")
     varying = [name for name, node in zip(references.oracle, output_nodes(source), strict=True) if node in dependent]
     outputs = _outputs(references, precision, varying)
     for name, found in outputs.items():
