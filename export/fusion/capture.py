@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.overrides import TorchFunctionMode
 
 from export.base.batch import INPUT, Batch
 from export.base.errors import ExportError, first_line
@@ -22,6 +25,9 @@ from export.fusion.unwrapping import inner_module, plain_outputs, unwrapped
 
 Example = Tensor | Mapping[str, Tensor]
 _T = TypeVar("_T")
+_META = re.compile(r"^meta_(?=\.|$)")  # as `_rename_meta` calls it
+_CUTS: tuple[Any, ...] = (torch.chunk, Tensor.chunk, torch.split, Tensor.split)
+_MOST_PARTS = 17
 
 
 @contextmanager
@@ -185,9 +191,11 @@ def capture(model: nn.Module, example: Example, batch: Batch) -> fx.GraphModule:
     with plain_torch(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         duplicate = eager_copy(model, torch.float32)
+        renamed = _rename_meta(duplicate)
         duplicate.register_forward_pre_hook(_one_batch, with_kwargs=True)
         try:
-            program = torch.export.export(duplicate, args, kwargs, dynamic_shapes=dynamic, strict=False)
+            with _ExactParts():
+                program = torch.export.export(duplicate, args, kwargs, dynamic_shapes=dynamic, strict=False)
             program = program.run_decompositions({})  # no decomposition: only in-place operators go
         except ExportError:
             raise
@@ -205,6 +213,10 @@ def capture(model: nn.Module, example: Example, batch: Batch) -> fx.GraphModule:
         placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
         for name, node in zip(inputs, placeholders, strict=True):
             node.meta[NAME] = name
+        for node in graph_module.graph.nodes if renamed else ():
+            stack = node.meta.get("nn_module_stack") or {}
+            for key, (path, kind) in stack.items():
+                stack[key] = (_META.sub("meta", path), kind)
         lists = duplicate.named_parameters(remove_duplicate=False), duplicate.named_buffers(remove_duplicate=False)
         own = {name for names in lists for name, _ in names}
         refuse_random(graph_module)
@@ -214,6 +226,32 @@ def capture(model: nn.Module, example: Example, batch: Batch) -> fx.GraphModule:
         graph_module = for_any_batch(fold_created(graph_module, own))
         _refuse_unused(graph_module)
         return graph_module
+
+
+def _rename_meta(model: nn.Module) -> bool:
+    """Give a module called `meta` another name, beside its own: a captured graph has an attribute of that name."""
+    if "meta" not in model._modules:
+        return False
+    model.__dict__["meta"] = model._modules["meta_"] = model._modules.pop("meta")
+    return True
+
+
+class _ExactParts(TorchFunctionMode):
+    """Cuts images that were stacked along the batch apart by slices.
+
+    Of chunk and split torch.export cannot tell how many parts a batch of any size makes.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
+        if func in _CUTS and len(args) > 1 and dim == 0 and isinstance(args[0].shape[0], torch.SymInt):
+            x, by = args[:2]
+            size: Any = x.shape[0] // by if "chunk" in func.__name__ else by
+            for count in range(2, _MOST_PARTS):
+                if not isinstance(by, list | tuple) and statically_known_true(x.shape[0] == count * size):
+                    return tuple(x[i * size : (i + 1) * size] for i in range(count))
+        return func(*args, **kwargs)
 
 
 def _one_batch(model: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
