@@ -61,7 +61,7 @@ def check_operators(
     Args:
         program: the fused program the candidate was made from.
         precision: the candidate's.
-        trace: fused-graph node name -> the tensor the candidate computed there, and its input.
+        trace: fused-graph node name -> the tensor the candidate computed there, and its inputs.
         separate_addition: the candidate adds residuals in an operator of its own.
 
     Returns:
@@ -81,7 +81,7 @@ def check_operators(
     return OperatorChecks(tuple(checks), tuple(unchecked), tuple(unproved))
 
 
-def check_alone(program: FusedProgram, precision: Precision, x: Tensor) -> list[OperatorCheck]:
+def check_alone(program: FusedProgram, precision: Precision, inputs: Mapping[str, Tensor]) -> list[OperatorCheck]:
     """Hold each operator, alone in `precision` and fed with what float32 makes of the network, to its rounding error.
 
     Whatever a layer before it does to a value, it is judged by what it does itself.
@@ -89,7 +89,7 @@ def check_alone(program: FusedProgram, precision: Precision, x: Tensor) -> list[
     Args:
         program: of which none is kept in float32.
         precision: of 16 bits.
-        x: [N, C, H, W] float32.
+        inputs: name -> [N, ...] float32.
 
     Returns:
         One check per operator that has a criterion.
@@ -98,7 +98,7 @@ def check_alone(program: FusedProgram, precision: Precision, x: Tensor) -> list[
     with plain_torch():
         interpreter = GraphInterpreter(program.graph_module, {})
         interpreter.values = {}
-        interpreter.run(x)
+        interpreter.run(*inputs.values())
         exact = {name: _rounded(value, precision.dtype) for name, value in interpreter.values.items()}
         for node in operator_nodes(program.master):
             if _bound(program, node) is None:

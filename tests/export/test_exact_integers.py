@@ -77,7 +77,7 @@ def test_every_form_agrees_with_integer_arithmetic(name: str, precision: str) ->
     expected = [y.float().numpy() for y in pytree.tree_leaves(model.double()(images.double()))]
     model.float()
     assert all((y != 0).mean() > 0.1 and y.std() > 0 for y in expected)
-    forms = [ProgramRunner(program, p, names), OnnxRuntimeRunner(lower_onnx(program, images, p, {}), p)]
+    forms = [ProgramRunner(program, p, names), OnnxRuntimeRunner(lower_onnx(program, p, {}), p)]
     if not torch.cuda.is_available():
         forms.append(by_triton(program, precision, names))
     for form in forms:

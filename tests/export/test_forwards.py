@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from export import Batch, ExportError, fuse
-from export.base.batch import Arrays
+from export.base.batch import Arrays, Inputs
 from export.base.precision import PRECISIONS
 from export.criteria.batches import check_batches
 from export.criteria.references import run_references
@@ -104,11 +104,11 @@ def test_a_forward_that_people_write(name: str, images: Tensor) -> None:
     forward, parts = FORWARDS[name]
     model = make(lambda: network(forward, **parts), images).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     subject, program = Fused(model, images), fuse(model, images, BATCH)
-    check_batches(program, images.numpy())
+    check_batches(program, {"input": images.numpy()})
     layers = sum(map(weighs, operator_nodes(program.master)))
     for precision in ("fp32", "bf16"):
         p = PRECISIONS[precision]
-        file = lower_onnx(program, images, p, {})
+        file = lower_onnx(program, p, {})
         for runner in (ProgramRunner(program, p, file.output_names), OnnxRuntimeRunner(file, p)):
             rung = judged(runner, subject, program, precision)
             assert rung, f"{precision} {runner.name}: {rung.verdict}"
@@ -146,7 +146,7 @@ def test_an_output_that_is_more_than_tensors(name: str, images: Tensor) -> None:
     program = fuse(model, images, BATCH)
     assert output_names(program.graph_module) == tuple(expected.split())
     assert name == "mapping" or any("not exported" in note for note in program.coverage.notes) or name == "dataclass"
-    rung = judged(OnnxRuntimeRunner(lower_onnx(program, images, FP32, {}), FP32), Fused(model, images), program, "fp32")
+    rung = judged(OnnxRuntimeRunner(lower_onnx(program, FP32, {}), FP32), Fused(model, images), program, "fp32")
     assert rung and list(rung.outputs) == expected.split(), rung.verdict
 
 
@@ -220,7 +220,7 @@ def test_what_no_bundle_can_hold_is_refused_in_one_line(name: str, images: Tenso
     wrap, expected = BAD[name]
     model = network(lambda x, m: wrap(m.fc(x.mean((2, 3))), m)).eval()
     with pytest.raises(ExportError, match=expected) as caught:
-        check_batches(fuse(model, images, BATCH), images.numpy())
+        check_batches(fuse(model, images, BATCH), {"input": images.numpy()})
     assert "\n" not in str(caught.value)
 
 
@@ -241,7 +241,7 @@ def test_one_size_alone(size: int, images: Tensor) -> None:
     model = make(lambda: network(lambda x, m: m.fc(F.adaptive_avg_pool2d(x, 1).squeeze())), images)
     for own in (model, network(lambda x, m: m.fc(x.mean((2, 3))).view(size, -1)).eval()):
         alone = Fused(own, images, Batch(size, size, size))
-        check_batches(alone.program, images.numpy())
+        check_batches(alone.program, {"input": images.numpy()})
         assert judged(OnnxRuntimeRunner(alone.files["fp32"], FP32), alone, alone.program, "fp32")
 
 
@@ -250,8 +250,9 @@ class _WrongIn(ProgramRunner):
 
     wrong = 0
 
-    def _run(self, x: NDArray[Any]) -> Arrays:
-        return {name: y + 0.1 * (len(x) == self.wrong) for name, y in super()._run(x).items()}
+    def _run(self, inputs: Inputs) -> Arrays:
+        wrong = len(inputs["input"]) == self.wrong
+        return {name: y + 0.1 * wrong for name, y in super()._run(inputs).items()}
 
 
 @pytest.mark.parametrize("wrong", [0, BATCH.minimum, BATCH.optimum, BATCH.maximum])
@@ -264,5 +265,5 @@ def test_every_size_that_matters_is_run(wrong: int, resnet8: Fused) -> None:
 
 def _judged(runner: Any, subject: Fused, program: FusedProgram) -> Rung:
     x = subject.images.numpy()[:12]
-    references = run_references(subject.model, program, ("output",), x, FP32)
-    return judge(execute(runner, x, program.batch), references, FP32, FP32.network_factor)
+    references = run_references(subject.model, program, ("output",), {"input": x}, FP32)
+    return judge(execute(runner, {"input": x}, program.batch), references, FP32, FP32.network_factor)

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from export.base.batch import Arrays, Batch, at_once, run_in_batches
+from export.base.batch import Arrays, Batch, Inputs, at_once, count_of, resized, rows_of, run_in_batches
 from export.base.errors import ExportError
 from export.base.precision import Precision
 from export.runtime.parity.checks import OperatorChecks
 from export.runtime.parity.network import NetworkCheck, OutputKind, compare
 from export.runtime.parity.rungs import Rung
-from export.runtime.runner import INPUT, Runner
+from export.runtime.runner import Runner
 
 ENGINE_FACTOR = 3.0  # k for TensorRT, which chooses its own fusions and accumulation orders
 _OPERATOR_IMAGES = 4  # the operator criterion looks at every element: more images add time, not evidence
@@ -28,7 +28,7 @@ class References:
     """What every form is compared with.
 
     Attributes:
-        images: [N, C, H, W], float32.
+        inputs: what all of them are run on.
         rounded: what rounding alone makes of the outputs: name of an unfused network in the precision under test ->
             its outputs by name. `eager` is the user's model, `folded` the same with BatchNorm folded.
         oracle: outputs of the user's model in float64, by name.
@@ -39,7 +39,7 @@ class References:
         kinds: output name -> what it is; of those not named, [N, classes] are class scores.
     """
 
-    images: NDArray
+    inputs: Inputs
     rounded: Mapping[str, Arrays]
     oracle: Arrays
     runtime: str = "recorded"
@@ -73,19 +73,19 @@ class Execution:
     seconds: float
 
 
-def execute(runner: Runner, images: NDArray, batch: Batch) -> Execution:
+def execute(runner: Runner, inputs: Inputs, batch: Batch) -> Execution:
     """Run a form twice over the images, the second time backwards and in batches of every size that matters."""
-    untouched = images.copy()
-    size = min(batch.maximum, at_once(images)) if runner.in_host_memory else batch.maximum
+    untouched, count = {name: values.copy() for name, values in inputs.items()}, count_of(inputs)
+    size = min(batch.maximum, at_once(inputs)) if runner.in_host_memory else batch.maximum
     with runner:
-        trace = runner.trace({INPUT: operator_images(images, batch)})
+        trace = runner.trace(operator_inputs(inputs, batch))
         started = time.perf_counter()
-        straight = run_in_batches(runner.infer, images, batch, size)
-        seconds = (time.perf_counter() - started) / len(images)
+        straight = run_in_batches(runner.infer, inputs, batch, size)
+        seconds = (time.perf_counter() - started) / count
         parts = []
-        for rows in mixed_rows(len(images), batch, size):
+        for rows in mixed_rows(count, batch, size):
             try:
-                parts.append(runner.infer({INPUT: images[rows]}))
+                parts.append(runner.infer(rows_of(inputs, rows)))
             except ExportError as error:
                 raise ExportError(f"in a batch of {len(rows)}, {error}") from error
     return Execution(
@@ -93,9 +93,9 @@ def execute(runner: Runner, images: NDArray, batch: Batch) -> Execution:
         runtime=runner.runtime,
         file=runner.file,
         straight=straight,
-        again=_rounds({name: np.concatenate([part[name] for part in parts]) for name in straight}, len(images)),
+        again=_rounds({name: np.concatenate([part[name] for part in parts]) for name in straight}, count),
         trace=trace,
-        changed_input=not np.array_equal(images, untouched),
+        changed_input=not all(np.array_equal(values, untouched[name]) for name, values in inputs.items()),
         seconds=seconds,
     )
 
@@ -125,10 +125,9 @@ def _rounds(outputs: Arrays, count: int) -> tuple[Arrays, ...]:
     return tuple(found)
 
 
-def operator_images(images: NDArray, batch: Batch) -> NDArray:
+def operator_inputs(inputs: Inputs, batch: Batch) -> Arrays:
     """The images the operator criterion looks at: about four, fewer large ones, or the smallest batch allowed."""
-    size = max(batch.minimum, min(_OPERATOR_IMAGES, batch.maximum, at_once(images) // 2))
-    return np.resize(images, (size, *images.shape[1:]))
+    return resized(inputs, max(batch.minimum, min(_OPERATOR_IMAGES, batch.maximum, at_once(inputs) // 2)))
 
 
 def reference_rungs(references: References, precision: Precision) -> list[Rung]:
@@ -179,7 +178,7 @@ def judge(
     )
 
 
-def attempt(runner: Runner, obstacle: str, precision: Precision, images: NDArray, batch: Batch) -> Execution | Rung:
+def attempt(runner: Runner, obstacle: str, precision: Precision, inputs: Inputs, batch: Batch) -> Execution | Rung:
     """What an artefact computes; a rung where this machine cannot run it, or where it should and fails.
 
     `obstacle` says why it cannot, empty where nothing is known to speak against it.
@@ -187,7 +186,7 @@ def attempt(runner: Runner, obstacle: str, precision: Precision, images: NDArray
     if obstacle:
         return Rung(runner.name, runner.runtime, precision.name, runner.file, not_run=obstacle)
     try:
-        return execute(runner, images, batch)
+        return execute(runner, inputs, batch)
     except ExportError as error:
         refused = {"(run)": NetworkCheck.refused(precision.network_factor, str(error))}
         return Rung(runner.name, runner.runtime, precision.name, runner.file, refused)

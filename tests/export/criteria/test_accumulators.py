@@ -75,7 +75,7 @@ def in_tiles(dtype: torch.dtype, total: Tensor, part: Tensor) -> Tensor:
 def test_right_sums_are_accepted(program: FusedProgram, images: Tensor, precision: str) -> None:
     """Also those of tensor cores, which truncate after every 8 products or more."""
     p = PRECISIONS[precision]
-    runners = [ProgramRunner(program, p, NAMES), OnnxRuntimeRunner(lower_onnx(program, images, p, {}), p)]
+    runners = [ProgramRunner(program, p, NAMES), OnnxRuntimeRunner(lower_onnx(program, p, {}), p)]
     runners += [ProgramRunner(program, p, NAMES, operators={CONV: partial(summed, exactly, 64)})]
     if precision != "fp32":
         runners += [ProgramRunner(program, p, NAMES, operators={CONV: partial(summed, truncating, 8)})]

@@ -34,7 +34,11 @@ def network() -> tuple[nn.Module, FusedProgram, References]:
     """In bfloat16, rounding costs this one four times as much with BatchNorm folded as without."""
     model = settled("resnext")
     program = fuse(model, torch.zeros(1, 3, SIZE, SIZE), Batch(1, 8, 32))
-    return model, program, run_oracle(model, program, output_names(program.graph_module), pictures(16, 3, 77).numpy())
+    return (
+        model,
+        program,
+        run_oracle(model, program, output_names(program.graph_module), {"input": pictures(16, 3, 77).numpy()}),
+    )
 
 
 def rungs_of(network: tuple[nn.Module, FusedProgram, References], program: FusedProgram, precision: str) -> list[Rung]:

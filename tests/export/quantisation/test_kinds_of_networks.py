@@ -354,6 +354,6 @@ def test_golden_outputs_of_wider_layers_come_last() -> None:
     outputs = {"output": torch.zeros(1, 2).numpy()}
     names = ("fp16", "sim. cpu", "sim. tensorrt")
     loaded = load_golden(
-        save_golden(References(torch.zeros(1, 3, 2, 2).numpy(), dict.fromkeys(names, outputs), outputs))
+        save_golden(References({"input": torch.zeros(1, 3, 2, 2).numpy()}, dict.fromkeys(names, outputs), outputs))
     )
     assert list(loaded.rounded) == [*names[1:], names[0]]

@@ -12,10 +12,9 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from export import ExportError
-from export.base.batch import Arrays
+from export.base.batch import Arrays, Inputs
 from export.runtime import build as build_module
 from export.runtime.artefacts import artefacts
 from export.runtime.build import DeviceBuild, build_on_device
@@ -66,8 +65,8 @@ class Runner(TensorRTRunner):
     def __exit__(self, *error: object) -> None:
         return None
 
-    def _run(self, x: NDArray) -> Arrays:
-        return {"output": x.sum((2, 3)) + np.float32(self._off)}
+    def _run(self, inputs: Inputs) -> Arrays:
+        return {"output": inputs["input"].sum((2, 3)) + np.float32(self._off)}
 
 
 @pytest.fixture(autouse=True)
@@ -267,7 +266,7 @@ def test_an_engine_in_place_that_fails_is_refused_and_stays(builder: Builder, ca
                                                             monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     build(path)
     before = tree(cache)
-    monkeypatch.setattr(Runner, "_run", lambda self, x: {"output": x.mean((2, 3))})
+    monkeypatch.setattr(Runner, "_run", lambda self, inputs: {"output": inputs["input"].mean((2, 3))})
     found = build(path)
     assert not found and found.origin == "kept" and tree(cache) == before
 
