@@ -124,9 +124,8 @@ def test_an_engine_is_built_verified_and_put_in_place(builder: Builder, cache: P
     assert steps == ["check the files", "build the tensorrt engine", f"run {found.file}", f"put it in {place}"]
     assert place.parent == cache and place.name.startswith("b-tensorrt-") and [*cache.iterdir()] == [place]
     assert stat.S_IMODE(cache.stat().st_mode) == 0o700
-    assert builder.asked == [
-        (summing.network("first"), "tensorrt", open_bundle(path).batch, (3, 4, 4), DEFAULT_ENGINE, frozenset())
-    ]  # fmt: skip
+    batch, inputs = open_bundle(path).batch, {"input": (3, 4, 4)}
+    assert builder.asked == [(summing.network("first"), "tensorrt", batch, inputs, DEFAULT_ENGINE, frozenset())]
     manifest, files = read_verified(place)
     assert files.keys() == {ENGINE, LAYERS} and found.size == len(files[ENGINE]) == found.file.stat().st_size
     assert json.loads(files[LAYERS]) == [{"onnx": open_bundle(path).onnx_sha256}]
