@@ -280,24 +280,20 @@ class Mixed(Siamese):
 
 PAIR, VECTOR = inputs_of("siamese", 2), torch.zeros(2, 6)
 EXAMPLES: dict[str, tuple[Any, str]] = {
-    "one tensor": (
-        PAIR["left"],
-        "forward takes left, right: expected an example of each by name, {'left': ..., 'right'",
-    ),
+    "one tensor": (PAIR["left"],
+        "forward takes left, right: expected an example of each by name, {'left': ..., 'right'"),
     "one of two": ({"left": PAIR["left"]}, "forward takes left, right: expected an example of each"),
     "the second": ({"right": PAIR["left"]}, "names of forward's parameters, left, right: got right, without left"),
     "a tuple": (tuple(PAIR.values()), "got tuple: several inputs are given by the names of forward's parameters"),
     "none": ({}, "names of forward's parameters, left, right: got none, without left, right"),
     "misnamed": ({"left": PAIR["left"], "rigth": VECTOR}, "got left, rigth, without right"),
     "extra": ({**PAIR, "mask": VECTOR}, "forward's parameters, left, right: got left, right, mask"),
-    "integers": (
-        {**PAIR, "right": PAIR["right"].long()},
-        r"example of right of shape \[N, ...\] in floating point, got ",
-    ),
+    "integers": ({**PAIR, "right": PAIR["right"].long()},
+        r"example of right of shape \[N, ...\] in floating point, got "),
     "no tensor": ({**PAIR, "right": 3}, r"example of right of shape \[N, ...\] in floating point, got int"),
     "no batch": ({**PAIR, "right": VECTOR[0]}, r"example of right of shape \[N, ...\] in floating point, got \[6\]"),
     "batches": ({**PAIR, "right": PAIR["right"][:1]}, "same batch dimension first, got 2 of left, 1 of right"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", EXAMPLES)
@@ -310,30 +306,20 @@ def test_an_example_that_does_not_fit_forward_is_one_line(case: str) -> None:
 
 LABELLED: Any = SimpleNamespace(classes=("a", "b"))
 SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
-    "no images": (
-        {"images": None},
-        r"no default images for several inputs: give .* by name, images={'left': \[N, 3, 32",
-    ),
+    "no images": ({"images": None},
+        r"no default images for several inputs: give .* by name, images={'left': \[N, 3, 32"),
     "one tensor": ({"images": PAIR["left"]}, r"images by name, left, right: got \[2, 3, 32, 32\]"),
     "misnamed": ({"images": {"left": PAIR["left"], "x": PAIR["left"]}}, "by name, left, right: got left, x"),
-    "misshapen": (
-        {"images": {**PAIR, "right": VECTOR}},
-        r"images of right of shape \[N, \*\[3, 32, 32\]\], got \[2, 6\]",
-    ),
-    "fewer": (
-        {"images": {**PAIR, "right": PAIR["right"][:1]}},
-        "as many images of each input, got 2 of left, 1 of right",
-    ),
-    "labels": (
-        {"labelled": LABELLED},
-        "labelled pictures are for a model of one picture, got one that takes left, right",
-    ),
+    "misshapen": ({"images": {**PAIR, "right": VECTOR}},
+        r"images of right of shape \[N, \*\[3, 32, 32\]\], got \[2, 6\]"),
+    "fewer": ({"images": {**PAIR, "right": PAIR["right"][:1]}},
+        "as many images of each input, got 2 of left, 1 of right"),
+    "labels": ({"labelled": LABELLED},
+        "labelled pictures are for a model of one picture, got one that takes left, right"),
     "calibration": ({"calibration": InMemory(PAIR["left"].numpy())}, "by name, left, right: got one array without"),
-    "its shape": (
-        {"calibration": InMemory({"left": PAIR["left"].numpy(), "right": VECTOR.numpy()})},
-        r"calibration inputs of shape left \[N, \*\[3, 32, 32\]\] float32, right .*, got .* right \[1, 6\] float32",
-    ),
-}
+    "its shape": ({"calibration": InMemory({"left": PAIR["left"].numpy(), "right": VECTOR.numpy()})},
+        r"calibration inputs of shape left \[N, \*\[3, 32, 32\]\] float32, right .*, got .* right \[1, 6\] float32"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", SETTINGS)
