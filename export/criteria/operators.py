@@ -423,6 +423,8 @@ def _beyond_weights(
         truncates=not every,
     ).sigma
     live = (y != 0) | (expected != 0)
+    if not every:  # such values are judged by who reads them
+        live &= ~(_faint(y, precision.dtype) & _faint(expected, precision.dtype))
     if not bool(live.any()):
         return _Beyond(0.0, 0.0, 0, 0.0, 0.0, 0.0)
     z = ((y - expected).float() / sigma)[live]

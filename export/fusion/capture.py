@@ -185,7 +185,7 @@ def capture(model: nn.Module, example: Example, batch: Batch) -> fx.GraphModule:
     """
     inputs = check_model(model, example)
     size = batch.minimum if batch.static else max(2, min(batch.optimum, batch.maximum))
-    args, kwargs = call_arguments({name: torch.zeros(size, *x.shape[1:]) for name, x in inputs.items()})
+    args, kwargs = call_arguments({name: torch.zeros(size, *x.shape[1:], dtype=torch.float32) for name, x in inputs.items()})
     dim = None if batch.static else {0: torch.export.Dim("batch", min=batch.minimum, max=batch.maximum)}
     dynamic: Any = None if dim is None else {name: dim for name in kwargs} or (dim,)
     with plain_torch(), warnings.catch_warnings():
@@ -272,7 +272,7 @@ def _refuse_unused(graph_module: fx.GraphModule) -> None:
 def _fixed_batch(model: nn.Module, inputs: Mapping[str, Tensor], size: int) -> str:
     """What to say of a model that only takes the batch size it was traced with."""
     where = ""
-    args, kwargs = call_arguments({name: torch.zeros(size + 1, *x.shape[1:]) for name, x in inputs.items()})
+    args, kwargs = call_arguments({name: torch.zeros(size + 1, *x.shape[1:], dtype=torch.float32) for name, x in inputs.items()})
     try:
         model(*args, **kwargs)
     except Exception as error:  # whatever the user's code raises
