@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -127,16 +128,7 @@ def capture(model: nn.Module, example: Tensor, batch: Batch) -> fx.GraphModule:
     with plain_torch(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         duplicate = eager_copy(model, torch.float32)
-        try:
-            program = torch.export.export(duplicate, (traced_input,), dynamic_shapes=dynamic, strict=False)
-            program = program.run_decompositions({})  # no decomposition: only in-place operators go
-        except ExportError:
-            raise
-        except Exception as error:
-            name, reason = type(unwrapped(model)).__name__, first_line(error)
-            if "specialized it to be a constant" in str(error):
-                reason = _fixed_batch(duplicate, traced_input)
-            raise ExportError(f"torch.export cannot capture {name}: {reason}") from error
+        program = _exported(duplicate, traced_input, dynamic, type(unwrapped(model)).__name__)
         mutated = list(program.graph_signature.buffers_to_mutate.values())
         if mutated:
             raise ExportError(f"forward changes the buffer {mutated[0]}: expected a pure function of its input")
@@ -152,19 +144,59 @@ def capture(model: nn.Module, example: Tensor, batch: Batch) -> fx.GraphModule:
         return for_any_batch(fold_created(graph_module, own))
 
 
+def _exported(model: nn.Module, x: Tensor, dynamic: Any, name: str) -> torch.export.ExportedProgram:
+    """What torch.export makes of `model`, without in-place operators.
+
+    It runs the Python of forward, in which len(x) and int(x.shape[0]) are numbers: where those fix the batch size, it
+    reads the bytecode instead, which knows them for the batch size.
+    """
+    reason, cause = "", None
+    for strict in (False, True):
+        try:
+            with _no_logs():
+                program = torch.export.export(model, (x,), dynamic_shapes=dynamic, strict=strict)
+                return program.run_decompositions({})  # no decomposition: only in-place operators go
+        except ExportError:
+            raise
+        except Exception as error:  # whatever torch or the user's code raises
+            if "specialized it to be a constant" not in str(error):
+                reason, cause = reason or first_line(error), cause or error
+                break
+            reason, cause = _fixed_batch(model, x), error
+            if reason:
+                break
+            reason = (
+                "forward takes the images of a batch one by one, as for image in x and range(x.shape[0]) do: expected "
+                f"operators on the whole batch; or export one size alone, ExportConfig.batch={len(x)}"
+            )
+    raise ExportError(f"torch.export cannot capture {name}: {reason}") from cause
+
+
+@contextmanager
+def _no_logs() -> Iterator[None]:
+    """Without what torch logs, a page long, of an error that is raised all the same."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 def _fixed_batch(model: nn.Module, x: Tensor) -> str:
-    """What to say of a model that only takes the batch size it was traced with."""
-    where = ""
+    """What to say of a model that only takes the batch size it was traced with; empty where it takes others."""
     try:
         model(torch.zeros(len(x) + 1, *x.shape[1:]))
     except Exception as error:  # whatever the user's code raises
         own = [frame for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename]
+        where = ""
         if own and own[-1].filename != __file__:
             where = f" ({Path(own[-1].filename).name}, line {own[-1].lineno}: {str(own[-1].line)[:60]})"
-    return (
-        f"forward takes no other batch than {len(x)}{where}: expected x.shape[0] or -1 where it has a number, as in "
-        f"view({len(x)}, -1) or zeros({len(x)}, ...); or export that size alone, ExportConfig.batch={len(x)}"
-    )
+        return (
+            f"forward takes no other batch than {len(x)}{where}: expected x.shape[0] or -1 where it has a number, as in "
+            f"view({len(x)}, -1) or zeros({len(x)}, ...); or export that size alone, ExportConfig.batch={len(x)}"
+        )
+    return ""
 
 
 def describe_value(value: object) -> str:
