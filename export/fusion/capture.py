@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import re
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -185,25 +186,14 @@ def capture(model: nn.Module, example: Example, batch: Batch) -> fx.GraphModule:
     """
     inputs = check_model(model, example)
     size = batch.minimum if batch.static else max(2, min(batch.optimum, batch.maximum))
-    args, kwargs = call_arguments({name: torch.zeros(size, *x.shape[1:], dtype=torch.float32) for name, x in inputs.items()})
     dim = None if batch.static else {0: torch.export.Dim("batch", min=batch.minimum, max=batch.maximum)}
-    dynamic: Any = None if dim is None else {name: dim for name in kwargs} or (dim,)
+    dynamic: Any = None if dim is None else (dim,) if list(inputs) == [INPUT] else dict.fromkeys(inputs, dim)
     with plain_torch(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         duplicate = eager_copy(model, torch.float32)
         renamed = _rename_meta(duplicate)
         duplicate.register_forward_pre_hook(_one_batch, with_kwargs=True)
-        try:
-            with _ExactParts():
-                program = torch.export.export(duplicate, args, kwargs, dynamic_shapes=dynamic, strict=False)
-            program = program.run_decompositions({})  # no decomposition: only in-place operators go
-        except ExportError:
-            raise
-        except Exception as error:
-            name, reason = type(unwrapped(model)).__name__, first_line(error)
-            if "specialized it to be a constant" in str(error):
-                reason = _fixed_batch(duplicate, inputs, size)
-            raise ExportError(f"torch.export cannot capture {name}: {reason}") from error
+        program = _exported(duplicate, inputs, size, dynamic, type(unwrapped(model)).__name__)
         mutated = list(program.graph_signature.buffers_to_mutate.values())
         if mutated:
             raise ExportError(f"forward changes the buffer {mutated[0]}: expected a pure function of its input")
@@ -269,20 +259,67 @@ def _refuse_unused(graph_module: fx.GraphModule) -> None:
             raise ExportError(f"forward does not use {name}: expected inputs that what it returns follows from")
 
 
+def _exported(
+    model: nn.Module, inputs: Mapping[str, Tensor], size: int, dynamic: Any, name: str
+) -> torch.export.ExportedProgram:
+    """What torch.export makes of `model`, without in-place operators.
+
+    It runs the Python of forward, in which len(x) and int(x.shape[0]) are numbers: where those fix the batch size, it
+    reads the bytecode instead, which knows them for the batch size.
+    """
+    reason, cause = "", None
+    args, kwargs = call_arguments(_zeros(inputs, size))
+    for strict in (False, True):
+        try:
+            with _no_logs(), nullcontext() if strict else _ExactParts():
+                program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=strict)
+                return program.run_decompositions({})  # no decomposition: only in-place operators go
+        except ExportError:
+            raise
+        except Exception as error:  # whatever torch or the user's code raises
+            if "specialized it to be a constant" not in str(error):
+                reason, cause = reason or first_line(error), cause or error
+                break
+            reason, cause = _fixed_batch(model, inputs, size), error
+            if reason:
+                break
+            reason = (
+                "forward takes the images of a batch one by one, as for image in x and range(x.shape[0]) do: expected "
+                f"operators on the whole batch; or export one size alone, ExportConfig.batch={size}"
+            )
+    raise ExportError(f"torch.export cannot capture {name}: {reason}") from cause
+
+
+@contextmanager
+def _no_logs() -> Iterator[None]:
+    """Without what torch logs, a page long, of an error that is raised all the same."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _zeros(inputs: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
+    return {name: torch.zeros(size, *x.shape[1:], dtype=torch.float32) for name, x in inputs.items()}
+
+
 def _fixed_batch(model: nn.Module, inputs: Mapping[str, Tensor], size: int) -> str:
-    """What to say of a model that only takes the batch size it was traced with."""
-    where = ""
-    args, kwargs = call_arguments({name: torch.zeros(size + 1, *x.shape[1:], dtype=torch.float32) for name, x in inputs.items()})
+    """What to say of a model that only takes the batch size it was traced with; empty where it takes others."""
+    args, kwargs = call_arguments(_zeros(inputs, size + 1))
     try:
         model(*args, **kwargs)
     except Exception as error:  # whatever the user's code raises
         own = [frame for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename]
+        where = ""
         if own and own[-1].filename != __file__:
             where = f" ({Path(own[-1].filename).name}, line {own[-1].lineno}: {str(own[-1].line)[:60]})"
-    return (
-        f"forward takes no other batch than {size}{where}: expected x.shape[0] or -1 where it has a number, as in "
-        f"view({size}, -1) or zeros({size}, ...); or export that size alone, ExportConfig.batch={size}"
-    )
+        return (
+            f"forward takes no other batch than {size}{where}: expected x.shape[0] or -1 where it has a number, as in "
+            f"view({size}, -1) or zeros({size}, ...); or export that size alone, ExportConfig.batch={size}"
+        )
+    return ""
 
 
 def describe_value(value: object) -> str:

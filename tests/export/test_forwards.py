@@ -76,6 +76,7 @@ SECOND: dict[str, nn.Module] = {"second": nn.Conv2d(8, 8, 3, 1, 1)}
 FORWARDS: dict[str, tuple[Forward, dict[str, nn.Module]]] = {
     "view": (lambda x, m: m.fc(F.adaptive_avg_pool2d(x, 1).view(x.size(0), -1)), {}),
     "fixed pool": (lambda x, m: m.fc(F.avg_pool2d(x, x.shape[2]).view(x.shape[0], x.shape[1])), {}),
+    "counted": (lambda x, m: m.fc(x.reshape(len(x), 8, -1).mean(2).view(int(x.size(0)), -1)), {}),
     "reshape": (lambda x, m: m.fc(F.adaptive_max_pool2d(x, 1).reshape(-1, 8)), {}),
     "squeeze": (lambda x, m: m.fc(F.normalize(x.mean((2, 3), keepdim=True).squeeze(), dim=1)), {}),
     "squeeze(0)": (lambda x, m: m.fc(x.mean(3).mean(2)).squeeze(0), {}),
@@ -207,6 +208,7 @@ BAD: dict[str, tuple[Forward, str]] = {
     "over the batch": (lambda y, m: y.softmax(0), "depends on the other images"),
     "neighbours": (lambda y, m: y + y.flip(0), "depends on the other images"),
     "fixed by view": (lambda y, m: y.view(4, -1), r"no other batch than 4 \(test_forwards.py, line \d+.*batch=4"),
+    "one by one": (lambda y, m: torch.stack([row * 2 for row in y]), "takes the images of a batch one by one"),
     "fixed by zeros": (lambda y, m: y + torch.zeros(4, 5), "no other batch than 4"),
     "dropout": (lambda y, m: F.dropout(y), "draws random numbers .*training=self.training"),
     "an object": (lambda y, m: object(), "returns a object: expected tensors"),
