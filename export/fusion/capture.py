@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from export.base.batch import Batch
 from export.base.errors import ExportError, first_line
@@ -48,8 +50,10 @@ def eager_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     model = unwrapped(model)
     memo: dict[int, Any] = {}
     for module in model.modules():
-        for value in [*vars(module).values(), *module._buffers.values()]:
-            if isinstance(value, Tensor) and value.grad_fn is not None:  # old-style weight_norm; torch does not copy it
+        for value in _tensors(vars(module)):
+            if isinstance(value, FakeTensor | FunctionalTensor):  # a hook that keeps features kept capture's
+                memo[id(value)] = None
+            elif value.grad_fn is not None:  # old-style weight_norm, or what a hook kept; torch does not copy it
                 memo[id(value)] = value.detach().clone()
     try:
         with torch.inference_mode(False):
@@ -64,6 +68,15 @@ def eager_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
                 setattr(module, name, inner_module(child))
     duplicate.register_forward_hook(lambda module, inputs, outputs: plain_outputs(outputs))
     return duplicate.to(device="cpu", dtype=dtype)
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    """The tensors in a value, and in lists, tuples and dictionaries of them."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
 
 
 def check_model(model: nn.Module, example: Tensor) -> None:
@@ -193,8 +206,8 @@ def _fixed_batch(model: nn.Module, x: Tensor) -> str:
         if own and own[-1].filename != __file__:
             where = f" ({Path(own[-1].filename).name}, line {own[-1].lineno}: {str(own[-1].line)[:60]})"
         return (
-            f"forward takes no other batch than {len(x)}{where}: expected x.shape[0] or -1 where it has a number, as in "
-            f"view({len(x)}, -1) or zeros({len(x)}, ...); or export that size alone, ExportConfig.batch={len(x)}"
+            f"forward takes no other batch than {len(x)}{where}: expected x.shape[0] or -1 where it has a number, as "
+            f"in view({len(x)}, -1) or zeros({len(x)}, ...); or export that size alone, ExportConfig.batch={len(x)}"
         )
     return ""
 

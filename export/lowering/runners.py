@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -88,7 +89,7 @@ class UnfusedRunner(Runner):
         del self._graph_module
 
     def _run(self, x: NDArray) -> Arrays:
-        with plain_torch():
+        with plain_torch(), _says_what_type(self._precision):
             outputs = self._graph_module(torch.from_numpy(x).to(self._precision.dtype, copy=True))
         return self._named(arrays(returned_tensors(self._graph_module, outputs)))
 
@@ -125,13 +126,13 @@ class ProgramRunner(Runner):
         del self._interpreter, self._call
 
     def _run(self, x: NDArray) -> Arrays:
-        with plain_torch():
+        with plain_torch(), _says_what_type(self._precision):
             outputs = self._call(self._input(x))
         return self._named(arrays(returned_tensors(self._program.graph_module, outputs)))
 
     def trace(self, inputs: Mapping[str, NDArray]) -> dict[str, Tensor]:
         self._interpreter.values = {}
-        with plain_torch():
+        with plain_torch(), _says_what_type(self._precision):
             self._interpreter.run(self._input(inputs[INPUT]))
         values, self._interpreter.values = self._interpreter.values, None
         return {name: value.cpu() for name, value in values.items()}
@@ -173,3 +174,14 @@ def arrays(outputs: Any) -> list[NDArray]:
     leaves = [y.detach() for y in pytree.tree_leaves(outputs) if isinstance(y, Tensor)]
     wide = [y.float() if y.is_floating_point() and y.dtype != torch.float64 else y for y in leaves]
     return [y.cpu().numpy() for y in wide]
+
+
+@contextmanager
+def _says_what_type(precision: Precision) -> Iterator[None]:
+    """Raises ExportError for an operator of the user's that PyTorch has in float32 and not in 16 bits."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        if precision.dtype.itemsize > 2:
+            raise
+        raise ExportError(f"the network does not run in {precision.dtype}: {first_line(error)}") from error
