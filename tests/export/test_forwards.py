@@ -88,6 +88,10 @@ FORWARDS: dict[str, tuple[Forward, dict[str, nn.Module]]] = {
     "squeeze(0)": (lambda x, m: m.fc(x.mean(3).mean(2)).squeeze(0), {}),
     "generalised mean": (lambda x, m: m.fc(_gem(F.relu(m.second(x))).flatten(1)), SECOND),
     "attention": (lambda x, m: m.fc(_attention(x)), {}),
+    "attention layer": (
+        lambda x, m: m.fc(m.attend(*[x.flatten(2).transpose(1, 2)] * 3, need_weights=False)[0].mean(1)),
+        {"attend": nn.MultiheadAttention(8, 2, batch_first=True)},
+    ),
     "largest": (lambda x, m: m.fc(x.flatten(2).max(-1)[0]), {}),
     "cut apart": (_cut_apart, {**SECOND, "narrow": nn.Conv2d(4, 4, 1)}),
     "made in forward": (_made_in_forward, SECOND),
