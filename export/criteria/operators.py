@@ -31,6 +31,7 @@ from export.fusion.nodes import (
     args_of,
     aten,
     constant,
+    fits,
     is_call,
     is_size,
     module_path,
@@ -294,9 +295,9 @@ def _check(
         return OperatorCheck(name, kind, float("inf"), float("inf"), *limits, reason, fault)
 
     for n in [node, *_activations(node)]:
-        expected = tuple(n.meta["val"].shape[1:])
-        if tuple(values[n.name].shape[1:]) != expected:
-            return refused(f"{n.name} has shape {list(values[n.name].shape)}, expected [N, *{list(expected)}]")
+        if not fits(n, values[n.name].shape):
+            expected = list(n.meta["val"].shape[1:])
+            return refused(f"{n.name} has shape {list(values[n.name].shape)}, expected [N, *{expected}]")
     y, read = values[node.name].double(), {n: _rounded(values[n.name], dtype) for n in _activations(node)}
     for n, x in read.items():
         if not bool(torch.isfinite(x).all()):

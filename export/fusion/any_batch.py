@@ -30,7 +30,7 @@ def refuse_random(graph_module: fx.GraphModule) -> None:
             continue
         if torch.Tag.nondeterministic_seeded in node.target.tags:
             given = named_args(node)
-            if given.get("train", given.get("training", True)):
+            if given.get("train", given.get("training", given.get("dropout_p", True))):
                 raise ExportError(
                     f"{module_path(node)} draws random numbers ({schema_name(node)}), in eval mode too: expected a "
                     "pure function of its input; pass training=self.training, or remove it"

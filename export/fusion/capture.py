@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.overrides import TorchFunctionMode
 
@@ -59,8 +61,10 @@ def eager_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     model = unwrapped(model)
     memo: dict[int, Any] = {}
     for module in model.modules():
-        for value in [*vars(module).values(), *module._buffers.values()]:
-            if isinstance(value, Tensor) and value.grad_fn is not None:  # old-style weight_norm; torch does not copy it
+        for value in _tensors(vars(module)):
+            if isinstance(value, FakeTensor | FunctionalTensor):  # a hook that keeps features kept capture's
+                memo[id(value)] = None
+            elif value.grad_fn is not None:  # old-style weight_norm, or what a hook kept; torch does not copy it
                 memo[id(value)] = value.detach().clone()
     try:
         with torch.inference_mode(False):
@@ -75,6 +79,15 @@ def eager_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
                 setattr(module, name, inner_module(child))
     duplicate.register_forward_hook(lambda module, inputs, outputs: plain_outputs(outputs))
     return duplicate.to(device="cpu", dtype=dtype)
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    """The tensors in a value, and in lists, tuples and dictionaries of them."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
 
 
 def check_model(model: nn.Module, example: Example) -> dict[str, Tensor]:

@@ -176,6 +176,16 @@ def size_at(size: fx.Node | torch.SymInt, batch: int) -> int:
     return int(expression.subs(dict.fromkeys(expression.free_symbols, batch)))
 
 
+def fits(node: fx.Node, shape: Sequence[int]) -> bool:
+    """Whether a value of this shape is one of `node`, in a batch of any size: whichever dimension that is."""
+    sizes = node.meta["val"].shape
+    if len(sizes) != len(shape):
+        return False
+    pairs = list(zip(sizes, shape, strict=True))
+    batches = {length / size_at(size, 1) for size, length in pairs if isinstance(size, torch.SymInt)}
+    return len(batches) < 2 and all(size == length for size, length in pairs if isinstance(size, int))
+
+
 def computed_by(node: fx.Node) -> fx.Node:
     """The node whose values `node` holds, before they were moved: a result of an operator, one of several maybe."""
     while node.op == "call_function" and moves_data(node) and tensor_inputs(node):

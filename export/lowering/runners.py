@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import onnx
@@ -92,7 +93,7 @@ class UnfusedRunner(Runner):
         del self._graph_module
 
     def _run(self, inputs: Inputs) -> Arrays:
-        with plain_torch():
+        with plain_torch(), _says_what_type(self._precision):
             outputs = self._graph_module(*cast(inputs, self._precision.dtype).values())
         return self._named(arrays(returned_tensors(self._graph_module, outputs)))
 
@@ -129,13 +130,13 @@ class ProgramRunner(Runner):
         del self._interpreter, self._call
 
     def _run(self, inputs: Inputs) -> Arrays:
-        with plain_torch():
+        with plain_torch(), _says_what_type(self._precision):
             outputs = self._call(*cast(inputs, self._precision.dtype, self._device).values())
         return self._named(arrays(returned_tensors(self._program.graph_module, outputs)))
 
     def trace(self, inputs: Inputs) -> dict[str, Tensor]:
         self._interpreter.values = {}
-        with plain_torch():
+        with plain_torch(), _says_what_type(self._precision):
             self._interpreter.run(*cast(inputs, self._precision.dtype, self._device).values())
         values, self._interpreter.values = self._interpreter.values, None
         return {name: value.cpu() for name, value in values.items()}
@@ -179,3 +180,14 @@ def arrays(outputs: Any) -> list[NDArray]:
     leaves = [y.detach() for y in pytree.tree_leaves(outputs) if isinstance(y, Tensor)]
     wide = [y.float() if y.is_floating_point() and y.dtype != torch.float64 else y for y in leaves]
     return [y.cpu().numpy() for y in wide]
+
+
+@contextmanager
+def _says_what_type(precision: Precision) -> Iterator[None]:
+    """Raises ExportError for an operator of the user's that PyTorch has in float32 and not in 16 bits."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        if precision.dtype.itemsize > 2 or "not implemented" not in str(error):
+            raise
+        raise ExportError(f"the network does not run in {precision.dtype}: {first_line(error)}") from error

@@ -76,12 +76,22 @@ SECOND: dict[str, nn.Module] = {"second": nn.Conv2d(8, 8, 3, 1, 1)}
 FORWARDS: dict[str, tuple[Forward, dict[str, nn.Module]]] = {
     "view": (lambda x, m: m.fc(F.adaptive_avg_pool2d(x, 1).view(x.size(0), -1)), {}),
     "fixed pool": (lambda x, m: m.fc(F.avg_pool2d(x, x.shape[2]).view(x.shape[0], x.shape[1])), {}),
+    "masked": (
+        lambda x, m: m.fc(
+            (x.flatten(2).masked_fill(x.flatten(2) < 0.2, -1e9).softmax(2) * x.clamp(max=1e6).flatten(2)).sum(2)
+        ),
+        {},
+    ),
     "counted": (lambda x, m: m.fc(x.reshape(len(x), 8, -1).mean(2).view(int(x.size(0)), -1)), {}),
     "reshape": (lambda x, m: m.fc(F.adaptive_max_pool2d(x, 1).reshape(-1, 8)), {}),
     "squeeze": (lambda x, m: m.fc(F.normalize(x.mean((2, 3), keepdim=True).squeeze(), dim=1)), {}),
     "squeeze(0)": (lambda x, m: m.fc(x.mean(3).mean(2)).squeeze(0), {}),
     "generalised mean": (lambda x, m: m.fc(_gem(F.relu(m.second(x))).flatten(1)), SECOND),
     "attention": (lambda x, m: m.fc(_attention(x)), {}),
+    "attention layer": (
+        lambda x, m: m.fc(m.attend(*[x.flatten(2).transpose(1, 2)] * 3, need_weights=False)[0].mean(1)),
+        {"attend": nn.MultiheadAttention(8, 2, batch_first=True)},
+    ),
     "largest": (lambda x, m: m.fc(x.flatten(2).max(-1)[0]), {}),
     "cut apart": (_cut_apart, {**SECOND, "narrow": nn.Conv2d(4, 4, 1)}),
     "made in forward": (_made_in_forward, SECOND),
@@ -107,7 +117,7 @@ def test_a_forward_that_people_write(name: str, images: Tensor) -> None:
     subject, program = Fused(model, images), fuse(model, images, BATCH)
     check_batches(program, {"input": images.numpy()})
     layers = sum(map(weighs, operator_nodes(program.master)))
-    for precision in ("fp32", "bf16"):
+    for precision in ("fp32", "fp16" if name == "masked" else "bf16"):
         p = PRECISIONS[precision]
         file = lower_onnx(program, p, {})
         for runner in (ProgramRunner(program, p, file.output_names), OnnxRuntimeRunner(file, p)):
@@ -166,6 +176,8 @@ def _inference(model: Any) -> Any:
 def _hooked(model: Any) -> Any:
     model.conv.register_forward_hook(lambda module, inputs, y: y * 2)
     model.derived = model.conv.weight * 2  # which no copy.deepcopy takes
+    model.features = []
+    model.conv.register_forward_hook(lambda module, inputs, y: model.features.append(y))
     return model
 
 
@@ -189,7 +201,8 @@ WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_a_module_in_any_guise(name: str, images: Tensor) -> None:
     model = WRAPPERS[name](make(lambda: network(lambda x, m: m.fc(x.mean((2, 3)))), images))
-    program = fuse(model, images, BATCH)
+    program, again = fuse(model, images, BATCH), fuse(model, images, BATCH)
+    assert again.coverage == program.coverage
     assert "conv" in {operator.name for operator in program.coverage.fused}
     y = _run(EagerRunner(model, torch.float64, ("output",)), images)
     np.testing.assert_allclose(_run(ProgramRunner(program, FP32, ("output",)), images), y, rtol=0, atol=1e-5)
