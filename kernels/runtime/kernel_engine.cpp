@@ -496,7 +496,7 @@ class Reader {
       expected(where, "a weight or a place in the arena");
     Pointer found;
     found.weight = value.contains("weight");
-    found.offset = number(value.begin().value(), where, 0, (found.weight ? weights_bytes_ : arena_) - 1, kAlignment);
+    found.offset = number(value.begin().value(), where, 0, (found.weight ? weights_bytes_ : arena_) - 1, 16);
     if (found.weight && !offsets_.count(found.offset)) expected(where, "the offset of a weight");
     return found;
   }

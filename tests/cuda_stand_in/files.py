@@ -217,7 +217,7 @@ BROKEN_PLANS: dict[str, tuple[Edit, str]] = {
     "grid of two": (lambda p: _launch(p).update(grid=[1, 1]), "launches[0].grid: expected a list of 3 to 3"),
     "argument too few": (lambda p: _launch(p)["arguments"].pop(), "launches[0].arguments: expected a list of 5 to 5"),
     "pointer outside": (_argument(3, {"arena": 2**20}), "launches[0].arguments[3]: expected a whole number from 0 to"),
-    "pointer not aligned": (_argument(3, {"arena": 16}), "launches[0].arguments[3]: expected a whole number"),
+    "pointer not aligned": (_argument(3, {"arena": 8}), "launches[0].arguments[3]: expected a whole number"),
     "pointer into a weight": (_argument(2, {"weight": 256}), "arguments[2]: expected the offset of a weight"),
     "pointer to nowhere": (_argument(2, {"stack": 0}), "arguments[2]: expected the argument of a parameter of kind"),
     "null that is false": (_argument(2, {"null": False}), "arguments[2]: expected true"),

@@ -36,7 +36,7 @@ def emulator() -> Any:
     """The parts of the PTX emulator that are used here; a skip that says so where there is none."""
     try:
         block, boxes, launch, memory, program = (
-            importlib.import_module(f"tests.emulator.{name}")
+            importlib.import_module(f"kernels.emulator.{name}")
             for name in ("block", "boxes", "launch", "memory", "program")
         )
     except ModuleNotFoundError as error:

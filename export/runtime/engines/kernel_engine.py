@@ -30,6 +30,8 @@ from export.runtime.engines.kernel_plan import (
     parameter_sizes,
 )
 
+_CAPABILITY = ("COMPUTE_CAPABILITY_MAJOR", "COMPUTE_CAPABILITY_MINOR")
+_SHARED = "MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"
 _POISON = 0xFF  # NaN in every floating-point type: what is not written is noticed
 _PLAIN_SHARED = 48 << 10  # bytes that a block has without being asked for
 _FIRST_WITH_TENSOR_MAPS = 12000
@@ -43,6 +45,30 @@ _Encode = ctypes.CFUNCTYPE(
     *(ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int),
 )
 _DRIVER_OF_SMALL_TENSORS, _SMALL_TENSOR, _SMALL_TENSOR_BIT = 13010, 128 << 10, 1 << 21
+
+
+def why_not_here(content: bytes, target: str) -> str:
+    """Why a file of a bundle, named for `target`, cannot run on the first GPU here, empty where it can.
+
+    Nothing of the file is read where its name says enough.
+    """
+    try:
+        cuda = start_driver()
+        device = checked(cuda.cuDeviceGet(0))
+        *capability, shared = (_attribute(cuda, name, device) for name in (*_CAPABILITY, _SHARED))
+        here = f"sm_{capability[0]}{capability[1]}"
+        if here != target:
+            return f"it is for {target}, this GPU is {here}: export it for that one"
+        plan = read_kernel_file(content).plan
+        return plan.obstacle((capability[0], capability[1]), checked(cuda.cuDriverGetVersion()), shared)
+    except ExportError as error:
+        return str(error)
+
+
+def _attribute(cuda: Any, name: str, device: Any) -> int:
+    return int(
+        checked(cuda.cuDeviceGetAttribute(getattr(cuda.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}"), device))
+    )
 
 
 class KernelEngine:
@@ -71,9 +97,9 @@ class KernelEngine:
         self._cuda = cuda = start_driver()
         self._driver = checked(cuda.cuDriverGetVersion())
         self._device = checked(cuda.cuDeviceGet(device))
-        self._shared = self._attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
-        capability = self._attribute("COMPUTE_CAPABILITY_MAJOR"), self._attribute("COMPUTE_CAPABILITY_MINOR")
-        if obstacle := file.plan.obstacle(capability, self._driver, self._shared):
+        self._shared = _attribute(cuda, _SHARED, self._device)
+        major, minor = (_attribute(cuda, name, self._device) for name in _CAPABILITY)
+        if obstacle := file.plan.obstacle((major, minor), self._driver, self._shared):
             raise ExportError(f"the engine cannot run here: {obstacle}")
         self._context = checked(cuda.cuDevicePrimaryCtxRetain(self._device))
         try:
@@ -116,10 +142,6 @@ class KernelEngine:
         with self._current():
             self._loaded.close()
         checked(self._cuda.cuDevicePrimaryCtxRelease(self._device))
-
-    def _attribute(self, name: str) -> int:
-        attribute = getattr(self._cuda.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
-        return int(checked(self._cuda.cuDeviceGetAttribute(attribute, self._device)))
 
     @contextmanager
     def _current(self) -> Iterator[None]:

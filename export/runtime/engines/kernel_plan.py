@@ -17,7 +17,8 @@ ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 LAYOUTS = ("NCHW", "NHWC", "")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 PARAMETERS = ("pointer", "i32", "i64", *(f"descriptor:{rank}" for rank in range(1, 6)))
-ALIGNMENT = 256  # of every tensor in device memory
+ALIGNMENT = 256  # of what the runtimes place or copy in device memory
+_POINTER_ALIGNMENT = 16  # that kernels are compiled for
 DESCRIPTOR_BYTES = 128
 PARAMETER_BYTES = 4096  # that a launch may pass
 _SWIZZLE_BYTES = (0, 32, 64, 128)
@@ -424,7 +425,7 @@ class _Reader:
         if not isinstance(value, dict) or len(value) != 1 or not value.keys() <= spaces.keys():
             _fail(where, "a weight or a place in the arena", value)
         ((space, offset),) = value.items()
-        offset = _number(offset, where, 0, spaces[space] - 1, ALIGNMENT)
+        offset = _number(offset, where, 0, spaces[space] - 1, _POINTER_ALIGNMENT)
         if space == "weight" and all(weight.offset != offset for weight in self._weights):
             _fail(where, "the offset of a weight", offset)
         return Pointer(space, offset)

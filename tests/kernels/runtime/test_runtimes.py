@@ -14,12 +14,27 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
+from torch import nn
 
+from export import Batch, ExportConfig, export_bundle
+from export.runtime.engines.kernel_file import file_name
 from tests.children import run
 from tests.cuda_stand_in.building import AARCH64, HOST, RUNTIME, build_driver, build_program, build_runtime, needed
-from tests.cuda_stand_in.files import CLASSES, broken_files, images, packed, reference, unpacked
-from tests.cuda_stand_in.stand_in import Code, StandIn, compile_tiny, emulator
+from tests.cuda_stand_in.files import (
+    CLASSES,
+    HIDDEN,
+    PIXELS,
+    broken_files,
+    images,
+    packed,
+    reference,
+    unpacked,
+    weights,
+)
+from tests.cuda_stand_in.stand_in import ROOT, Code, StandIn, compile_tiny, emulator
+from tests.export.digits import rewrite, without_torch
 
 TARGETS = ("sm_87", "sm_90")  # of pointers, and of tensor maps and programmatic launches
 COUNTS = (3, 1, 2, 20, 5, 1)  # of images in each run: with a table of their own, and without
@@ -55,12 +70,15 @@ class Place:
         for part in (self.tiny, folder / "driver"):
             part.mkdir()
         self.driver = build_driver(folder / "driver")
+        self.hidden = without_torch(folder / "hidden")["PYTHONPATH"]
         compile_tiny(self.tiny, *TARGETS)
         self.code = Code.all_in(self.tiny)
 
     def device(self, target: str, **options: Any) -> StandIn:
         place = tempfile.mkdtemp(prefix="device-", dir=self.folder)
-        return StandIn(Path(place), self.driver, self.code, target, **options)
+        device = StandIn(Path(place), self.driver, self.code, target, **options)
+        device.environment["PYTHONPATH"] = os.pathsep.join((self.hidden, str(ROOT)))  # neither PyTorch nor Triton
+        return device
 
     def python(self, device: StandIn, engine: Path, *counts: int) -> tuple[NDArray[Any], str]:
         """(outputs of all runs, what went wrong) by the Python runtime."""
@@ -140,6 +158,46 @@ def test_the_cpp_runtime_on_aarch64_gives_the_same_bits(place: Place, tmp_path: 
         ways = cpp(device, "ways", engine, tmp_path / "images.f32")
     assert (wrong, ways.stderr, device.defects, device.left) == ("", "", [], 0)
     assert found.tobytes() == expected.tobytes()
+
+
+@pytest.fixture(scope="module")
+def bundle(place: Place) -> Path:
+    """An exported bundle of the network, with its kernel engine for sm_87 and one for another GPU."""
+    layers = nn.Sequential(nn.Flatten(), nn.Linear(PIXELS, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, CLASSES)).eval()
+    w0, b0, w1, b1 = (torch.from_numpy(values).float() for values in weights().values())
+    layers.load_state_dict({"1.weight": w0.T, "1.bias": b0, "3.weight": w1.T, "3.bias": b1})
+    config = ExportConfig(precision="fp16", batch=Batch(1, 3, 20), engine="none")
+    given = torch.from_numpy(images(6))
+    export_bundle(layers, given[:1], place.folder / "plain", config, images=given)
+
+    def add(manifest: dict[str, Any], files: dict[str, bytes]) -> None:
+        for target in TARGETS:
+            files[file_name(target)] = (place.tiny / f"{target}.kernels").read_bytes()
+
+    return rewrite(place.folder / "plain", place.folder / "bundle", add)
+
+
+def test_verify_runs_an_engine_like_any_artefact(place: Place, bundle: Path) -> None:
+    """Equal to the eager model by the golden inputs; one for another GPU says so; and what is wrong is not equal."""
+    command: list[str | Path] = [sys.executable, ROOT / "scripts" / "verify.py"]
+    with place.device("sm_87") as device:
+        done = run([*command, bundle], env=device.environment | {"COLUMNS": "250"})
+    assert (done.returncode, device.defects, device.left) == (0, [], 0), done.stdout + done.stderr
+    (equal,) = [line for line in done.stdout.splitlines() if "kernels sm_87" in line]
+    assert "equal" in equal
+    assert "it is for sm_90, this GPU is sm_87" in done.stdout
+
+    def swap(manifest: dict[str, Any], files: dict[str, bytes]) -> None:
+        plan, tensors = unpacked(files[file_name("sm_87")])
+        for table in plan["batches"].values():
+            arguments = table["launches"][1]["arguments"]
+            arguments[1], arguments[2] = {"weight": 0}, arguments[1]
+        files[file_name("sm_87")] = packed(plan, tensors)
+
+    wrong = rewrite(bundle, place.folder / "wrong", swap)
+    with place.device("sm_87") as device:
+        done = run([*command, wrong], env=device.environment)
+    assert done.returncode == 1, done.stdout + done.stderr
 
 
 def test_memory_streams_and_threads_of_the_cpp_runtime(place: Place, cpp: Cpp) -> None:
