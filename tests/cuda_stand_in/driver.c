@@ -28,6 +28,7 @@ process executes each launch (stand_in.py). $CUDA_STAND_IN is a folder with
 #define BASE 0x7F0000000000ull /* of device memory; nothing of the host lies there */
 #define MOST_PARAMETERS 256
 #define MOST_FUNCTIONS 1024
+#define MOST_HANDLES 4096
 
 enum {
   SUCCESS, INVALID_VALUE, OUT_OF_MEMORY, NOT_INITIALIZED, NO_DEVICE = 100, INVALID_DEVICE = 101, INVALID_IMAGE = 200,
@@ -76,8 +77,9 @@ static char *memory;
 static address_t top = BASE + 4096;
 static function_t *functions;
 static int function_count;
-static struct { address_t address; size_t size; } allocated[4096], pinned[4096];
-static stream_t legacy, *streams[4096];
+static struct { address_t address; size_t size; } allocated[MOST_HANDLES], pinned[MOST_HANDLES];
+static int allocated_end, pinned_end, stream_end; /* behind the last in use */
+static stream_t legacy, *streams[MOST_HANDLES];
 static int context; /* its address is the handle of the one context */
 static __thread void *current[64];
 static __thread int depth;
@@ -151,14 +153,14 @@ static int begin(void) {
 /* ------------------------------------------------------------------------------------------------------- what is held */
 
 static int on_device(address_t address, size_t size) {
-  for (int i = 0; i < 4096; i++)
+  for (int i = 0; i < allocated_end; i++)
     if (allocated[i].size && address >= allocated[i].address && address + size <= allocated[i].address + allocated[i].size)
       return 1;
   return 0;
 }
 
 static int is_pinned(address_t address) {
-  for (int i = 0; i < 4096; i++)
+  for (int i = 0; i < pinned_end; i++)
     if (pinned[i].size && address >= pinned[i].address && address < pinned[i].address + pinned[i].size) return 1;
   return 0;
 }
@@ -178,7 +180,7 @@ static char *host(address_t address) { return memory + (address - BASE); }
 
 static stream_t *stream_of(void *handle) {
   if (handle == NULL || handle == (void *)1 || handle == (void *)2) return &legacy;
-  for (int i = 0; i < 4096; i++)
+  for (int i = 0; i < stream_end; i++)
     if (streams[i] == handle) return handle;
   return NULL;
 }
@@ -244,7 +246,7 @@ static void drain(stream_t *stream, long ticket) {
 
 static void drain_all(void) {
   drain(&legacy, legacy.asked);
-  for (int i = 0; i < 4096; i++)
+  for (int i = 0; i < stream_end; i++)
     if (streams[i]) drain(streams[i], streams[i]->asked);
 }
 
@@ -420,15 +422,16 @@ API cuMemAlloc_v2(address_t *address, size_t size) {
   if (!size) REFUSE(INVALID_VALUE)
   size_t taken = (size + 8191) / 4096 * 4096; /* and a guard behind it */
   if (top + taken > BASE + room) REFUSE(OUT_OF_MEMORY)
-  for (int i = 0; i < 4096; i++)
+  for (int i = 0; i < MOST_HANDLES; i++)
     if (!allocated[i].size) {
+      if (i >= allocated_end) allocated_end = i + 1;
       allocated[i].address = *address = top;
       allocated[i].size = size;
       break;
     }
   top += taken;
   live++;
-  memset(host(*address), 0xFF, size);
+  if (emulates) memset(host(*address), 0xFF, size);
   tell("allocated", *address, size);
   LEAVE
 }
@@ -436,7 +439,7 @@ API cuMemFree_v2(address_t address) {
   ENTER NEVER_CAPTURED
   drain_all();
   result = INVALID_VALUE;
-  for (int i = 0; i < 4096; i++)
+  for (int i = 0; i < MOST_HANDLES; i++)
     if (allocated[i].size && allocated[i].address == address) {
       tell("freed", address, allocated[i].size);
       allocated[i].size = 0;
@@ -454,8 +457,9 @@ API cuMemHostAlloc(void **address, size_t size, unsigned flags) {
   ENTER NEVER_CAPTURED
   (void)flags;
   *address = aligned_alloc(4096, (size + 4095) / 4096 * 4096);
-  for (int i = 0; i < 4096; i++)
+  for (int i = 0; i < MOST_HANDLES; i++)
     if (!pinned[i].size) {
+      if (i >= pinned_end) pinned_end = i + 1;
       pinned[i].address = (address_t)*address, pinned[i].size = size;
       break;
     }
@@ -466,7 +470,7 @@ API cuMemFreeHost(void *address) {
   ENTER NEVER_CAPTURED
   drain_all();
   result = INVALID_VALUE;
-  for (int i = 0; i < 4096; i++)
+  for (int i = 0; i < MOST_HANDLES; i++)
     if (pinned[i].size && pinned[i].address == (address_t)address) {
       pinned[i].size = 0;
       free(address);
@@ -482,13 +486,13 @@ API cuPointerGetAttribute(void *value, int attribute, address_t address) {
   LEAVE
 }
 
-static int copy(int kind, address_t to, address_t from, size_t size, void *handle) {
+static int copy(int kind, address_t to, address_t from, size_t size, void *handle, int waits) {
   ENTER
   stream_t *stream = stream_of(handle);
   if (!stream) REFUSE(INVALID_HANDLE)
   if ((kind != TO_HOST) != on_device(to, size) || (kind != TO_DEVICE) != on_device(from, size)) REFUSE(INVALID_VALUE)
   op_t op = {.kind = kind, .to = to, .from = from, .size = size};
-  if (kind == TO_DEVICE && !is_pinned(from)) {
+  if (kind == TO_DEVICE && !is_pinned(from) && !waits) {
     if (stream->capture) REFUSE(CAPTURE_UNSUPPORTED)
     op.staged = memcpy(malloc(size), (void *)from, size);
   }
@@ -503,19 +507,19 @@ static int and_wait(int result) {
   return failed;
 }
 API cuMemcpyHtoDAsync_v2(address_t to, const void *from, size_t size, void *stream) {
-  return copy(TO_DEVICE, to, (address_t)from, size, stream);
+  return copy(TO_DEVICE, to, (address_t)from, size, stream, 0);
 }
 API cuMemcpyDtoHAsync_v2(void *to, address_t from, size_t size, void *stream) {
-  return copy(TO_HOST, (address_t)to, from, size, stream);
+  return copy(TO_HOST, (address_t)to, from, size, stream, 0);
 }
 API cuMemcpyDtoDAsync_v2(address_t to, address_t from, size_t size, void *stream) {
-  return copy(WITHIN, to, from, size, stream);
+  return copy(WITHIN, to, from, size, stream, 0);
 }
 API cuMemcpyHtoD_v2(address_t to, const void *from, size_t size) {
-  return capturing ? CAPTURE_UNSUPPORTED : and_wait(copy(TO_DEVICE, to, (address_t)from, size, NULL));
+  return capturing ? CAPTURE_UNSUPPORTED : and_wait(copy(TO_DEVICE, to, (address_t)from, size, NULL, 1));
 }
 API cuMemcpyDtoH_v2(void *to, address_t from, size_t size) {
-  return capturing ? CAPTURE_UNSUPPORTED : and_wait(copy(TO_HOST, (address_t)to, from, size, NULL));
+  return capturing ? CAPTURE_UNSUPPORTED : and_wait(copy(TO_HOST, (address_t)to, from, size, NULL, 1));
 }
 API cuMemsetD8Async(address_t to, unsigned char value, size_t size, void *handle) {
   ENTER
@@ -532,8 +536,9 @@ API cuStreamCreate(void **handle, unsigned flags) {
   ENTER
   if (flags > 1) REFUSE(INVALID_VALUE)
   result = OUT_OF_MEMORY;
-  for (int i = 0; i < 4096; i++)
+  for (int i = 0; i < MOST_HANDLES; i++)
     if (!streams[i]) {
+      if (i >= stream_end) stream_end = i + 1;
       *handle = streams[i] = calloc(1, sizeof(stream_t));
       live++;
       result = SUCCESS;
@@ -546,7 +551,7 @@ API cuStreamDestroy_v2(void *handle) {
   stream_t *stream = stream_of(handle);
   if (!stream || stream == &legacy) REFUSE(INVALID_HANDLE)
   drain(stream, stream->asked);
-  for (int i = 0; i < 4096; i++)
+  for (int i = 0; i < MOST_HANDLES; i++)
     if (streams[i] == stream) streams[i] = NULL; /* its memory stays: events may name it */
   live--;
   LEAVE
