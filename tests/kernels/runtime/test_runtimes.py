@@ -6,6 +6,7 @@ Each launch is executed in the PTX emulator, which reports what a GPU would not:
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -382,3 +383,18 @@ def test_the_host_is_busy_for_microseconds(place: Place, cpp: Cpp, record_proper
     record_property("host", done.stdout.strip())
     _, opened, _, _, _, call = done.stdout.split()
     assert float(call) < 50 and float(opened) < 1
+
+
+def test_the_guide_is_right(cpp: Cpp) -> None:
+    """Its code compiles, and the functions that it counts are there."""
+    guide = (ROOT / "docs" / "kernel-engine.md").read_text()
+    (block,) = re.findall(r"^```cpp\n(.*?)^```", guide, re.MULTILINE | re.DOTALL)
+    source = cpp.folder / "guide.cpp"
+    source.write_text(block)
+    done = run([needed("g++"), "-std=c++17", "-Wall", "-Werror", "-fsyntax-only", "-I", RUNTIME, source])
+    assert not done.returncode, done.stderr
+    header = (RUNTIME / "kernel_engine.h").read_text()
+    functions = set(re.findall(r"^(?:\w+ )+\*?(ke_\w+)\(", header, re.MULTILINE))
+    assert f"a C interface of {len(functions)} functions" in guide, functions
+    symbols = run([needed("nm"), "-D", "--defined-only", cpp.library]).stdout
+    assert {line.split()[2] for line in symbols.splitlines() if line.split()[2].startswith("ke_")} == functions
