@@ -65,7 +65,7 @@ def _conv2d_boxes_kernel(
     for block in tl.range(tl.program_id(0), boxes * blocks_n, tl.num_programs(0)):
         n0, p0, q0 = _box_corner(block // blocks_n, P, Q, TILE_N, TILE_P, TILE_Q)
         first_column = block % blocks_n * BLOCK_N
-        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
         acc = _accumulate_boxes(
             acc,
             x_desc,
@@ -74,6 +74,8 @@ def _conv2d_boxes_kernel(
             p0 - PAD_H,
             q0 - PAD_W,
             first_column,
+            0,
+            R * S * (C_IN // BLOCK_K),
             C_IN,
             R,
             S,
@@ -89,6 +91,8 @@ def _conv2d_boxes_kernel(
                 p0,
                 q0,
                 first_column,
+                0,
+                C_S // BLOCK_K,
                 C_S,
                 1,
                 1,
@@ -102,7 +106,7 @@ def _conv2d_boxes_kernel(
         offs_n = first_column + tl.arange(0, BLOCK_N)
         offs_y = _pixel_offset(n, p, q, P, Q, C_OUT)
         _bias_residual_act_store(
-            acc,
+            acc.T,
             bias_ptr,
             residual_ptr,
             slope_ptr,
