@@ -55,7 +55,6 @@ REFUSED: dict[str, tuple[Problem, Config, str]] = {
         PADDED, replace(GATHERED, split_k=19), "split_k is 19, expected at most the 18 slices",
     ),
     "split_k-over-slices-of-a-projection": (PROJECTED, replace(GATHERED, split_k=7), "expected at most the 6 slices"),
-    "box-split": (PADDED, replace(SQUARES, split_k=2), "split_k is 2 with a box, expected 1"),
     "box-projected-channels": (
         replace(PROJECTED, projection=Projection(40, 56, 56, (1, 1))), BOXES,
         "40 projected channels, expected a multiple of block_k 32",
