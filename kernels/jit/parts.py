@@ -222,12 +222,52 @@ def _accumulate_boxes(
 
 
 @triton.jit
+def _partial_offsets(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where a partial tile's elements lie: a row's first four of every eight columns, then its other fours.
+
+    A thread holds four or eight columns of a row and moves four at a time: in both cases those of its neighbours lie
+    beside them, and no sector is touched twice.
+    """
+    column = tl.arange(0, BLOCK_N)
+    column = column // 4 % 2 * (BLOCK_N // 2) + column // 8 * 4 + column % 4
+    return tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + column[None, :]
+
+
+@triton.jit
+def _partial_mask(mask_m, offs_n, N: tl.constexpr):
+    """Of a partial tile: its rows, and its columns below N, which are moved in whole fours."""
+    return mask_m[:, None] & (offs_n < tl.cdiv(N, 4) * 4)[None, :]
+
+
+@triton.jit
+def _arrived_last(counters_ptr, tile, SPLIT_K: tl.constexpr):
+    """Whether the other SPLIT_K - 1 programs of the tile have arrived; the last leaves its counter at 0, as found."""
+    tl.debug_barrier()  # all that this program stores is written before it counts as arrived
+    last = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel", scope="gpu") == SPLIT_K - 1
+    tl.store(counters_ptr + tile, 0, mask=last)
+    return last
+
+
+@triton.jit
+def _sum_of_partials(partials, stride, mask, count, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The sum of `count` partial tiles, the first at `partials`, in their order; 0 where masked."""
+    offsets = _partial_offsets(BLOCK_M, BLOCK_N)
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for split in range(0, count):
+        total += tl.load(partials + split * stride + offsets, mask=mask, other=0.0, cache_modifier=".cg")
+    return total
+
+
+@triton.jit
 def _sum_of_splits(
     acc,
     partials_ptr,
     counters_ptr,
     tile,
     split,
+    mask_m,
+    offs_n,
+    N: tl.constexpr,
     SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -235,18 +275,13 @@ def _sum_of_splits(
     """(sum of the SPLIT_K partial tiles, whether this program is the one that holds it).
 
     Every program stores its partial tile; the last to arrive adds them up, always in the order of the splits, so the
-    sum does not depend on who came last. It leaves the tile's counter at 0, as it was found.
+    sum does not depend on who came last. Rows outside mask_m and columns from N on are neither stored nor summed.
     """
-    offsets = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    mask = _partial_mask(mask_m, offs_n, N)
     partials = partials_ptr + tile.to(tl.int64) * (SPLIT_K * BLOCK_M * BLOCK_N)
-    tl.store(partials + split * (BLOCK_M * BLOCK_N) + offsets, acc)
-    tl.debug_barrier()  # the whole tile is written before the program counts as arrived
-    arrived = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel", scope="gpu")
-    last = arrived == SPLIT_K - 1
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for other in range(0, tl.where(last, SPLIT_K, 0)):
-        total += tl.load(partials + other * (BLOCK_M * BLOCK_N) + offsets, cache_modifier=".cg")
-    tl.store(counters_ptr + tile, 0, mask=last)
+    tl.store(partials + split * (BLOCK_M * BLOCK_N) + _partial_offsets(BLOCK_M, BLOCK_N), acc, mask=mask)
+    last = _arrived_last(counters_ptr, tile, SPLIT_K)
+    total = _sum_of_partials(partials, BLOCK_M * BLOCK_N, mask, tl.where(last, SPLIT_K, 0), BLOCK_M, BLOCK_N)
     return total, last
 
 
