@@ -136,9 +136,9 @@ class CompiledKernel:
 
 
 def _rows(launch: KernelLaunch) -> int:
-    """Rows of the tile that the tensor cores accumulate."""
+    """Rows of the tile that the tensor cores accumulate: pixels, over boxes filters."""
     s = launch.scalars
-    return s.get("BLOCK_M") or s.get("BLOCK_Q") or s["TILE_N"] * s["TILE_P"] * s["TILE_Q"]
+    return s.get("BLOCK_M") or s.get("BLOCK_Q") or s["BLOCK_N"]
 
 
 def _narrowest_copy(launch: KernelLaunch) -> int:

@@ -84,7 +84,8 @@ def _conv2d_gathered_kernel(
     mask_m = offs_m < M
     n, p, q = _pixels(offs_m, P, Q)
     lane_n = tl.arange(0, BLOCK_N)
-    mask_n = pid_n * BLOCK_N + lane_n < C_OUT
+    offs_n = pid_n * BLOCK_N + lane_n
+    mask_n = offs_n < C_OUT
     first_column = group * C_OUT + pid_n * BLOCK_N
     offs_o = first_column + lane_n
 
