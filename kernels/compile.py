@@ -11,6 +11,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -20,19 +21,23 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import PTXASError
 from triton.runtime.jit import JITFunction
 
-from kernels.configs.config import KernelLaunch
+from kernels.configs.config import Config, KernelLaunch
+from kernels.configs.heuristic import starting_configs
 from kernels.configs.selection import select_config
 from kernels.configs.targets import Target
+from kernels.configs.tuning import neighbours
 from kernels.plan import kernel_of, plan
-from kernels.predict import Floor, predicted_floor
-from kernels.problems import Problem
-from kernels.sass import parse
+from kernels.prediction.floor import Floor, predicted_floor
+from kernels.prediction.sass import parse
+from kernels.problems import ConvProblem, Problem
 
 _TRITON_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32"}
-# Below 64 rows sm_90 computes with the HMMA of its predecessors.
-_WGMMA_ROWS = 64
+# A convolution that every target and every kind of load takes.
+_PROBE = ConvProblem(8, 128, 14, 14, 128, (1, 1), relu=True)
 # One SASS instruction: address comment, optional predicate, then the opcode with its dotted modifiers.
 _OPCODE = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+)")
@@ -54,7 +59,8 @@ class CompiledKernel:
         async_copies: instructions from global to shared memory (cp.async), by bytes per thread.
         box_loads: TMA loads.
         cubin: the machine code.
-        sass: the same as text, with the compiler's scheduling.
+        multiplies: whether it has matrix products, for which there are tensor cores.
+        sass: the machine code as text, with the compiler's scheduling.
         ptx: what it was assembled from.
     """
 
@@ -70,6 +76,7 @@ class CompiledKernel:
     async_copies: Mapping[int, int]
     box_loads: int
     cubin: bytes = field(repr=False)
+    multiplies: bool = True
     sass: str = field(default="", repr=False)
     ptx: str = field(default="", repr=False)
 
@@ -119,10 +126,10 @@ class CompiledKernel:
             )
         if self.shared_bytes > self.target.shared_memory:
             found.append(f"{self.shared_bytes} bytes of shared memory, limit {self.target.shared_memory}")
-        wants_tensor_cores = self.launch.problem.dtype != torch.float32
-        mma = "HGMMA" if self.target.has_wgmma and _rows(self.launch) >= _WGMMA_ROWS else "HMMA"
-        if wants_tensor_cores and not self.tensor_core_ops.get(mma):
-            found.append(f"no {mma}, tensor-core instructions are {dict(self.tensor_core_ops)}")
+        if self.multiplies and self.launch.problem.dtype != torch.float32:
+            mma = self.target.matrix_instruction(_rows(self.launch))
+            if not self.tensor_core_ops.get(mma):
+                found.append(f"no {mma}, tensor-core instructions are {dict(self.tensor_core_ops)}")
         if self.launch.uses_boxes and not self.box_loads:
             found.append("no TMA load, expected one for each box")
         expected = _narrowest_copy(self.launch)
@@ -183,6 +190,7 @@ def compile_kernel(launch: KernelLaunch, target: Target) -> CompiledKernel:
         async_copies=_widths(opcodes, "LDGSTS"),
         box_loads=mnemonics["UTMALDG"],
         cubin=compiled.asm["cubin"],
+        multiplies="tt.dot" in compiled.asm["ttir"],
         sass=sass,
         ptx=compiled.asm["ptx"],
     )
@@ -233,6 +241,59 @@ def _compile_one(places: Sequence[_Place], floors: bool) -> dict[str, Any]:
     if floors:
         found["floors"] = [kernel.floor(launch).to_json() for launch in launches]
     return found
+
+
+def unserved_reason(target: Target) -> str | None:
+    """Why the installed Triton has no good code for a target; None if it has. Tried in a process, which it may end."""
+    version = f"Triton {triton.__version__}"
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+        try:
+            faults = pool.submit(_compile_one, [(_PROBE, 0, target)], floors=False).result()["faults"]
+        except BrokenProcessPool:
+            return f"{version} ends the process that compiles for it"
+        except Exception as error:  # whatever its compiler raises
+            return f"{version}: {type(error).__name__}: {str(error).splitlines()[0]}"
+    return f"{version}: {'; '.join(faults)}" if faults else None
+
+
+def version_reason(target: Target) -> str | None:
+    """Why the installed Triton is not one that compiles for a target, known without trying; None if it is."""
+    installed = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if installed >= target.oldest_triton:
+        return None
+    oldest = ".".join(map(str, target.oldest_triton))
+    return f"{target.name}: Triton {triton.__version__} does not compile for it, expected {oldest} or newer"
+
+
+def alternatives(problem: Problem, target: Target) -> list[tuple[Config, float]]:
+    """(configuration, predicted seconds of its launches) of `select_config`'s, then of what the tuner tries around it.
+
+    Those that do not compile to good code are left out.
+
+    Raises:
+        ValueError: `select_config`'s does not.
+    """
+    chosen = select_config(problem, target)
+    starts = starting_configs(problem, target, [select_config(part, target) for part in problem.parts])
+    configs = [*dict.fromkeys((chosen, *starts, *neighbours(problem, chosen, target)))]
+    with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        floors = list(pool.map(functools.partial(_floor_of, problem, target), configs))
+    if floors[0] is None:
+        raise ValueError(f"{chosen} does not compile to good code for {problem} on {target.name}")
+    return [(config, floor) for config, floor in zip(configs, floors, strict=True) if floor is not None]
+
+
+def _floor_of(problem: Problem, target: Target, config: Config) -> float | None:
+    seconds = 0.0
+    for launch in plan(problem, config, target):
+        try:
+            kernel = compile_kernel(launch, target)
+        except (CompilationError, PTXASError):
+            return None
+        if kernel.faults:
+            return None
+        seconds += kernel.floor().seconds
+    return seconds
 
 
 def kernel_signature(
