@@ -3,6 +3,7 @@
 The signature and constants come from plan.py, so that what is inspected here is what launch.py runs there.
 """
 
+import functools
 import os
 import re
 import subprocess
@@ -25,7 +26,9 @@ from kernels.configs.config import KernelLaunch
 from kernels.configs.selection import select_config
 from kernels.configs.targets import Target
 from kernels.plan import kernel_of, plan
+from kernels.predict import Floor, predicted_floor
 from kernels.problems import Problem
+from kernels.sass import parse
 
 _TRITON_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32"}
 # Below 64 rows sm_90 computes with the HMMA of its predecessors.
@@ -51,6 +54,8 @@ class CompiledKernel:
         async_copies: instructions from global to shared memory (cp.async), by bytes per thread.
         box_loads: TMA loads.
         cubin: the machine code.
+        sass: the same as text, with the compiler's scheduling.
+        ptx: what it was assembled from.
     """
 
     launch: KernelLaunch
@@ -65,6 +70,20 @@ class CompiledKernel:
     async_copies: Mapping[int, int]
     box_loads: int
     cubin: bytes = field(repr=False)
+    sass: str = field(default="", repr=False)
+    ptx: str = field(default="", repr=False)
+
+    def floor(self, launch: KernelLaunch | None = None) -> Floor:
+        """The predicted floor of its launch, or of another that runs the same code.
+
+        Raises:
+            ValueError: the machine code cannot be followed.
+        """
+        launch = launch or self.launch
+        arguments = kernel_arguments(launch)
+        return predicted_floor(
+            launch, self.target, parse(self.sass), self.ptx, arguments, self.registers, self.shared_bytes
+        )
 
     @property
     def widest_load(self) -> int:
@@ -148,7 +167,8 @@ def compile_kernel(launch: KernelLaunch, target: Target) -> CompiledKernel:
         target=GPUTarget("cuda", target.capability, 32),
         options=dict(launch.options),
     )
-    registers, stack_bytes, opcodes = _disassemble(compiled.asm["cubin"])
+    registers, stack_bytes, sass = _disassemble(compiled.asm["cubin"])
+    opcodes = [opcode.split(".") for opcode in _OPCODE.findall(sass)]
     mnemonics = Counter(opcode[0] for opcode in opcodes)
     return CompiledKernel(
         launch=launch,
@@ -163,44 +183,56 @@ def compile_kernel(launch: KernelLaunch, target: Target) -> CompiledKernel:
         async_copies=_widths(opcodes, "LDGSTS"),
         box_loads=mnemonics["UTMALDG"],
         cubin=compiled.asm["cubin"],
+        sass=sass,
+        ptx=compiled.asm["ptx"],
     )
 
 
 def compile_problems(
-    problems: Mapping[Target, Sequence[Problem]], progress: Callable[[str], None] = lambda step: None
+    problems: Mapping[Target, Sequence[Problem]],
+    progress: Callable[[str], None] = lambda step: None,
+    floors: bool = False,
 ) -> list[dict[str, Any]]:
     """Compile every kernel that the problems of each target launch, once each, on all cores.
 
     Args:
         problems: by target; the configurations are `select_config`'s.
         progress: called with a line for each kernel that is done.
+        floors: predict them too.
 
     Returns:
-        `CompiledKernel.to_json()` of each kernel in order, with "problems": the keys of all that run its code.
+        `CompiledKernel.to_json()` of each kernel in order, with "problems": the keys of all that run its code, and
+        "floors": `Floor.to_json()` of each.
 
     Raises:
         RuntimeError: Triton's interpreter is on, so there is nothing to compile.
     """
-    first: dict[tuple[Any, ...], tuple[Problem, int, Target]] = {}
-    sharing: dict[tuple[Any, ...], list[str]] = {}
+    sharing: dict[tuple[Any, ...], list[_Place]] = {}
     for target, wanted in problems.items():
         for problem in dict.fromkeys(wanted):
             for index, launch in enumerate(plan(problem, select_config(problem, target), target)):
-                key = (target, *code_key(launch))
-                first.setdefault(key, (problem, index, target))
-                sharing.setdefault(key, []).append(launch.problem.key)
+                sharing.setdefault((target, *code_key(launch)), []).append((problem, index, target))
     found = []
     # A new process each: threads of this one, such as torch's, do not survive a fork.
     with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        for kernel, keys in zip(pool.map(_compile_one, first.values()), sharing.values(), strict=True):
-            found.append({**kernel, "problems": keys})
-            progress(f"{len(found)} of {len(first)}: {kernel['target']} {kernel['kernel']}")
+        for kernel in pool.map(functools.partial(_compile_one, floors=floors), sharing.values()):
+            found.append(kernel)
+            progress(f"{len(found)} of {len(sharing)}: {kernel['target']} {kernel['kernel']}")
     return found
 
 
-def _compile_one(task: tuple[Problem, int, Target]) -> dict[str, Any]:
-    problem, index, target = task
-    return compile_kernel(plan(problem, select_config(problem, target), target)[index], target).to_json()
+_Place = tuple[Problem, int, Target]  # a launch: the index-th of a problem's
+
+
+def _compile_one(places: Sequence[_Place], floors: bool) -> dict[str, Any]:
+    """What is found in the code that these launches share."""
+    launches = [plan(problem, select_config(problem, target), target)[index] for problem, index, target in places]
+    kernel = compile_kernel(launches[0], places[0][2])
+    found = {**kernel.to_json(), "problems": [launch.problem.key for launch in launches]}
+    found["wholes"] = [problem.key for problem, _, _ in places]  # of which they are a part, or all
+    if floors:
+        found["floors"] = [kernel.floor(launch).to_json() for launch in launches]
+    return found
 
 
 def kernel_signature(
@@ -234,24 +266,36 @@ def kernel_signature(
     return types, constants, attributes
 
 
+def kernel_arguments(launch: KernelLaunch) -> list[int | None]:
+    """The value of each parameter of the machine code, in order; None is an address that is not known before."""
+    types, _, _ = kernel_signature(launch)
+    found: list[int | None] = []
+    for name in (name for name, kind in types.items() if kind != "constexpr"):
+        operand = launch.operands.get(name)
+        if operand is not None and operand.block is not None:
+            found += [None, *[1] * (2 * len(operand.block))]  # the tensor map, then its shape and strides
+        else:
+            found.append(None if operand is not None else int(launch.scalars[name]))
+    return found
+
+
 def code_key(launch: KernelLaunch) -> tuple[Any, ...]:
     """What the machine code of a launch depends on: launches with equal keys run the same code."""
     types, constants, _ = kernel_signature(launch)
     return (launch.kernel, *types.items(), *constants.items(), *launch.options.items())
 
 
-def _disassemble(cubin: bytes) -> tuple[int, int, list[list[str]]]:
-    """Registers and stack bytes per thread, and every instruction's opcode split at its dots."""
+def _disassemble(cubin: bytes) -> tuple[int, int, str]:
+    """Registers and stack bytes per thread, and the instructions with the bits that encode them."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         usage = _run([triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(path)])
-        sass = _run([triton.knobs.nvidia.nvdisasm.path, "-c", str(path)])
+        sass = _run([triton.knobs.nvidia.nvdisasm.path, "-c", "-hex", str(path)])
     counted = _USAGE.search(usage)
-    opcodes = [opcode.split(".") for opcode in _OPCODE.findall(sass)]
-    if counted is None or not opcodes:
+    if counted is None or not _OPCODE.search(sass):
         raise RuntimeError(f"expected register usage and instructions from cuobjdump and nvdisasm, got {usage!r}")
-    return int(counted[1]), int(counted[2]), opcodes
+    return int(counted[1]), int(counted[2]), sass
 
 
 def _widths(opcodes: list[list[str]], mnemonic: str) -> dict[int, int]:
