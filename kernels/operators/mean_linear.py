@@ -172,9 +172,11 @@ class HeadConfig(Config, kind="head", runs=HeadProblem):
         return None
 
     def shared_memory(self, problem: HeadProblem) -> int:
-        rows = max(self.images, MIN_BLOCK)
-        operands = rows * self.block_k + self._stages(problem) * self.block_k * self.block_n
-        return operands * problem.dtype.itemsize + 4 * rows * self.block_n
+        rows, size = max(self.images, MIN_BLOCK), problem.dtype.itemsize
+        weights = self._stages(problem) * self.block_k * self.block_n * size
+        # The sums over pixels change layout, then the means are an operand and the tile changes layout.
+        means = 4 * max(self.images, _PIXELS_PER_STEP) * self.block_k
+        return weights + max(means, rows * self.block_k * size + 4 * rows * self.block_n)
 
     def accumulators(self, problem: HeadProblem) -> int:
         return max(self.images, MIN_BLOCK) * self.block_n // (32 * self.num_warps)

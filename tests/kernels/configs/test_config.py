@@ -137,6 +137,6 @@ def test_shared_memory_bound_counts_the_largest_phase() -> None:
     assert (replace(FUSED, box=(2, 8, 8))).shared_memory(BOTTLENECK) == 2 * (128 + 64) * 64 * 2 + 32768 + 1024
     assert STRIPS.shared_memory(STEM) == 64 * 64 * 4
     assert (replace(STRIPS, num_stages=4)).shared_memory(STEM) == 4 * (64 + 64) * 32 * 2
-    assert MEANS.shared_memory(HEAD) == 2 * (16 * 32 + 3 * 32 * 64) + 4 * 16 * 64
+    assert MEANS.shared_memory(HEAD) == 2 * 3 * 32 * 64 + 4 * 64 * 32
     one_step = replace(MEANS, images=1, block_n=256, shares=4)
     assert one_step.shared_memory(HEAD) == 2 * (16 * 32 + 32 * 256) + 4 * 16 * 256
