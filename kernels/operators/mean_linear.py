@@ -23,6 +23,8 @@ from kernels.rounding import Bound, Rounding, bound_of, mean_variance
 _PIXELS_PER_STEP = 64
 # Images of one program: the rows of a tensor core's instruction.
 _MOST_IMAGES = 16
+# Blocks of classes of one program: its sum of the partial sums is as long.
+_MOST_STEPS = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,9 +172,11 @@ class HeadConfig(Config, kind="head", runs=HeadProblem):
         return None
 
     def shared_memory(self, problem: HeadProblem) -> int:
-        rows = max(self.images, MIN_BLOCK)
-        operands = rows * self.block_k + self._stages(problem) * self.block_k * self.block_n
-        return operands * problem.dtype.itemsize + 4 * rows * self.block_n
+        rows, size = max(self.images, MIN_BLOCK), problem.dtype.itemsize
+        weights = self._stages(problem) * self.block_k * self.block_n * size
+        # The sums over pixels change layout, then the means are an operand and the tile changes layout.
+        means = 4 * max(self.images, _PIXELS_PER_STEP) * self.block_k
+        return weights + max(means, rows * self.block_k * size + 4 * rows * self.block_n)
 
     def accumulators(self, problem: HeadProblem) -> int:
         return max(self.images, MIN_BLOCK) * self.block_n // (32 * self.num_warps)
@@ -183,7 +187,8 @@ class HeadConfig(Config, kind="head", runs=HeadProblem):
         yield from self._resized(problem, "shares", self.shares * 2, self.shares // 2)
 
     def _steps(self, problem: HeadProblem) -> int:
-        return -(-(-(-problem.c_out // self.block_n)) // self.shares)
+        blocks_n = -(-problem.c_out // self.block_n)
+        return -(-blocks_n // self.shares)
 
     def _stages(self, problem: HeadProblem) -> int:
         return min(3, self._steps(problem))
@@ -230,14 +235,19 @@ class HeadConfig(Config, kind="head", runs=HeadProblem):
 
 @rule(HeadProblem)
 def _head_config(problem: HeadProblem, target: Target) -> HeadConfig:
+    half = problem.dtype != torch.float32
     images = min(_MOST_IMAGES, _power_of_two(problem.batch))
-    # 16 splits: what is left of the weights' bytes is then enough for each, and few partial sums.
-    block_k = min(128, max(32, _power_of_two(-(-problem.c_in // 16))), max(MIN_BLOCK, _power_of_two(problem.c_in)))
-    # A tile of weights lies in registers until the means are there.
-    widest = 256 if problem.dtype != torch.float32 else 128
-    block_n = min(widest, max(MIN_BLOCK, _power_of_two(problem.c_out)))
-    blocks = -(-problem.c_out // block_n)
-    return HeadConfig(images, block_n, block_k, num_warps=8, shares=blocks)
+    blocks_m = -(-problem.batch // images)
+    # 16 splits, in float32 32: each still has weights enough, and there are few partial sums.
+    block_k = min(128 if half else 64, max(32, _power_of_two(-(-problem.c_in // 16))))
+    block_k = min(block_k, max(MIN_BLOCK, _power_of_two(problem.c_in)))
+    # Few images: their features are read again by every share, which is little beside the weights, and the weights of
+    # a share are under way in registers before the means are known. Many: step by step through shared memory.
+    in_registers = half and blocks_m <= 2
+    block_n = min(256 if in_registers else 64, max(MIN_BLOCK, _power_of_two(problem.c_out)))
+    blocks_n = -(-problem.c_out // block_n)
+    shares = max(4 if blocks_m <= 2 else 2 if blocks_m <= 8 else 1, -(-blocks_n // _MOST_STEPS))
+    return HeadConfig(images, block_n, block_k, num_warps=8, shares=blocks_n if in_registers else min(blocks_n, shares))
 
 
 def _power_of_two(size: int) -> int:

@@ -12,6 +12,8 @@ from kernels.configs.convolution import BoxedConfig, ConvConfig, box_of
 from kernels.configs.heuristic import heuristic_config
 from kernels.configs.targets import TARGETS, Target
 from kernels.operators.conv2d_conv1x1_bias_act import BottleneckConfig, BottleneckProblem, PairConfig
+from kernels.operators.mean_linear import HeadConfig, HeadProblem
+from kernels.plan import plan
 from kernels.problems import ConvProblem, Problem, Projection
 from tests.kernels.cases import CASES, DTYPES
 from tests.kernels.networks import EXTRA, NETWORKS
@@ -64,6 +66,21 @@ def test_three_of_four_rows_exist_at_batch_1_on_few_multiprocessors() -> None:
             conv, config = getattr(launch.problem, "convolution", None), launch.config
             if isinstance(config, BoxedConfig):
                 assert conv.gemm_m >= 0.75 * -(-conv.gemm_m // config.block_m) * config.block_m, launch.problem
+
+
+def test_a_head_reads_its_features_again_only_where_images_are_few() -> None:
+    """At batch 1 that is little beside the weights, which wait in registers; the partial sums are much less."""
+    target, problem = TARGETS["sm_87"], HeadProblem(1, 2048, 7, 7, 1000)
+    shares = []
+    for batch in (1, 32, 128, 256):
+        config = heuristic_config(replace(problem, batch=batch), target)
+        assert isinstance(config, HeadConfig)
+        shares.append(config.shares)
+    assert shares == [4, 4, 2, 1]
+    (launch,) = plan(problem, heuristic_config(problem, target), target)
+    moved = 4 * problem.activation_bytes + problem.weight_bytes + 2 * 4 * launch.partials
+    assert moved < 1.25 * (problem.activation_bytes + problem.weight_bytes)
+    assert launch.scalars["N_BLOCKS"] == 1
 
 
 def test_boxes_and_fusion_are_chosen_where_they_can_be() -> None:
