@@ -168,12 +168,10 @@ def _conv2d_windows_bias_relu_maxpool_kernel(
     # The column to the left; at the image's left edge, where that is padding, one of the window's own.
     left = tl.where(pooled % POOL_Q == 0, pair, tl.maximum(pair - 1, 0))
     left = left[None, :] + tl.zeros((BLOCK_N, BLOCK_Q // 2), dtype=tl.int32)
-    bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-    weights = _weight_tiles(
-        weight_ptr, offs_n, mask_n, R, HEAD, MAIN, TAIL, K_BLOCKS, VECTOR_BLOCKS, BLOCK_K
-    )
 
     _wait_for_previous_kernel(USE_PDL)
+    bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    weights = _weight_tiles(weight_ptr, offs_n, mask_n, R, HEAD, MAIN, TAIL, K_BLOCKS, VECTOR_BLOCKS, BLOCK_K)
     above = tl.full((BLOCK_N, BLOCK_Q), -float("inf"), dtype=tl.float32)
     if first_row > 0:
         above = _convolution_row(
