@@ -68,11 +68,11 @@ def _weight_tiles(
 
 
 @triton.jit
-def _convolution_row(
-    weights,
+def _window_tile(
     x_columns,
     columns,
     row,
+    block,
     H,
     ROW_VECTORS,
     R: tl.constexpr,
@@ -80,35 +80,29 @@ def _convolution_row(
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
     VECTOR: tl.constexpr,
-    K_BLOCKS: tl.constexpr,
     VECTOR_BLOCKS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """weights @ the windows that begin in row `row` of H rows of ROW_VECTORS * VECTOR elements, [BLOCK_N, BLOCK_Q].
+    """The block-th slice of the windows that begin in row `row` of H rows of ROW_VECTORS * VECTOR elements,
+    [BLOCK_K, BLOCK_Q].
 
     x_columns points to the windows' first vectors in row 0; columns is their place in the row in elements, a multiple
     of VECTOR, or _OUTSIDE. What is not in the image is 0.
     """
-    acc = tl.zeros((BLOCK_N, BLOCK_Q), dtype=tl.float32)
-    for block in tl.static_range(K_BLOCKS):
-        r, place, mask_k = _window_places(block, R, HEAD, MAIN, TAIL, VECTOR_BLOCKS, BLOCK_K)
-        h = row + r
-        inside = mask_k & (h.to(tl.uint32) < H.to(tl.uint32))
-        # Rows outside count as row 0: were each an offset from the one before it, every address would have a register.
-        offsets = tl.where(inside, h, 0) * (ROW_VECTORS * VECTOR) + place
-        if block < VECTOR_BLOCKS:
-            # Of a vector all elements are in the image or none: numbered in vectors, the compiler sees that.
-            vector = (block * BLOCK_K + tl.arange(0, BLOCK_K)) // VECTOR % (MAIN // VECTOR)
-            places = (columns // VECTOR)[None, :] + vector[:, None]
-            mask = places.to(tl.uint32) < tl.where(inside, ROW_VECTORS, 0).to(tl.uint32)[:, None]
-        else:
-            places = columns[None, :] + place[:, None]
-            mask = places.to(tl.uint32) < tl.where(inside, ROW_VECTORS * VECTOR, 0).to(tl.uint32)[:, None]
-        windows = tl.load(x_columns[None, :] + offsets[:, None], mask=mask, other=0.0)
-        acc = tl.dot(weights[block], windows, acc, input_precision="ieee")
-    return acc
+    r, place, mask_k = _window_places(block, R, HEAD, MAIN, TAIL, VECTOR_BLOCKS, BLOCK_K)
+    h = row + r
+    inside = mask_k & (h.to(tl.uint32) < H.to(tl.uint32))
+    # Rows outside count as row 0: were each an offset from the one before it, every address would have a register.
+    offsets = tl.where(inside, h, 0) * (ROW_VECTORS * VECTOR) + place
+    if block < VECTOR_BLOCKS:
+        # Of a vector all elements are in the image or none: numbered in vectors, the compiler sees that.
+        vector = (block * BLOCK_K + tl.arange(0, BLOCK_K)) // VECTOR % (MAIN // VECTOR)
+        places = (columns // VECTOR)[None, :] + vector[:, None]
+        mask = places.to(tl.uint32) < tl.where(inside, ROW_VECTORS, 0).to(tl.uint32)[:, None]
+    else:
+        places = columns[None, :] + place[:, None]
+        mask = places.to(tl.uint32) < tl.where(inside, ROW_VECTORS * VECTOR, 0).to(tl.uint32)[:, None]
+    return tl.load(x_columns[None, :] + offsets[:, None], mask=mask, other=0.0)
 
 
 @triton.jit(do_not_specialize=["N", "H", "ROW_VECTORS", "P", "Q", "POOL_P", "POOL_Q"])
@@ -163,7 +157,9 @@ def _conv2d_windows_bias_relu_maxpool_kernel(
 
     pair = tl.arange(0, BLOCK_Q // 2)
     pooled = first_pooled + pair
-    y_columns = y_ptr + _pixel_offset(pooled // POOL_Q, first_row, pooled % POOL_Q, POOL_P, POOL_Q, C_OUT)
+    # The last row of the strip above opens the first window; what it closes there is not stored.
+    row_y = tl.maximum(first_row - 1, 0)
+    y_columns = y_ptr + _pixel_offset(pooled // POOL_Q, row_y, pooled % POOL_Q, POOL_P, POOL_Q, C_OUT)
     mask_y = mask_n[:, None] & ((pair > 0) & (pooled < N * POOL_Q))[None, :]
     # The column to the left; at the image's left edge, where that is padding, one of the window's own.
     left = tl.where(pooled % POOL_Q == 0, pair, tl.maximum(pair - 1, 0))
@@ -172,72 +168,34 @@ def _conv2d_windows_bias_relu_maxpool_kernel(
     _wait_for_previous_kernel(USE_PDL)
     bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
     weights = _weight_tiles(weight_ptr, offs_n, mask_n, R, HEAD, MAIN, TAIL, K_BLOCKS, VECTOR_BLOCKS, BLOCK_K)
-    above = tl.full((BLOCK_N, BLOCK_Q), -float("inf"), dtype=tl.float32)
-    if first_row > 0:
-        above = _convolution_row(
-            weights,
-            x_columns,
-            columns,
-            (2 * first_row - 1) * STRIDE_H - PAD_H,
-            H,
-            ROW_VECTORS,
-            R,
-            HEAD,
-            MAIN,
-            TAIL,
-            VECTOR,
-            K_BLOCKS,
-            VECTOR_BLOCKS,
-            BLOCK_N,
-            BLOCK_Q,
-            BLOCK_K,
-        )
-    for i in range(first_row, tl.minimum(first_row + POOL_ROWS, POOL_P)):
-        even = _convolution_row(
-            weights,
-            x_columns,
-            columns,
-            2 * i * STRIDE_H - PAD_H,
-            H,
-            ROW_VECTORS,
-            R,
-            HEAD,
-            MAIN,
-            TAIL,
-            VECTOR,
-            K_BLOCKS,
-            VECTOR_BLOCKS,
-            BLOCK_N,
-            BLOCK_Q,
-            BLOCK_K,
-        )
-        odd = _convolution_row(
-            weights,
-            x_columns,
-            columns,
-            (2 * i + 1) * STRIDE_H - PAD_H,
-            H,
-            ROW_VECTORS,
-            R,
-            HEAD,
-            MAIN,
-            TAIL,
-            VECTOR,
-            K_BLOCKS,
-            VECTOR_BLOCKS,
-            BLOCK_N,
-            BLOCK_Q,
-            BLOCK_K,
-        )
+    window = tl.full((BLOCK_N, BLOCK_Q), -float("inf"), dtype=tl.float32)
+    for p in range(tl.maximum(2 * first_row - 1, 0), 2 * tl.minimum(first_row + POOL_ROWS, POOL_P)):
+        row = p * STRIDE_H - PAD_H
+        acc = tl.zeros((BLOCK_N, BLOCK_Q), dtype=tl.float32)
+        others = ()  # asked for before the sum over the vectors, which covers the way they take
+        for block in tl.static_range(VECTOR_BLOCKS, K_BLOCKS):
+            tile = _window_tile(
+                x_columns, columns, row, block, H, ROW_VECTORS, R, HEAD, MAIN, TAIL, VECTOR, VECTOR_BLOCKS, BLOCK_K
+            )
+            others = others + (tile,)
+        for block in tl.static_range(VECTOR_BLOCKS):
+            tile = _window_tile(
+                x_columns, columns, row, block, H, ROW_VECTORS, R, HEAD, MAIN, TAIL, VECTOR, VECTOR_BLOCKS, BLOCK_K
+            )
+            acc = tl.dot(weights[block], tile, acc, input_precision="ieee")
+        for block in tl.static_range(K_BLOCKS - VECTOR_BLOCKS):
+            acc = tl.dot(weights[VECTOR_BLOCKS + block], others[block], acc, input_precision="ieee")
         if ODD_P:
-            odd = tl.where(2 * i + 1 < P, odd, -float("inf"))
-        window = _maximum(_maximum(above, even), odd)
-        above = odd
-        if ODD_Q:
-            window = tl.where((q < Q)[None, :], window, -float("inf"))
-        even_columns, odd_columns = tl.split(window.reshape(BLOCK_N, BLOCK_Q // 2, 2))
-        value = _maximum(_maximum(even_columns, odd_columns), tl.gather(odd_columns, left, axis=1))
-        value = _relu(value + bias[:, None]).to(y_ptr.dtype.element_ty)
-        tl.store(y_columns[None, :] + offs_n[:, None], value, mask=mask_y)
-        y_columns += POOL_Q * C_OUT
+            acc = tl.where(p < P, acc, -float("inf"))
+        window = _maximum(window, acc)
+        if p % 2 == 1:
+            inside = window
+            if ODD_Q:
+                inside = tl.where((q < Q)[None, :], window, -float("inf"))
+            even, odd = tl.split(inside.reshape(BLOCK_N, BLOCK_Q // 2, 2))
+            value = _maximum(_maximum(even, odd), tl.gather(odd, left, axis=1))
+            value = _relu(value + bias[:, None]).to(y_ptr.dtype.element_ty)
+            tl.store(y_columns[None, :] + offs_n[:, None], value, mask=mask_y & (p > 2 * first_row))
+            y_columns += POOL_Q * C_OUT
+            window = acc
     _let_next_kernel_start(USE_PDL)

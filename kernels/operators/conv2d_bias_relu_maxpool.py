@@ -282,7 +282,7 @@ class StemWindowsConfig(Config, kind="stem windows", runs=StemProblem):
 
     def shared_memory(self, problem: StemProblem) -> int:
         vectors, blocks = self.blocks(problem.conv)
-        pipeline = self.num_stages * 2 * vectors * self.block_k * self.block_q
+        pipeline = self.num_stages * vectors * self.block_k * self.block_q
         weights = blocks * self.block_k * self.block_n
         return (pipeline + weights) * problem.dtype.itemsize + self.block_q * self.block_n * 4
 
@@ -353,15 +353,20 @@ def _windows_config(problem: StemProblem, target: Target) -> StemWindowsConfig |
     block_n = min(64, max(MIN_BLOCK, 1 << (c_out - 1).bit_length()))
     columns = n * pool_width
 
-    def cost(config: StemWindowsConfig) -> tuple[float, int]:
-        """Convolution rows of the busiest multiprocessor; a program's way into the loop takes as long as two."""
+    def cost(config: StemWindowsConfig) -> tuple[int, int]:
+        """Columns times rows that the busiest multiprocessor issues, or that its programs wait for one after the other.
+
+        A multiprocessor holds the programs of about 128 columns at a time; one on its own takes twice as long as it
+        issues, and as long for its way into the loop as for three rows.
+        """
         strips = -(-columns // (config.block_q // 2 - 1)) * -(-c_out // block_n)
         programs = strips * -(-pool_height // config.pool_rows)
-        rows = (2 * config.pool_rows + 3) * config.block_q
-        return -(-programs // target.multiprocessors) * rows, programs
+        size = (2 * config.pool_rows + 4) * config.block_q
+        waves = -(-programs // (target.multiprocessors * (128 // config.block_q)))
+        return max(-(-programs // target.multiprocessors), 2 * waves) * size, programs
 
     sizes = itertools.product((64, 32), range(1, pool_height + 1))
-    configs = [StemWindowsConfig(q, block_n, 16, rows, block_n // 16, num_stages=2) for q, rows in sizes]
+    configs = [StemWindowsConfig(q, block_n, 16, rows, block_n // 16, num_stages=3) for q, rows in sizes]
     fitting = [config for config in configs if config.unsupported_reason(problem, target) is None]
     if problem.dtype == torch.float32 or not fitting:
         return None
