@@ -157,9 +157,7 @@ def _conv2d_windows_bias_relu_maxpool_kernel(
 
     pair = tl.arange(0, BLOCK_Q // 2)
     pooled = first_pooled + pair
-    # The last row of the strip above opens the first window; what it closes there is not stored.
-    row_y = tl.maximum(first_row - 1, 0)
-    y_columns = y_ptr + _pixel_offset(pooled // POOL_Q, row_y, pooled % POOL_Q, POOL_P, POOL_Q, C_OUT)
+    y_columns = y_ptr + _pixel_offset(pooled // POOL_Q, first_row, pooled % POOL_Q, POOL_P, POOL_Q, C_OUT)
     mask_y = mask_n[:, None] & ((pair > 0) & (pooled < N * POOL_Q))[None, :]
     # The column to the left; at the image's left edge, where that is padding, one of the window's own.
     left = tl.where(pooled % POOL_Q == 0, pair, tl.maximum(pair - 1, 0))
@@ -189,13 +187,14 @@ def _conv2d_windows_bias_relu_maxpool_kernel(
             acc = tl.where(p < P, acc, -float("inf"))
         window = _maximum(window, acc)
         if p % 2 == 1:
-            inside = window
-            if ODD_Q:
-                inside = tl.where((q < Q)[None, :], window, -float("inf"))
-            even, odd = tl.split(inside.reshape(BLOCK_N, BLOCK_Q // 2, 2))
-            value = _maximum(_maximum(even, odd), tl.gather(odd, left, axis=1))
-            value = _relu(value + bias[:, None]).to(y_ptr.dtype.element_ty)
-            tl.store(y_columns[None, :] + offs_n[:, None], value, mask=mask_y & (p > 2 * first_row))
-            y_columns += POOL_Q * C_OUT
+            if p > 2 * first_row:  # not the row above the strip, which only opens the first window
+                inside = window
+                if ODD_Q:
+                    inside = tl.where((q < Q)[None, :], window, -float("inf"))
+                even, odd = tl.split(inside.reshape(BLOCK_N, BLOCK_Q // 2, 2))
+                value = _maximum(_maximum(even, odd), tl.gather(odd, left, axis=1))
+                value = _relu(value + bias[:, None]).to(y_ptr.dtype.element_ty)
+                tl.store(y_columns[None, :] + offs_n[:, None], value, mask=mask_y)
+                y_columns += POOL_Q * C_OUT
             window = acc
     _let_next_kernel_start(USE_PDL)
