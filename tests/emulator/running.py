@@ -1,0 +1,180 @@
+"""Runs a problem's launches in the emulator, by the launcher of kernels/launch.py: only the kernel is another."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+import kernels.launch
+from kernels.configs.config import Config, KernelLaunch
+from kernels.configs.targets import Target
+from kernels.operators.registry import Arguments
+from kernels.plan import plan
+from kernels.problems import Problem
+from tests.emulator.boxes import TensorMap
+from tests.emulator.compiling import Compiled, Compiler
+from tests.emulator.launch import execute
+from tests.emulator.memory import Memory
+from tests.emulator.program import Program, parse
+from tests.emulator.traffic import Traffic
+from tests.emulator.values import Array
+
+_POISON = 0xFF  # NaN in every type: what memory holds that nobody has written
+
+
+@dataclass
+class Emulation:
+    """What running a problem showed.
+
+    Attributes:
+        y, written: the result, and which of its values the blocks that ran wrote.
+        defects: of all launches, a line each; empty if nothing is wrong.
+        ran: of each launch what sets its code apart, and the blocks executed and in the grid.
+    """
+
+    y: Tensor = field(default_factory=lambda: torch.empty(0))
+    written: Tensor = field(default_factory=lambda: torch.empty(0))
+    defects: list[str] = field(default_factory=list)
+    ran: list[tuple[str, int, int]] = field(default_factory=list)
+
+
+class _Workspace(kernels.launch.Workspace):
+    """Remembers the counters that it gives out: the only scratch memory that holds something."""
+
+    def __init__(self) -> None:
+        super().__init__("cpu")
+        self.given: list[Tensor] = []
+
+    def counters(self, count: int) -> Tensor:
+        self.given.append(torch.zeros(count, dtype=torch.int32))
+        return self.given[-1]
+
+
+def emulate(
+    problem: Problem,
+    config: Config,
+    target: Target,
+    inputs: Arguments[Tensor],
+    compiler: Compiler,
+    *,
+    edit: Callable[[str], str] = str,
+    blocks: Callable[[KernelLaunch], Sequence[int] | None] = lambda launch: None,
+    traffic: Traffic | None = None,
+) -> Emulation:
+    """Run a problem on CPU tensors as a GPU of `target` would.
+
+    Args:
+        edit: changes the PTX before it runs.
+        blocks: which ones of a launch to run; None is all.
+        traffic: where to count requests to memory.
+
+    Raises:
+        UnknownInstruction: naming what the emulator does not know.
+    """
+    layout = torch.channels_last if len(problem.out_shape) == 4 else torch.contiguous_format
+    y = torch.empty(problem.out_shape, dtype=problem.dtype, memory_format=layout)
+    workspace, found, values = _Workspace(), Emulation(), {**inputs.operands(), "y": y}
+    for launch in plan(problem, config, target):
+        compiled = compiler(launch, target)
+        given = {tensor.data_ptr() for name, tensor in values.items() if name != launch.output}
+
+        def kernel(grid: Sequence[int], /, compiled: Compiled, launch: KernelLaunch, **arguments: Any) -> None:
+            device = _Device(arguments, given, workspace.given)  # noqa: B023  called before the next launch
+            program, chosen = parse(edit(compiled.ptx)), blocks(launch)
+            report = execute(
+                program, device.memory, device.parameters(program, compiled, arguments), grid, compiled.shared,
+                blocks=chosen, in_turns=bool(launch.tiles), traffic=traffic,
+                dependent=bool(launch.options.get("launch_pdl")),
+            )  # fmt: skip
+            found.defects += report.hazards
+            code = f"{target.name} {launch.kernel} {launch.config} {launch.problem.dtype}"
+            found.ran.append((code, math.prod(grid) if chosen is None else len(chosen), math.prod(grid)))
+            found.y = values[launch.output]
+            found.written = device.copy_back(found.y)
+            if chosen is None and not found.written.all():
+                found.defects.append(f"output not written everywhere: {int((~found.written).sum())} values")
+            if chosen is None and any(bool(counters.any()) for counters in workspace.given):
+                found.defects.append("counters not back at 0")
+
+        run = functools.partial(kernel, compiled=compiled, launch=launch)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernels.launch, "kernel_of", lambda launch, run=run: _Grid(run))
+            kernels.launch._launch(launch, values, workspace)
+    return found
+
+
+@dataclass
+class _Grid:
+    """Stands for the @triton.jit function in `kernel[grid](**arguments)`."""
+
+    run: Callable[..., None]
+
+    def __getitem__(self, grid: Sequence[int]) -> Callable[..., None]:
+        return functools.partial(self.run, grid)
+
+
+def _flat(tensor: Tensor) -> Array:
+    """The bytes of a dense tensor as they lie in memory."""
+    flat: Array = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
+    return flat
+
+
+class _Device:
+    """The tensors of a launch, copied into the emulator's memory; those that are not `given` may be written."""
+
+    def __init__(self, arguments: dict[str, Any], given: set[int], counters: list[Tensor]) -> None:
+        tensors = {name: getattr(value, "base", value) for name, value in arguments.items()}
+        self._tensors = {t.data_ptr(): (name, t) for name, t in tensors.items() if isinstance(t, Tensor)}
+        self._scratch = {pointer: t for pointer, (_, t) in self._tensors.items() if pointer not in given}
+        self.memory = Memory(Memory.room([t.numel() * t.itemsize for _, t in self._tensors.values()]))
+        zeros = {tensor.data_ptr() for tensor in counters}
+        self._addresses = {}
+        for pointer, (name, tensor) in self._tensors.items():
+            scratch = pointer in self._scratch
+            if scratch and pointer not in zeros:
+                _flat(tensor)[:] = _POISON
+            self._addresses[pointer] = self.memory.allocate(
+                name, _flat(tensor), writable=scratch, written=not scratch or pointer in zeros
+            )
+
+    def parameters(self, program: Program, compiled: Compiled, arguments: dict[str, Any]) -> Array:
+        """The parameters' bytes as Triton's launcher fills them in; two null pointers to scratch memory end them."""
+        values: list[bytes | int] = []
+        boxes = iter(compiled.boxes)
+        for name, kind in compiled.types.items():
+            value = arguments.get(name)
+            if kind == "constexpr":
+                continue
+            if isinstance(value, TensorDescriptor):
+                decided = next(boxes, {})
+                described = TensorMap(
+                    self._addresses[value.base.data_ptr()], value.base.itemsize, (*value.shape,), (*value.strides,),
+                    (*decided.get("block_size", value.block_shape),), decided.get("swizzle", 0),
+                )  # fmt: skip
+                values += [described.pack(), *value.shape, *value.strides]
+            else:
+                values.append(self._addresses[value.data_ptr()] if isinstance(value, Tensor) else int(value))
+        out = np.zeros(program.parameter_bytes, np.uint8)
+        for (offset, size), value in zip(program.parameters.values(), [*values, 0, 0], strict=True):
+            data = value if isinstance(value, bytes) else value.to_bytes(size, "little", signed=True)
+            out[offset : offset + size] = np.frombuffer(data, np.uint8)
+        return out
+
+    def copy_back(self, y: Tensor) -> Tensor:
+        """Which elements of `y`, in its shape, were written; scratch memory gets what the kernel left."""
+        for pointer, tensor in self._scratch.items():
+            content, written = self.memory.read(self._addresses[pointer], tensor.numel() * tensor.itemsize)
+            _flat(tensor)[:] = content
+            if pointer == y.data_ptr():
+                first_bytes = torch.from_numpy(written[:: tensor.itemsize].copy())
+                found = first_bytes.as_strided(y.shape, y.stride())
+        return found
