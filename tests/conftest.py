@@ -61,7 +61,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """How often the judge was wrong, of the tests that ran."""
+    """How often the judge was wrong, of the tests that ran; how much of the compiled kernels they executed."""
     for marker, (wrong, what) in RATES.items():
         failed, passed = (
             sum(marker in report.keywords for report in terminalreporter.stats.get(outcome, []))
@@ -69,6 +69,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         )
         if failed + passed:
             terminalreporter.write_line(f"{wrong}: {failed} of {failed + passed} {what}")
+    ended = [
+        report for outcome in ("failed", "passed", "skipped") for report in terminalreporter.stats.get(outcome, [])
+    ]
+    noted = [entry for report in ended for entry in getattr(report, "user_properties", ())]
+    ran, unknown = ([value for name, value in noted if name == wanted] for wanted in ("emulated", "not emulated"))
+    if ran or unknown:
+        kernels, blocks = len({kernel for kernel, _ in ran}), sum(count for _, count in ran)
+        found = f"executed {blocks} blocks of {kernels} compiled kernels"
+        terminalreporter.write_line(f"emulator: {found}; {len({*unknown})} kernels not executed")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -41,6 +41,10 @@ class Compiler:
 
     def __init__(self) -> None:
         self._made: dict[str, Compiled] = {}
+        self.restart()
+
+    def restart(self) -> None:
+        """With a new child, if the compiler has ended the last one."""
         self._pool = ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"))
 
     def __call__(self, launch: KernelLaunch, target: Target) -> Compiled:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,7 +39,7 @@ class Emulation:
     Attributes:
         y, written: the result, and which of its values the blocks that ran wrote.
         defects: of all launches, a line each; empty if nothing is wrong.
-        ran: of each launch what sets its code apart, and the blocks executed and in the grid.
+        ran: of each launch a name that is its code's alone, and the blocks executed and in the grid.
     """
 
     y: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -96,7 +97,7 @@ def emulate(
                 dependent=bool(launch.options.get("launch_pdl")),
             )  # fmt: skip
             found.defects += report.hazards
-            code = f"{target.name} {launch.kernel} {launch.config} {launch.problem.dtype}"
+            code = f"{target.name} {launch.kernel} {zlib.crc32(compiled.ptx.encode()):08x}"
             found.ran.append((code, math.prod(grid) if chosen is None else len(chosen), math.prod(grid)))
             found.y = values[launch.output]
             found.written = device.copy_back(found.y)
