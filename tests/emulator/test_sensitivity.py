@@ -39,6 +39,12 @@ def removed(pattern: str, which: int = 0) -> Edit:
     return edited(pattern, "", which)
 
 
+def without_barrier_before_arrival(text: str) -> str:
+    """None between a partial sum's last store and the atomic that counts it."""
+    last = r"st\.global(?:(?!atom\.|st\.global)[\s\S])*atom\."
+    return re.sub(last, lambda match: re.sub(BARRIER, "", match[0]), text, count=1)
+
+
 BARRIER, FENCE = r"bar\.sync\s+0;", r"fence\.proxy\.async\.shared::cta;"
 MBARRIER_WAIT = r"mbarrier\.try_wait[^;]*;(\s*\.loc[^\n]*\n)?\s*@!complete bra\.uni waitLoop;"
 ATOMIC = r"atom\.global\.gpu\.acq_rel"
@@ -47,9 +53,9 @@ PLANTED: dict[str, tuple[str, str, Edit, str]] = {
     "barrier in the loop": ("gathered", "sm_87", removed(BARRIER), "race: "),
     "barrier of the epilogue": ("gathered", "sm_87", removed(BARRIER, -1), "race: "),
     "wait for a copy": (
-        "gathered", "sm_87", edited(r"cp\.async\.wait_group\s+0", "cp.async.wait_group 1"), "under an async copy",
+        "gathered", "sm_87", edited(r"cp\.async\.wait_group\s+[1-9]", "cp.async.wait_group 9"), "under an async copy",
     ),
-    "commit of a copy": ("gathered", "sm_87", removed(r"cp\.async\.commit_group;"), "under an async copy"),
+    "commit of a copy": ("gathered", "sm_87", removed(r"cp\.async\.commit_group;", -1), "under an async copy"),
     "mask of a copy": ("gathered", "sm_87", edited(r"(cp\.async\.c[ag][^;]*0x\w+), %r\d+;", r"\1;"), "z is"),
     "mask of a store": ("gathered", "sm_87", edited(r"@%p\d+ (st\.global)", r"\1"), "out of bounds"),
     "mask of a load": ("gathered", "sm_87", edited(r"@%p\d+ (ld\.global)", r"\1", -1), "out of bounds"),
@@ -59,9 +65,7 @@ PLANTED: dict[str, tuple[str, str, Edit, str]] = {
     ),
     "order of an atomic": ("gathered-split", "sm_87", edited(ATOMIC, "atom.global.gpu.relaxed"), "another block wrote"),
     "scope of an atomic": ("gathered-split", "sm_90", edited(ATOMIC, "atom.global.cta.acq_rel"), "another block wrote"),
-    "barrier before the arrival": (
-        "gathered-split", "sm_87", removed(r"bar\.sync\s+0;(?=(?:(?!bar\.sync)[\s\S])*?atom\.)"), "another block wrote",
-    ),
+    "barrier before the arrival": ("gathered-split", "sm_87", without_barrier_before_arrival, "another block wrote"),
     "fence before wgmma": ("gathered", "sm_90", removed(FENCE), "no fence.proxy.async"),
     "fence before a TMA load": ("boxes", "sm_90", removed(FENCE, -1), "no fence.proxy.async"),
     "wait for a TMA load": ("boxes", "sm_90", removed(MBARRIER_WAIT), "under"),
