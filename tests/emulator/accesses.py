@@ -5,17 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from tests.emulator.block import Block, instruction
-from tests.emulator.program import Address, Instruction, Operand
+from tests.emulator.program import Address, Instruction, Operand, vector
 from tests.emulator.traffic import count_global, count_shared
 from tests.emulator.values import UNSIGNED, Array, width
 
 _KIND = r"(\.v[248])?\.([sub](8|16|32|64)|f32)"
 _CACHES = r"(\.c[agsv]|\.nc|\.L[12]::\w+)*"
-
-
-def _several(operand: Operand) -> tuple[str, ...]:
-    assert isinstance(operand, str | tuple)
-    return (operand,) if isinstance(operand, str) else operand
 
 
 @instruction(r"ld\.param\.([sub](8|16|32|64)|f32)")
@@ -29,7 +24,7 @@ def _ld_param(block: Block, i: Instruction, mask: Array | None) -> None:
 
 @instruction(rf"ld\.(global|shared(::cta)?){_CACHES}{_KIND}")
 def _ld(block: Block, i: Instruction, mask: Array | None) -> None:
-    targets, size, threads = _several(i.args[0]), width(i.parts[-1]), block.selected(mask)
+    targets, size, threads = vector(i.args[0]), width(i.parts[-1]), block.selected(mask)
     address, total = block.addresses(i.args[1])[threads], size * len(targets)
     if i.parts[1] == "global":
         offset, view = block.load(address, total, block.warp[threads]), block.memory.views[size]
@@ -48,7 +43,7 @@ def _ld(block: Block, i: Instruction, mask: Array | None) -> None:
 
 @instruction(rf"st\.(global|shared(::cta)?){_CACHES}{_KIND}")
 def _st(block: Block, i: Instruction, mask: Array | None) -> None:
-    sources, size, threads = _several(i.args[1]), width(i.parts[-1]), block.selected(mask)
+    sources, size, threads = vector(i.args[1]), width(i.parts[-1]), block.selected(mask)
     address, total = block.addresses(i.args[0])[threads], size * len(sources)
     if i.parts[1] == "global":
         offset, view = block.store(address, total, block.warp[threads]), block.memory.views[size]
@@ -85,7 +80,7 @@ def _matrices(block: Block, i: Instruction, address: Operand, count: int) -> tup
 @instruction(r"ldmatrix\.sync\.aligned\.m8n8\.x[124](\.trans)?\.shared\.b16")
 def _ldmatrix(block: Block, i: Instruction, mask: Array | None) -> None:
     block.require_all(mask)
-    targets = _several(i.args[0])
+    targets = vector(i.args[0])
     address, used, halves = _matrices(block, i, i.args[1], len(targets))
     block.shared.read(block.shared.cells(address, 16), block.warp[used])
     if block.traffic is not None:
@@ -97,7 +92,7 @@ def _ldmatrix(block: Block, i: Instruction, mask: Array | None) -> None:
 @instruction(r"stmatrix\.sync\.aligned\.m8n8\.x[124](\.trans)?\.shared\.b16")
 def _stmatrix(block: Block, i: Instruction, mask: Array | None) -> None:
     block.require_all(mask)
-    sources = _several(i.args[1])
+    sources = vector(i.args[1])
     address, used, halves = _matrices(block, i, i.args[0], len(sources))
     _write_shared(block, i, address, 16, used)
     values = [block.bits(source, 4)[:, None].view(np.uint16) for source in sources]

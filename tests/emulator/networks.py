@@ -89,7 +89,7 @@ def execute(problem: Problem, config: Config, target: Target, compiler: Compiler
     faults = p1_failures(found.y[found.written], problem, inputs, (pre[found.written], sigma[found.written]))
     requests = [counts for (space, _, _), counts in traffic.items() if space == "global"]
     sectors = sum(c["sectors"] for c in requests) / max(1, sum(c["ideal"] for c in requests))
-    blocks, grid = (sum(ran[n] for ran in found.ran) for n in (1, 2))
+    blocks, grid = sum(ran for _, ran, _ in found.ran), sum(whole for _, _, whole in found.ran)
     return Outcome(blocks, grid, (*found.defects, *faults), sectors)
 
 

@@ -24,6 +24,12 @@ class Address:
 Operand = str | tuple[str, ...] | Address
 
 
+def vector(operand: Operand) -> tuple[str, ...]:
+    """The registers of a vector, or the one there is."""
+    assert isinstance(operand, str | tuple)
+    return (operand,) if isinstance(operand, str) else operand
+
+
 @dataclass(frozen=True)
 class Instruction:
     """One instruction.

@@ -152,9 +152,9 @@ class _Device:
         values: list[bytes | int] = []
         boxes = iter(compiled.boxes)
         for name, kind in compiled.types.items():
-            value = arguments.get(name)
             if kind == "constexpr":
                 continue
+            value = arguments[name]
             if isinstance(value, TensorDescriptor):
                 decided = next(boxes, {})
                 described = TensorMap(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tests.emulator.block import Block, instruction
-from tests.emulator.program import Instruction, Operand
+from tests.emulator.program import Instruction, Operand, vector
 from tests.emulator.report import Stopped
 from tests.emulator.values import UNDEFINED, Array, decode
 
@@ -24,7 +24,7 @@ def swizzled(address: Array, width: int) -> Array:
     return address ^ (((address >> 7) & (width // 16 - 1)) << 4) if width else address
 
 
-def _operand(block: Block, registers: Operand, kind: str, down: bool) -> Array:
+def _operand(block: Block, registers: tuple[str, ...], kind: str, down: bool) -> Array:
     """[warps, 16, 16] of a left operand in registers; `down` [warps, 16, 8] of a right one."""
     values = np.stack([decode(block.bits(r, 4)[:, None].view(np.uint16), kind) for r in registers])
     count = len(registers)
@@ -49,23 +49,25 @@ def _gathered(registers: list[Array], columns: int) -> Array:
     """[warps, 16, columns] of accumulators in registers."""
     values = np.stack([r.view(np.float32) for r in registers]).reshape(columns // 2, -1, 32).transpose(1, 0, 2)
     out = np.empty((values.shape[0], 16, columns))
-    out[(slice(None), *_places(columns))] = values
+    rows, places = _places(columns)
+    out[:, rows, places] = values
     return out
 
 
 def _scattered(sums: Array, columns: int) -> list[Array]:
     """The registers of [warps, 16, columns] accumulators."""
-    values = sums.astype(np.float32)[(slice(None), *_places(columns))].transpose(1, 0, 2)
+    rows, places = _places(columns)
+    values = sums.astype(np.float32)[:, rows, places].transpose(1, 0, 2)
     return [np.ascontiguousarray(r).reshape(-1).view(np.uint32) for r in values]
 
 
 @instruction(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(f16\.f16|bf16\.bf16)\.f32")
 def _mma(block: Block, i: Instruction, mask: Array | None) -> None:
     block.require_all(mask)
-    kind = i.parts[7]
-    left, right = _operand(block, i.args[1], kind, False), _operand(block, i.args[2], kind, True)
-    sums = _gathered([block.bits(r, 4) for r in i.args[3]], 8)
-    for register, value in zip(i.args[0], _scattered(left @ right + sums, 8), strict=True):
+    to, a, b, c = (vector(arg) for arg in i.args)
+    left, right = _operand(block, a, i.parts[7], False), _operand(block, b, i.parts[7], True)
+    sums = _gathered([block.bits(r, 4) for r in c], 8)
+    for register, value in zip(to, _scattered(left @ right + sums, 8), strict=True):
         block.put(register, value, None)
 
 
