@@ -49,6 +49,8 @@ GRIDS: dict[str, tuple[Problem, Config, tuple[int, ...], int]] = {
     "stem-strips": (STEM_CASES["wide-image"], StemConfig(16, 64, 16, 2, 4, 2), (1, 6, 1), 0),
     # 17 images, 64 channels, 10 classes: 2 blocks of images by 4 splits.
     "head": (HEAD_CASES["resnet20"], HeadConfig(16, 16, 16, 4), (8,), 2),
+    # 5 images in 2 blocks, 16 splits of channels, 16 blocks of classes: 7 shares would be 3 each, and so are 6.
+    "head-shares": (HEAD_CASES["resnet18"], HeadConfig(4, 64, 32, 8, shares=7), (192,), 12),
 }  # fmt: skip
 
 
@@ -58,7 +60,7 @@ def test_the_grid_covers_the_output(name: str) -> None:
     (launch,) = plan(problem, config, None)
     assert (launch.grid, launch.tiles) == (grid, tiles)
     splits = launch.scalars.get("SPLIT_K", 1)
-    block = launch.scalars.get("BLOCK_M", 0) * launch.scalars["BLOCK_N"]
+    block = launch.scalars.get("BLOCK_M", 0) * launch.scalars["BLOCK_N"] * launch.scalars.get("N_BLOCKS", 1)
     assert launch.partials == tiles * splits * block
 
 

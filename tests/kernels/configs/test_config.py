@@ -55,7 +55,6 @@ REFUSED: dict[str, tuple[Problem, Config, str]] = {
         PADDED, replace(GATHERED, split_k=19), "split_k is 19, expected at most the 18 slices",
     ),
     "split_k-over-slices-of-a-projection": (PROJECTED, replace(GATHERED, split_k=7), "expected at most the 6 slices"),
-    "box-split": (PADDED, replace(SQUARES, split_k=2), "split_k is 2 with a box, expected 1"),
     "box-projected-channels": (
         replace(PROJECTED, projection=Projection(40, 56, 56, (1, 1))), BOXES,
         "40 projected channels, expected a multiple of block_k 32",
@@ -84,7 +83,9 @@ REFUSED: dict[str, tuple[Problem, Config, str]] = {
         replace(BOTTLENECK, first=replace(BOTTLENECK.first, c_out=65)), FUSED, "128 accumulators per thread",
     ),
     "stem-accumulators": (STEM, replace(STRIPS, block_q=256), "128 accumulators per thread"),
-    "head-accumulators": (HEAD, replace(MEANS, block_m=256), "128 accumulators per thread"),
+    "head-images": (HEAD, replace(MEANS, images=12), "images is 12, expected a power of two"),
+    "head-shares": (HEAD, replace(MEANS, shares=17), "shares is 17, expected 1 to the 16 blocks of classes"),
+    "head-accumulators": (HEAD, replace(MEANS, images=256), "128 accumulators per thread"),
     "shared-memory": (
         CONV, replace(GATHERED, num_stages=20), "up to 245760 bytes of shared memory, expected at most 232448 on sm_90",
     ),
@@ -135,4 +136,6 @@ def test_shared_memory_bound_counts_the_largest_phase() -> None:
     assert (replace(FUSED, box=(2, 8, 8))).shared_memory(BOTTLENECK) == 2 * (128 + 64) * 64 * 2 + 32768 + 1024
     assert STRIPS.shared_memory(STEM) == 64 * 64 * 4
     assert (replace(STRIPS, num_stages=4)).shared_memory(STEM) == 4 * (64 + 64) * 32 * 2
-    assert MEANS.shared_memory(HEAD) == 2 * (16 * 32 + 32 * 64) + 4 * 16 * 64
+    assert MEANS.shared_memory(HEAD) == 2 * 3 * 32 * 64 + 4 * 64 * 32
+    one_step = replace(MEANS, images=1, block_n=256, shares=4)
+    assert one_step.shared_memory(HEAD) == 2 * (16 * 32 + 32 * 256) + 4 * 16 * 256
