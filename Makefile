@@ -9,10 +9,11 @@ export: .venv/.installed
 test: .venv/.installed lint
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
-# The tests that try whatever inputs come, with 10 times as many of each.
+# The tests that try whatever inputs come, with 10 times as many of each; every kind of network in every precision.
 test-faults: .venv/.installed
 	TEST_TIMES=10 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal \
-		tests/faults tests/kernels/operators/test_properties.py tests/kernels/operators/test_quantize_linear_properties.py
+		tests/faults tests/kernels/operators/test_properties.py tests/kernels/operators/test_quantize_linear_properties.py \
+		tests/export/test_zoo.py
 
 # The compiled kernels of every network, executed in an emulator: the first, middle and last blocks of each launch.
 test-kernels: .venv/.installed

@@ -68,11 +68,11 @@ class Forms:
     quantisation: Quantisation | None = None
 
 
-def floating_forms(program: FusedProgram, example: Tensor, precision: Precision, progress: Progress) -> Forms:
+def floating_forms(program: FusedProgram, precision: Precision, progress: Progress) -> Forms:
     """The fused program and its ONNX file in a floating-point precision."""
     progress("write ONNX")
     facts = {"precision": precision.name, "batch": str(program.batch)}
-    onnx_file = lower_onnx(program, example, precision, facts)
+    onnx_file = lower_onnx(program, precision, facts)
     names, fused = onnx_file.output_names, partial(check_operators, program, precision)
     kept = _layers_in(onnx_file.model, {onnx.TensorProto.FLOAT}) if precision.name != "fp32" else frozenset()
     on_gpu = torch.cuda.is_available()
@@ -101,7 +101,6 @@ def quantised_programs(
 
 def quantised_forms(
     program: FusedProgram,
-    example: Tensor,
     calibration: Calibration,
     kept: frozenset[str],
     costs: tuple[LayerCost, ...],
@@ -111,7 +110,6 @@ def quantised_forms(
 
     Args:
         program: fused at level b.
-        example: [N, C, H, W]; only channels and image size matter.
         calibration: the ranges of its values.
         kept: layers that stay in floating point.
         costs: of the layers, for the record.
@@ -123,7 +121,7 @@ def quantised_forms(
     for scheme, quantised in programs.items():
         progress(f"write {scheme.file}")
         facts = {"precision": INT8.name, "batch": str(program.batch), "purpose": scheme.purpose}
-        onnx_file = lower_onnx(quantised, example, scheme.arithmetic, facts)
+        onnx_file = lower_onnx(quantised, scheme.arithmetic, facts)
         onnx_file = replace(onnx_file, values=shown_values(quantised, onnx_file))
         files[scheme.file] = onnx_file
         runner = OnnxRuntimeRunner(onnx_file, scheme.arithmetic, scheme.file, runs_rounded(INT8.name, scheme.file))

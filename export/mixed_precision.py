@@ -6,9 +6,9 @@ import difflib
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
+from export.base.batch import Inputs
 from export.base.errors import ExportError
 from export.base.precision import Precision
 from export.base.progress import Progress
@@ -18,12 +18,12 @@ from export.criteria.references import run_oracle, run_rounded
 from export.forms import Forms, quantised_forms, quantised_programs
 from export.fusion.nodes import FUSED_OPERATORS, constant, is_call, module_path
 from export.fusion.program import FusedProgram, operator_nodes, output_names
-from export.lowering.runners import ProgramRunner
+from export.lowering.runners import ProgramRunner, cast
 from export.quantisation.calibration import Pictures, calibrate
 from export.quantisation.quantise import quantisable
 from export.quantisation.sensitivity import layer_costs
 from export.quantisation.split_addition import split_addition
-from export.runtime.parity.ladder import References, execute, judge, operator_images
+from export.runtime.parity.ladder import References, execute, judge, operator_inputs
 
 
 def keep_float32(
@@ -31,7 +31,7 @@ def keep_float32(
     program: FusedProgram,
     precision: Precision,
     names: tuple[str, ...],
-    images: NDArray,
+    inputs: Inputs,
     progress: Progress,
 ) -> FusedProgram:
     """The program with some of its operators in float32.
@@ -42,7 +42,7 @@ def keep_float32(
         precision: of the others, 16 bits.
         names: of operators, or of modules that they compute or that hold them; or AUTO for the fewest with which the
             program is equal to the eager model.
-        images: [N, C, H, W] float32, to judge that by.
+        inputs: to judge that by.
         progress: called with what is being done.
 
     Raises:
@@ -50,7 +50,7 @@ def keep_float32(
     """
     operators = _operators(program)
     kept = (
-        _fewest(model, program, precision, images, progress)
+        _fewest(model, program, precision, inputs, progress)
         if names == AUTO
         else chosen("ExportConfig.keep_fp32", operators, names)
     )
@@ -62,10 +62,9 @@ def keep_float32(
 
 def quantise_network(
     program: FusedProgram,
-    example: Tensor,
     config: ExportConfig,
     calibration: Pictures,
-    images: NDArray,
+    inputs: Inputs,
     retains: Callable[[FusedProgram], bool] | None,
     progress: Progress,
 ) -> Forms:
@@ -73,10 +72,9 @@ def quantise_network(
 
     Args:
         program: fused at level b.
-        example: [N, C, H, W]; only channels and image size matter.
         config: the method of calibration, and what to keep.
         calibration: inputs whose activations set the scales.
-        images: [N, C, H, W] float32, by which the costs are measured.
+        inputs: by which the costs are measured.
         retains: says whether a quantised program keeps the accuracy; without it `auto` keeps no layer.
         progress: called with what is being done.
 
@@ -90,7 +88,7 @@ def quantise_network(
         split_addition(program.master), calibration, config.calibration_method, program.batch, progress
     )
     progress("quantise one layer at a time")
-    shown = torch.from_numpy(operator_images(images, program.batch))
+    shown = cast(operator_inputs(inputs, program.batch), torch.float32)
     costs = layer_costs(program.master, calibrated.ranges, shown, progress)
     if config.keep_fp16 == AUTO and retains is not None:
         progress("look for the fewest layers to keep in fp16")
@@ -101,7 +99,7 @@ def quantise_network(
     if kept >= layers.keys():
         every = f"all {len(layers)} layers would be kept in fp16, nothing is left to quantise"
         raise ExportError(f"{every}: use ExportConfig.precision='fp16'")
-    return quantised_forms(program, example, calibrated, kept, tuple(costs), progress)
+    return quantised_forms(program, calibrated, kept, tuple(costs), progress)
 
 
 def _operators(program: FusedProgram) -> dict[str, tuple[str, ...]]:
@@ -114,15 +112,16 @@ def _operators(program: FusedProgram) -> dict[str, tuple[str, ...]]:
 
 
 def _fewest(
-    model: nn.Module, program: FusedProgram, precision: Precision, images: NDArray, progress: Progress
+    model: nn.Module, program: FusedProgram, precision: Precision, inputs: Inputs, progress: Progress
 ) -> frozenset[str]:
     progress("look for operators that this precision does not suit")
     outside = _outside(program, precision)
     severity = dict.fromkeys(_operators(program), 0.0)
-    for check in check_alone(program, precision, torch.from_numpy(operator_images(images, program.batch))):
+    shown = cast(operator_inputs(inputs, program.batch), torch.float32)
+    for check in check_alone(program, precision, shown):
         severity[check.name] = max(severity[check.name], check.severity)
     ordered = sorted((name for name in severity if name not in outside), key=severity.__getitem__, reverse=True)
-    oracle = run_oracle(model, program, output_names(program.graph_module), images)
+    oracle = run_oracle(model, program, output_names(program.graph_module), inputs)
     tried = 0
 
     def passes(kept: frozenset[str]) -> bool:
@@ -148,12 +147,12 @@ def _equal(model: nn.Module, program: FusedProgram, precision: Precision, oracle
     """Whether a program passes the operator criterion and, only then tried, the network criterion."""
     runner = ProgramRunner(program, precision, tuple(oracle.oracle))
     with runner:
-        trace = runner.trace({"input": operator_images(oracle.images, program.batch)})
+        trace = runner.trace(operator_inputs(oracle.inputs, program.batch))
     operators = check_operators(program, precision, trace)
     if not operators:
         return False
     references = run_rounded(oracle, model, program, precision)
-    execution = execute(runner, oracle.images, program.batch)
+    execution = execute(runner, oracle.inputs, program.batch)
     return bool(judge(execution, references, precision, precision.network_factor, operators))
 
 

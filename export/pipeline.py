@@ -10,12 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from export.base.batch import Batch
+from export.base.batch import INPUT, Arrays, Batch, Inputs, count_of, named
 from export.base.errors import ExportError
 from export.base.precision import FORMATS, INT8, PRECISIONS, Precision
 from export.base.progress import Progress, silent
@@ -25,11 +24,11 @@ from export.criteria.evidence import check_evidence
 from export.criteria.outputs import output_kinds
 from export.criteria.references import run_references, run_simulations
 from export.forms import Forms, floating_forms
-from export.fusion.capture import check_model, describe_value
+from export.fusion.capture import Example, check_model, describe_value
 from export.fusion.description import describe_graph
 from export.fusion.passes import DEFAULT_LEVEL, QUANTISED_LEVEL
 from export.fusion.program import Coverage, FusedProgram, fuse, output_names, output_nodes
-from export.lowering.runners import EagerRunner, ProgramRunner
+from export.lowering.runners import EagerRunner, ProgramRunner, cast
 from export.manifest import describe
 from export.mixed_precision import keep_float32, quantise_network
 from export.quantisation.calibration import Pictures
@@ -47,7 +46,7 @@ from export.runtime.parity.ladder import (
     execute,
     judge,
     judge_attempt,
-    operator_images,
+    operator_inputs,
     reference_rungs,
 )
 from export.runtime.parity.network import VALUES, OutputKind
@@ -94,12 +93,11 @@ class ExportResult:
 
 @dataclass(frozen=True)
 class _Job:
-    """The arguments of an export, checked; `images` as float32 on the CPU."""
+    """The arguments of an export, checked; `inputs`, what is compared on, as float32 on the CPU."""
 
     model: nn.Module
-    example: Tensor
     config: ExportConfig
-    images: NDArray
+    inputs: Arrays
     labelled: Labelled | None
     calibration: Pictures | None
     metadata: Mapping[str, Any]
@@ -117,11 +115,11 @@ class _Job:
 
 def export_bundle(
     model: nn.Module,
-    example: Tensor,
+    example: Example,
     output: str | Path,
     config: ExportConfig | None = None,
     *,
-    images: Tensor | None = None,
+    images: Example | None = None,
     labelled: Labelled | None = None,
     calibration: Pictures | None = None,
     metadata: Mapping[str, Any] | None = None,
@@ -134,15 +132,19 @@ def export_bundle(
     report and `verify` then say that there is no verdict, and the result is false.
 
     Args:
-        model: any nn.Module in eval mode with one image input; left as it was.
-        example: [N, C, H, W], floating point; gives channels and image size; left as it was.
+        model: any nn.Module in eval mode with one image input, or several inputs; left as it was.
+        example: [N, C, H, W], floating point; gives channels and image size; left as it was. Of several inputs, images
+            or vectors, the examples by the names of forward's parameters, all of one batch size:
+            {"left": [N, C, H, W], "state": [N, D]}. The files call them so; a single input is called `input`.
         output: the bundle's folder; an older bundle there is replaced in one step, or left as it was.
         config: precision, batch sizes and engines.
         images: [N, C, H, W], what to compare on, as the model expects it; default: crops of the two
-            photographs that come with scikit-learn. Outputs have to vary from image to image by far more than rounding.
+            photographs that come with scikit-learn. Of several inputs as many of each, by name; there is no default.
+            Outputs have to vary from image to image by far more than rounding.
         labelled: what to measure accuracy on, before the export and after it; default: it is not measured. Every
-            form must keep 99 % of the eager model's.
-        calibration: int8 only; inputs whose activations set the scales, none of which accuracy is measured on.
+            form must keep 99 % of the eager model's. Only for a model with one input.
+        calibration: int8 only; inputs whose activations set the scales, none of which accuracy is measured on; of
+            several inputs its batches have them by name, as `InMemory` of a dictionary does.
         metadata: JSON-serialisable facts for the manifest, such as the model's name and its weights. `classes`, if
             given, are the names of the logits, by which the classes of `labelled` are found.
         command: that made the bundle, for its report.
@@ -154,9 +156,8 @@ def export_bundle(
     started, output = time.perf_counter(), Path(output)
     job = _Job(
         model=model,
-        example=example,
         config=config or ExportConfig(),
-        images=_images(model, example, images),
+        inputs=_inputs(check_model(model, example), images),
         labelled=labelled,
         calibration=calibration,
         metadata=metadata or {},
@@ -169,13 +170,13 @@ def export_bundle(
     with staged(output) as staging:
         progress("capture and fuse")
         program = fuse(model, example, job.batch, DEFAULT_LEVEL if calibration is None else QUANTISED_LEVEL)
-        check_batches(program, job.images)
+        check_batches(program, job.inputs)
         names, classes = output_names(program.graph_module), job.metadata.get("classes")
         kinds = output_kinds(program.source, names, job.config.outputs, labelled is not None, classes)
         meter = _meter(job, program)
         program, forms = _lower(job, program, meter)
         files = {name: onnx_file.serialize() for name, onnx_file in forms.files.items()}
-        engines = build_engines(flavours, files[ONNX_FILE], job.config, program.image_shape, forms.kept, progress)
+        engines = build_engines(flavours, files[ONNX_FILE], job.config, program.inputs, forms.kept, progress)
         for engine in engines:
             files[engine.flavour.file_name] = engine.plan
             files[engine.flavour.layers_name] = (json.dumps(engine.layers, indent=1) + "\n").encode()
@@ -195,16 +196,35 @@ def export_bundle(
     return ExportResult(output, report, program.coverage, skipped, sizes, time.perf_counter() - started)
 
 
-def _images(model: nn.Module, example: Tensor, images: Tensor | None) -> NDArray:
-    """What to compare on, and a check of what it is to fit."""
-    check_model(model, example)
+def _inputs(example: Mapping[str, Tensor], images: Example | None) -> Arrays:
+    """What to compare on, by the names of the example, and a check that it fits."""
+    several = len(example) > 1
+    if images is None and several:
+        shapes = ", ".join(f"{name!r}: [N, {', '.join(map(str, x.shape[1:]))}]" for name, x in example.items())
+        raise ExportError(f"no default images for several inputs: give examples of each by name, images={{{shapes}}}")
     if images is None:
-        _, channels, *size = example.shape
+        _, channels, *size = example[INPUT].shape
         images = crops(photographs(), PARITY_IMAGES, channels, (size[0], size[1]))
-    if not isinstance(images, Tensor) or images.shape[1:] != example.shape[1:] or len(images) == 0:
-        raise ExportError(f"expected images of shape [N, *{list(example.shape[1:])}], got {describe_value(images)}")
-    array: NDArray = images.detach().cpu().float().numpy()
-    return array
+    by_name: Mapping[str, object] = images if isinstance(images, Mapping) else {INPUT: images}
+    if not several and len(by_name) == 1:
+        by_name = dict(zip(example, by_name.values(), strict=True))
+    if by_name.keys() != example.keys():
+        given = ", ".join(map(str, by_name)) or "none"
+        raise ExportError(
+            f"expected images by name, {', '.join(example)}: got "
+            + (given if isinstance(images, Mapping) else describe_value(images))
+        )
+    arrays: Arrays = {}
+    for name, x in example.items():
+        tensor = by_name[name]
+        if not isinstance(tensor, Tensor) or tensor.shape[1:] != x.shape[1:] or len(tensor) == 0:
+            what = f"images of {name}" if several else "images"
+            raise ExportError(f"expected {what} of shape [N, *{list(x.shape[1:])}], got {describe_value(tensor)}")
+        arrays[name] = tensor.detach().cpu().float().numpy()
+    if len({len(values) for values in arrays.values()}) > 1:
+        counts = ", ".join(f"{len(values)} of {name}" for name, values in arrays.items())
+        raise ExportError(f"expected as many images of each input, got {counts}")
+    return arrays
 
 
 def _check(job: _Job) -> None:
@@ -218,12 +238,14 @@ def _check(job: _Job) -> None:
             raise ExportError(
                 "labelled pictures are for class scores, got ExportConfig.outputs='values': leave out one of the two"
             )
+        if len(job.inputs) > 1:
+            raise ExportError(
+                f"labelled pictures are for a model of one picture, got one that takes {', '.join(job.inputs)}"
+            )
         if len(job.labelled) == 0:
             raise ExportError("expected labelled pictures to measure accuracy on, got none")
         inputs, _ = next(iter(job.labelled.batches(1)))
-        if inputs.shape != (1, *job.example.shape[1:]) or inputs.dtype != np.float32:
-            expected = f"[N, *{list(job.example.shape[1:])}] float32"
-            raise ExportError(f"expected labelled inputs of shape {expected}, got {list(inputs.shape)} {inputs.dtype}")
+        _check_pictures(job, "labelled", inputs)
     if job.precision is not INT8:
         if job.calibration is not None:
             raise ExportError(
@@ -232,11 +254,30 @@ def _check(job: _Job) -> None:
             )
     elif job.calibration is None or not len(job.calibration):
         raise ExportError("int8 needs pictures to calibrate on, got none; give export_bundle(calibration=...)")
-    elif job.config.keep_fp16 == AUTO and job.labelled is None:
+    else:
+        _check_pictures(job, "calibration", next(iter(job.calibration.batches(1))))
+    if job.precision is INT8 and job.config.keep_fp16 == AUTO and job.labelled is None:
         raise ExportError(
             "ExportConfig.keep_fp16='auto' needs labelled pictures to decide by, got none; "
             "give export_bundle(labelled=...)"
         )
+
+
+def _check_pictures(job: _Job, kind: str, given: NDArray | Inputs) -> None:
+    """Raises ExportError where a batch of one picture is not what the model takes."""
+    inputs = named(given, job.inputs)
+    right = {name: (1, *values.shape[1:]) for name, values in job.inputs.items()}
+    if {name: x.shape for name, x in inputs.items()} == right and {x.dtype.name for x in inputs.values()} == {
+        "float32"
+    }:
+        return
+
+    def words(facts: Mapping[str, str]) -> str:
+        return ", ".join(fact if len(right) == 1 else f"{name} {fact}" for name, fact in facts.items())
+
+    expected = words({name: f"[N, *{list(shape[1:])}] float32" for name, shape in right.items()})
+    found = words({name: f"{list(x.shape)} {x.dtype}" for name, x in inputs.items()})
+    raise ExportError(f"expected {kind} inputs of shape {expected}, got {found}")
 
 
 def _meter(job: _Job, program: FusedProgram) -> Meter | None:
@@ -246,7 +287,7 @@ def _meter(job: _Job, program: FusedProgram) -> Meter | None:
     logits: list[int | str] = ["batch", *(int(n) for n in output_nodes(program.source)[0].meta["val"].shape[1:])]
     meter = Meter(job.labelled, job.metadata.get("classes"), logits, job.batch, job.progress)
     names = output_names(program.graph_module)
-    meter.measure(EagerRunner(job.model, torch.float32, names), "fp32")
+    meter.measure(EagerRunner(job.model, torch.float32, names, program.inputs), "fp32")
     return meter
 
 
@@ -256,11 +297,11 @@ def _lower(job: _Job, program: FusedProgram, meter: Meter | None) -> tuple[Fused
     if job.calibration is None:
         precision = PRECISIONS[config.precision]
         if config.keep_fp32:
-            program = keep_float32(job.model, program, precision, config.keep_fp32, job.images, progress)
-        return program, floating_forms(program, job.example, precision, progress)
+            program = keep_float32(job.model, program, precision, config.keep_fp32, job.inputs, progress)
+        return program, floating_forms(program, precision, progress)
 
     retains = None if meter is None else partial(_retains, meter)
-    return program, quantise_network(program, job.example, config, job.calibration, job.images, retains, progress)
+    return program, quantise_network(program, config, job.calibration, job.inputs, retains, progress)
 
 
 def _retains(meter: Meter, quantised: FusedProgram) -> bool:
@@ -272,13 +313,13 @@ def _retains(meter: Meter, quantised: FusedProgram) -> bool:
 def _measure(meter: Meter, forms: Forms, engines: list[Engine], report: ParityReport, precision: Precision) -> None:
     """Measure each form that ran."""
     ran = {rung.name for rung in report.rungs if rung.seconds}
-    names = forms.files[ONNX_FILE].output_names
+    file = forms.files[ONNX_FILE]
     for candidate in forms.candidates:
         if candidate.measured:
             meter.measure(candidate.runner, precision.name)
     for engine in engines:
         if engine.flavour.name in ran:
-            meter.measure(TensorRTRunner(engine, Interface.of(names)), precision.name)
+            meter.measure(TensorRTRunner(engine, Interface.of(file.output_names, file.inputs)), precision.name)
 
 
 def _compare(
@@ -289,19 +330,20 @@ def _compare(
     Returns:
         The report, and the references of the precision that is exported.
     """
-    progress, precision, images = job.progress, job.precision, job.images
+    progress, precision, inputs = job.progress, job.precision, job.inputs
     names, executions = forms.files[ONNX_FILE].output_names, []
+    interface = Interface.of(names, program.inputs)
     for candidate in forms.candidates:
         progress(f"run the {candidate.runner.name} form")
-        executions.append(execute(candidate.runner, images, program.batch))
+        executions.append(execute(candidate.runner, inputs, program.batch))
     outcomes = [
-        attempt(TensorRTRunner(engine, Interface.of(names)), why_not_runnable(engine), precision, images, program.batch)
+        attempt(TensorRTRunner(engine, interface), why_not_runnable(engine), precision, inputs, program.batch)
         for engine in engines
     ]
     progress("run the eager model")
-    references = replace(run_references(job.model, program, names, images, forms.arithmetic), kinds=kinds)
+    references = replace(run_references(job.model, program, names, inputs, forms.arithmetic), kinds=kinds)
     progress("compare")
-    shown = torch.from_numpy(operator_images(images, program.batch))
+    shown = cast(operator_inputs(inputs, program.batch), torch.float32)
     evidence = check_evidence(program.source, shown, references, precision)
     rungs = reference_rungs(references, forms.arithmetic)
     by_precision = {forms.arithmetic: references}
@@ -315,7 +357,7 @@ def _compare(
     rungs += [judge_attempt(outcome, by_precision[precision], precision, ENGINE_FACTOR) for outcome in outcomes]
     report = ParityReport(
         precision.name,
-        len(images),
+        count_of(inputs),
         evidence,
         tuple(rungs),
         quantisation=forms.quantisation,
@@ -329,7 +371,7 @@ def build_engines(
     flavours: Sequence[Flavour],
     onnx_bytes: bytes,
     config: ExportConfig,
-    image_shape: tuple[int, int, int],
+    inputs: Mapping[str, tuple[int, ...]],
     kept: Collection[str],
     progress: Progress,
 ) -> list[Engine]:
@@ -339,6 +381,6 @@ def build_engines(
         progress(f"build the {flavour.name} engine")
         precision, options = FORMATS[config.precision], config.engine_config
         engines.append(
-            build_engine(onnx_bytes, flavour, precision, config.batch, image_shape, options, kept, advice=_ADVICE)
+            build_engine(onnx_bytes, flavour, precision, config.batch, inputs, options, kept, advice=_ADVICE)
         )
     return engines

@@ -62,12 +62,15 @@ class Rounding:
         rounds_weights: whether weights and biases are rounded to it; otherwise they are exact.
         separate_addition: whether residuals are added in an operator of their own.
         dtype: in which the variances are computed.
+        truncates: whether sums may be truncated after every 8 products or more, as on tensor cores: K/8 times by half
+            a roundoff each, all one way, which is a variance of u32^2 (K/16)^2 sum p^2 more.
     """
 
     roundoff: float
     rounds_weights: bool = False
     separate_addition: bool = False
     dtype: torch.dtype = torch.float32
+    truncates: bool = False
 
     def of(self, value: Tensor) -> Tensor:
         """R: the variance of rounding `value` to the storage type."""
@@ -84,6 +87,8 @@ class Rounding:
         """
         summed = products + constants
         variance = _accumulation(length) * (summed + other)
+        if self.truncates:
+            variance = variance + (UNIT_ROUNDOFF[torch.float32] * length / 16) ** 2 * summed
         return variance + (ROUNDING_RMS * self.roundoff) ** 2 * summed if self.rounds_weights else variance
 
     def convolution(

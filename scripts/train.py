@@ -175,7 +175,8 @@ class Display:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._bar.stop()
+        if self._console.is_terminal:  # elsewhere rich before 15 ends with an empty line, also where it is disabled
+            self._bar.stop()
 
     def begin(self, label: str, epochs: int) -> None:
         self._label, self._epochs = label, epochs

@@ -1,17 +1,21 @@
-"""The batch sizes a network accepts, and any number of images run in such batches."""
+"""What goes into a network, the batch sizes it accepts, and any number of images run in such batches."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from export.base.errors import ExportError
 
+INPUT = "input"  # what a network's only input is called; several have the names of forward's parameters
+
 Arrays = dict[str, NDArray]
+Inputs = Mapping[str, NDArray]  # name -> [N, ...] float32, a row of each per image, in the order of the network
 
 
 @dataclass(frozen=True)
@@ -49,28 +53,54 @@ def as_batch(value: Batch | tuple[int, int, int] | int) -> Batch:
     return Batch(value, value, value) if isinstance(value, int) else Batch(*value)
 
 
-def run_in_batches(
-    infer: Callable[[Mapping[str, NDArray]], Arrays], images: NDArray, batch: Batch, size: int
-) -> Arrays:
+def count_of(inputs: Inputs) -> int:
+    """How many images there are."""
+    return len(next(iter(inputs.values())))
+
+
+def rows_of(inputs: Inputs, rows: Any) -> Arrays:
+    """Some of the images: a slice, or their numbers."""
+    return {name: values[rows] for name, values in inputs.items()}
+
+
+def resized(inputs: Inputs, count: int) -> Arrays:
+    """The first `count` images, over and over where there are fewer."""
+    return {name: np.resize(values, (count, *values.shape[1:])) for name, values in inputs.items()}
+
+
+def named(given: NDArray | Inputs, names: Iterable[str]) -> Inputs:
+    """Inputs by their names: those of a network with one may be given as they are.
+
+    Raises:
+        ExportError: an array without a name, for a network with several inputs.
+    """
+    if isinstance(given, Mapping):
+        return given
+    names = list(names)
+    if len(names) > 1:
+        raise ExportError(f"expected inputs by name, {', '.join(names)}: got one array without a name")
+    return {names[0]: given}
+
+
+def run_in_batches(infer: Callable[[Inputs], Arrays], inputs: Inputs, batch: Batch, size: int) -> Arrays:
     """The outputs for all images, in batches of about `size` that `batch` allows.
 
     A batch that would be smaller than the minimum is filled up with images that are dropped again.
 
     Args:
-        infer: of a runner: one batch, {"input": [N, C, H, W]} -> {output name: [N, ...]}.
-        images: [N, C, H, W], at least one.
+        infer: of a runner: one batch, {input name: [N, ...]} -> {output name: [N, ...]}.
+        inputs: at least one image.
     """
     size = min(max(size, batch.minimum), batch.maximum)
     parts = []
-    for start in range(0, len(images), size):
-        part = filled = images[start : start + size]
-        if len(part) < batch.minimum:
-            filled = np.resize(part, (batch.minimum, *part.shape[1:]))
-        outputs = infer({"input": filled})
-        parts.append({name: values[: len(part)] for name, values in outputs.items()})
+    for start in range(0, count_of(inputs), size):
+        part = rows_of(inputs, slice(start, start + size))
+        count = count_of(part)
+        outputs = infer(part if count >= batch.minimum else resized(part, batch.minimum))
+        parts.append(rows_of(outputs, slice(count)))
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def at_once(images: NDArray) -> int:
-    """How many images like these, [N, C, H, W], to compute on together, by the memory of their values; at least two."""
-    return max(2, _PIXELS_AT_ONCE // max(1, math.prod(images.shape[2:])))
+def at_once(inputs: Inputs) -> int:
+    """How many images like these to compute on together, by the memory of their values; at least two."""
+    return max(2, _PIXELS_AT_ONCE // max(1, sum(math.prod(values.shape[2:]) for values in inputs.values())))

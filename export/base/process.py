@@ -28,6 +28,10 @@ _SECONDS_TO_CLOSE = 10.0
 _LAST_LINES = 20
 
 
+class ChildFault(Exception):
+    """A mistake of this project in another process; below the first line of its message, the traceback there."""
+
+
 class Child:
     """A fresh interpreter that runs functions of modules, and may hold one object and run its methods.
 
@@ -74,7 +78,12 @@ class Child:
             self._replies.close()
 
     def run(self, target: str, *arguments: Any) -> Any:
-        """What `module:function` returns for the arguments; raises ExportError where it refuses or the process dies."""
+        """What `module:function` returns for the arguments.
+
+        Raises:
+            ExportError: it refuses, a library fails in it, or the process dies; one line.
+            ChildFault: it raises anything else.
+        """
         return self._request("run", target, arguments)
 
     def hold(self, target: str, *arguments: Any) -> None:
@@ -98,6 +107,9 @@ class Child:
             raise ExportError(value)
         if outcome == "failed":
             raise ExportError(f"{self._task} failed: {value}")
+        if outcome == "fault":
+            said, trace = value
+            raise ChildFault(f"{self._task} failed: {said}\n\n{trace}")
         return value
 
     def _obituary(self) -> str:
@@ -137,7 +149,7 @@ def run_in_child(task: str, advice: str, target: str, *arguments: Any) -> Any:
     """What `module:function` returns in a process of its own.
 
     Raises:
-        ExportError: the function refuses or fails, or the process dies; one line.
+        ExportError, ChildFault: as `Child.run` does.
     """
     with Child(task, advice) as child:
         return child.run(target, *arguments)

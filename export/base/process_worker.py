@@ -13,6 +13,9 @@ from typing import Any
 
 from export.base.errors import ExportError, first_line
 
+# What a library raises of what it was given is the caller's to mend; anything else is a mistake of this project.
+_OF_LIBRARIES = (RuntimeError, ValueError, OSError, ImportError)
+
 
 def main() -> None:
     """Serve; the arguments are the repository root, which is on the path already, and the level of the log."""
@@ -48,6 +51,8 @@ def _answer(request: tuple[str, str, tuple[Any, ...]], held: Any) -> tuple[tuple
         return ("refused", str(error)), held
     except MemoryError:
         return ("memory", None), held
-    except Exception as error:  # whatever a library raises is the parent's to report
+    except Exception as error:
         traceback.print_exc()
-        return ("failed", f"{type(error).__name__}: {first_line(error)}"), held
+        if isinstance(error, _OF_LIBRARIES):
+            return ("failed", f"{type(error).__name__}: {first_line(error)}"), held
+        return ("fault", (f"{type(error).__name__}: {first_line(error)}", traceback.format_exc())), held

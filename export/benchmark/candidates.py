@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from export.base.batch import Batch
+from export.base.batch import INPUT, Batch
 from export.base.errors import ExportError, first_line
 from export.base.precision import INT8, PRECISIONS, Precision
 from export.benchmark.runners import CompiledRunner, FusedRunner, GraphRunner, ModuleRunner
@@ -25,7 +25,7 @@ from export.runtime.engines.engine import FLAVOURS, Flavour, build_engine, why_n
 from export.runtime.engines.runner import TensorRTRunner
 from export.runtime.onnx_session import OnnxRunner
 from export.runtime.parity.ladder import ENGINE_FACTOR, References
-from export.runtime.runner import INPUT, Interface, TimedRunner
+from export.runtime.runner import Interface, TimedRunner
 
 COMPILED = "torch.compile"
 
@@ -53,7 +53,9 @@ class Subject:
         """Run the references on `images`, float32 [N, C, H, W]."""
         program = programs[DEFAULT_LEVEL]
         names = output_names(program.graph_module)
-        return cls(model, programs, precision, run_references(model, program, names, images.numpy(), precision))
+        return cls(
+            model, programs, precision, run_references(model, program, names, {INPUT: images.numpy()}, precision)
+        )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -66,7 +68,7 @@ class Subject:
 
     def interface(self, batch: int) -> Interface:
         """Of the network at one batch size."""
-        return Interface.of(self.names, self.image_shape, Batch(batch, batch, batch))
+        return Interface.of(self.names, {INPUT: self.image_shape}, Batch(batch, batch, batch))
 
     @functools.cached_property
     def onnx_file(self) -> bytes:
@@ -195,7 +197,7 @@ def plain_onnx(model: nn.Module, images: Tensor, batch: Batch, names: Sequence[s
 
 
 def _lowered(program: FusedProgram, precision: Precision) -> bytes:
-    return lower_onnx(program, torch.zeros(1, *program.image_shape), precision, {}).serialize()
+    return lower_onnx(program, precision, {}).serialize()
 
 
 def _engine(flavour: Flavour, subject: Subject, batch: int) -> TimedRunner:
@@ -203,6 +205,6 @@ def _engine(flavour: Flavour, subject: Subject, batch: int) -> TimedRunner:
     reason = why_not_buildable(flavour)
     if reason:
         raise ExportError(reason)
-    static, (channels, height, width) = Batch(batch, batch, batch), subject.image_shape
-    engine = build_engine(subject.onnx_file, flavour, subject.precision, static, (channels, height, width))
+    static, inputs = Batch(batch, batch, batch), {INPUT: subject.image_shape}
+    engine = build_engine(subject.onnx_file, flavour, subject.precision, static, inputs)
     return TensorRTRunner(engine, subject.interface(batch))

@@ -202,7 +202,8 @@ def check(runner: Runner, candidate: Candidate, subject: Subject, batch: int, ba
     `backwards` gives the images in reverse order: an output left over from an earlier run differs.
     """
     r, order = candidate.references or subject.references, slice(None, None, -1 if backwards else 1)
-    found = run_in_batches(runner.infer, r.images[order].copy(), Batch(batch, batch, batch), batch)
+    inputs = {name: values[order].copy() for name, values in r.inputs.items()}
+    found = run_in_batches(runner.infer, inputs, Batch(batch, batch, batch), batch)
     outputs = {name: values[order] for name, values in found.items()}
     checks = compare(outputs, list(r.rounded.values()), r.oracle, candidate.factor, subject.precision.network_floor)
     return max(checks.values(), key=_severity)

@@ -28,10 +28,10 @@ def time_export_step(model: nn.Module, images: Tensor, progress: Progress) -> di
         return plain_onnx(model, images, DEFAULT_BATCH, names)
 
     def ours(precision: str) -> Callable[[], object]:
-        return lambda: lower_onnx(program, images, PRECISIONS[precision], {}).serialize()
+        return lambda: lower_onnx(program, PRECISIONS[precision], {}).serialize()
 
     def with_fusion() -> object:
-        return lower_onnx(fuse(model, images), images, PRECISIONS["fp16"], {}).serialize()
+        return lower_onnx(fuse(model, images), PRECISIONS["fp16"], {}).serialize()
 
     steps = {
         "torch.onnx.export": bare,

@@ -9,11 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from typing_extensions import Self
 
-from export.base.batch import Arrays, Batch
+from export.base.batch import INPUT, Arrays, Batch, Inputs
 from export.base.errors import ExportError, first_line
 from export.base.precision import Precision
 from export.fusion.program import FusedProgram
@@ -31,7 +30,7 @@ class ModuleRunner(TimedRunner):
 
     def __init__(self, module: Callable[[Tensor], Any], x: Tensor, names: tuple[str, ...]) -> None:
         """`x` is the place of the input; its size is the batch size, its type and layout what the module runs on."""
-        super().__init__(Interface.of(names, tuple(x.shape[1:]), Batch(len(x), len(x), len(x))))
+        super().__init__(Interface.of(names, {INPUT: tuple(x.shape[1:])}, Batch(len(x), len(x), len(x))))
         self._module, self._x = module, x
 
     def load(self, x: Any) -> None:
@@ -41,8 +40,8 @@ class ModuleRunner(TimedRunner):
         with torch.inference_mode():
             return self._module(self._x)
 
-    def _run(self, x: NDArray) -> Arrays:
-        self.load(x)
+    def _run(self, inputs: Inputs) -> Arrays:
+        self.load(inputs[INPUT])
         return self._named(arrays(self.step()))
 
 
@@ -97,7 +96,7 @@ class FusedRunner(TimedRunner):
     name = runtime = "triton"
 
     def __init__(self, program: FusedProgram, precision: Precision, batch: int, names: tuple[str, ...]) -> None:
-        super().__init__(Interface.of(names, program.image_shape, Batch(batch, batch, batch)))
+        super().__init__(Interface.of(names, {INPUT: program.image_shape}, Batch(batch, batch, batch)))
         self._program, self._precision, self._batch = program, precision, batch
 
     def __enter__(self) -> Self:
@@ -115,5 +114,5 @@ class FusedRunner(TimedRunner):
     def step(self) -> None:
         self._graph.replay()
 
-    def _run(self, x: NDArray) -> Arrays:
-        return self._named(arrays(self._graphs(torch.from_numpy(x).cuda())))
+    def _run(self, inputs: Inputs) -> Arrays:
+        return self._named(arrays(self._graphs(torch.from_numpy(inputs[INPUT]).cuda())))

@@ -5,22 +5,22 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from export.base.batch import Inputs
 from export.base.errors import ExportError
 from export.base.precision import DOUBLE
 from export.fusion.program import FusedProgram, output_names, output_nodes
 from export.lowering.runners import UnfusedRunner
 from export.runtime.parity.network import relative_error
-from export.runtime.runner import INPUT
 
 _EXACT = 1e-9  # relative error of float64 arithmetic in another order
 
 
-def check_batches(program: FusedProgram, images: NDArray) -> None:
+def check_batches(program: FusedProgram, inputs: Inputs) -> None:
     """Refuse a model whose outputs have no batch, or depend on the other images of the batch.
 
     Args:
         program: whose captured graph is looked at, and run on few images.
-        images: [N, C, H, W] float32, at least one.
+        inputs: at least one image.
 
     Raises:
         ExportError: names the output, what it has and what to do.
@@ -37,12 +37,9 @@ def check_batches(program: FusedProgram, images: NDArray) -> None:
             )
     smallest, largest = program.batch.minimum, program.batch.maximum
     size = min(smallest + 1, largest)
-    others = np.concatenate([images[1:], -images[:1]])
-    shown = [np.concatenate([images[:1], np.resize(others, (n - 1, *images.shape[1:]))]) for n in (smallest, size)]
-    if smallest == size:
-        shown[1] = np.concatenate([images[:1], np.resize(others[::-1] * 0.5, shown[0][1:].shape)])
+    shown = {name: _beside(images, smallest, size) for name, images in inputs.items()}
     with UnfusedRunner("unfused", program, program.source, DOUBLE, names) as runner:
-        alone, beside = (runner.infer({INPUT: x}) for x in shown)
+        alone, beside = (runner.infer({name: batches[k] for name, batches in shown.items()}) for k in (0, 1))
     for name in names:
         first, same = (np.asarray(y[name][:1], np.float64) for y in (alone, beside))
         if np.isfinite(first).all() and not relative_error(same, first) <= _EXACT:
@@ -50,3 +47,14 @@ def check_batches(program: FusedProgram, images: NDArray) -> None:
                 f"{name} of an image depends on the other images of its batch: expected each on its own; forward "
                 "computes over the batch dimension, as mean(0), softmax(0) or a BatchNorm without running statistics do"
             )
+
+
+def _beside(images: NDArray, smallest: int, size: int) -> tuple[NDArray, NDArray]:
+    """The first image in a batch of each of two sizes, beside others each time."""
+    others = np.concatenate([images[1:], -images[:1]])
+    first, second = (
+        np.concatenate([images[:1], np.resize(others, (n - 1, *images.shape[1:]))]) for n in (smallest, size)
+    )
+    if smallest == size:
+        second = np.concatenate([images[:1], np.resize(others[::-1] * 0.5, first[1:].shape)])
+    return first, second

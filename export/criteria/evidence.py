@@ -10,15 +10,18 @@ for one network is not for another.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor, fx
 
+from export.base.batch import count_of
 from export.base.precision import Precision
 from export.criteria.outputs import depends_on_input
 from export.fusion.capture import plain_torch
 from export.fusion.nodes import args_of, aten, constant, is_call, module_path, moves_data, named_args, schema_name
-from export.fusion.program import output_nodes
+from export.fusion.program import output_nodes, returned_tensors
 from export.runtime.parity.ladder import ENGINE_FACTOR, References
 from export.runtime.parity.network import SCORES, OutputKind
 from export.runtime.parity.rungs import Evidence, OutputEvidence
@@ -38,24 +41,29 @@ _KEEP_SIGN = ("max_pool2d", "adaptive_max_pool2d", "avg_pool2d", "adaptive_avg_p
               "upsample_nearest2d", "upsample_bilinear2d", "sum", "amax", "amin", "_to_copy", "sqrt")  # fmt: skip
 
 
-def check_evidence(source: fx.GraphModule, x: Tensor, references: References, precision: Precision) -> Evidence:
+def check_evidence(
+    source: fx.GraphModule, shown: Mapping[str, Tensor], references: References, precision: Precision
+) -> Evidence:
     """Look for reasons why a comparison on these inputs would prove little.
 
     Args:
         source: the captured graph, float64.
-        x: [N, C, H, W], what the graph is run on: a batch that it accepts.
+        shown: name -> [N, ...], what the graph is run on: a batch that it accepts.
         references: all inputs, what float64 makes of them and what rounding does to that.
         precision: of the forms that are compared.
     """
     dependent = depends_on_input(source)
     observer = _Observer(source, dependent, precision)
     with plain_torch():
-        observer.run(x.double())
+        returned = observer.run(*(x.double() for x in shown.values()))
     untrained = _default_statistics(source)
     weaknesses = [*untrained, *observer.weaknesses]
-    spread = _spread(references.images)
-    if not spread > OUTPUT_SIGNAL * _noise(precision) * _norm(references.images):
-        weaknesses.append("inputs hardly differ between images")
+    several = len(references.inputs) > 1
+    for name, values in references.inputs.items():
+        if not _spread(values) > OUTPUT_SIGNAL * _noise(precision) * _norm(values):
+            weaknesses.append(f"{f'inputs of {name}' if several else 'inputs'} hardly differ between images")
+    if several:
+        weaknesses += _without_effect(source, shown, returned, references, precision)
     varying = [name for name, node in zip(references.oracle, output_nodes(source), strict=True) if node in dependent]
     outputs = _outputs(references, precision, varying)
     for name, found in outputs.items():
@@ -90,6 +98,32 @@ def _outputs(references: References, precision: Precision, varying: list[str]) -
             classes = len(np.unique(oracle.argmax(1)))
         found[name] = OutputEvidence(kind, signal, classes)
     return found
+
+
+def _without_effect(
+    source: fx.GraphModule, shown: Mapping[str, Tensor], returned: object, references: References, precision: Precision
+) -> list[str]:
+    """Inputs that could be exchanged for those of another image, or left out, and no output would show it."""
+    names, weaknesses = list(references.oracle), []
+    rows = np.arange(len(next(iter(shown.values())))) % count_of(references.inputs)
+    before = dict(zip(names, returned_tensors(source, returned), strict=True))
+    for name, values in references.inputs.items():
+        exchanged = {**shown, name: torch.from_numpy(np.roll(values, 1, axis=0)[rows])}
+        with plain_torch():
+            outputs = source(*(x.double() for x in exchanged.values()))
+        signals = []
+        for output, y in zip(names, returned_tensors(source, outputs), strict=True):
+            if y.is_floating_point():
+                exact = references.oracle[output][rows]
+                errors = [_norm(found[output][rows] - exact) for found in references.rounded.values()]
+                error = max(*errors, precision.network_floor * _norm(exact))
+                signals.append(_norm((y - before[output]).numpy()) / error if error else 0.0)
+        if signals and not max(signals) >= OUTPUT_SIGNAL:
+            weaknesses.append(
+                f"{name} of another image moves the outputs by {round(max(signals), 2):.3g} times their rounding error "
+                f"in {precision.name}, expected at least {OUTPUT_SIGNAL:g}"
+            )
+    return weaknesses
 
 
 def _norm(values: np.ndarray) -> float:

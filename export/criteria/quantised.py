@@ -23,7 +23,7 @@ from export.criteria.operators import evaluate
 from export.criteria.scales import check_layers, check_scales
 from export.criteria.spread import draws, spread
 from export.fusion.capture import plain_torch
-from export.fusion.nodes import args_of, is_call, module_path, parameter, resnet_deploy, schema_name
+from export.fusion.nodes import args_of, fits, is_call, module_path, parameter, resnet_deploy, schema_name
 from export.fusion.program import QuantisedProgram, output_nodes
 from export.lowering.onnx_file import OnnxFile
 from export.quantisation.scheme import Range, Scheme
@@ -90,7 +90,7 @@ def _why_unusable(node: fx.Node, trace: Mapping[str, Tensor]) -> str:
     if node.name not in trace:
         return "the runtime does not show it"
     got, expected = list(trace[node.name].shape), list(node.meta["val"].shape)
-    return "" if got[1:] == expected[1:] else f"has shape {got}, expected {['N', *expected[1:]]}"
+    return "" if fits(node, got) else f"has shape {got}, expected {['N', *expected[1:]]}"
 
 
 def _refused(node: fx.Node, reason: str) -> QuantisedCheck:

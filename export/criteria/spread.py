@@ -60,21 +60,25 @@ def _run(
         sign = torch.randint(2, x.shape, generator=generator, dtype=torch.int8) * 2 - 1
         return x + roundoff * (x.abs() if summed is None else summed) * sign
 
-    def visit(node: fx.Node) -> Any:
-        if node in known:
-            return known[node]
+    wanted, waiting = set[fx.Node](), [value]
+    while waiting:
+        node = waiting.pop()
+        if node not in known and node not in wanted:
+            wanted.add(node)
+            waiting += node.all_input_nodes
+    for node in graph_module.graph.nodes:
+        if node not in wanted:
+            continue
         if node.op == "get_attr":
             held = constant(graph_module, node)  # scales are exact
             known[node] = held if all(is_call(reader, *QUANTISATION) for reader in node.users) else moved(held)
-            return known[node]
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), visit)
+            continue
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
         target: Any = node.target
         result, summed = target(*args, **kwargs), None
         if schema_name(node) in _WEIGHTED:
             squares = [x.square() if isinstance(x, Tensor) else x for x in args]
             summed = (result.square() + target(*squares, **kwargs)).sqrt()
         known[node] = result if moves_data(node) else moved(result, summed)
-        return known[node]
-
-    end: Tensor = visit(value)
+    end: Tensor = known[value]
     return end

@@ -30,7 +30,7 @@ def refuse_random(graph_module: fx.GraphModule) -> None:
             continue
         if torch.Tag.nondeterministic_seeded in node.target.tags:
             given = named_args(node)
-            if given.get("train", given.get("training", True)):
+            if given.get("train", given.get("training", given.get("dropout_p", True))):
                 raise ExportError(
                     f"{module_path(node)} draws random numbers ({schema_name(node)}), in eval mode too: expected a "
                     "pure function of its input; pass training=self.training, or remove it"
@@ -108,7 +108,8 @@ def for_any_batch(graph_module: fx.GraphModule) -> fx.GraphModule:
     type, so that it can be another one.
     """
     graph, notes = graph_module.graph, narrowed(graph_module)
-    x = next(node for node in graph.nodes if node.op == "placeholder")
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    x = placeholders[0]
     batch: fx.Node | None = None
     whole = str(x.meta["val"].shape[0])
 
@@ -134,7 +135,7 @@ def for_any_batch(graph_module: fx.GraphModule) -> fx.GraphModule:
             node.replace_input_with(args_of(node)[0], traced)
         elif is_call(node, aten.sym_size.int) and args_of(node)[0] is not x and str(value) == whole:
             if batch is None:
-                with graph.inserting_after(x):
+                with graph.inserting_after(placeholders[-1]):
                     batch = graph.call_function(aten.sym_size.int, (x, 0))
                 batch.meta = dict(node.meta)
             node.replace_all_uses_with(batch)

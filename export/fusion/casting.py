@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NoReturn
@@ -10,9 +11,21 @@ import torch
 from torch import Tensor, fx
 
 from export.base.errors import ExportError
-from export.fusion.nodes import add_constant, aten, copy_meta, deep_copy, module_path, moves_data, parameter
+from export.fusion.nodes import (
+    add_constant,
+    aten,
+    copy_meta,
+    deep_copy,
+    module_path,
+    moves_data,
+    parameter,
+    schema_name,
+)
 
 _Types = dict[fx.Node, torch.dtype]
+# Numbers that bound values or stand in for them, such as the -1e9 of a mask before a softmax, and take part in no sum.
+_SELECTS = ("clamp", "clamp_max", "clamp_min", "constant_pad_nd", "fill", "full", "full_like", "hardtanh",
+            "masked_fill", "new_full", "pad", "where")  # fmt: skip
 
 
 def converted(
@@ -24,6 +37,7 @@ def converted(
 ) -> fx.GraphModule:
     """A copy with every floating-point constant and type argument cast, once, to `dtype`.
 
+    A number beyond the range of the type, where it only bounds or replaces values, becomes the end of the range.
     Convolution weights become channels_last, all else contiguous: the layouts the operators require.
 
     Args:
@@ -39,6 +53,9 @@ def converted(
     result = deep_copy(graph_module)
     types = _types(result, dtype, stays)
     for node in result.graph.nodes:
+        if schema_name(node) in _SELECTS:
+            node.args = fx.node.map_aggregate(node.args, partial(_within, types[node]))
+            node.kwargs = fx.node.map_aggregate(node.kwargs, partial(_within, types[node]))
         node.args = fx.node.map_aggregate(node.args, partial(_with_type, types[node]))
         node.kwargs = fx.node.map_aggregate(node.kwargs, partial(_with_type, types[node]))
     _separate_constants(result, types)
@@ -110,3 +127,9 @@ def _refuse(tensor: Tensor, dtype: torch.dtype, name: str, node: fx.Node | None)
 
 def _with_type(dtype: torch.dtype, value: Any) -> Any:
     return dtype if isinstance(value, torch.dtype) and value.is_floating_point else value
+
+
+def _within(dtype: torch.dtype, value: Any) -> Any:
+    """A number as it is, or the end of the type's range beyond which it lies."""
+    limit = torch.finfo(dtype).max
+    return min(max(value, -limit), limit) if isinstance(value, float) and math.isfinite(value) else value

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from export.fusion.nodes import FUSED_OPERATORS, is_call, module_path, named_args, schema_name
+from export.fusion.nodes import FUSED_OPERATORS, input_nodes, is_call, module_path, named_args, schema_name
 from export.fusion.program import operator_nodes, output_names, output_nodes
 
 
@@ -33,6 +33,7 @@ def describe_graph(master: fx.GraphModule) -> dict[str, Any]:
                 edges.append(edge)
 
     operators = set(operator_nodes(master))
+    inputs = {node: name for name, node in input_nodes(master).items()}
     for node in master.graph.nodes:
         if node.op == "output":
             for name, value in zip(output_names(master), output_nodes(master), strict=True):
@@ -40,7 +41,7 @@ def describe_graph(master: fx.GraphModule) -> dict[str, Any]:
                 connect(value, "")
         elif node.op == "placeholder":
             origins[node] = [len(nodes)]
-            nodes.append(_facts("input", node.name, "", node))
+            nodes.append(_facts("input", inputs[node], "", node))
         elif node not in operators:
             origins[node] = _origins((node.args, node.kwargs), origins)
         else:

@@ -12,6 +12,7 @@ from typing import Any, TypeGuard, TypeVar
 import torch
 from torch import Tensor, fx
 
+from export.base.batch import INPUT
 from kernels.operators.registry import OPERATORS, Arguments
 
 aten = torch.ops.aten
@@ -32,6 +33,15 @@ def deep_copy(value: _T) -> _T:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, of copying the structure of the output
         return copy.deepcopy(value)
+
+
+NAME = "input"  # key of a placeholder's meta: the parameter of forward that it is, of several
+
+
+def input_nodes(graph_module: fx.GraphModule) -> dict[str, fx.Node]:
+    """Name of an input -> its node, in the order of forward; the only one is called `input`."""
+    nodes = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    return {INPUT: nodes[0]} if len(nodes) == 1 else {str(node.meta[NAME]): node for node in nodes}
 
 
 def is_call(node: object, *targets: Callable[..., Any]) -> TypeGuard[fx.Node]:
@@ -164,6 +174,16 @@ def size_at(size: fx.Node | torch.SymInt, batch: int) -> int:
     number: Any = size.meta["val"] if isinstance(size, fx.Node) else size
     expression = number.node.expr
     return int(expression.subs(dict.fromkeys(expression.free_symbols, batch)))
+
+
+def fits(node: fx.Node, shape: Sequence[int]) -> bool:
+    """Whether a value of this shape is one of `node`, in a batch of any size: whichever dimension that is."""
+    sizes = node.meta["val"].shape
+    if len(sizes) != len(shape):
+        return False
+    pairs = list(zip(sizes, shape, strict=True))
+    batches = {length / size_at(size, 1) for size, length in pairs if isinstance(size, torch.SymInt)}
+    return len(batches) < 2 and all(size == length for size, length in pairs if isinstance(size, int))
 
 
 def computed_by(node: fx.Node) -> fx.Node:

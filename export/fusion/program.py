@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,15 +12,16 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from export.base.batch import DEFAULT_BATCH, Batch
+from export.base.batch import DEFAULT_BATCH, INPUT, Batch
 from export.base.errors import ExportError
 from export.base.precision import PRECISIONS, Precision
 from export.fusion.any_batch import NOTES
-from export.fusion.capture import capture, plain_torch
+from export.fusion.capture import Example, capture, plain_torch
 from export.fusion.casting import converted
 from export.fusion.nodes import (
     FUSED_OPERATORS,
     QUANTISATION,
+    input_nodes,
     is_call,
     module_path,
     moves_data,
@@ -77,7 +78,7 @@ class FusedProgram(nn.Module):
         master: the fused graph with float64 parameters: each precision is cast from it, once.
         coverage: what was fused and what was left, by the names of the user's modules.
         batch: the batch sizes it accepts.
-        image_shape: (C, H, W).
+        inputs: name -> shape without the batch, in the order of forward: `input` of one with a single input.
         kept: names of the operators that compute in float32 whatever the precision.
     """
 
@@ -89,7 +90,7 @@ class FusedProgram(nn.Module):
         super().__init__()
         self.__dict__.update(source=source, folded=folded, master=master)  # kept out of parameters() and of .to()
         self.batch = batch
-        self.image_shape = tuple(next(n for n in source.graph.nodes if n.op == "placeholder").meta["val"].shape[1:])
+        self.inputs = {name: tuple(node.meta["val"].shape[1:]) for name, node in input_nodes(source).items()}
         self.kept: frozenset[str] = frozenset()
         self.coverage = _coverage(source, master)
         self.graph_module = self.at(PRECISIONS["fp32"])
@@ -133,18 +134,22 @@ class FusedProgram(nn.Module):
                         waiting += reached.all_input_nodes
         return found
 
-    def forward(self, x: Tensor) -> object:
-        """Run the fused network on [N, C, H, W].
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(C, H, W) of its one input; raises ExportError where it has several."""
+        if len(self.inputs) > 1:
+            raise ExportError(f"expected a model of one picture, got one that takes {', '.join(self.inputs)}")
+        return self.inputs[INPUT]
+
+    def forward(self, *inputs: Tensor, **by_name: Tensor) -> object:
+        """Run the fused network on [N, C, H, W], or on several inputs as the model is called: in order or by name.
 
         Raises:
-            ExportError: the batch size or image shape is not one it was captured for.
+            ExportError: the inputs, the batch size or a shape are not what it was captured for.
         """
-        if tuple(x.shape[1:]) != self.image_shape or not self.batch.minimum <= len(x) <= self.batch.maximum:
-            raise ExportError(
-                f"expected an input of shape [{self.batch}, *{list(self.image_shape)}], got {list(x.shape)}"
-            )
+        ordered = call_inputs(self.inputs, self.batch, inputs, by_name)
         with plain_torch():
-            return self.graph_module(x)
+            return self.graph_module(*ordered)
 
 
 class QuantisedProgram(FusedProgram):
@@ -161,12 +166,34 @@ class QuantisedProgram(FusedProgram):
         self.__dict__.update(before=program.master)
 
 
-def fuse(model: nn.Module, example: Tensor, batch: Batch = DEFAULT_BATCH, level: str = DEFAULT_LEVEL) -> FusedProgram:
+def call_inputs(
+    expected: Mapping[str, tuple[int, ...]], batch: Batch, inputs: Sequence[Tensor], by_name: Mapping[str, Tensor]
+) -> list[Tensor]:
+    """What a program with these inputs and batch sizes is called with, in their order.
+
+    Raises:
+        ExportError: an input is missing, too many, of another shape or another batch size.
+    """
+    given = {**dict(zip(expected, inputs, strict=False)), **by_name}
+    if given.keys() != expected.keys() or len(inputs) + len(by_name) != len(expected):
+        got = [*(["one without a name"] * len(inputs)), *by_name]
+        raise ExportError(f"expected {len(expected)} inputs, {', '.join(expected)}, got {', '.join(got) or 'none'}")
+    first = given[next(iter(expected))]
+    for name, shape in expected.items():
+        x = given[name]
+        if tuple(x.shape[1:]) != shape or not batch.minimum <= len(x) <= batch.maximum or len(x) != len(first):
+            what = "an input" if len(expected) == 1 else name
+            raise ExportError(f"expected {what} of shape [{batch}, *{list(shape)}], got {list(x.shape)}")
+    return [given[name] for name in expected]
+
+
+def fuse(model: nn.Module, example: Example, batch: Batch = DEFAULT_BATCH, level: str = DEFAULT_LEVEL) -> FusedProgram:
     """Capture `model`, fold its BatchNorm and fuse its operators.
 
     Args:
-        model: any nn.Module in eval mode with one tensor input; left as it was.
-        example: [N, C, H, W], floating point; left as it was.
+        model: any nn.Module in eval mode; left as it was.
+        example: [N, C, H, W], floating point; of a model with several inputs the examples by the names of forward's
+            parameters, {"left": [N, C, H, W], "state": [N, D]}; left as it was.
         batch: the batch sizes the program must accept.
         level: which fusions to apply, a key of `export.fusion.passes.LEVELS`. The default applies all; the others
             are there for the benchmark, to say what each fusion is worth.
@@ -241,7 +268,7 @@ def _returned(graph_module: fx.GraphModule) -> dict[str, Any]:
     """Name -> node or constant, for each leaf of what the graph returns."""
     (output,) = (node for node in graph_module.graph.nodes if node.op == "output")
     spec: Any = graph_module._out_spec
-    names = leaf_names(pytree.tree_unflatten(range(spec.num_leaves), spec))
+    names = leaf_names(pytree.tree_unflatten(range(spec.num_leaves), spec), input_nodes(graph_module))
     return dict(zip(names, pytree.tree_leaves(output.args), strict=True))
 
 
@@ -260,17 +287,17 @@ def _is_exported(leaf: object) -> bool:
     return False
 
 
-def leaf_names(outputs: object) -> list[str]:
-    """A name for each leaf of what a model returns."""
+def leaf_names(outputs: object, inputs: Collection[str] = ()) -> list[str]:
+    """A name for each leaf of what a model returns, none of them that of an input."""
     names: list[str] = []
     for path, _ in pytree.tree_flatten_with_path(outputs)[0]:
         words = "".join(c if c.isalnum() else " " for c in pytree.keystr(path)).split()
         word = "_".join(words)
         if not path:
             word = "output"
-        elif not word.isidentifier() or word == "input":
+        elif not word.isidentifier() or word in (INPUT, *inputs):
             word = f"output_{word}"
-        names.append(next(name for name in variants(word) if name not in names))
+        names.append(next(name for name in variants(word) if name not in names and name not in inputs))
     return names
 
 

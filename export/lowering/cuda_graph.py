@@ -16,7 +16,7 @@ from export.base.precision import Precision
 from export.fusion.capture import plain_torch
 from export.fusion.interpreter import GraphInterpreter
 from export.fusion.nodes import FUSED_OPERATORS
-from export.fusion.program import FusedProgram
+from export.fusion.program import FusedProgram, call_inputs
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class _Captured:
     """A graph with the buffers it reads from and writes to."""
 
     graph: torch.cuda.CUDAGraph
-    x: Tensor
+    inputs: tuple[Tensor, ...]
     outputs: Any
 
 
@@ -32,7 +32,7 @@ class CudaGraphProgram:
     """A fused program ready to run on one GPU.
 
     Weights are cast, packed channels_last and copied to the device once. The first batch of each size compiles its
-    kernels and captures them; every later one is a copy into the graph's input, one graph launch and a copy of its
+    kernels and captures them; every later one is a copy into the graph's inputs, one graph launch and a copy of its
     outputs. Calls may come from any thread and any stream: they take turns on the device.
 
     Attributes:
@@ -53,7 +53,7 @@ class CudaGraphProgram:
                 launch.target_of(self.device)
         except ValueError as error:
             raise ExportError(str(error)) from error
-        self._batch, self._image_shape = program.batch, program.image_shape
+        self._batch, self._inputs = program.batch, program.inputs
         graph_module = program.at(precision).to(self.device)
         self._weight_bytes = sum(t.numel() * t.element_size() for t in graph_module.state_dict().values())
         workspace = launch.Workspace(self.device)
@@ -72,27 +72,33 @@ class CudaGraphProgram:
         """Bytes of device memory: `weights`, and `activations` of all graphs together, which share one pool."""
         segments = torch.cuda.memory_snapshot()
         pool = sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) == tuple(self._pool))
-        inputs = sum(captured.x.numel() * captured.x.element_size() for captured in self._captured.values())
+        buffers = [x for captured in self._captured.values() for x in captured.inputs]
+        inputs = sum(x.numel() * x.element_size() for x in buffers)
         return {"weights": self._weight_bytes, "activations": pool + inputs}
 
-    def __call__(self, x: Tensor) -> Any:
-        """Run the network on [N, C, H, W].
+    def __call__(self, *inputs: Tensor, **by_name: Tensor) -> Any:
+        """Run the network on [N, C, H, W], or on several inputs as the model is called: in order or by name.
 
         Args:
-            x: on this device, of any floating-point type and memory layout; left as it was.
+            inputs: on this device, of any floating-point type and memory layout; left as they were.
+            by_name: the same.
 
         Returns:
             What the model returns, in the precision of this program, in new tensors; ordered on the current stream.
 
         Raises:
-            ExportError: the batch size, image shape, type or device is not one it takes.
+            ExportError: the inputs, the batch size, a shape, type or device are not what it takes.
         """
-        self._check(x)
+        ordered = call_inputs(self._inputs, self._batch, inputs, by_name)
+        for x in ordered:
+            if not x.is_floating_point() or x.device.type != self.device.type:
+                raise ExportError(f"expected a floating-point input on {self.device}, got {x.dtype} on {x.device}")
         with self._lock, torch.cuda.device(self.device):
-            captured = self._captured.get(len(x)) or self._capture(len(x))
+            captured = self._captured.get(len(ordered[0])) or self._capture(len(ordered[0]))
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(self._done)  # the call before this one has read its outputs, on whatever stream
-            captured.x.copy_(x)
+            for buffer, x in zip(captured.inputs, ordered, strict=True):
+                buffer.copy_(x)
             captured.graph.replay()
             outputs = pytree.tree_map_only(Tensor, torch.clone, captured.outputs)
             self._done.record(stream)
@@ -104,30 +110,27 @@ class CudaGraphProgram:
         Raises:
             ExportError: the program does not take this batch size.
         """
-        self._check(torch.empty(batch, *self._image_shape, dtype=self.precision.dtype, device=self.device))
+        call_inputs(self._inputs, self._batch, self._buffers(batch), {})
         with self._lock, torch.cuda.device(self.device):
             return (self._captured.get(batch) or self._capture(batch)).graph
 
-    def _check(self, x: Tensor) -> None:
-        b = self._batch
-        if tuple(x.shape[1:]) != self._image_shape or not b.minimum <= len(x) <= b.maximum:
-            raise ExportError(f"expected an input of shape [{b}, *{list(self._image_shape)}], got {list(x.shape)}")
-        if not x.is_floating_point() or x.device.type != self.device.type:
-            raise ExportError(f"expected a floating-point input on {self.device}, got {x.dtype} on {x.device}")
+    def _buffers(self, batch: int) -> tuple[Tensor, ...]:
+        """Inputs of zeros, pictures channels_last."""
+        zeros = [torch.zeros(batch, *s, dtype=self.precision.dtype, device=self.device) for s in self._inputs.values()]
+        return tuple(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in zeros)
 
     def _capture(self, batch: int) -> _Captured:
         """Run once to compile the kernels and to size the workspace, then capture the same launches."""
-        x = torch.zeros(batch, *self._image_shape, dtype=self.precision.dtype, device=self.device)
-        x = x.contiguous(memory_format=torch.channels_last)
+        inputs = self._buffers(batch)
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with plain_torch(), torch.cuda.stream(stream):
-            self.interpreter.run(x)
+            self.interpreter.run(*inputs)
             stream.synchronize()
             graph = torch.cuda.CUDAGraph()
             # Only this thread's calls are recorded; others may go on using the device.
             with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-                outputs = self.interpreter.run(x)
+                outputs = self.interpreter.run(*inputs)
         torch.cuda.current_stream(self.device).wait_stream(stream)
-        self._captured[batch] = _Captured(graph, x, outputs)
+        self._captured[batch] = _Captured(graph, inputs, outputs)
         return self._captured[batch]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx import traceback
 
-from export.base.batch import Batch
+from export.base.batch import INPUT, Batch
 from export.base.errors import ExportError, first_line
 from export.base.precision import Precision
 from export.fusion.capture import plain_torch
@@ -21,6 +21,7 @@ from export.fusion.nodes import (
     FUSED_OPERATORS,
     QUANTISATION,
     computed_by,
+    input_nodes,
     is_call,
     module_path,
     named_args,
@@ -34,6 +35,8 @@ from export.lowering.onnx_operators import TRANSLATIONS
 _OPSETS = {torch.float32: 18, torch.float16: 18, torch.bfloat16: 22}
 _QUANTISED_OPSET = 19  # the first in which quantisation has 16-bit floating-point scales
 _FX_NODE = "pkg.torch.onnx.fx_node"
+# They warn of every operator of a torchvision that is not installed, and of each argument of a translation.
+_NOISY = ("_registration", "_schemas")
 _ORIGIN = "fused_node"  # what a traced node is stamped with: the node of the fused graph that it computes
 
 
@@ -42,7 +45,7 @@ class OnnxFile:
     """An ONNX model and where the values of the fused graph are in it.
 
     Attributes:
-        model: standard operators only, weights inside, float32 input `input` and float32 outputs.
+        model: standard operators only, weights inside, float32 inputs, called as those of the program, and outputs.
         output_names: in the order of the model's flattened outputs.
         values: fused-graph node name -> ONNX value that holds its result, for the input, every fused
             operator, each convolution and linear layer with what they read, and each operator left eager whose result
@@ -52,6 +55,12 @@ class OnnxFile:
     model: onnx.ModelProto
     output_names: tuple[str, ...]
     values: dict[str, str]
+
+    @property
+    def inputs(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape without the batch."""
+        shapes = {value.name: value.type.tensor_type.shape.dim for value in self.model.graph.input}
+        return {name: tuple(size.dim_value for size in shape[1:]) for name, shape in shapes.items()}
 
     def serialize(self) -> bytes:
         """The bytes of the file.
@@ -77,24 +86,27 @@ class _Boundary(nn.Module):
         for node in graph_module.graph.nodes:
             node.meta["custom"] = {_ORIGIN: node.name}
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        placeholder = next(node for node in self.graph_module.graph.nodes if node.op == "placeholder")
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        cast = []
         with traceback.preserve_node_meta():
-            with traceback.annotate(placeholder.meta["custom"]):
-                x = x.to(self.dtype)
+            for node, x in zip(input_nodes(self.graph_module).values(), inputs, strict=True):
+                with traceback.annotate(node.meta["custom"]):
+                    cast.append(x.to(self.dtype))
             interpreter = GraphInterpreter(self.graph_module, {})
             interpreter.values = {}
-            outputs = returned_tensors(self.graph_module, interpreter.run(x))
-        wide = [y.float() if y.is_floating_point() else y for y in outputs]
+            outputs = returned_tensors(self.graph_module, interpreter.run(*cast))
+        wide: list[Tensor] = []
+        for y in outputs:
+            y = y.float() if y.is_floating_point() else y
+            wide.append(y.clone() if any(y is other for other in wide) else y)  # a value has one name
         return (*wide, *(interpreter.values[name] for name in self.shown))
 
 
-def lower_onnx(program: FusedProgram, example: Tensor, precision: Precision, metadata: dict[str, str]) -> OnnxFile:
+def lower_onnx(program: FusedProgram, precision: Precision, metadata: dict[str, str]) -> OnnxFile:
     """Write the fused program, in `precision`, as an ONNX model.
 
     Args:
         program: from `fuse`.
-        example: [N, C, H, W]; only channels and image size matter.
         precision: of weights and activations.
         metadata: key-value pairs stored in the file.
 
@@ -103,14 +115,15 @@ def lower_onnx(program: FusedProgram, example: Tensor, precision: Precision, met
     """
     graph_module = program.at(precision)
     names = output_names(graph_module)
-    model, groups = _translate(graph_module, example, program.batch, precision, names)
+    model, groups = _translate(graph_module, program.inputs, program.batch, precision, names)
     twins = _twins(graph_module)
     hidden = [name for name in _hidden(graph_module, groups) if name not in twins]
     if hidden:  # the exporter merged what is to be checked into its reader: it has to leave these values alone
-        model, groups = _translate(graph_module, example, program.batch, precision, names, hidden)
+        model, groups = _translate(graph_module, program.inputs, program.batch, precision, names, hidden)
     _strip(model, metadata)
     _rename(graph_module, model, groups)
-    values = {name: group[-1].output[0] if group else "input" for name, group in groups.items()}
+    values = {node.name: name for name, node in input_nodes(graph_module).items()}
+    values |= {name: group[-1].output[0] for name, group in groups.items() if group}
     values |= {name: _shown_name(name) for name in hidden if name not in values}
     values |= {name: values[twin] for name, twin in twins.items() if name not in values and twin in values}
     return OnnxFile(model, names, values)
@@ -118,7 +131,7 @@ def lower_onnx(program: FusedProgram, example: Tensor, precision: Precision, met
 
 def _translate(
     graph_module: fx.GraphModule,
-    example: Tensor,
+    inputs: Mapping[str, tuple[int, ...]],
     batch: Batch,
     precision: Precision,
     names: tuple[str, ...],
@@ -129,31 +142,34 @@ def _translate(
     `shown` names nodes whose values no optimisation may touch.
     """
     size = batch.minimum if batch.static else max(2, batch.optimum)
-    traced_input = torch.zeros(size, *example.shape[1:], dtype=torch.float32)
-    dynamic = None if batch.static else ({0: torch.export.Dim("batch", min=batch.minimum, max=batch.maximum)},)
+    traced_inputs = tuple(torch.zeros(size, *shape, dtype=torch.float32) for shape in inputs.values())
+    dim = None if batch.static else {0: torch.export.Dim("batch", min=batch.minimum, max=batch.maximum)}
+    dynamic = None if dim is None else (tuple(dim for _ in inputs),)
     quantised = any(is_call(node, *QUANTISATION) for node in graph_module.graph.nodes)
-    registry_log = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = registry_log.level
-    registry_log.setLevel(logging.ERROR)  # it warns of every operator of a torchvision that is not installed
+    logs = [logging.getLogger(f"torch.onnx._internal.exporter.{name}") for name in _NOISY]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.ERROR)
     try:
         with plain_torch(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             exported = torch.onnx.export(
                 _Boundary(graph_module, precision.dtype, shown).eval(),
-                (traced_input,),
+                traced_inputs,
                 dynamo=True,
                 opset_version=_QUANTISED_OPSET if quantised else _OPSETS[precision.dtype],
                 custom_translation_table=TRANSLATIONS,
-                input_names=["input"],
+                input_names=[_traced_name(name) for name in inputs],
                 output_names=[*names, *map(_shown_name, shown)],
                 dynamic_shapes=dynamic,
                 external_data=False,
                 verbose=False,
             )
     except torch.onnx.errors.OnnxExporterError as error:
-        raise ExportError(f"cannot be written as ONNX: {first_line(error.__cause__ or error)}") from error
+        raise ExportError(f"cannot be written as ONNX: {first_line(_reason(error))}") from error
     finally:
-        registry_log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
     assert exported is not None and exported.exported_program is not None  # None only for a file written elsewhere
     model: onnx.ModelProto = exported.model_proto
     extra = {_shown_name(name) for name in shown}
@@ -161,6 +177,21 @@ def _translate(
         model.graph.output.remove(value)
     results = {*names, *extra}
     return model, _groups(graph_module, exported.exported_program.graph, model, results)
+
+
+def _reason(error: BaseException) -> BaseException:
+    """What one of our translations says, else what the exporter does."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ExportError):
+            return cause
+        cause = cause.__cause__
+    return error.__cause__ or error
+
+
+def _traced_name(name: str) -> str:
+    """What an input is called until everything has its name: like no value that the exporter names."""
+    return f"{INPUT}.{name}"
 
 
 def _shown_name(node: str) -> str:
@@ -230,7 +261,7 @@ def _strip(model: onnx.ModelProto, metadata: dict[str, str]) -> None:
 
 
 def _rename(graph_module: fx.GraphModule, model: onnx.ModelProto, groups: Mapping[str, list[onnx.NodeProto]]) -> None:
-    """Name what the fused operators compute after the user's modules, and every weight after its owner."""
+    """Name what the fused operators compute after the user's modules, every weight after its owner, and the inputs."""
     names: dict[str, str] = {}
     for node in graph_module.graph.nodes:
         if is_call(node, *FUSED_OPERATORS):
@@ -245,16 +276,21 @@ def _rename(graph_module: fx.GraphModule, model: onnx.ModelProto, groups: Mappin
             names |= _quantisation_names(node, groups.get(node.name, []))
     for tensor in model.graph.initializer:
         names.setdefault(tensor.name, tensor.name.removeprefix("graph_module."))
-    fixed = {value.name for value in [*model.graph.input, *model.graph.output]}
-    names = {old: wanted for old, wanted in names.items() if old not in fixed}
+    inputs = {_traced_name(name): name for name in input_nodes(graph_module)}
+    for node in model.graph.node:
+        names |= {value: value for value in node.output if value in inputs.values() and value not in names}
+    outputs = {value.name for value in model.graph.output}
+    names = {old: wanted for old, wanted in names.items() if old not in outputs}
+    fixed = {*inputs.values(), *outputs}
     taken = {name for node in model.graph.node for name in node.output if name not in names} | fixed
     for old, wanted in names.items():
         names[old] = next(name for name in variants(wanted) if name not in taken)
         taken.add(names[old])
+    names |= inputs
     for node in model.graph.node:
         node.input[:] = [names.get(name, name) for name in node.input]
         node.output[:] = [names.get(name, name) for name in node.output]
-    for named in [*model.graph.initializer, *model.graph.value_info]:
+    for named in [*model.graph.input, *model.graph.initializer, *model.graph.value_info]:
         named.name = names.get(named.name, named.name)
     _name_layers(model)
 

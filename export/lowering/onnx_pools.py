@@ -14,6 +14,7 @@ from typing import Any
 
 from onnxscript import opset18 as op
 
+from export.base.errors import ExportError
 from export.fusion.nodes import aten, pair
 
 
@@ -51,6 +52,22 @@ def _avg_pool2d(  # type: ignore[no-untyped-def]
     return op.Mul(y, op.CastLike(factor, y))
 
 
+def _adaptive_max_pool2d(self, output_size):  # type: ignore[no-untyped-def]
+    """Of equal windows, which PyTorch before 2.11 does not write. Of the indices no reader is left."""
+    sizes = [(int(length), int(size)) for length, size in zip(self.shape[2:], pair(output_size), strict=True)]
+    if all(size == 1 for _, size in sizes):
+        axes: Any = op.Constant(value_ints=[2, 3])
+        y = op.ReduceMax(self, axes)
+        return y, y
+    if any(length % size for length, size in sizes):
+        given = " x ".join(str(length) for length, _ in sizes)
+        expected = " x ".join(str(size) for _, size in sizes)
+        raise ExportError(f"adaptive_max_pool2d of {given} to {expected}: expected sizes that divide it, as in ONNX")
+    kernel = [length // size for length, size in sizes]
+    y, _indices = op.MaxPool(self, kernel_shape=kernel, strides=kernel)
+    return y, y
+
+
 def _geometry(*values: Sequence[int]) -> list[list[int]]:
     """Kernel, stride, padding and dilation as (height, width); without a stride it is the kernel."""
     kernel, stride, *others = values
@@ -71,4 +88,8 @@ def _behind(
     return found
 
 
-POOLS: dict[Callable, Callable] = {aten.max_pool2d.default: _max_pool2d, aten.avg_pool2d.default: _avg_pool2d}
+POOLS: dict[Callable, Callable] = {
+    aten.max_pool2d.default: _max_pool2d,
+    aten.avg_pool2d.default: _avg_pool2d,
+    aten.adaptive_max_pool2d.default: _adaptive_max_pool2d,
+}

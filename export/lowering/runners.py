@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
@@ -13,17 +13,17 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from typing_extensions import Self
 
-from export.base.batch import Arrays
+from export.base.batch import Arrays, Inputs, count_of, resized, rows_of
 from export.base.errors import ExportError, first_line
 from export.base.machine import installed_version
 from export.base.precision import Precision
-from export.fusion.capture import eager_copy, plain_torch
+from export.fusion.capture import call_arguments, eager_copy, plain_torch
 from export.fusion.interpreter import ON_CPU, GraphInterpreter
 from export.fusion.program import FusedProgram, leaf_names, returned_tensors
 from export.lowering.cuda_graph import CudaGraphProgram
 from export.lowering.onnx_file import OnnxFile
 from export.runtime.onnx_session import ONNX_FILE, ONNX_FORMS, OnnxRunner, open_session, rounded_copy, runs_rounded
-from export.runtime.runner import INPUT, Interface, Runner
+from export.runtime.runner import Interface, Runner, Shapes
 
 
 class EagerRunner(Runner):
@@ -32,8 +32,11 @@ class EagerRunner(Runner):
     name = "eager"
     runtime = f"torch {torch.__version__}"
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, output_names: tuple[str, ...]) -> None:
-        super().__init__(Interface.of(output_names))
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype, output_names: tuple[str, ...], inputs: Shapes | None = None
+    ) -> None:
+        """`inputs` as in `Interface.of`."""
+        super().__init__(Interface.of(output_names, inputs))
         self._model, self._dtype = model, dtype
 
     def __enter__(self) -> Self:
@@ -43,22 +46,24 @@ class EagerRunner(Runner):
     def __exit__(self, *error: object) -> None:
         del self._copy
 
-    def _run(self, x: NDArray) -> Arrays:
+    def _run(self, inputs: Inputs) -> Arrays:
+        single = count_of(inputs) == 1
         try:
-            outputs = self._call(x)
+            outputs = self._call(inputs)
         except Exception as error:  # whatever the user's code raises
-            if len(x) > 1:
+            if not single:
                 raise ExportError(f"the eager model does not run in {self._dtype}: {first_line(error)}") from error
             outputs = {}
-        if len(x) == 1 and any(y.shape[:1] != (1,) for y in outputs.values() or [x[0]]):
+        if single and (not outputs or any(y.shape[:1] != (1,) for y in outputs.values())):
             # A single image whose batch was squeezed away: it is the first of two.
-            outputs = {name: y[:1] for name, y in self._run(np.concatenate([x, x])).items()}
+            outputs = rows_of(self._run(resized(inputs, 2)), slice(1))
         return outputs
 
-    def _call(self, x: NDArray) -> Arrays:
+    def _call(self, inputs: Inputs) -> Arrays:
+        args, kwargs = call_arguments(cast(inputs, self._dtype))
         with plain_torch():
-            outputs = self._copy(torch.from_numpy(x).to(self._dtype, copy=True))
-        found = dict(zip(leaf_names(outputs), pytree.tree_leaves(outputs), strict=True))
+            outputs = self._copy(*args, **kwargs)
+        found = dict(zip(leaf_names(outputs, inputs), pytree.tree_leaves(outputs), strict=True))
         wanted = [name for name in self.interface.outputs if isinstance(found.get(name), Tensor)]
         return dict(zip(wanted, arrays([found[name] for name in wanted]), strict=True))
 
@@ -77,7 +82,7 @@ class UnfusedRunner(Runner):
         output_names: tuple[str, ...],
     ) -> None:
         """`graph_module` is the program's captured or its folded graph."""
-        super().__init__(Interface.of(output_names, program.image_shape, program.batch))
+        super().__init__(Interface.of(output_names, program.inputs, program.batch))
         self.name, self._program, self._unfused, self._precision = name, program, graph_module, precision
 
     def __enter__(self) -> Self:
@@ -87,9 +92,9 @@ class UnfusedRunner(Runner):
     def __exit__(self, *error: object) -> None:
         del self._graph_module
 
-    def _run(self, x: NDArray) -> Arrays:
-        with plain_torch():
-            outputs = self._graph_module(torch.from_numpy(x).to(self._precision.dtype, copy=True))
+    def _run(self, inputs: Inputs) -> Arrays:
+        with plain_torch(), _says_what_type(self._precision):
+            outputs = self._graph_module(*cast(inputs, self._precision.dtype).values())
         return self._named(arrays(returned_tensors(self._graph_module, outputs)))
 
 
@@ -105,7 +110,7 @@ class ProgramRunner(Runner):
         operators: Mapping[Callable, Callable] | None = None,
     ) -> None:
         """On the CPU, `operators` replaces some operators, such as by their Triton launchers in the interpreter."""
-        super().__init__(Interface.of(output_names, program.image_shape, program.batch))
+        super().__init__(Interface.of(output_names, program.inputs, program.batch))
         self._program, self._precision = program, precision
         self._device, self._operators = device, dict(operators or {})
         self.in_host_memory = device == "cpu"
@@ -115,7 +120,7 @@ class ProgramRunner(Runner):
     def __enter__(self) -> Self:
         if self._device == "cpu":
             self._interpreter = GraphInterpreter(self._program.at(self._precision), ON_CPU | self._operators)
-            self._call: Callable[[Tensor], Any] = self._interpreter.run
+            self._call: Callable[..., Any] = self._interpreter.run
         else:
             graphs = CudaGraphProgram(self._program, self._precision, self._device)
             self._interpreter, self._call = graphs.interpreter, graphs
@@ -124,20 +129,17 @@ class ProgramRunner(Runner):
     def __exit__(self, *error: object) -> None:
         del self._interpreter, self._call
 
-    def _run(self, x: NDArray) -> Arrays:
-        with plain_torch():
-            outputs = self._call(self._input(x))
+    def _run(self, inputs: Inputs) -> Arrays:
+        with plain_torch(), _says_what_type(self._precision):
+            outputs = self._call(*cast(inputs, self._precision.dtype, self._device).values())
         return self._named(arrays(returned_tensors(self._program.graph_module, outputs)))
 
-    def trace(self, inputs: Mapping[str, NDArray]) -> dict[str, Tensor]:
+    def trace(self, inputs: Inputs) -> dict[str, Tensor]:
         self._interpreter.values = {}
-        with plain_torch():
-            self._interpreter.run(self._input(inputs[INPUT]))
+        with plain_torch(), _says_what_type(self._precision):
+            self._interpreter.run(*cast(inputs, self._precision.dtype, self._device).values())
         values, self._interpreter.values = self._interpreter.values, None
         return {name: value.cpu() for name, value in values.items()}
-
-    def _input(self, x: NDArray) -> Tensor:
-        return torch.from_numpy(x).to(self._device, self._precision.dtype, copy=True)
 
 
 class OnnxRuntimeRunner(OnnxRunner):
@@ -148,10 +150,10 @@ class OnnxRuntimeRunner(OnnxRunner):
     ) -> None:
         """`artefact` is the name of the file in the bundle; `rounded` as in `open_file`, by default by precision."""
         rounded = runs_rounded(precision.name, artefact) if rounded is None else rounded
-        super().__init__(file.serialize, Interface.of(file.output_names), rounded)
+        super().__init__(file.serialize, Interface.of(file.output_names, file.inputs), rounded)
         self._onnx_file, self.name, self.file = file, ONNX_FORMS[artefact], artefact
 
-    def trace(self, inputs: Mapping[str, NDArray]) -> dict[str, Tensor]:
+    def trace(self, inputs: Inputs) -> dict[str, Tensor]:
         """Read from a throw-away copy of the file that outputs its intermediate values.
 
         The copy rounds after every node: left to itself, ONNX Runtime drops a rounding where two casts
@@ -159,7 +161,7 @@ class OnnxRuntimeRunner(OnnxRunner):
         """
         copy, places = rounded_copy(self._onnx_file.model), self._onnx_file.values
         outputs = {value.name for value in copy.graph.output}
-        names = list(dict.fromkeys(value for value in places.values() if value != INPUT))
+        names = list(dict.fromkeys(value for value in places.values() if value not in inputs))
         if not names:
             return {}
         copy.graph.output.extend(onnx.helper.make_empty_tensor_value_info(v) for v in names if v not in outputs)
@@ -168,8 +170,24 @@ class OnnxRuntimeRunner(OnnxRunner):
         return {node: torch.from_numpy(values[value]) for node, value in places.items()}
 
 
+def cast(inputs: Inputs, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
+    """Copies of the inputs as tensors of a type."""
+    return {name: torch.from_numpy(x).to(device, dtype, copy=True) for name, x in inputs.items()}
+
+
 def arrays(outputs: Any) -> list[NDArray]:
     """The tensors in what a model returns, in order: float64 as it is, narrower ones as float32."""
     leaves = [y.detach() for y in pytree.tree_leaves(outputs) if isinstance(y, Tensor)]
     wide = [y.float() if y.is_floating_point() and y.dtype != torch.float64 else y for y in leaves]
     return [y.cpu().numpy() for y in wide]
+
+
+@contextmanager
+def _says_what_type(precision: Precision) -> Iterator[None]:
+    """Raises ExportError for an operator of the user's that PyTorch has in float32 and not in 16 bits."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        if precision.dtype.itemsize > 2 or "not implemented" not in str(error):
+            raise
+        raise ExportError(f"the network does not run in {precision.dtype}: {first_line(error)}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from scipy.special import rel_entr
 from torch import Tensor, fx
 
-from export.base.batch import DEFAULT_BATCH, Batch
+from export.base.batch import DEFAULT_BATCH, Batch, Inputs, count_of, named, resized, rows_of
 from export.base.errors import ExportError
 from export.base.progress import Progress, silent, sparsely
 from export.fusion.capture import plain_torch
 from export.fusion.casting import converted
-from export.fusion.nodes import module_path, source_name
+from export.fusion.nodes import input_nodes, module_path, source_name
 from export.quantisation import calibration_cache
 from export.quantisation.methods import DEFAULT_METHOD, METHODS
 from export.quantisation.quantise import is_input, quantised_values
@@ -42,21 +42,23 @@ class Pictures(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batches(self, size: int) -> Iterator[NDArray[np.float32]]:
-        """All inputs in order, [n, C, H, W] with n at most `size`; the same in every call."""
+    def batches(self, size: int) -> Iterator[NDArray[np.float32] | Inputs]:
+        """All inputs in order, [n, C, H, W] with n at most `size`, or several by name; the same in every call."""
 
 
 @dataclass(frozen=True)
 class InMemory:
-    """Inputs that are there already, [N, C, H, W] float32, as pictures to calibrate on."""
+    """Inputs that are there already as pictures to calibrate on, float32: [N, C, H, W], or several [N, ...] by name."""
 
-    images: NDArray[np.float32]
+    images: NDArray[np.float32] | Inputs
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.images) if isinstance(self.images, np.ndarray) else count_of(self.images)
 
-    def batches(self, size: int) -> Iterator[NDArray[np.float32]]:
-        yield from (self.images[start : start + size] for start in range(0, len(self), size))
+    def batches(self, size: int) -> Iterator[NDArray[np.float32] | Inputs]:
+        for start in range(0, len(self), size):
+            rows = slice(start, start + size)
+            yield self.images[rows] if isinstance(self.images, np.ndarray) else rows_of(self.images, rows)
 
 
 @dataclass(frozen=True)
@@ -108,16 +110,23 @@ def calibrate(
         raise ExportError("expected pictures to calibrate on, got none")
     if len(pictures) < WANTED_IMAGES:
         _LOG.warning("calibrating on %d images: at least %d are wanted", len(pictures), WANTED_IMAGES)
-    inputs = hashlib.sha256()
-    for images in pictures.batches(_BATCH):
-        inputs.update(str(images.shape).encode() + np.ascontiguousarray(images).tobytes())
-    key = _key(graph_module, inputs.hexdigest(), method)
+    seen, names = hashlib.sha256(), list(input_nodes(graph_module))
+    for inputs in pictures.batches(_BATCH):
+        for images in _ordered(inputs, names).values():
+            seen.update(str(images.shape).encode() + np.ascontiguousarray(images).tobytes())
+    key = _key(graph_module, seen.hexdigest(), method)
     ranges = calibration_cache.read(key)
     wanted = {str(source_name(node)) for node in quantised_values(graph_module, CPU)}
     if ranges is None or ranges.keys() != wanted:
         ranges = _ranges(graph_module, pictures, method, batch, progress)
         calibration_cache.write(key, ranges)
-    return Calibration(ranges, method, len(pictures), inputs.hexdigest())
+    return Calibration(ranges, method, len(pictures), seen.hexdigest())
+
+
+def _ordered(given: NDArray | Inputs, names: Sequence[str]) -> Inputs:
+    """Inputs in the order of the network."""
+    inputs = named(given, names)
+    return {name: inputs[name] for name in names}
 
 
 def _key(graph_module: fx.GraphModule, inputs: str, method: str) -> str:
@@ -135,13 +144,13 @@ def _ranges(
     graph_module: fx.GraphModule, pictures: Pictures, method: str, batch: Batch, progress: Progress
 ) -> dict[str, Range]:
     values = {str(source_name(node)): node for node in quantised_values(graph_module, CPU)}
-    names = {node.name: name for name, node in values.items()}
+    names, order = {node.name: name for name, node in values.items()}, list(input_nodes(graph_module))
     say = sparsely(progress)
     observer = _Observer(converted(graph_module, torch.float32), names)
     with plain_torch():
-        for done, images in _counted(pictures, batch):
+        for done, inputs in _counted(pictures, batch, order):
             say(f"calibrate: ranges of {len(names)} values, {done} of {len(pictures)} images")
-            observer.observe(torch.from_numpy(images), _extremes)
+            observer.observe(inputs, _extremes)
         limits: dict[str, Range] = {}
         for name, found in observer.found.items():
             low, high = (float(limit) for limit in (np.min(found), np.max(found)))  # where one is NaN, so are both
@@ -158,9 +167,9 @@ def _ranges(
                 counts = torch.histc(value.abs(), _BINS, 0.0, largest[name])
                 histograms[name] += counts.to(torch.int64).numpy()
 
-        for done, images in _counted(pictures, batch):
+        for done, inputs in _counted(pictures, batch, order):
             say(f"calibrate: histograms, {done} of {len(pictures)} images")
-            observer.observe(torch.from_numpy(images), count)
+            observer.observe(inputs, count)
     covered = _percentile if method == "percentile" else _entropy
     ranges = {}
     for name, (low, high) in limits.items():
@@ -172,12 +181,13 @@ def _ranges(
     return ranges
 
 
-def _counted(pictures: Pictures, batch: Batch) -> Iterator[tuple[int, NDArray[np.float32]]]:
+def _counted(pictures: Pictures, batch: Batch, names: Sequence[str]) -> Iterator[tuple[int, Inputs]]:
     """How many pictures there were so far, and the next ones in a batch of a size that is accepted."""
     done = 0
-    for images in pictures.batches(min(max(_BATCH, batch.minimum), batch.maximum)):
-        done += len(images)
-        yield done, np.resize(images, (max(len(images), batch.minimum), *images.shape[1:]))
+    for given in pictures.batches(min(max(_BATCH, batch.minimum), batch.maximum)):
+        inputs = _ordered(given, names)
+        done += count_of(inputs)
+        yield done, resized(inputs, max(count_of(inputs), batch.minimum))
 
 
 def _extremes(name: str, value: Tensor) -> Range:
@@ -194,9 +204,9 @@ class _Observer(fx.Interpreter):
         self._names = names
         self.found: dict[str, list[Any]] = {name: [] for name in names.values()}
 
-    def observe(self, x: Tensor, look: Callable[[str, Tensor], Any]) -> None:
+    def observe(self, inputs: Inputs, look: Callable[[str, Tensor], Any]) -> None:
         self._look = look
-        self.run(x)
+        self.run(*map(torch.from_numpy, inputs.values()))
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)

@@ -16,6 +16,7 @@ from export.fusion.nodes import (
     constant,
     copy_meta,
     duplicate,
+    input_nodes,
     is_call,
     module_path,
     moves_data,
@@ -118,10 +119,14 @@ def _layer_of(node: fx.Node) -> fx.Node:
 
 
 def is_input(value: fx.Node) -> bool:
-    """Whether a value is the network's input, in whatever layout."""
+    """Whether a value is an input of the network, in whatever layout."""
+    return _before_moving(value).op == "placeholder"
+
+
+def _before_moving(value: fx.Node) -> fx.Node:
     while value.op == "call_function" and moves_data(value):
         value = args_of(value)[0]
-    return value.op == "placeholder"
+    return value
 
 
 def _ranged(value: fx.Node) -> fx.Node:
@@ -175,7 +180,8 @@ def _quantise_value(
 ) -> Tensor:
     """Put a pair behind `value` for the readers that compute in 8 bits; returns its scale."""
     graph = graph_module.graph
-    label = "input" if is_input(value) else module_path(value)
+    inputs = {node: name for name, node in input_nodes(graph_module).items()}
+    label = inputs.get(_before_moving(value)) or module_path(value)
     if any(_sums(reader, layers) and args_of(reader)[0] is value for reader in value.users):
         label += ".summand"  # beside the sum, which has the same name
     scale, zero_point = scheme.activation(values)

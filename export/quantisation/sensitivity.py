@@ -21,7 +21,7 @@ from export.runtime.parity.rungs import LayerCost
 def layer_costs(
     graph_module: fx.GraphModule,
     ranges: Mapping[str, Range],
-    images: Tensor,
+    shown: Mapping[str, Tensor],
     progress: Progress = silent,
 ) -> list[LayerCost]:
     """Quantise each layer on its own, as TensorRT's scheme has it, and see how far the first output moves.
@@ -29,25 +29,25 @@ def layer_costs(
     Args:
         graph_module: fused at level b, float64.
         ranges: calibrated.
-        images: [N, C, H, W] float32; a few are enough.
+        shown: name -> [N, ...] float32; a few images are enough.
         progress: called with what is being done.
 
     Returns:
         One cost per layer, the highest first.
     """
     names, say = [module_path(layer) for layer in quantisable(graph_module)], sparsely(progress)
-    reference = _first_output(graph_module, images)
+    reference = _first_output(graph_module, shown)
     costs = []
     for index, name in enumerate(names):
         say(f"quantise one layer at a time: {index} of {len(names)} done")
         alone = quantise(graph_module, ranges, TENSORRT, kept=set(names) - {name})
-        error = (_first_output(alone, images) - reference).norm() / reference.norm().clamp(min=1e-30)
+        error = (_first_output(alone, shown) - reference).norm() / reference.norm().clamp(min=1e-30)
         costs.append(LayerCost(name, error.item()))
     return sorted(costs, key=lambda cost: cost.error, reverse=True)
 
 
-def _first_output(graph_module: fx.GraphModule, images: Tensor) -> Tensor:
+def _first_output(graph_module: fx.GraphModule, shown: Mapping[str, Tensor]) -> Tensor:
     with plain_torch():
-        outputs = GraphInterpreter(converted(graph_module, torch.float32), {}).run(images)
+        outputs = GraphInterpreter(converted(graph_module, torch.float32), {}).run(*shown.values())
     leaves: list[Tensor] = pytree.tree_leaves(outputs)
     return next((y for y in leaves if y.is_floating_point()), leaves[0].float())

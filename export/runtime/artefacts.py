@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from numpy.typing import NDArray
 
-from export.base.batch import Arrays, run_in_batches
+from export.base.batch import Arrays, Inputs, named, run_in_batches
 from export.base.errors import ExportError
 from export.runtime.bundle.contents import Bundle
 from export.runtime.engine_store import BuiltEngine, engine_place, read_place, why_outdated
@@ -87,24 +87,25 @@ def _onnx_obstacle(rounded: bool) -> tuple[str, str]:
 
 def artefact_runner(bundle: Bundle, artefact: Artefact) -> Runner:
     """What runs an artefact of a bundle, one batch at a time; nothing is loaded yet."""
-    interface = Interface(bundle.outputs, bundle.image_shape, bundle.batch)
+    interface = Interface(bundle.outputs, bundle.inputs, bundle.batch)
     runner: Runner
     if artefact.engine is not None:
         runner = TensorRTRunner(artefact.engine, interface)
     else:
         rounded, content = runs_rounded(bundle.precision.name, artefact.file), bundle.contents[artefact.file]
-        runner = OnnxRunner(lambda: content, interface, rounded, bundle.input_name)
+        runner = OnnxRunner(lambda: content, interface, rounded)
     runner.name, runner.runtime, runner.file = artefact.form, artefact.runtime, artefact.file
     runner.path = str(bundle.path / artefact.file)
     return runner
 
 
 @contextmanager
-def running(bundle: Bundle, artefact: Artefact) -> Iterator[Callable[[NDArray], Arrays]]:
+def running(bundle: Bundle, artefact: Artefact) -> Iterator[Callable[[NDArray | Inputs], Arrays]]:
     """Load an artefact and give the function that runs it.
 
-    The function takes any number of images [N, C, H, W], float32, and returns the outputs by name, in the order
-    of the manifest; batches of a size the bundle does not accept are split or filled up.
+    The function takes any number of images [N, C, H, W], float32, or where the network has several inputs all of them
+    by name, and returns the outputs by name, in the order of the manifest; batches of a size the bundle does not accept
+    are split or filled up.
 
     Raises:
         ExportError: it does not load, or an input has another shape.
@@ -113,9 +114,10 @@ def running(bundle: Bundle, artefact: Artefact) -> Iterator[Callable[[NDArray], 
         raise ExportError(f"{bundle.path / artefact.file} cannot run here: {artefact.obstacle}")
     with artefact_runner(bundle, artefact) as runner:
 
-        def infer(images: NDArray) -> Arrays:
-            runner.check_images(images)
-            return run_in_batches(runner.infer, images, bundle.batch, bundle.batch.maximum)
+        def infer(images: NDArray | Inputs) -> Arrays:
+            inputs = named(images, bundle.inputs)
+            runner.check_inputs(inputs)
+            return run_in_batches(runner.infer, inputs, bundle.batch, bundle.batch.maximum)
 
         yield infer
 
@@ -123,7 +125,7 @@ def running(bundle: Bundle, artefact: Artefact) -> Iterator[Callable[[NDArray], 
 @contextmanager
 def running_first(
     bundle: Bundle, say: Callable[[str], None] = lambda reason: None
-) -> Iterator[tuple[Artefact, Callable[[NDArray], Arrays]]]:
+) -> Iterator[tuple[Artefact, Callable[[NDArray | Inputs], Arrays]]]:
     """The first of `artefacts` that loads here, and what `running` gives for it; `say` hears why others do not.
 
     Raises:

@@ -111,7 +111,7 @@ def _built(
 ) -> BuiltEngine:
     progress(f"build the {flavour.name} engine")
     content = bundle.contents[ONNX_FILE]
-    engine = build_engine(content, flavour, bundle.precision, bundle.batch, bundle.image_shape, config, bundle.kept)
+    engine = build_engine(content, flavour, bundle.precision, bundle.batch, bundle.inputs, config, bundle.kept)
     return BuiltEngine(engine, key)
 
 

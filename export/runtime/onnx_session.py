@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from export.base.batch import Arrays
+from export.base.batch import Arrays, Inputs
 from export.base.errors import ExportError, MissingDependency, first_line
 from export.runtime.onnx_wire import refuse_external_data
-from export.runtime.runner import INPUT, Interface, TimedRunner
+from export.runtime.runner import Interface, TimedRunner
 
 ONNX_FILE = "model.onnx"
 CPU_ONNX_FILE = "model.cpu.onnx"  # beside it in int8, where one file cannot suit every runtime
@@ -73,46 +73,50 @@ class OnnxRunner(TimedRunner):
         read: Callable[[], bytes],
         interface: Interface,
         rounded: bool = False,
-        input_name: str = INPUT,
         threads: int = 0,
     ) -> None:
         """Nothing is read yet.
 
         Args:
             read: gives the file.
-            interface: its outputs by their names in the file.
+            interface: its inputs and outputs by their names in the file.
             rounded: as in `open_file`.
-            input_name: of its one input.
             threads: that run an operator; 0 leaves it to ONNX Runtime.
         """
         super().__init__(interface)
-        self._read, self._rounded, self._input_name, self._threads = read, rounded, input_name, threads
+        self._read, self._rounded, self._threads = read, rounded, threads
 
     def __enter__(self) -> Self:
         self.runtime = f"onnxruntime {import_onnxruntime().__version__}"
         self._session = open_file(self._read(), self._rounded, self._threads)
         narrow = {entry.name for entry in self._session.get_inputs() if entry.type == "tensor(float16)"}
-        self._x: NDArray = np.empty(0, np.float16 if self._input_name in narrow else np.float32)
+        self._inputs: Arrays = {
+            name: np.empty(0, np.float16 if name in narrow else np.float32) for name in self.interface.inputs
+        }
         return self
 
     def __exit__(self, *error: object) -> None:
-        del self._session, self._x
+        del self._session, self._inputs
 
     def load(self, x: NDArray) -> None:
         """Copy the batch to where it stays; `x` may be a tensor on the CPU."""
-        x = np.asarray(x)
-        if self._x.shape != x.shape:
-            self._x = np.empty(x.shape, self._x.dtype)
-        np.copyto(self._x, x, casting="same_kind")
+        (name,) = self._inputs
+        self._put(name, np.asarray(x))
 
     def step(self) -> list[NDArray]:
-        return self._compute(self._session, list(self.interface.outputs), {self._input_name: self._x})
+        return self._compute(self._session, list(self.interface.outputs), self._inputs)
 
-    def _run(self, x: NDArray) -> Arrays:
-        self.load(x)
+    def _run(self, inputs: Inputs) -> Arrays:
+        for name, x in inputs.items():
+            self._put(name, x)
         return self._named(self.step())
 
-    def _compute(self, session: Any, names: Sequence[str], inputs: Mapping[str, NDArray]) -> list[NDArray]:
+    def _put(self, name: str, x: NDArray) -> None:
+        if self._inputs[name].shape != x.shape:
+            self._inputs[name] = np.empty(x.shape, self._inputs[name].dtype)
+        np.copyto(self._inputs[name], x, casting="same_kind")
+
+    def _compute(self, session: Any, names: Sequence[str], inputs: Inputs) -> list[NDArray]:
         """The values of these names, in order; raises ExportError where ONNX Runtime does."""
         try:
             values: list[NDArray] = session.run(names, inputs)

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from export.base.batch import Arrays, Batch
+from export.base.batch import INPUT, Arrays, Batch, Inputs, count_of
 from export.base.errors import ExportError
 
 if TYPE_CHECKING:
     from torch import Tensor
     from typing_extensions import Self
 
-INPUT = "input"  # what every runner calls its one input, whatever the file calls it
+Shapes = Mapping[str, tuple[int, ...] | None]
 
 
 @dataclass(frozen=True)
@@ -27,20 +27,18 @@ class Interface:
 
     Attributes:
         outputs: name -> shape, the batch first, in the order of the model; None where the shape is not known.
-        image_shape: (C, H, W) of an input; None where it is not known.
+        inputs: name -> shape without the batch, in the order of the model; None for a picture of any (C, H, W).
         batch: the batch sizes it accepts; None where they are not known.
     """
 
     outputs: Mapping[str, tuple[int | str, ...] | None]
-    image_shape: tuple[int, ...] | None = None
+    inputs: Shapes = field(default_factory=lambda: {INPUT: None})
     batch: Batch | None = None
 
     @classmethod
-    def of(
-        cls, names: Iterable[str], image_shape: tuple[int, ...] | None = None, batch: Batch | None = None
-    ) -> Interface:
-        """Outputs of these names and of any shape."""
-        return cls(dict.fromkeys(names), image_shape, batch)
+    def of(cls, names: Iterable[str], inputs: Shapes | None = None, batch: Batch | None = None) -> Interface:
+        """Outputs of these names and of any shape; without `inputs` one picture."""
+        return cls(dict.fromkeys(names), inputs or {INPUT: None}, batch)
 
 
 class Runner(ABC):
@@ -67,40 +65,46 @@ class Runner(ABC):
     def __init__(self, interface: Interface) -> None:
         self.interface = interface
 
-    def infer(self, inputs: Mapping[str, NDArray]) -> Arrays:
+    def infer(self, inputs: Inputs) -> Arrays:
         """Run one batch.
 
         Args:
-            inputs: {"input": [N, C, H, W] float32}.
+            inputs: name -> [N, ...] float32: {"input": [N, C, H, W]} of a network with one.
 
         Returns:
             Output name -> array [N, ...], in the order of the model; floating-point ones are float32 or wider.
 
         Raises:
-            ExportError: the input is not what the network takes, the runtime refuses it or fails, or an output is
+            ExportError: the inputs are not what the network takes, the runtime refuses them or fails, or an output is
                 missing or not what the network gives.
         """
-        if list(inputs) != [INPUT]:
-            raise ExportError(f"{self}: expected one input {INPUT!r}, got {', '.join(inputs) or 'none'}")
-        x = inputs[INPUT]
-        self.check_images(x)
-        batch = self.interface.batch
-        if batch is not None and not batch.minimum <= len(x) <= batch.maximum:
-            raise ExportError(f"{self}: expected a batch of {batch} images, got {len(x)}")
-        return self._checked(self._run(x), len(x))
+        self.check_inputs(inputs)
+        batch, count = self.interface.batch, count_of(inputs)
+        if batch is not None and not batch.minimum <= count <= batch.maximum:
+            raise ExportError(f"{self}: expected a batch of {batch} images, got {count}")
+        return self._checked(self._run({name: inputs[name] for name in self.interface.inputs}), count)
 
     @abstractmethod
-    def _run(self, x: NDArray) -> Arrays:
-        """The outputs of one batch [N, C, H, W], float32, by name and in order."""
+    def _run(self, inputs: Inputs) -> Arrays:
+        """The outputs of one batch, float32 and in the order of the interface, by name and in order."""
 
-    def check_images(self, images: NDArray) -> None:
-        """Raises ExportError where images are none, not float32 or not [N, C, H, W] of the network's C, H and W."""
-        shape = self.interface.image_shape
-        if images.ndim != 4 or not len(images) or (shape is not None and images.shape[1:] != shape):
-            expected = "[N, C, H, W]" if shape is None else f"[N, *{list(shape)}]"
-            raise ExportError(f"{self}: expected inputs of shape {expected}, got {list(images.shape)}")
-        if images.dtype != np.float32:
-            raise ExportError(f"{self}: expected inputs of type float32, got {images.dtype}")
+    def check_inputs(self, inputs: Inputs) -> None:
+        """Raises ExportError where inputs are not the network's by name, shape and type, or not as many of each."""
+        expected = self.interface.inputs
+        several = len(expected) > 1
+        if inputs.keys() != expected.keys():
+            wanted = f"inputs {', '.join(expected)}" if several else f"one input {next(iter(expected))!r}"
+            raise ExportError(f"{self}: expected {wanted}, got {', '.join(inputs) or 'none'}")
+        for name, shape in expected.items():
+            x, what = inputs[name], name if several else "inputs"
+            if not len(x) or (x.ndim != 4 if shape is None else x.shape[1:] != shape):
+                wanted = "[N, C, H, W]" if shape is None else f"[N, *{list(shape)}]"
+                raise ExportError(f"{self}: expected {what} of shape {wanted}, got {list(x.shape)}")
+            if x.dtype != np.float32:
+                raise ExportError(f"{self}: expected {what} of type float32, got {x.dtype}")
+        if len({len(x) for x in inputs.values()}) > 1:
+            counts = ", ".join(f"{len(x)} of {name}" for name, x in inputs.items())
+            raise ExportError(f"{self}: expected as many rows of each input, got {counts}")
 
     def _named(self, values: Sequence[NDArray]) -> Arrays:
         """What a runtime gives without names, in the order of the outputs; raises ExportError where one is missing."""
@@ -122,7 +126,7 @@ class Runner(ABC):
                 raise ExportError(f"{self}: {name} has shape {list(found)}: expected {list(shape)}")
         return {name: y.astype(np.float32) if y.dtype == np.float16 else y for name, y in outputs.items()}
 
-    def trace(self, inputs: Mapping[str, NDArray]) -> dict[str, Tensor]:
+    def trace(self, inputs: Inputs) -> dict[str, Tensor]:
         """Every intermediate tensor of one batch that this runner can show, by fused-graph node name."""
         return {}
 
@@ -140,7 +144,7 @@ class Runner(ABC):
 
 
 class TimedRunner(Runner):
-    """A runner whose input can be put in place before a forward pass, so that the pass is timed alone."""
+    """A runner whose one input can be put in place before a forward pass, so that the pass is timed alone."""
 
     @abstractmethod
     def load(self, x: Any) -> None:

@@ -46,7 +46,15 @@ def golden_references(bundle: Bundle) -> References:
     """What every artefact of a bundle is compared with; raises ExportError where it has none."""
     if GOLDEN_FILE not in bundle.contents:
         raise ExportError(f"{bundle.path}: expected {GOLDEN_FILE}, which is not listed in its manifest")
-    return replace(load_golden(bundle.contents[GOLDEN_FILE]), kinds=bundle.kinds)
+    references = load_golden(bundle.contents[GOLDEN_FILE])
+    inputs = references.inputs
+    if len(bundle.inputs) == len(inputs) == 1:  # which the file calls as it likes
+        inputs = dict(zip(bundle.inputs, inputs.values(), strict=True))
+    if inputs.keys() != bundle.inputs.keys():
+        raise ExportError(
+            f"{bundle.path}: {GOLDEN_FILE} has inputs {', '.join(inputs)}: expected {', '.join(bundle.inputs)}"
+        )
+    return replace(references, inputs={name: inputs[name] for name in bundle.inputs}, kinds=bundle.kinds)
 
 
 def run_artefact(bundle: Bundle, artefact: Artefact, references: References, progress: Progress) -> Rung:
@@ -55,6 +63,6 @@ def run_artefact(bundle: Bundle, artefact: Artefact, references: References, pro
     precision = bundle.precision
     if artefact.obstacle:
         return Rung(artefact.form, artefact.runtime, precision.name, artefact.file, not_run=artefact.obstacle)
-    outcome = attempt(artefact_runner(bundle, artefact), "", precision, references.images, bundle.batch)
+    outcome = attempt(artefact_runner(bundle, artefact), "", precision, references.inputs, bundle.batch)
     factor = ENGINE_FACTOR if artefact.engine else precision.network_factor
     return judge_attempt(outcome, references, precision, factor)

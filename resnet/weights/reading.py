@@ -164,7 +164,7 @@ def _looks_like(file: Path, size: int, reason: str) -> str:
         return _looks_like_zip(file)
     if head[8:9] == b"{":
         header = int.from_bytes(head[:8], "little")
-        truncated = 8 + header > size or "not fully covered" in reason
+        truncated = 8 + header > size or any(words in reason for words in ("not fully covered", "IncompleteBuffer"))
         return "a truncated safetensors file" if truncated else "a safetensors file"
     if head[0] == 0x80 and head[1:2] <= b"\x05":
         return _looks_like_pickle(head)

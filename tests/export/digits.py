@@ -61,7 +61,7 @@ def fused(model: nn.Module, batch: Batch = BATCH) -> FusedProgram:
 
 
 def write(program: FusedProgram, output: Path, precision: str = "fp32", metadata: Mapping[str, Any] = METADATA) -> Path:
-    forms = floating_forms(program, EXAMPLE, PRECISIONS[precision], silent)
+    forms = floating_forms(program, PRECISIONS[precision], silent)
     report = ParityReport(precision, 0, Evidence(()), ())
     manifest = describe(program, forms, [], PRECISIONS[precision], metadata, report)
     with staged(output) as staging:

@@ -210,13 +210,15 @@ class Fused:
 
     @cached_property
     def references(self) -> Mapping[str, References]:
-        oracle = run_oracle(self.model, self.program, output_names(self.program.graph_module), self.images.numpy())
+        oracle = run_oracle(
+            self.model, self.program, output_names(self.program.graph_module), {"input": self.images.numpy()}
+        )
         return Made(lambda precision: run_rounded(oracle, self.model, self.program, PRECISIONS[precision]))
 
     @cached_property
     def files(self) -> Mapping[str, OnnxFile]:
         metadata = {"made": "by tests"}
-        return Made(lambda precision: lower_onnx(self.program, self.images, PRECISIONS[precision], metadata))
+        return Made(lambda precision: lower_onnx(self.program, PRECISIONS[precision], metadata))
 
 
 def make(network: Network, images: Tensor) -> nn.Module:
@@ -275,7 +277,7 @@ def snapshot(graph_module: fx.GraphModule) -> tuple[object, ...]:
 def judged(runner: Runner, network: Fused, program: FusedProgram, precision: str) -> Rung:
     """What the export says of a form of a network: each operator by its rounding, the outputs by the eager model's."""
     p = PRECISIONS[precision]
-    execution = execute(runner, network.images.numpy().copy(), program.batch)
+    execution = execute(runner, {"input": network.images.numpy().copy()}, program.batch)
     operators = check_operators(program, p, execution.trace, runner.name == "onnx")
     return judge(execution, network.references[precision], p, p.network_factor, operators)
 

@@ -52,7 +52,7 @@ class Subject:
     def file(self, scheme: Scheme) -> OnnxFile:
         """Written once: tests copy what they change."""
         if scheme not in self.files:
-            self.files[scheme] = lower_onnx(self.quantised[scheme], self.images, scheme.arithmetic, {})
+            self.files[scheme] = lower_onnx(self.quantised[scheme], scheme.arithmetic, {})
         return self.files[scheme]
 
     def shown(self, scheme: Scheme) -> OnnxFile:
@@ -67,12 +67,12 @@ class Subject:
     def simulations(self) -> References:
         """What rounding to 8 bits alone makes of the network, by either scheme."""
         single, names = PRECISIONS["fp32"], output_names(self.program.graph_module)
-        oracle = run_oracle(self.model, self.program, names, self.images.numpy())
+        oracle = run_oracle(self.model, self.program, names, {"input": self.images.numpy()})
         return run_simulations(oracle, {scheme.name: (program, single) for scheme, program in self.quantised.items()})
 
     def judge(self, scheme: Scheme) -> Rung:
         """What the export says of the file in ONNX Runtime: each value to its LSB, the outputs to the simulations."""
-        execution = execute(self.runner(scheme, self.shown(scheme)), self.images.numpy(), BATCH)
+        execution = execute(self.runner(scheme, self.shown(scheme)), {"input": self.images.numpy()}, BATCH)
         operators = self.check(scheme, execution.trace)
         return judge(execution, self.simulations, INT8, INT8.network_factor, operators)
 

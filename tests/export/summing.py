@@ -35,7 +35,7 @@ def golden() -> bytes:
     images = np.random.default_rng(0).normal(size=(16, 3, 4, 4)).astype(np.float32)
     oracle = images.astype(np.float64).sum((2, 3))
     eager = images.astype(np.float16).astype(np.float64).sum((2, 3)).astype(np.float16).astype(np.float32)
-    return save_golden(References(images, {"eager": {"output": eager}}, {"output": oracle}))
+    return save_golden(References({"input": images}, {"eager": {"output": eager}}, {"output": oracle}))
 
 
 def write(path: Path, name: str = "first", **facts: Any) -> Path:

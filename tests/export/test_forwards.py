@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from export import Batch, ExportError, fuse
-from export.base.batch import Arrays
+from export.base.batch import Arrays, Inputs
 from export.base.precision import PRECISIONS
 from export.criteria.batches import check_batches
 from export.criteria.references import run_references
@@ -76,11 +76,22 @@ SECOND: dict[str, nn.Module] = {"second": nn.Conv2d(8, 8, 3, 1, 1)}
 FORWARDS: dict[str, tuple[Forward, dict[str, nn.Module]]] = {
     "view": (lambda x, m: m.fc(F.adaptive_avg_pool2d(x, 1).view(x.size(0), -1)), {}),
     "fixed pool": (lambda x, m: m.fc(F.avg_pool2d(x, x.shape[2]).view(x.shape[0], x.shape[1])), {}),
+    "masked": (
+        lambda x, m: m.fc(
+            (x.flatten(2).masked_fill(x.flatten(2) < 0.2, -1e9).softmax(2) * x.clamp(max=1e6).flatten(2)).sum(2)
+        ),
+        {},
+    ),
+    "counted": (lambda x, m: m.fc(x.reshape(len(x), 8, -1).mean(2).view(int(x.size(0)), -1)), {}),
     "reshape": (lambda x, m: m.fc(F.adaptive_max_pool2d(x, 1).reshape(-1, 8)), {}),
     "squeeze": (lambda x, m: m.fc(F.normalize(x.mean((2, 3), keepdim=True).squeeze(), dim=1)), {}),
     "squeeze(0)": (lambda x, m: m.fc(x.mean(3).mean(2)).squeeze(0), {}),
     "generalised mean": (lambda x, m: m.fc(_gem(F.relu(m.second(x))).flatten(1)), SECOND),
     "attention": (lambda x, m: m.fc(_attention(x)), {}),
+    "attention layer": (
+        lambda x, m: m.fc(m.attend(*[x.flatten(2).transpose(1, 2)] * 3, need_weights=False)[0].mean(1)),
+        {"attend": nn.MultiheadAttention(8, 2, batch_first=True)},
+    ),
     "largest": (lambda x, m: m.fc(x.flatten(2).max(-1)[0]), {}),
     "cut apart": (_cut_apart, {**SECOND, "narrow": nn.Conv2d(4, 4, 1)}),
     "made in forward": (_made_in_forward, SECOND),
@@ -104,11 +115,11 @@ def test_a_forward_that_people_write(name: str, images: Tensor) -> None:
     forward, parts = FORWARDS[name]
     model = make(lambda: network(forward, **parts), images).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     subject, program = Fused(model, images), fuse(model, images, BATCH)
-    check_batches(program, images.numpy())
+    check_batches(program, {"input": images.numpy()})
     layers = sum(map(weighs, operator_nodes(program.master)))
-    for precision in ("fp32", "bf16"):
+    for precision in ("fp32", "fp16" if name == "masked" else "bf16"):
         p = PRECISIONS[precision]
-        file = lower_onnx(program, images, p, {})
+        file = lower_onnx(program, p, {})
         for runner in (ProgramRunner(program, p, file.output_names), OnnxRuntimeRunner(file, p)):
             rung = judged(runner, subject, program, precision)
             assert rung, f"{precision} {runner.name}: {rung.verdict}"
@@ -146,7 +157,7 @@ def test_an_output_that_is_more_than_tensors(name: str, images: Tensor) -> None:
     program = fuse(model, images, BATCH)
     assert output_names(program.graph_module) == tuple(expected.split())
     assert name == "mapping" or any("not exported" in note for note in program.coverage.notes) or name == "dataclass"
-    rung = judged(OnnxRuntimeRunner(lower_onnx(program, images, FP32, {}), FP32), Fused(model, images), program, "fp32")
+    rung = judged(OnnxRuntimeRunner(lower_onnx(program, FP32, {}), FP32), Fused(model, images), program, "fp32")
     assert rung and list(rung.outputs) == expected.split(), rung.verdict
 
 
@@ -165,6 +176,8 @@ def _inference(model: Any) -> Any:
 def _hooked(model: Any) -> Any:
     model.conv.register_forward_hook(lambda module, inputs, y: y * 2)
     model.derived = model.conv.weight * 2  # which no copy.deepcopy takes
+    model.features = []
+    model.conv.register_forward_hook(lambda module, inputs, y: model.features.append(y))
     return model
 
 
@@ -188,7 +201,8 @@ WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_a_module_in_any_guise(name: str, images: Tensor) -> None:
     model = WRAPPERS[name](make(lambda: network(lambda x, m: m.fc(x.mean((2, 3)))), images))
-    program = fuse(model, images, BATCH)
+    program, again = fuse(model, images, BATCH), fuse(model, images, BATCH)
+    assert again.coverage == program.coverage
     assert "conv" in {operator.name for operator in program.coverage.fused}
     y = _run(EagerRunner(model, torch.float64, ("output",)), images)
     np.testing.assert_allclose(_run(ProgramRunner(program, FP32, ("output",)), images), y, rtol=0, atol=1e-5)
@@ -207,6 +221,7 @@ BAD: dict[str, tuple[Forward, str]] = {
     "over the batch": (lambda y, m: y.softmax(0), "depends on the other images"),
     "neighbours": (lambda y, m: y + y.flip(0), "depends on the other images"),
     "fixed by view": (lambda y, m: y.view(4, -1), r"no other batch than 4 \(test_forwards.py, line \d+.*batch=4"),
+    "one by one": (lambda y, m: torch.stack([row * 2 for row in y]), "takes the images of a batch one by one"),
     "fixed by zeros": (lambda y, m: y + torch.zeros(4, 5), "no other batch than 4"),
     "dropout": (lambda y, m: F.dropout(y), "draws random numbers .*training=self.training"),
     "an object": (lambda y, m: object(), "returns a object: expected tensors"),
@@ -220,11 +235,11 @@ def test_what_no_bundle_can_hold_is_refused_in_one_line(name: str, images: Tenso
     wrap, expected = BAD[name]
     model = network(lambda x, m: wrap(m.fc(x.mean((2, 3))), m)).eval()
     with pytest.raises(ExportError, match=expected) as caught:
-        check_batches(fuse(model, images, BATCH), images.numpy())
+        check_batches(fuse(model, images, BATCH), {"input": images.numpy()})
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_models_and_examples_that_are_something_else(images: Tensor) -> None:
     scripted = nn.Sequential(torch.jit.trace(nn.Conv2d(3, 4, 3), images)).eval()
     with pytest.raises(ExportError, match=r"^0 is TorchScript.*state_dict"):
@@ -241,7 +256,7 @@ def test_one_size_alone(size: int, images: Tensor) -> None:
     model = make(lambda: network(lambda x, m: m.fc(F.adaptive_avg_pool2d(x, 1).squeeze())), images)
     for own in (model, network(lambda x, m: m.fc(x.mean((2, 3))).view(size, -1)).eval()):
         alone = Fused(own, images, Batch(size, size, size))
-        check_batches(alone.program, images.numpy())
+        check_batches(alone.program, {"input": images.numpy()})
         assert judged(OnnxRuntimeRunner(alone.files["fp32"], FP32), alone, alone.program, "fp32")
 
 
@@ -250,8 +265,9 @@ class _WrongIn(ProgramRunner):
 
     wrong = 0
 
-    def _run(self, x: NDArray[Any]) -> Arrays:
-        return {name: y + 0.1 * (len(x) == self.wrong) for name, y in super()._run(x).items()}
+    def _run(self, inputs: Inputs) -> Arrays:
+        wrong = len(inputs["input"]) == self.wrong
+        return {name: y + 0.1 * wrong for name, y in super()._run(inputs).items()}
 
 
 @pytest.mark.parametrize("wrong", [0, BATCH.minimum, BATCH.optimum, BATCH.maximum])
@@ -264,5 +280,5 @@ def test_every_size_that_matters_is_run(wrong: int, resnet8: Fused) -> None:
 
 def _judged(runner: Any, subject: Fused, program: FusedProgram) -> Rung:
     x = subject.images.numpy()[:12]
-    references = run_references(subject.model, program, ("output",), x, FP32)
-    return judge(execute(runner, x, program.batch), references, FP32, FP32.network_factor)
+    references = run_references(subject.model, program, ("output",), {"input": x}, FP32)
+    return judge(execute(runner, {"input": x}, program.batch), references, FP32, FP32.network_factor)

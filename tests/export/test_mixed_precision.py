@@ -172,7 +172,7 @@ def test_a_wrong_fold_is_not_hidden_by_an_overflow(wrong: str | None) -> None:
     for name, weight in program.folded.named_buffers():
         if name.startswith(start):
             weight.mul_(1.2)
-    references = run_references(model, program, ("a", "b"), images, PRECISIONS["fp16"])
+    references = run_references(model, program, ("a", "b"), {"input": images}, PRECISIONS["fp16"])
     rungs = {rung.name: rung for rung in reference_rungs(references, PRECISIONS["fp16"])}
     assert bool(rungs["eager"].not_run) is (wrong is None)
     assert all(rungs.values()) is (wrong is None)

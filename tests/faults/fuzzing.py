@@ -167,8 +167,13 @@ def _limit() -> None:
 
 
 def _audit(folder: Path, escapes: list[str], event: str, arguments: tuple[Any, ...]) -> None:
-    """Note what is not allowed, and prevent it. Binding to itself is how urllib3 asks whether there is IPv6."""
-    allowed = not event.startswith(_FORBIDDEN) or (event == "socket.bind" and arguments[1][0] == "::1")
+    """Note what is not allowed, and prevent it.
+
+    Binding to itself is how urllib3 asks whether there is IPv6, lscpu how joblib counts the cores.
+    """
+    counts = event == "subprocess.Popen" and arguments[:1] == ("lscpu",)
+    asked = counts or (event == "socket.bind" and arguments[1][0] == "::1")
+    allowed = asked or not event.startswith(_FORBIDDEN)
     if event == "open":
         path, mode, flags = arguments
         writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND) if flags else mode != "r"

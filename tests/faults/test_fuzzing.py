@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from export.base.machine import installed_version
 from tests.effort import TIMES
 from tests.faults.bundle_inputs import golden_files, manifests, onnx_files
 from tests.faults.command_inputs import command_lines
@@ -89,6 +90,10 @@ INPUTS: dict[str, tuple[Callable[..., Any], int, dict[str, float]]] = {
 }
 
 
+def _runtime_version() -> tuple[int, ...]:
+    return tuple(map(int, installed_version("onnxruntime").split(".")[:2]))
+
+
 def test_there_are_at_least_10000_inputs() -> None:
     assert sum(count for _, count, _ in INPUTS.values()) >= 10_000
 
@@ -97,6 +102,8 @@ def test_there_are_at_least_10000_inputs() -> None:
 def test_each_is_refused_in_one_line_or_taken(
     name: str, bundle: Path, record_property: Callable[[str, Any], None]
 ) -> None:
+    if name == "onnx files" and _runtime_version() < (1, 24):
+        pytest.skip("ONNX Runtime before 1.24 ends the process, or loops, on damaged files")
     target, count, shares = INPUTS[name]
     outcome = fuzz(partial(target, bundle), count * TIMES)
     assert not outcome.faults, "\n".join(outcome.faults)

@@ -63,7 +63,8 @@ def with_value(y: Tensor, index: tuple[int | slice | EllipsisType, ...], value: 
 
 def swapped(tensor: Tensor) -> Tensor:
     """The first two channels change places."""
-    return tensor[:, [1, 0, *range(2, tensor.shape[1])]]
+    axis = min(1, tensor.dim() - 1)
+    return tensor.index_select(axis, torch.tensor([1, 0, *range(2, tensor.shape[axis])]))
 
 
 def one_value_slightly_off(trial: Trial) -> Tensor:
@@ -176,9 +177,9 @@ def of_arguments(problem: Problem) -> dict[str, Defect]:
     found: dict[str, Defect] = {}
     for argument, shape in problem.shapes.items():
         changes: dict[str, Callable[[Tensor], Tensor]] = {"dropped": torch.zeros_like}
-        if len(shape) > 1:
+        if len(shape) > 1 or argument.endswith("weight"):
             changes["channels-swapped"] = swapped
-        if argument.endswith("weight"):
+        if argument.endswith("weight") and len(shape) > 1:
             changes["last-slice-lost"] = without_last_slice
             if shape[2:] not in ((), (1, 1)):
                 changes["taps-transposed"] = lambda weight: weight.transpose(2, 3)

@@ -29,9 +29,10 @@ def integers(problem: Problem, device: torch.device) -> Arguments[Tensor]:
     generator = torch.Generator().manual_seed(zlib.crc32(repr(problem).encode()))
 
     def draw(name: str, shape: tuple[int, ...]) -> Tensor:
-        size = weight if name.endswith("weight") else most
+        summed = name.endswith("weight") and len(shape) > 1  # else a factor for each channel: nothing adds up
+        size = weight if summed else most
         values = torch.randint(-size, size + 1, shape, generator=generator)
-        if name.endswith("weight"):
+        if summed:
             order = torch.rand(shape, generator=generator).flatten(1).argsort(1).argsort(1)
             values = torch.where(order.reshape(shape) < terms, values, 0)
         if isinstance(problem, HeadProblem) and name == "x":

@@ -91,97 +91,56 @@ HUGGING_FACE = (
 TWO = torch.ones(2)
 # what is saved for a network, and what must be found said: of wrappers, renamed, unused, others
 LOADS: dict[str, tuple[str, Any, str]] = {
-    "lightning": ("resnet8", {"state_dict": {**under("model.", S8), "criterion.weight": torch.ones(10)}}, "criterion"),
+    "lightning": ("resnet8", {"state_dict": {**under("model.", S8), "criterion.weight": torch.ones(10)}},
+        "criterion"),
     "lightning-net": ("resnet8", {"state_dict": under("net.", S8), "callbacks": {}}, "net.*"),
-    "lightning-metrics": (
-        "resnet8",
-        {
-            "state_dict": {
-                **under("backbone.", S8),
-                "train_acc.tp": TWO,
-                "val_auroc.confmat": TWO,
-                "loss_fn.pos_weight": TWO,
-            }
-        },
-        "train_acc.tp",
-    ),
-    "lightning-teacher": (
-        "resnet8",
-        under("student.net.", S8) | under("teacher.", weights("resnet14", 10)),
-        "teacher.",
-    ),
+    "lightning-metrics": ("resnet8", {"state_dict": {**under("backbone.", S8), "train_acc.tp": TWO,
+        "val_auroc.confmat": TWO, "loss_fn.pos_weight": TWO}}, "train_acc.tp"),
+    "lightning-teacher": ("resnet8", under("student.net.", S8) | under("teacher.", weights("resnet14", 10)),
+        "teacher."),
     "compiled-ddp": ("resnet8", under("_orig_mod.module.", S8), "_orig_mod.*"),
     "deep": ("resnet8", {"state_dict": under("module.model.encoder.", S8)}, "encoder.*"),
     "subclass": ("resnet8", {**S8, "criterion.weight": TWO}, "criterion.weight"),
-    "thop": (
-        "resnet8",
-        {**S8, "layer1.0.conv1.total_ops": torch.zeros(1), "total_params": torch.zeros(1)},
-        "total_ops",
-    ),
+    "thop": ("resnet8", {**S8, "layer1.0.conv1.total_ops": torch.zeros(1), "total_params": torch.zeros(1)},
+        "total_ops"),
     "extra-state": ("resnet8", {**S8, "bn1._extra_state": None}, "bn1._extra_state"),
-    "mmpretrain": (
-        "resnet50",
-        {"meta": {}, "state_dict": swap(S50, (FC, "head.fc."), (r"^(?!head)", "backbone."))},
-        "head.fc -> fc",
-    ),
+    "mmpretrain": ("resnet50", {"meta": {}, "state_dict": swap(S50, (FC, "head.fc."), (r"^(?!head)",
+        "backbone."))}, "head.fc -> fc"),
     "timm-head": ("resnet8", swap(S8, (FC, "head.fc.")), "head.fc -> fc"),
     "cadene": ("resnet18", swap(S18, (FC, "last_linear.")), "last_linear -> fc"),
     "dropout-head": ("resnet8", swap(S8, (FC, "fc.1.")), "fc.1 -> fc"),
-    "classifier": ("resnet8", swap(S8, (FC, "classifier."), (r"^(?!classifier)", "encoder.")), "classifier -> fc"),
+    "classifier": ("resnet8", swap(S8, (FC, "classifier."), (r"^(?!classifier)", "encoder.")),
+        "classifier -> fc"),
     "two-in-a-row": ("resnet8", swap(S8, (FC, "1."), (r"^(?!1\.)", "0.")), "1 -> fc"),
     "children": ("resnet18", swap(S18, (FC, "10."), *CHILDREN), "10 -> fc"),
     "features": ("resnet18", swap(S18, (FC, "fc."), *CHILDREN, (r"^(?!fc)", "model.features.")), "features.*"),
     "children-small": ("resnet8", swap(S8, (FC, "8."), *SMALL_CHILDREN), "8 -> fc"),
     "hugging-face": ("resnet18", swap(S18, *HUGGING_FACE), "classifier.1 -> fc"),
     "hugging-face-50": ("resnet50", swap(S50, *HUGGING_FACE), "classifier.1 -> fc"),
-    "cifar": (
-        "resnet8",
-        {"net": under("module.", swap(S8, (FC, "linear."), ("downsample", "shortcut"))), "acc": 93.1},
-        "shortcut -> downsample",
-    ),
-    "moco": (
-        "resnet8",
-        {
-            "state_dict": under("module.encoder_k.", OTHER)
-            | under("module.encoder_q.", S8)
-            | {"module.queue": TWO, "module.queue_ptr": torch.zeros(1, dtype=torch.int64)}
-        },
-        "state_dict.module.encoder_k",
-    ),
-    "dino": (
-        "resnet8",
-        {"teacher": under("backbone.", OTHER), "student": under("module.backbone.", S8)},
-        "teacher.backbone",
-    ),
-    "byol": (
-        "resnet8",
-        under("target_encoder.net.", OTHER)
-        | under("online_encoder.net.", S8)
+    "cifar": ("resnet8", {"net": under("module.", swap(S8, (FC, "linear."), ("downsample", "shortcut"))),
+        "acc": 93.1}, "shortcut -> downsample"),
+    "moco": ("resnet8", {"state_dict": under("module.encoder_k.", OTHER) | under("module.encoder_q.", S8)
+        | {"module.queue": TWO, "module.queue_ptr": torch.zeros(1, dtype=torch.int64)}},
+        "state_dict.module.encoder_k"),
+    "dino": ("resnet8", {"teacher": under("backbone.", OTHER), "student": under("module.backbone.", S8)},
+        "teacher.backbone"),
+    "byol": ("resnet8", under("target_encoder.net.", OTHER) | under("online_encoder.net.", S8)
         | {"online_predictor.net.0.weight": TWO, "online_encoder.projector.net.0.weight": TWO},
-        "target_encoder.net",
-    ),
-    "simclr": ("resnet8", {"state_dict": {**under("encoder.", S8), "projector.0.weight": TWO}}, "projector.0.weight"),
-    "ema-and-weights": (
-        "resnet8",
-        {"ema_state_dict": under("module.module.", OTHER), "state_dict": S8},
-        "ema_state_dict",
-    ),
+        "target_encoder.net"),
+    "simclr": ("resnet8", {"state_dict": {**under("encoder.", S8), "projector.0.weight": TWO}},
+        "projector.0.weight"),
+    "ema-and-weights": ("resnet8", {"ema_state_dict": under("module.module.", OTHER), "state_dict": S8},
+        "ema_state_dict"),
     "ema-alone": ("resnet8", {"ema_state_dict": {"module": under("module.", S8)}}, "ema_state_dict"),
-    "lightning-ema": (
-        "resnet8",
-        {"state_dict": under("ema_model.module.", OTHER) | under("model.", S8)},
-        "ema_model.module",
-    ),
-    "swin-style": (
-        "resnet8",
-        {"model": S8, "max_accuracy": 81.2, "config": collections.defaultdict(list, a=[1])},
-        "config",
-    ),
+    "lightning-ema": ("resnet8", {"state_dict": under("ema_model.module.", OTHER) | under("model.", S8)},
+        "ema_model.module"),
+    "swin-style": ("resnet8", {"model": S8, "max_accuracy": 81.2, "config": collections.defaultdict(list,
+        a=[1])}, "config"),
     "fsdp": ("resnet8", swap(S8, (r"(layer\d\.\d)\.", r"\1._fsdp_wrapped_module._orig_mod.")), "float32"),
     "half": ("resnet8", {k: t.half() if t.is_floating_point() else t for k, t in S8.items()}, "float16"),
     "no-counters": ("resnet8", {"state_dict": without(under("module.", S8), "num_batches")}, "module.*"),
     "gray": ("resnet8/1", weights("resnet8", 10, 1), "float32"),
-}
+}  # fmt: skip
 
 
 def saved(content: object, path: Path) -> Path:
@@ -231,37 +190,18 @@ def beside() -> dict[str, object]:
     config = Config(lr=0.1, nested=Config(a=1))
     config.frozen = True  # type: ignore[attr-defined]
     return {
-        "best": np.float64(0.9),
-        "epoch": np.int64(3),
-        "curve": np.arange(3.0),
-        "flag": np.bool_(True),
-        "numpy_rng": np.random.get_state(),
-        "rng": np.random.RandomState(0),
-        "new_rng": np.random.default_rng(0),
-        "names": np.array(["a", "b"]),
-        "objects": np.array([None, 1], dtype=object),
-        "dtype": np.dtype("f4"),
-        "args": argparse.Namespace(mode=Mode.FAST, path=pathlib.Path("a"), config=config),
-        "config": config,
-        "meters": Meters([1.0]),
-        "when": datetime.datetime(2024, 1, 1),
-        "took": datetime.timedelta(1),
-        "schedule": functools.partial(torch.optim.SGD, lr=0.1),
-        "loss": nn.CrossEntropyLoss(),
-        "counts": collections.Counter("ab"),
-        "recent": collections.deque([1, 2], 3),
-        "groups": collections.defaultdict(dict, a={"b": 1}),
-        "space": types.SimpleNamespace(a=1),
-        "set": {1, 2},
-        "frozen": frozenset([1]),
-        "range": range(3),
-        "complex": 1j,
-        "bytes": b"x",
-        "optimizer": torch.optim.Adam([nn.Parameter(TWO)]).state_dict(),
-        "type": float,
-        "size": torch.Size([1]),
+        "best": np.float64(0.9), "epoch": np.int64(3), "curve": np.arange(3.0), "flag": np.bool_(True),
+        "numpy_rng": np.random.get_state(), "rng": np.random.RandomState(0), "new_rng": np.random.default_rng(0),
+        "names": np.array(["a", "b"]), "objects": np.array([None, 1], dtype=object), "dtype": np.dtype("f4"),
+        "args": argparse.Namespace(mode=Mode.FAST, path=pathlib.Path("a"), config=config), "config": config,
+        "meters": Meters([1.0]), "when": datetime.datetime(2024, 1, 1), "took": datetime.timedelta(1),
+        "schedule": functools.partial(torch.optim.SGD, lr=0.1), "loss": nn.CrossEntropyLoss(),
+        "counts": collections.Counter("ab"), "recent": collections.deque([1, 2], 3),
+        "groups": collections.defaultdict(dict, a={"b": 1}), "space": types.SimpleNamespace(a=1), "set": {1, 2},
+        "frozen": frozenset([1]), "range": range(3), "complex": 1j, "bytes": b"x",
+        "optimizer": torch.optim.Adam([nn.Parameter(TWO)]).state_dict(), "type": float, "size": torch.Size([1]),
         "network": nn.Sequential(nn.Linear(1, 1)),
-    }
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
@@ -328,93 +268,49 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
     "another": ("resnet50", S18, r"fits resnet18 with 5 classes.*name='resnet18'.*num_classes=5"),
     "another-wrapped": ("resnet14", {"state_dict": under("model.", S8)}, r"fits resnet8 with 10 classes"),
     "another-gray": ("resnet14", weights("resnet8", 7, 1), r"fits resnet8 with 7 classes and 1 input channels"),
-    "classes": (
-        "resnet8",
-        weights("resnet8", 7),
-        r"fits resnet8 with 7 classes; weights for 7 classes, .*num_classes=7",
-    ),
+    "classes": ("resnet8", weights("resnet8", 7),
+        r"fits resnet8 with 7 classes; weights for 7 classes, .*num_classes=7"),
     "hidden-layer": ("resnet8", WIDE_HEAD, r"2 layers \(fc\.0\.weight \[64, 64\], fc\.2\.weight \[10, 64\]\)"),
     "moco-2": ("resnet8", under("module.encoder_q.", WIDE_HEAD) | {"module.queue": TWO}, "2 layers"),
     "fast.ai": ("resnet18", {"model": FASTAI, "opt": {}}, r"a fast\.ai head"),
-    "detector": (
-        "resnet18",
-        {"state_dict": under("backbone.", without(S18, FC)) | {"neck.conv.weight": TWO}},
-        "no classifier in it",
-    ),
-    "barlow": (
-        "resnet8",
-        {"model": under("module.backbone.", without(S8, FC)) | {"module.projector.0.weight": TWO}},
-        "no classifier",
-    ),
-    "normaliser": ("resnet8", NORMALISED, r"1 unexpected \(normalize\.mean\), load_weights\(key='model'\) leaves them"),
-    "neck": (
-        "resnet8",
-        {
-            **under("backbone.", without(S8, FC)),
-            **under("head.", {"fc.weight": S8["fc.weight"], "fc.bias": S8["fc.bias"]}),
-            "neck.projection.weight": TWO,
-        },
-        r"1 unexpected \(neck\.projection",
-    ),
-    "two-classifiers": (
-        "resnet8",
-        {**under("net.", S8), "classifier.weight": torch.ones(3, 10), "classifier.bias": torch.ones(3)},
-        r"2 unexpected \(classifier",
-    ),
-    "two-streams": (
-        "resnet8",
-        {
-            **under("rgb.", without(S8, FC)),
-            **under("flow.", without(OTHER, FC)),
-            "fc.weight": S8["fc.weight"],
-            "fc.bias": S8["fc.bias"],
-        },
-        r"2 networks share one classifier.*key='rgb'\) or load_weights\(key='flow'",
-    ),
+    "detector": ("resnet18", {"state_dict": under("backbone.", without(S18, FC)) | {"neck.conv.weight": TWO}},
+        "no classifier in it"),
+    "barlow": ("resnet8", {"model": under("module.backbone.", without(S8, FC))
+        | {"module.projector.0.weight": TWO}}, "no classifier"),
+    "normaliser": ("resnet8", NORMALISED,
+        r"1 unexpected \(normalize\.mean\), load_weights\(key='model'\) leaves them"),
+    "neck": ("resnet8", {**under("backbone.", without(S8, FC)), **under("head.", {"fc.weight": S8["fc.weight"],
+        "fc.bias": S8["fc.bias"]}), "neck.projection.weight": TWO}, r"1 unexpected \(neck\.projection"),
+    "two-classifiers": ("resnet8", {**under("net.", S8), "classifier.weight": torch.ones(3, 10),
+        "classifier.bias": torch.ones(3)}, r"2 unexpected \(classifier"),
+    "two-streams": ("resnet8", {**under("rgb.", without(S8, FC)), **under("flow.", without(OTHER, FC)),
+        "fc.weight": S8["fc.weight"], "fc.bias": S8["fc.bias"]},
+        r"2 networks share one classifier.*key='rgb'\) or load_weights\(key='flow'"),
     "second-head": ("resnet8", {**under("net.", S8), "head.weight": TWO}, r"unexpected \(head\.weight\)"),
     "biases": ("resnet8", {**S8, "layer1.0.conv1.bias": torch.ones(16)}, "convolutions with a bias"),
     "folded": ("resnet8", {**without(S8, "bn1"), "conv1.bias": torch.ones(16)}, "BatchNorm is folded already"),
     "cifar-stem": ("resnet18", CIFAR18, "a 3 x 3 stem, where the model's is 7 x 7"),
-    "kuangliu": (
-        "resnet18",
-        {"net": under("module.", swap(CIFAR18, (FC, "linear."), ("downsample", "shortcut")))},
-        "a 3 x 3 stem",
-    ),
+    "kuangliu": ("resnet18", {"net": under("module.", swap(CIFAR18, (FC, "linear."), ("downsample",
+        "shortcut")))}, "a 3 x 3 stem"),
     "option-a": ("resnet8", swap(PLAIN, (FC, "linear.")), "shortcuts that pad with zeros"),
     "option-a-as-plain": ("plain8", swap(PLAIN, (FC, "linear.")), "shortcuts that pad with zeros"),
     "deep-stem": ("resnet18", {**without(S18, "^conv1"), "conv1.0.weight": TWO}, "deep stem"),
-    "resnet-d": (
-        "resnet18",
-        swap(S18, (r"downsample\.1", "downsample.2"), (r"downsample\.0", "downsample.1")),
-        "average pool in the shortcuts",
-    ),
+    "resnet-d": ("resnet18", swap(S18, (r"downsample\.1", "downsample.2"), (r"downsample\.0", "downsample.1")),
+        "average pool in the shortcuts"),
     "squeeze": ("resnet18", {**S18, "layer1.0.se.fc1.weight": TWO}, "attention in the blocks"),
     "no-bias": ("resnet8", without(S8, r"fc\.bias"), "a classifier without bias"),
-    "pruned": (
-        "resnet8",
-        swap(S8, (r"^layer1\.0\.conv1\.weight", "layer1.0.conv1.weight_orig")) | {"layer1.0.conv1.weight_mask": TWO},
-        "prune.remove",
-    ),
-    "quantised": (
-        "resnet8",
-        {**S8, "conv1.weight": EIGHT_BITS},
-        r"conv1\.weight is qint8.*quantised",
-    ),
+    "pruned": ("resnet8", swap(S8, (r"^layer1\.0\.conv1\.weight", "layer1.0.conv1.weight_orig"))
+        | {"layer1.0.conv1.weight_mask": TWO}, "prune.remove"),
+    "quantised": ("resnet8", {**S8, "conv1.weight": EIGHT_BITS}, r"conv1\.weight is qint8.*quantised"),
     "sparse": ("resnet8", {**S8, "fc.weight": S8["fc.weight"].to_sparse()}, "sparse_coo"),
     "arrays": ("resnet8", {"state_dict": {k: np.zeros(1) for k in S8}}, r"holds a dict with state_dict"),
     "one-array": ("resnet8", {**S8, "fc.weight": np.zeros(1)}, r"fc\.weight is numpy\S+, expected a tensor"),
-    "whole-model": (
-        "resnet8",
-        nn.Sequential(nn.Linear(1, 1)),
-        r"needs code \(torch\.nn\.modules\.container\.Sequential\), not run; save",
-    ),
-    "model-in-a-dict": (
-        "resnet8",
-        {"model": nn.Linear(1, 1), "epoch": 3},
-        r"model \(torch\.nn\.modules\.linear\.Linear\)",
-    ),
+    "whole-model": ("resnet8", nn.Sequential(nn.Linear(1, 1)),
+        r"needs code \(torch\.nn\.modules\.container\.Sequential\), not run; save"),
+    "model-in-a-dict": ("resnet8", {"model": nn.Linear(1, 1), "epoch": 3},
+        r"model \(torch\.nn\.modules\.linear\.Linear\)"),
     "shadow": ("resnet8", {"ema": {"shadow_params": [TWO], "decay": 0.9}}, "holds a dict with ema"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,7 @@ class Bundle:
         contents: file name -> the bytes that were checked.
         precision: of weights and activations.
         batch: the batch sizes its artefacts accept.
-        input_name: of the ONNX file's one input.
-        image_shape: (C, H, W) of an input.
+        inputs: name -> shape without the batch, in order.
         outputs: name -> shape, in order.
         kinds: name of an output -> what it is, of those of which the manifest says it.
         engines: those it lists.
@@ -41,8 +40,7 @@ class Bundle:
     contents: Mapping[str, bytes] = field(repr=False)
     precision: Precision
     batch: Batch
-    input_name: str
-    image_shape: tuple[int, int, int]
+    inputs: Mapping[str, tuple[int, ...]]
     outputs: Mapping[str, tuple[int | str, ...]]
     kinds: Mapping[str, OutputKind] = field(repr=False)
     engines: tuple[Engine, ...] = field(repr=False)
@@ -74,15 +72,24 @@ class Bundle:
         return None if names is None else class_names(names, self.class_count)
 
     @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(C, H, W) of its one input; raises ExportError where it takes several, which are no one picture."""
+        if len(self.inputs) > 1:
+            given = " and ".join(f"{name} [N, {', '.join(map(str, shape))}]" for name, shape in self.inputs.items())
+            raise ExportError(f"{self.path} takes {given}: expected a bundle with one input, a picture")
+        (shape,) = self.inputs.values()
+        return shape
+
+    @property
     def preprocessing(self) -> Mapping[str, Any]:
         """How a picture becomes an input.
 
         Raises:
             ExportError: the manifest does not say; the model does not take pictures.
         """
-        record = self.manifest["model"].get("preprocessing")
+        record, shape = self.manifest["model"].get("preprocessing"), self.image_shape
         if not isinstance(record, Mapping):
-            raise ExportError(f"{self.path} takes inputs of shape {list(self.image_shape)}, not pictures: expected "
+            raise ExportError(f"{self.path} takes inputs of shape {list(shape)}, not pictures: expected "
                               f"a preprocessing in its manifest, got {record!r:.80}")  # fmt: skip
         return record
 
@@ -108,8 +115,6 @@ def open_bundle(path: str | Path) -> Bundle:
     try:
         precision = FORMATS[manifest["precision"]]
         batch = manifest["batch"]
-        (entry,) = manifest["inputs"]
-        _, channels, height, width = entry["shape"]
         outputs = {str(output["name"]): tuple(output["shape"]) for output in manifest["outputs"]}
         if not outputs or not isinstance(manifest["model"], dict) or ONNX_FILE not in contents:
             raise ValueError(f"expected outputs, a model and {ONNX_FILE}")
@@ -119,8 +124,7 @@ def open_bundle(path: str | Path) -> Bundle:
             contents=contents,
             precision=precision,
             batch=Batch(minimum=_whole(batch["min"]), optimum=_whole(batch["opt"]), maximum=_whole(batch["max"])),
-            input_name=str(entry["name"]),
-            image_shape=(_whole(channels), _whole(height), _whole(width)),
+            inputs=_inputs(manifest["inputs"]),
             outputs=outputs,
             kinds={str(o["name"]): _kind(o["kind"], o["why"]) for o in manifest["outputs"] if "kind" in o},
             engines=tuple(_engine(name, facts, contents, precision) for name, facts in manifest["engines"].items()),
@@ -128,6 +132,15 @@ def open_bundle(path: str | Path) -> Bundle:
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ExportError(f"{path}: not a bundle of this project ({type(error).__name__}: {error})") from error
+
+
+def _inputs(entries: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape without the batch: of a picture, or of several tensors of any rank."""
+    found = {str(entry["name"]): tuple(map(_whole, entry["shape"][1:])) for entry in entries}
+    ranks = [len(shape) for shape in found.values()]
+    if not found or len(found) != len(entries) or min(ranks) < 1 or (len(found) == 1 and ranks != [3]):
+        raise ValueError(f"expected [N, C, H, W], or several inputs [N, ...] of different names, got {entries!r:.80}")
+    return found
 
 
 def _kind(kind: object, why: object) -> OutputKind:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,7 +27,7 @@ def build(
     flavour: Flavour,
     precision: Precision,
     batch: Batch,
-    image_shape: tuple[int, int, int],
+    inputs: Mapping[str, tuple[int, ...]],
     config: EngineConfig,
     kept: Collection[str],
 ) -> Engine:
@@ -44,7 +44,8 @@ def build(
     proof = prove_precision(trt, network, precision, kept)
     options = builder.create_builder_config()
     profile = builder.create_optimization_profile()
-    profile.set_shape("input", *((size, *image_shape) for size in (batch.minimum, batch.optimum, batch.maximum)))
+    for name, shape in inputs.items():
+        profile.set_shape(name, *((size, *shape) for size in (batch.minimum, batch.optimum, batch.maximum)))
     options.add_optimization_profile(profile)
     options.clear_flag(trt.BuilderFlag.TF32)  # fp32 means float32
     if flavour.inspects:
@@ -61,7 +62,7 @@ def build(
         _write(config.timing_cache, bytes(cache.serialize()))
     layers = proof.layers
     if flavour.inspects:
-        kernels = _kernels(trt, logger, plan, config, (batch.optimum, *image_shape))
+        kernels = _kernels(trt, logger, plan, config, {name: (batch.optimum, *shape) for name, shape in inputs.items()})
         prove_kernels(kernels, proof.types, dla=config.dla_core is not None)
         layers = [kernel.to_json() for kernel in kernels]
     seconds = time.perf_counter() - started
@@ -138,12 +139,14 @@ def _write(path: Path, content: bytes) -> None:
         raise ExportError(f"EngineConfig.timing_cache: {path} cannot be written: {error.strerror}") from error
 
 
-def _kernels(trt: ModuleType, logger: Any, plan: bytes, config: EngineConfig, shape: tuple[int, ...]) -> list[Kernel]:
-    """What the engine inspector shows for inputs of `shape`, without which types may be hidden."""
+def _kernels(
+    trt: ModuleType, logger: Any, plan: bytes, config: EngineConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> list[Kernel]:
+    """What the engine inspector shows for inputs of `shapes`, without which types may be hidden."""
     _runtime, engine = load_engine(trt, logger, plan, config)
     inspector = engine.create_engine_inspector()
     context = engine.create_execution_context()
-    if context is None or not context.set_input_shape("input", shape):
+    if context is None or not all(context.set_input_shape(name, shape) for name, shape in shapes.items()):
         raise ExportError(f"the engine cannot be looked at: {logger.last_error}")
     inspector.execution_context = context
     return read_kernels(inspector.get_engine_information(trt.LayerInformationFormat.JSON))

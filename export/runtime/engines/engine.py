@@ -160,7 +160,7 @@ def build_engine(
     flavour: Flavour,
     precision: Precision,
     batch: Batch,
-    image_shape: tuple[int, int, int],
+    inputs: Mapping[str, tuple[int, ...]],
     config: EngineConfig = DEFAULT_ENGINE,
     kept: Collection[str] = (),
     advice: str = _ADVICE,
@@ -168,11 +168,11 @@ def build_engine(
     """Build an engine whose precision is the ONNX file's, with one optimisation profile, in a process of its own.
 
     Args:
-        onnx_bytes: a serialised ONNX model with one input `input` [batch, C, H, W].
+        onnx_bytes: a serialised ONNX model.
         precision: what every convolution and every product with weights must compute in; proved from the parsed
             network's types and, where the flavour shows them, from the kernels that were chosen.
         batch: minimum, optimum and maximum of the profile.
-        image_shape: (C, H, W).
+        inputs: name in the file -> shape without the batch.
         config: how to build it.
         kept: layers, by the names of their ONNX nodes, that compute in a wider type: in fp16 where the precision is
             int8, else in fp32.
@@ -186,6 +186,6 @@ def build_engine(
     import_flavour(flavour)
     refuse_external_data(onnx_bytes)
     task, target = f"building the {flavour.name} engine", f"{_BUILDER}:build"
-    arguments = (onnx_bytes, flavour, precision, batch, image_shape, config, frozenset(kept))
+    arguments = (onnx_bytes, flavour, precision, batch, inputs, config, frozenset(kept))
     engine: Engine = run_in_child(task, advice, target, *arguments)
     return replace(engine, gpu=gpu_name(flavour.name)) if flavour.needs_gpu else engine

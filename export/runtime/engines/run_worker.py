@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from export.base.batch import Arrays
+from export.base.batch import Arrays, Inputs
 from export.base.errors import ExportError
 from export.runtime.engines.cuda_runtime import checked, import_cuda
 from export.runtime.engines.engine import Flavour, import_flavour
@@ -28,17 +28,20 @@ _TYPES = {
 
 
 class DeviceEngine:
-    """A loaded engine with its stream, and what the present shape of its input needs."""
+    """A loaded engine with its stream, and what the present shapes of its inputs need."""
 
-    def __init__(self, flavour: Flavour, plan: bytes, config: EngineConfig, names: tuple[str, ...]) -> None:
+    def __init__(
+        self, flavour: Flavour, plan: bytes, config: EngineConfig, inputs: tuple[str, ...], names: tuple[str, ...]
+    ) -> None:
         """Load a plan.
 
         Args:
             plan: built by the installed version of `flavour` with `config`.
+            inputs: their names.
             names: the outputs to return, in order.
 
         Raises:
-            ExportError: there is no device, the plan does not load on it, or it has no such output.
+            ExportError: there is no device, the plan does not load on it, or it has other inputs or no such output.
         """
         self._trt, self._cuda = import_flavour(flavour), import_cuda(flavour.name)
         self._logger = make_logger(self._trt)
@@ -49,29 +52,29 @@ class DeviceEngine:
         self._runtime, self._engine = load_engine(self._trt, self._logger, plan, config)
         every = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         self._outputs = [n for n in every if self._engine.get_tensor_mode(n) == self._trt.TensorIOMode.OUTPUT]
-        missing = [name for name in names if name not in self._outputs]
-        if missing or "input" not in every:
-            raise ExportError(f"the engine has {', '.join(every)}: expected input and {', '.join(names)}")
+        if not set(names) <= set(self._outputs) or set(every) - set(self._outputs) != set(inputs):
+            expected = f"{', '.join(inputs)} and {', '.join(names)}"
+            raise ExportError(f"the engine has {', '.join(every)}: expected {expected}")
 
-    def infer(self, inputs: Mapping[str, NDArray]) -> Arrays:
-        """Run one batch: {"input": [N, C, H, W] float32} -> {output name: array}, float32 or wider.
+    def infer(self, inputs: Inputs) -> Arrays:
+        """Run one batch: {input name: [N, ...] float32} -> {output name: array}, float32 or wider.
 
         Raises:
-            ExportError: the engine does not take that shape, or the device fails.
+            ExportError: the engine does not take these shapes, or the device fails.
         """
-        shape = self._prepared(inputs["input"])
-        shape.load(inputs["input"])
+        shape = self._prepared(inputs)
+        shape.load(inputs)
         shape.poison()
         shape.step()
         return shape.results(self._names)
 
-    def time(self, inputs: Mapping[str, NDArray], count: int) -> list[float]:
+    def time(self, inputs: Inputs, count: int) -> list[float]:
         """Seconds of each of `count` runs on one batch, by CUDA events, each behind a run that does not count.
 
         While the device is busy with that one, the timed one is launched: its time is the device's.
         """
-        shape, cuda, stream = self._prepared(inputs["input"]), self._cuda, self._stream
-        shape.load(inputs["input"])
+        shape, cuda, stream = self._prepared(inputs), self._cuda, self._stream
+        shape.load(inputs)
         events = [(checked(cuda.cudaEventCreate()), checked(cuda.cudaEventCreate())) for _ in range(count)]
         try:
             for start, end in events:
@@ -92,29 +95,32 @@ class DeviceEngine:
         self._shape = self._engine = self._runtime = None
         checked(self._cuda.cudaStreamDestroy(self._stream))
 
-    def _prepared(self, x: NDArray) -> _Shape:
-        """What the shape of `x` needs: one shape at a time, since memory is short where engines run."""
-        smallest, _, largest = (tuple(shape) for shape in self._engine.get_tensor_profile_shape("input", 0))
-        if len(x.shape) != len(smallest) or not all(
-            low <= size <= high for low, size, high in zip(smallest, x.shape, largest, strict=True)
-        ):
-            raise ExportError(f"the engine takes inputs of shape {smallest} to {largest}, got {x.shape}")
-        if self._shape is None or self._shape.shape != x.shape:
+    def _prepared(self, inputs: Inputs) -> _Shape:
+        """What the shapes of `inputs` need: those of one batch at a time, since memory is short where engines run."""
+        for name, x in inputs.items():
+            smallest, _, largest = (tuple(shape) for shape in self._engine.get_tensor_profile_shape(name, 0))
+            if len(x.shape) != len(smallest) or not all(
+                low <= size <= high for low, size, high in zip(smallest, x.shape, largest, strict=True)
+            ):
+                what = "inputs" if len(inputs) == 1 else name
+                raise ExportError(f"the engine takes {what} of shape {smallest} to {largest}, got {x.shape}")
+        shapes = {name: x.shape for name, x in inputs.items()}
+        if self._shape is None or self._shape.shapes != shapes:
             if self._shape is not None:
                 self._shape.close()
                 self._shape = None
-            self._shape = _Shape(self._trt, self._cuda, self._engine, self._stream, x.shape, self._outputs)
+            self._shape = _Shape(self._trt, self._cuda, self._engine, self._stream, shapes, self._outputs)
             self._shape.prepare(self._logger, self._on_gpu)
         return self._shape
 
 
 class _Shape:
-    """Execution context, device memory and CUDA graph for inputs of one shape."""
+    """Execution context, device memory and CUDA graph for inputs of one shape each."""
 
     def __init__(
-        self, trt: Any, cuda: Any, engine: Any, stream: Any, shape: tuple[int, ...], outputs: list[str]
+        self, trt: Any, cuda: Any, engine: Any, stream: Any, shapes: Mapping[str, tuple[int, ...]], outputs: list[str]
     ) -> None:
-        self.shape = shape
+        self.shapes = shapes
         self._trt, self._cuda, self._engine, self._stream, self._outputs = trt, cuda, engine, stream, outputs
         self._memory: dict[str, int] = {}
         self._arrays: Arrays = {}
@@ -130,11 +136,13 @@ class _Shape:
         """
         try:
             self._context = self._make_context()
-            if self._context is None or not self._context.set_input_shape("input", self.shape):
-                raise ExportError(f"the engine takes no input of shape {self.shape}: {logger.last_error}")
-            for name in ("input", *self._outputs):
+            for name, shape in self.shapes.items():
+                if self._context is None or not self._context.set_input_shape(name, shape):
+                    raise ExportError(f"the engine takes no {name} of shape {shape}: {logger.last_error}")
+            for name in (*self.shapes, *self._outputs):
                 self._allocate(name)
-            self._copy("input", self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice)
+            for name in self.shapes:
+                self._copy(name, self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice)
             self._enqueue()  # what is made on the first run must not be recorded
             checked(self._cuda.cudaStreamSynchronize(self._stream))
             if record and not hasattr(self._trt, "CudaGraphStrategy"):
@@ -143,9 +151,10 @@ class _Shape:
             self.close()
             raise
 
-    def load(self, x: NDArray) -> None:
-        np.copyto(self._arrays["input"], x)
-        self._copy("input", self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice)
+    def load(self, inputs: Inputs) -> None:
+        for name, x in inputs.items():
+            np.copyto(self._arrays[name], x)
+            self._copy(name, self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice)
 
     def poison(self) -> None:
         for name in self._outputs:
@@ -180,7 +189,7 @@ class _Shape:
 
     def _allocate(self, name: str) -> None:
         kind = self._engine.get_tensor_dtype(name).name
-        if kind not in _TYPES or (name == "input" and kind != "FLOAT"):
+        if kind not in _TYPES or (name in self.shapes and kind != "FLOAT"):
             raise ExportError(f"the engine's {name} is {kind}: expected FLOAT, or for outputs {', '.join(_TYPES)}")
         array: NDArray = np.zeros(tuple(self._context.get_tensor_shape(name)), _TYPES[kind])
         self._arrays[name] = array
@@ -197,7 +206,7 @@ class _Shape:
 
     def _enqueue(self) -> None:
         if not self._context.execute_async_v3(int(self._stream)):
-            raise ExportError(f"the engine failed to run a batch of {self.shape[0]}")
+            raise ExportError(f"the engine failed to run a batch of {next(iter(self.shapes.values()))[0]}")
 
     def _record(self) -> None:
         cuda, stream = self._cuda, self._stream

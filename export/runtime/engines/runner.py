@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from export.base.batch import Arrays
+from export.base.batch import Arrays, Inputs
 from export.base.process import Child
 from export.runtime.engines.engine import Engine
-from export.runtime.runner import INPUT, Interface, TimedRunner
+from export.runtime.runner import Interface, TimedRunner
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -30,11 +30,11 @@ class TensorRTRunner(TimedRunner):
         self.runtime = f"{engine.flavour.name} {engine.version}"
 
     def __enter__(self) -> Self:
-        engine, names = self._engine, tuple(self.interface.outputs)
+        engine, names = self._engine, (tuple(self.interface.inputs), tuple(self.interface.outputs))
         self._child = Child(f"running the {engine.flavour.name} engine", _ADVICE)
         self._child.__enter__()
         try:
-            self._child.hold(_DEVICE_ENGINE, engine.flavour, engine.plan, engine.config, names)
+            self._child.hold(_DEVICE_ENGINE, engine.flavour, engine.plan, engine.config, *names)
         except BaseException as error:
             self._child.__exit__(type(error), error, None)
             raise
@@ -45,17 +45,18 @@ class TensorRTRunner(TimedRunner):
 
     def load(self, x: NDArray) -> None:
         """`x` is float32 and contiguous: its way to the device is not part of what `time` says."""
-        self._x = x
+        (name,) = self.interface.inputs
+        self._inputs: Inputs = {name: x}
 
     def step(self) -> Arrays:
-        found: Arrays = self._child.call("infer", {INPUT: self._x})
+        found: Arrays = self._child.call("infer", self._inputs)
         return found
 
     def time(self, count: int) -> list[float]:
         """Seconds of each of `count` runs on what was loaded, by the device's clock; all of it is on the device."""
-        seconds: list[float] = self._child.call("time", {INPUT: self._x}, count)
+        seconds: list[float] = self._child.call("time", self._inputs, count)
         return seconds
 
-    def _run(self, x: NDArray) -> Arrays:
-        self.load(x)
+    def _run(self, inputs: Inputs) -> Arrays:
+        self._inputs = inputs
         return self.step()

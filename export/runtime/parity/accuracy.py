@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from export.base.batch import Arrays, Batch, run_in_batches
+from export.base.batch import Arrays, Batch, named, run_in_batches
 from export.base.errors import ExportError
 from export.base.progress import Progress, sparsely
 from export.runtime.runner import Runner
@@ -217,7 +217,9 @@ class Meter:
 
     def _run(self, runner: Runner, precision: str, progress: Progress) -> Accuracy:
         def infer(images: NDArray) -> Arrays:
-            return run_in_batches(runner.infer, images, self._batch, self._batch.maximum)
+            return run_in_batches(
+                runner.infer, named(images, runner.interface.inputs), self._batch, self._batch.maximum
+            )
 
         say = sparsely(progress)
 

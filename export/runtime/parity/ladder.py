@@ -11,16 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from export.base.batch import Arrays, Batch, at_once, run_in_batches
+from export.base.batch import Arrays, Batch, Inputs, at_once, count_of, resized, rows_of, run_in_batches
 from export.base.errors import ExportError
 from export.base.precision import Precision
 from export.runtime.parity.checks import OperatorChecks
 from export.runtime.parity.network import NetworkCheck, OutputKind, compare
 from export.runtime.parity.rungs import Rung
-from export.runtime.runner import INPUT, Runner
+from export.runtime.runner import Runner
 
-# Two draws of rounding the weights, which were seen to differ by up to 2.5; a broken fold is off by far more.
-FOLDED_FACTOR = 4.0
 ENGINE_FACTOR = 3.0  # k for TensorRT, which chooses its own fusions and accumulation orders
 _OPERATOR_IMAGES = 4  # the operator criterion looks at every element: more images add time, not evidence
 
@@ -30,22 +28,24 @@ class References:
     """What every form is compared with.
 
     Attributes:
-        images: [N, C, H, W], float32.
+        inputs: what all of them are run on.
         rounded: what rounding alone makes of the outputs: name of an unfused network in the precision under test ->
             its outputs by name. `eager` is the user's model, `folded` the same with BatchNorm folded.
         oracle: outputs of the user's model in float64, by name.
         runtime: what ran them.
         seconds: per image of the first of them.
         unusable: unfused network that is no reference -> why.
+        wrong: unfused network that is not the model even without rounding -> how it differs.
         kinds: output name -> what it is; of those not named, [N, classes] are class scores.
     """
 
-    images: NDArray
+    inputs: Inputs
     rounded: Mapping[str, Arrays]
     oracle: Arrays
     runtime: str = "recorded"
     seconds: float = 0.0
     unusable: Mapping[str, str] = field(default_factory=dict)
+    wrong: Mapping[str, str] = field(default_factory=dict)
     kinds: Mapping[str, OutputKind] = field(default_factory=dict)
 
 
@@ -73,19 +73,19 @@ class Execution:
     seconds: float
 
 
-def execute(runner: Runner, images: NDArray, batch: Batch) -> Execution:
+def execute(runner: Runner, inputs: Inputs, batch: Batch) -> Execution:
     """Run a form twice over the images, the second time backwards and in batches of every size that matters."""
-    untouched = images.copy()
-    size = min(batch.maximum, at_once(images)) if runner.in_host_memory else batch.maximum
+    untouched, count = {name: values.copy() for name, values in inputs.items()}, count_of(inputs)
+    size = min(batch.maximum, at_once(inputs)) if runner.in_host_memory else batch.maximum
     with runner:
-        trace = runner.trace({INPUT: operator_images(images, batch)})
+        trace = runner.trace(operator_inputs(inputs, batch))
         started = time.perf_counter()
-        straight = run_in_batches(runner.infer, images, batch, size)
-        seconds = (time.perf_counter() - started) / len(images)
+        straight = run_in_batches(runner.infer, inputs, batch, size)
+        seconds = (time.perf_counter() - started) / count
         parts = []
-        for rows in mixed_rows(len(images), batch, size):
+        for rows in mixed_rows(count, batch, size):
             try:
-                parts.append(runner.infer({INPUT: images[rows]}))
+                parts.append(runner.infer(rows_of(inputs, rows)))
             except ExportError as error:
                 raise ExportError(f"in a batch of {len(rows)}, {error}") from error
     return Execution(
@@ -93,9 +93,9 @@ def execute(runner: Runner, images: NDArray, batch: Batch) -> Execution:
         runtime=runner.runtime,
         file=runner.file,
         straight=straight,
-        again=_rounds({name: np.concatenate([part[name] for part in parts]) for name in straight}, len(images)),
+        again=_rounds({name: np.concatenate([part[name] for part in parts]) for name in straight}, count),
         trace=trace,
-        changed_input=not np.array_equal(images, untouched),
+        changed_input=not all(np.array_equal(values, untouched[name]) for name, values in inputs.items()),
         seconds=seconds,
     )
 
@@ -125,21 +125,26 @@ def _rounds(outputs: Arrays, count: int) -> tuple[Arrays, ...]:
     return tuple(found)
 
 
-def operator_images(images: NDArray, batch: Batch) -> NDArray:
+def operator_inputs(inputs: Inputs, batch: Batch) -> Arrays:
     """The images the operator criterion looks at: about four, fewer large ones, or the smallest batch allowed."""
-    size = max(batch.minimum, min(_OPERATOR_IMAGES, batch.maximum, at_once(images) // 2))
-    return np.resize(images, (size, *images.shape[1:]))
+    return resized(inputs, max(batch.minimum, min(_OPERATOR_IMAGES, batch.maximum, at_once(inputs) // 2)))
 
 
 def reference_rungs(references: References, precision: Precision) -> list[Rung]:
-    """What rounding alone costs: the first unfused network, and the others, which may not differ much from it."""
+    """What rounding alone costs: the first unfused network, and the others beside it.
+
+    Each is one draw of rounding the same network, and no number bounds what two draws may differ by. What they have to
+    be is finite, less than all of the output, and the model itself where nothing is rounded.
+    """
     rungs = [
         Rung(name, references.runtime, precision.name, not_run=reason) for name, reason in references.unusable.items()
     ]
-    first = next(iter(references.rounded.values()))
+    first, factor = next(iter(references.rounded.values())), precision.network_factor
     for name, outputs in references.rounded.items():
-        factor = precision.network_factor if outputs is first else FOLDED_FACTOR
-        checks = compare(outputs, [first], references.oracle, factor, precision.network_floor, references.kinds)
+        rounded = [first] if outputs is first else [first, outputs]
+        checks = compare(outputs, rounded, references.oracle, factor, precision.network_floor, references.kinds)
+        if name in references.wrong:
+            checks = {"(exact)": NetworkCheck.refused(factor, references.wrong[name]), **checks}
         seconds = references.seconds if outputs is first else 0.0
         rungs.append(Rung(name, references.runtime, precision.name, outputs=checks, seconds=seconds))
     return rungs
@@ -173,7 +178,7 @@ def judge(
     )
 
 
-def attempt(runner: Runner, obstacle: str, precision: Precision, images: NDArray, batch: Batch) -> Execution | Rung:
+def attempt(runner: Runner, obstacle: str, precision: Precision, inputs: Inputs, batch: Batch) -> Execution | Rung:
     """What an artefact computes; a rung where this machine cannot run it, or where it should and fails.
 
     `obstacle` says why it cannot, empty where nothing is known to speak against it.
@@ -181,7 +186,7 @@ def attempt(runner: Runner, obstacle: str, precision: Precision, images: NDArray
     if obstacle:
         return Rung(runner.name, runner.runtime, precision.name, runner.file, not_run=obstacle)
     try:
-        return execute(runner, images, batch)
+        return execute(runner, inputs, batch)
     except ExportError as error:
         refused = {"(run)": NetworkCheck.refused(precision.network_factor, str(error))}
         return Rung(runner.name, runner.runtime, precision.name, runner.file, refused)

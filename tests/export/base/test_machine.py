@@ -18,7 +18,7 @@ from export.lowering.runners import EagerRunner, ProgramRunner
 def test_one_version_is_told_everywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Of torch with its build, which the metadata on PyPI leave out."""
     assert installed_version("torch") == installed_versions()["torch"] == torch.__version__
-    names, program = ("output",), SimpleNamespace(image_shape=(3, 8, 8), batch=DEFAULT_BATCH)
+    names, program = ("output",), SimpleNamespace(inputs={"input": (3, 8, 8)}, batch=DEFAULT_BATCH)
     eager = EagerRunner(torch.nn.Identity(), torch.float32, names)
     fused = ProgramRunner(program, PRECISIONS["fp32"], names)  # type: ignore[arg-type]  # it is not run
     assert eager.runtime == fused.runtime == f"torch {torch.__version__}"

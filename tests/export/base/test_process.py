@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from export import ExportError
-from export.base.process import Child, run_in_child
+from export.base.process import Child, ChildFault, run_in_child
 from tests import children
 
 TASK, ADVICE = "building the engine", "lower --workspace"
@@ -54,7 +54,9 @@ def test_a_death_is_one_line_that_says_what_to_lower(case: str) -> None:
 def test_refusals_and_faults_are_told_apart() -> None:
     with pytest.raises(ExportError, match=r"^no such thing$"):
         run("from export.base.errors import ExportError\nraise ExportError('no such thing')")
-    with pytest.raises(ExportError, match=r"^building the engine failed: ZeroDivisionError: division by zero$"):
+    with pytest.raises(ExportError, match=r"^building the engine failed: RuntimeError: no kernel$"):
+        run("raise RuntimeError('no kernel\\nof many lines')")
+    with pytest.raises(ChildFault, match=r"^building the engine failed: ZeroDivisionError: division.*\n\nTraceback"):
         run("1 / 0")
     with pytest.raises(ExportError, match="failed: ModuleNotFoundError"):
         run_in_child(TASK, ADVICE, "no_such_module:f")
@@ -92,7 +94,7 @@ def test_an_object_is_held_between_requests_and_closed_at_the_end(tmp_path: Path
     with Child(TASK) as child:
         child.hold(COUNTER, 5, str(closed))
         assert child.call("add", 2) == 7 and child.call("add", 1) == 8
-        with pytest.raises(ExportError, match="failed: TypeError"):
+        with pytest.raises(ChildFault, match="failed: TypeError"):
             child.call("add", "one")
         assert child.call("add", 1) == 9 and not closed.exists()
     assert closed.read_text() == "9"

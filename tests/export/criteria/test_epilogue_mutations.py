@@ -193,7 +193,7 @@ def test_a_wrong_activation_in_a_file_is_refused(
     defect: str, form: str, programs: Mapping[str, FusedProgram], images: Tensor
 ) -> None:
     name, edit = IN_FILES[defect]
-    file = lower_onnx(programs[name], images, PRECISIONS[form], {})
+    file = lower_onnx(programs[name], PRECISIONS[form], {})
     right = OnnxRuntimeRunner(file, PRECISIONS[form])
     assert accepts(programs[name], right, images, form)
     broken = replace(file, model=edited(file.model, edit))

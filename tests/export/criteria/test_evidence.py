@@ -113,8 +113,8 @@ RIGHT: dict[str, tuple[Callable[[], nn.Module], str]] = {
 
 def looked_at(model: nn.Module, images: Tensor, precision: str) -> Evidence:
     program, p = fuse(model, images, BATCH), PRECISIONS[precision]
-    references = run_references(model, program, output_names(program.graph_module), images.numpy(), p)
-    return check_evidence(program.source, images, references, p)
+    references = run_references(model, program, output_names(program.graph_module), {"input": images.numpy()}, p)
+    return check_evidence(program.source, {"input": images}, references, p)
 
 
 @pytest.mark.parametrize("name", RIGHT)

@@ -32,7 +32,7 @@ NAMES = ("output",)
 def refuses(subject: Fused, runner: Runner, precision: str, program: FusedProgram | None = None) -> bool:
     """What `judged` says, without the operators where the outputs are refused already."""
     p, references = PRECISIONS[precision], subject.references[precision]
-    execution = execute(runner, subject.images.numpy().copy(), BATCH)
+    execution = execute(runner, {"input": subject.images.numpy().copy()}, BATCH)
     if not judge(execution, references, p, p.network_factor):
         return True
     return not check_operators(program or subject.program, p, execution.trace, runner.name == "onnx")

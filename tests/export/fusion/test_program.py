@@ -242,7 +242,7 @@ SHORTCUTS = [
 def test_graph_of_two_heads_has_two_outputs(fused: Mapping[Any, Fused]) -> None:
     graph = describe_graph(fused[networks.two_heads].program.master)
     assert [(n["role"], n["name"], n["kind"]) for n in graph["nodes"]] == [
-        ("input", "x", ""), ("fused", "conv", "conv2d_bias_act"), ("fused", "head", "mean_linear"),
+        ("input", "input", ""), ("fused", "conv", "conv2d_bias_act"), ("fused", "head", "mean_linear"),
         ("fused", "mask", "conv2d_bias_act"), ("output", "scores", ""), ("output", "mask", ""),
     ]  # fmt: skip
     pairs = [(e["from"], e["to"]) for e in graph["edges"]]

@@ -21,7 +21,6 @@ from export import Batch, fuse
 from export.base.precision import PRECISIONS
 from export.lowering.onnx_file import OnnxFile, lower_onnx
 from export.runtime.onnx_session import rounded_copy
-from export.runtime.parity.ladder import FOLDED_FACTOR
 from export.runtime.parity.network import compare
 from tests.export.networks import BATCH, Fused
 
@@ -103,20 +102,20 @@ def test_every_named_value_is_what_its_module_computes(
     oracle, rounded = (computed(network.model, network.images, dtype) for dtype in (torch.float64, p.dtype))
     values = rounded_values(file, network.images, *MODULES)
     got = {name: value.reshape(oracle[name].shape) for name, value in zip(MODULES, values, strict=True)}
-    for name, check in compare(got, [rounded], oracle, FOLDED_FACTOR, p.network_floor).items():
+    for name, check in compare(got, [rounded], oracle, p.network_factor, p.network_floor).items():
         assert check, f"{name}: {check.reason}"
 
 
 def test_the_same_model_gives_the_same_bytes(resnet8: Fused) -> None:
     """That the file takes any batch is told by `judged`, which runs it in two sizes."""
     model, images = resnet8.model, resnet8.images
-    first, second = (lower_onnx(fuse(model, images, BATCH), images, PRECISIONS["fp32"], {}) for _ in range(2))
+    first, second = (lower_onnx(fuse(model, images, BATCH), PRECISIONS["fp32"], {}) for _ in range(2))
     assert first.serialize() == second.serialize()
 
 
 def test_a_static_batch_is_a_fixed_shape(resnet8: Fused) -> None:
     program = fuse(resnet8.model, resnet8.images, Batch(4, 4, 4))
-    graph = lower_onnx(program, resnet8.images, PRECISIONS["fp16"], {}).model.graph
+    graph = lower_onnx(program, PRECISIONS["fp16"], {}).model.graph
     assert [dim.dim_value for dim in graph.input[0].type.tensor_type.shape.dim] == [4, 3, 32, 32]
     assert [dim.dim_value for dim in graph.output[0].type.tensor_type.shape.dim] == [4, 10]
 
@@ -124,7 +123,7 @@ def test_a_static_batch_is_a_fixed_shape(resnet8: Fused) -> None:
 def test_rounded_copy_rounds_every_value() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
     images = torch.randn(2, 3, 8, 8)
-    file = lower_onnx(fuse(model, images, BATCH), images, PRECISIONS["bf16"], {})
+    file = lower_onnx(fuse(model, images, BATCH), PRECISIONS["bf16"], {})
     (hidden,) = rounded_values(file, images, "0")
     assert hidden.dtype == np.float32 and hidden.any()
     assert (hidden.view(np.uint32) & 0xFFFF == 0).all()  # a bfloat16 is a float32 whose lower half is zero

@@ -210,7 +210,7 @@ def test_a_cost_is_the_error_with_that_layer_alone(wide: q8.Subject, monkeypatch
     """Relative to the float network, on the pictures that were given; the highest first, and progress is told."""
     monkeypatch.setattr("export.base.progress._SECONDS", 0.0)
     x, said = wide.images[:4], list[str]()
-    costs = layer_costs(wide.program.master, wide.calibration.ranges, x, said.append)
+    costs = layer_costs(wide.program.master, wide.calibration.ranges, {"input": x}, said.append)
     assert said == [f"quantise one layer at a time: {done} of 3 done" for done in range(3)]
     assert costs[0].name == "middle" and costs[0].error > 5 * costs[1].error > 5 * costs[2].error > 0
     for cost in costs:
@@ -223,7 +223,7 @@ def test_of_several_outputs_the_first_counts(pictures: dict[str, Tensor]) -> Non
     torch.manual_seed(0)
     model = Called(lambda x, m: (m.shown(x), m.other(x)), shown=nn.Conv2d(3, 4, 1), other=nn.Conv2d(3, 4, 1))
     subject = q8.quantised(model.eval(), pictures["resnet8"])
-    first, second = layer_costs(subject.program.master, subject.calibration.ranges, subject.images)
+    first, second = layer_costs(subject.program.master, subject.calibration.ranges, {"input": subject.images})
     assert (first.name, second.name, second.error) == ("shown", "other", 0.0) and first.error > 0
 
 

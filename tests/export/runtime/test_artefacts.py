@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from export import ExportError, MissingDependency
-from export.base.batch import Arrays
+from export.base.batch import Arrays, Inputs
 from export.runtime.artefacts import artefacts, running, running_first
 from export.runtime.bundle.contents import open_bundle
 from export.runtime.bundle.folder import FORMAT
@@ -138,7 +138,8 @@ def test_an_engine_runs_in_batches_it_accepts(
     """The device is a stand-in: what it is given is the plan and batches of 1 to 8."""
     seen: list[Any] = []
 
-    def run_on_device(runner: TensorRTRunner, x: NDArray) -> Arrays:
+    def run_on_device(runner: TensorRTRunner, inputs: Inputs) -> Arrays:
+        x = inputs["input"]
         seen.append((runner._engine.plan, len(x)))
         return {"output": x.mean(axis=(1, 2))[:, :10]}
 

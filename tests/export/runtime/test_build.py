@@ -12,10 +12,9 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from export import ExportError
-from export.base.batch import Arrays
+from export.base.batch import Arrays, Inputs
 from export.runtime import build as build_module
 from export.runtime.artefacts import artefacts
 from export.runtime.build import DeviceBuild, build_on_device
@@ -66,8 +65,8 @@ class Runner(TensorRTRunner):
     def __exit__(self, *error: object) -> None:
         return None
 
-    def _run(self, x: NDArray) -> Arrays:
-        return {"output": x.sum((2, 3)) + np.float32(self._off)}
+    def _run(self, inputs: Inputs) -> Arrays:
+        return {"output": inputs["input"].sum((2, 3)) + np.float32(self._off)}
 
 
 @pytest.fixture(autouse=True)
@@ -125,9 +124,8 @@ def test_an_engine_is_built_verified_and_put_in_place(builder: Builder, cache: P
     assert steps == ["check the files", "build the tensorrt engine", f"run {found.file}", f"put it in {place}"]
     assert place.parent == cache and place.name.startswith("b-tensorrt-") and [*cache.iterdir()] == [place]
     assert stat.S_IMODE(cache.stat().st_mode) == 0o700
-    assert builder.asked == [
-        (summing.network("first"), "tensorrt", open_bundle(path).batch, (3, 4, 4), DEFAULT_ENGINE, frozenset())
-    ]  # fmt: skip
+    batch, inputs = open_bundle(path).batch, {"input": (3, 4, 4)}
+    assert builder.asked == [(summing.network("first"), "tensorrt", batch, inputs, DEFAULT_ENGINE, frozenset())]
     manifest, files = read_verified(place)
     assert files.keys() == {ENGINE, LAYERS} and found.size == len(files[ENGINE]) == found.file.stat().st_size
     assert json.loads(files[LAYERS]) == [{"onnx": open_bundle(path).onnx_sha256}]
@@ -267,7 +265,7 @@ def test_an_engine_in_place_that_fails_is_refused_and_stays(builder: Builder, ca
                                                             monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     build(path)
     before = tree(cache)
-    monkeypatch.setattr(Runner, "_run", lambda self, x: {"output": x.mean((2, 3))})
+    monkeypatch.setattr(Runner, "_run", lambda self, inputs: {"output": inputs["input"].mean((2, 3))})
     found = build(path)
     assert not found and found.origin == "kept" and tree(cache) == before
 

@@ -10,13 +10,14 @@ import pytest
 from numpy.typing import NDArray
 
 from export import Batch, ExportError
-from export.base.batch import Arrays
+from export.base.batch import Arrays, Inputs
 from export.runtime.onnx_session import OnnxRunner
 from export.runtime.runner import Interface, Runner
 
 SHAPES: dict[str, tuple[int | str, ...] | None] = {"logits": ("batch", 5), "classes": None}
-INTERFACE = Interface(SHAPES, (1, 4, 4), Batch(2, 2, 3))
+INTERFACE = Interface(SHAPES, {"input": (1, 4, 4)}, Batch(2, 2, 3))
 X = np.ones((2, 1, 4, 4), np.float32)
+PIXELS = {"pixels": (1, 4, 4)}
 
 
 class Answers(Runner):
@@ -28,7 +29,8 @@ class Answers(Runner):
         super().__init__(INTERFACE)
         self._change = change
 
-    def _run(self, x: NDArray) -> Arrays:
+    def _run(self, inputs: Inputs) -> Arrays:
+        x = inputs["input"]
         return self._change({"logits": np.ones((len(x), 5), np.float16), "classes": np.zeros(len(x), np.int64)})
 
 
@@ -93,16 +95,16 @@ def test_an_onnx_file_runs_by_its_own_names_and_says_why_it_does_not(
     ]
     graph = onnx.helper.make_graph(nodes, "g", [x], [y], [shape])
     content = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
-    with OnnxRunner(content.SerializeToString, Interface.of(["twice"]), input_name="pixels") as runner:
-        first, second = (runner.infer({"input": x})["twice"] for x in (X, 3 * X))
+    with OnnxRunner(content.SerializeToString, Interface.of(["twice"], PIXELS)) as runner:
+        first, second = (runner.infer({"pixels": x})["twice"] for x in (X, 3 * X))
         assert first.dtype == np.float32 and (first == 2).all() and (second == 6).all()
         with pytest.raises(ExportError, match=r"^onnx does not run: .*ONNXRuntimeError"):
-            runner.infer({"input": X[:1]})
+            runner.infer({"pixels": X[:1]})
         monkeypatch.setattr(runner, "step", lambda: [])
         with pytest.raises(ExportError, match=r"^onnx gives 0 outputs: expected twice"):
-            runner.infer({"input": X})
+            runner.infer({"pixels": X})
     with (
-        OnnxRunner(content.SerializeToString, Interface.of(["logits"]), input_name="pixels") as runner,
+        OnnxRunner(content.SerializeToString, Interface.of(["logits"], PIXELS)) as runner,
         pytest.raises(ExportError, match=r"^onnx does not run: .*logits"),
     ):
-        runner.infer({"input": X})
+        runner.infer({"pixels": X})

@@ -19,6 +19,7 @@ from kernels.oracle import make_inputs, oracle, p1_failures
 from kernels.rounding import MAX_Z
 from tests.kernels.cases import CASES, DTYPES, NETWORK_CASES, ONE_OF_EACH, SMALL
 from tests.kernels.launching import composition, operator, same
+from tests.kernels.strategies import OPERATORS as DRAWN
 from tests.kernels.strategies import is_dense
 
 # Without the convolutions of the networks, which add nothing but size.
@@ -26,7 +27,7 @@ REFERENCE_CASES = {name: p for name, p in CASES.items() if name.removeprefix("co
 
 
 def test_one_of_each_covers_every_operator() -> None:
-    assert {problem.operator for problem in ONE_OF_EACH.values()} == OPERATORS.keys()
+    assert {problem.operator for problem in ONE_OF_EACH.values()} == OPERATORS.keys() == DRAWN.keys()
 
 
 @pytest.mark.parametrize("name", REFERENCE_CASES)

@@ -107,7 +107,7 @@ def test_a_network_of_them_is_right_in_every_form(word: str, images: Tensor) -> 
     assert kinds(program) == [CONV] * 4 + [PROJECTION, HEAD], str(program.coverage)
     for precision in TRIED[word]:
         p = PRECISIONS[precision]
-        file = lower_onnx(program, images, p, {})
+        file = lower_onnx(program, p, {})
         for runner in (ProgramRunner(program, p, ("output",)), OnnxRuntimeRunner(file, p)):
             rung = judged(runner, network, program, precision)
             assert rung, (precision, runner.name, rung.verdict)

@@ -1,7 +1,7 @@
 """TensorRT's runtime and CUDA's on numpy: device memory is host memory, and misuse is an error as on a device.
 
 The module stands in for `tensorrt`; a test holds its public names against those of the real package. The network it
-"runs" sums every channel of its input. Plans are JSON.
+"runs" sums every channel of its inputs. Plans are JSON.
 """
 
 from __future__ import annotations
@@ -31,10 +31,16 @@ __version__ = "10.3.0"
 FLAVOUR = replace(FLAVOURS["tensorrt"], module=__name__)
 
 
-def plan(smallest: int = 1, largest: int = 8, behaviour: str = "", outputs: dict[str, str] | None = None) -> bytes:
+def plan(
+    smallest: int = 1,
+    largest: int = 8,
+    behaviour: str = "",
+    outputs: dict[str, str] | None = None,
+    inputs: dict[str, tuple[int, ...]] | None = None,
+) -> bytes:
     """A plan for inputs [N, 3, 4, 4]; `behaviour`: `crash`, `fails`, `silent` (writes nothing) or `no context`."""
     record = {"batch": [smallest, largest], "behaviour": behaviour, "outputs": outputs or {"output": "FLOAT"}}
-    return json.dumps(record).encode()
+    return json.dumps({**record, "inputs": inputs or {"input": (3, 4, 4)}}).encode()
 
 
 def images(count: int, seed: int = 0) -> NDArray[np.float32]:
@@ -58,7 +64,7 @@ class Runtime:
 class ICudaEngine:
     def __init__(self, record: dict[str, Any], runtime: Runtime) -> None:
         self._record, self._runtime = record, runtime
-        self._names = [*record["outputs"], "input"]
+        self._names = [*record["outputs"], *record["inputs"]]
 
     @property
     def num_io_tensors(self) -> int:
@@ -68,15 +74,15 @@ class ICudaEngine:
         return self._names[index]
 
     def get_tensor_mode(self, name: str) -> TensorIOMode:
-        return TensorIOMode.INPUT if name == "input" else TensorIOMode.OUTPUT
+        return TensorIOMode.INPUT if name in self._record["inputs"] else TensorIOMode.OUTPUT
 
     def get_tensor_dtype(self, name: str) -> DataType:
-        return DataType.FLOAT if name == "input" else getattr(DataType, self._record["outputs"][name])
+        return getattr(DataType, self._record["outputs"].get(name, "FLOAT"))
 
     def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
-        assert name == "input" and profile == 0
+        assert profile == 0
         smallest, largest = self._record["batch"]
-        return [(size, 3, 4, 4) for size in (smallest, largest, largest)]
+        return [(size, *self._record["inputs"][name]) for size in (smallest, largest, largest)]
 
     def create_execution_context(self, config: object = None) -> IExecutionContext | None:
         self.config = config
@@ -87,17 +93,16 @@ class IExecutionContext:
     def __init__(self, engine: ICudaEngine) -> None:
         self._engine, self._record = engine, engine._record
         self._addresses: dict[str, int] = {}
-        self._shape: tuple[int, ...] | None = None
+        self._shapes: dict[str, tuple[int, ...]] = {}
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        assert name == "input"
+        assert name in self._record["inputs"]
         smallest, largest = self._record["batch"]
-        self._shape = shape
+        self._shapes[name] = shape
         return smallest <= shape[0] <= largest
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        assert self._shape is not None
-        return self._shape if name == "input" else self._shape[:2]
+        return self._shapes.get(name) or self._output
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self._addresses[name] = address
@@ -108,17 +113,22 @@ class IExecutionContext:
             os.abort()
         if self._record["behaviour"] == "fails":
             return False
-        assert self._addresses.keys() == {"input", *self._record["outputs"]}
+        assert self._addresses.keys() == {*self._shapes, *self._record["outputs"]}
         if self._record["behaviour"] != "silent":
             present.submit(stream_handle, self._run)
         return True
 
+    @property
+    def _output(self) -> tuple[int, ...]:
+        assert self._shapes.keys() == self._record["inputs"].keys()
+        return next(iter(self._shapes.values()))[:2]
+
     def _run(self) -> None:
-        assert self._shape is not None
-        x = present.view(self._addresses["input"], np.dtype(np.float32), self._shape)
+        found = [present.view(self._addresses[n], np.dtype(np.float32), s) for n, s in self._shapes.items()]
+        total = sum(x.sum(axis=tuple(range(2, x.ndim))) for x in found)
         for name, kind in self._record["outputs"].items():
             dtype = {"FLOAT": np.float32, "HALF": np.float16, "INT64": np.int64}[kind]
-            present.view(self._addresses[name], np.dtype(dtype), self._shape[:2])[...] = x.sum(axis=(2, 3))
+            present.view(self._addresses[name], np.dtype(dtype), self._output)[...] = total
 
 
 class FakeCuda:
@@ -257,7 +267,9 @@ def device(memory: int = 2**20) -> Iterator[FakeCuda]:
         yield cuda
 
 
-def device_engine(flavour: Flavour, content: bytes, config: EngineConfig, names: tuple[str, ...]) -> DeviceEngine:
+def device_engine(
+    flavour: Flavour, content: bytes, config: EngineConfig, inputs: tuple[str, ...], names: tuple[str, ...]
+) -> DeviceEngine:
     """A DeviceEngine for a process of its own, which ends with its device."""
     mock.patch(IMPORT_CUDA, lambda extra: present).start()
-    return DeviceEngine(flavour, content, config, names)
+    return DeviceEngine(flavour, content, config, inputs, names)

@@ -30,16 +30,16 @@ SHAPE = (3, 32, 32)
 @pytest.fixture(scope="module")
 def onnx_files(calibrated: dict[str, nn.Module], pictures: dict[str, Tensor]) -> dict[str, bytes]:
     program = fuse(calibrated["resnet8"], pictures["resnet8"], BATCH)
-    return {name: lower_onnx(program, pictures["resnet8"], p, {}).serialize() for name, p in PRECISIONS.items()}
+    return {name: lower_onnx(program, p, {}).serialize() for name, p in PRECISIONS.items()}
 
 
 def build_quantised(content: bytes, config: EngineConfig = DEFAULT_ENGINE, *kept: str) -> Engine:
-    return build_engine(content, RTX, INT8, qdq.BATCH, qdq.SHAPE, config, frozenset(kept))
+    return build_engine(content, RTX, INT8, qdq.BATCH, {"input": qdq.SHAPE}, config, frozenset(kept))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_engine_is_built_in_the_precision_asked_for(precision: str, onnx_files: dict[str, bytes]) -> None:
-    engine = build_engine(onnx_files[precision], RTX, PRECISIONS[precision], BATCH, SHAPE)
+    engine = build_engine(onnx_files[precision], RTX, PRECISIONS[precision], BATCH, {"input": SHAPE})
     assert engine.convolutions == 9
     assert len(engine.plan) > 10_000 and engine.version and engine.seconds > 0
     kind = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}[precision]
@@ -56,7 +56,7 @@ def test_a_quantised_engine_is_built() -> None:
 def test_an_engine_that_is_not_what_was_asked_is_impossible(onnx_files: dict[str, bytes]) -> None:
     """The proof has its own tests: here, that it is asked for."""
     with pytest.raises(ExportError, match="would compute in"):
-        build_engine(onnx_files["fp32"], RTX, FP16, BATCH, SHAPE)
+        build_engine(onnx_files["fp32"], RTX, FP16, BATCH, {"input": SHAPE})
     with pytest.raises(ExportError, match="would not compute in INT8"):
         build_quantised(qdq.network(kept="stage1.conv1"))
 
@@ -64,7 +64,7 @@ def test_an_engine_that_is_not_what_was_asked_is_impossible(onnx_files: dict[str
 @pytest.mark.parametrize("content", [b"", b"not an ONNX file", b"\x08\x08" * 50])
 def test_file_that_is_no_onnx_model_is_refused_in_one_line(content: bytes) -> None:
     with pytest.raises(ExportError, match=r"the ONNX file|an ONNX file|could not build an engine") as error:
-        build_engine(content, RTX, FP16, BATCH, SHAPE)
+        build_engine(content, RTX, FP16, BATCH, {"input": SHAPE})
     assert "\n" not in str(error.value)
 
 
@@ -85,7 +85,7 @@ def test_the_builders_messages_are_in_the_log(caplog: pytest.LogCaptureFixture) 
 def test_missing_package_names_the_command_that_installs_it() -> None:
     absent = Flavour("tensorrt-rtx", "no_such_module", "x.engine", "x.json", needs_gpu=False, inspects=False)
     with pytest.raises(MissingDependency, match=r"pip install -e '\.\[tensorrt-rtx\]'"):
-        build_engine(b"", absent, FP16, BATCH, SHAPE)
+        build_engine(b"", absent, FP16, BATCH, {"input": SHAPE})
     assert "no_such_module is not installed" in why_not_buildable(absent)
 
 
@@ -94,7 +94,7 @@ def test_a_builder_that_dies_says_what_to_lower(monkeypatch: pytest.MonkeyPatch)
     child = Mock(side_effect=ExportError("it died"))
     monkeypatch.setattr(tensorrt_engine, "run_in_child", child)
     with pytest.raises(ExportError, match="it died"):
-        build_engine(b"", RTX, FP16, BATCH, SHAPE)
+        build_engine(b"", RTX, FP16, BATCH, {"input": SHAPE})
     advice = "lower EngineConfig.workspace_mib or EngineConfig.optimization_level"
     assert child.call_args.args[:2] == ("building the tensorrt-rtx engine", advice)
 
@@ -174,7 +174,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def build_full(content: bytes, config: EngineConfig = DEFAULT_ENGINE, batch: Batch = qdq.BATCH) -> Engine:
-    return build_worker.build(content, FULL, INT8, batch, qdq.SHAPE, config, ())
+    return build_worker.build(content, FULL, INT8, batch, {"input": qdq.SHAPE}, config, ())
 
 
 def test_a_full_tensorrt_is_looked_at_after_the_build(full: SimpleNamespace) -> None:
@@ -262,6 +262,6 @@ def test_a_full_tensorrt_builds_on_the_device_only(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_full_tensorrt_builds_the_same_network(precision: str, onnx_files: dict[str, bytes]) -> None:
     pytest.importorskip("tensorrt", reason="needs the full TensorRT package")
-    engine = build_engine(onnx_files[precision], FULL, PRECISIONS[precision], BATCH, SHAPE)
+    engine = build_engine(onnx_files[precision], FULL, PRECISIONS[precision], BATCH, {"input": SHAPE})
     assert engine.convolutions == 9 and engine.layers
-    assert build_engine(qdq.network(), FULL, INT8, qdq.BATCH, qdq.SHAPE).convolutions == 2
+    assert build_engine(qdq.network(), FULL, INT8, qdq.BATCH, {"input": qdq.SHAPE}).convolutions == 2

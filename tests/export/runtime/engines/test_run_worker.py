@@ -21,7 +21,7 @@ PLAIN = EngineConfig()
 
 
 def loaded(content: bytes, *names: str, config: EngineConfig = PLAIN) -> DeviceEngine:
-    return DeviceEngine(FLAVOUR, content, config, names or ("output",))
+    return DeviceEngine(FLAVOUR, content, config, ("input",), names or ("output",))
 
 
 def test_batches_of_any_size_in_any_order_and_everything_is_given_back() -> None:
@@ -62,6 +62,23 @@ def test_outputs_come_in_the_order_asked_for_and_wide_enough() -> None:
     with device():
         found = loaded(plan(outputs=kinds), "half", "classes").infer({"input": images(2)})
     assert {name: a.dtype.name for name, a in found.items()} == {"half": "float32", "classes": "int64"}
+
+
+def test_several_inputs_are_put_in_place_by_name() -> None:
+    content = plan(inputs={"left": (3, 4, 4), "state": (3,)})
+    with device() as cuda:
+        with pytest.raises(ExportError, match="the engine has output, left, state: expected input and output"):
+            loaded(content)
+        engine = DeviceEngine(FLAVOUR, content, PLAIN, ("state", "left"), ("output",))
+        for count in (3, 8, 3):
+            x, state = images(count, count), images(count)[:, :, 0, 0]
+            found = engine.infer({"state": state, "left": x})["output"]
+            np.testing.assert_allclose(found, x.sum(axis=(2, 3)) + state, rtol=1e-6)
+            assert len(cuda.memory) == 3
+        with pytest.raises(ExportError, match=r"takes state of shape \(1, 3\) to \(8, 3\), got \(2, 4\)"):
+            engine.infer({"left": images(2), "state": np.zeros((2, 4), np.float32)})
+        engine.close()
+        assert not cuda.memory
 
 
 def test_runs_are_timed_behind_runs_that_do_not_count() -> None:

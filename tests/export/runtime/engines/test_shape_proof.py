@@ -37,6 +37,8 @@ class Pools(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         largest = {f"max{i}": F.max_pool2d(x, *a) for i, a in enumerate(self.largest)}
+        sizes: list[tuple[int, int]] = [(1, 1), (1, 13), (11, 1)]
+        largest |= {f"adaptive{i}": F.adaptive_max_pool2d(x, size) for i, size in enumerate(sizes)}
         return largest | {f"average{i}": F.avg_pool2d(x, *a) for i, a in enumerate(self.averages)}
 
 
@@ -55,7 +57,7 @@ def prove(trt: Any, content: bytes) -> None:
 
 def test_every_pool_has_pytorchs_windows_and_values_everywhere(trt: Any) -> None:
     model, x = Pools().eval(), torch.randn(2, 3, 11, 13, generator=torch.Generator().manual_seed(0))
-    file = lower_onnx(fuse(model, x, BATCH), x, FP32, {})
+    file = lower_onnx(fuse(model, x, BATCH), FP32, {})
     with OnnxRuntimeRunner(file, FP32) as runner:
         found = runner.infer({"input": x.numpy()})
     wrong = [name for name, y in model(x).items() if found[name].shape != y.shape]
@@ -85,16 +87,22 @@ def test_an_engine_of_other_shapes_is_refused_in_words(trt: Any) -> None:
         r"^pool \(POOLING\) would give pooled the shape \[N, 3, 10, 10\]: expected \[N, 3, 9, 9\], as in the ONNX file$"
     )
     with pytest.raises(ExportError, match=words):
-        build_engine(content, RTX, FP32, BATCH, (3, 17, 17))
+        build_engine(content, RTX, FP32, BATCH, {"input": (3, 17, 17)})
     for known in (["N", 3, 8, 8], ["N", 3, "H", 8], [None, None, None, None], None):
         prove(trt, pooling(known))
     with pytest.raises(ExportError, match=r"expected \[N, 3, 8\]"):
         prove(trt, pooling(["N", 3, 8]))
 
 
+def test_windows_that_onnx_does_not_have_are_refused() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 3, 1), nn.AdaptiveMaxPool2d((1, 5))).eval(), torch.randn(2, 3, 11, 13)
+    with pytest.raises(ExportError, match=r"as ONNX: adaptive_max_pool2d of 11 x 13 to 1 x 5: expected sizes that"):
+        lower_onnx(fuse(model, x, BATCH), FP32, {})
+
+
 def test_what_the_parser_refuses_is_refused_by_name() -> None:
     with pytest.raises(ExportError, match=r"cannot parse the ONNX file: pool \(MaxPool\): .*dilations"):
-        build_engine(pooling(["N", 3, 8, 8], dilations=[2, 2]), RTX, FP32, BATCH, (3, 17, 17))
+        build_engine(pooling(["N", 3, 8, 8], dilations=[2, 2]), RTX, FP32, BATCH, {"input": (3, 17, 17)})
 
 
 def test_shapes_are_read_from_the_bytes_as_onnx_reads_them() -> None:

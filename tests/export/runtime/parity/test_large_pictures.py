@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from unittest.mock import patch
 
@@ -16,7 +17,7 @@ from export.base.precision import PRECISIONS
 from export.criteria.operators import check_operators
 from export.criteria.references import run_references
 from export.lowering.runners import EagerRunner, ProgramRunner
-from export.runtime.parity.ladder import execute, operator_images
+from export.runtime.parity.ladder import execute, operator_inputs
 from tests.export.criteria import mutants
 from tests.export.networks import BATCH, Fused
 
@@ -28,11 +29,11 @@ FP16 = PRECISIONS["fp16"]
     [((224, 224), 41, 4), ((256, 256), 32, 4), ((512, 512), 8, 4), ((512, 1024), 4, 2), ((4000, 3000), 2, 1)],
 )
 def test_how_many_pictures_are_computed_on_together(size: tuple[int, int], run: int, shown: int) -> None:
-    images: NDArray = np.broadcast_to(np.float32(0), (16, 1, *size))
-    assert at_once(images) == run
-    with patch("export.runtime.parity.ladder.np.resize", lambda x, shape: np.broadcast_to(np.float32(0), shape)):
-        assert len(operator_images(images, Batch(1, 8, 32))) == shown
-        assert len(operator_images(images, Batch(8, 8, 8))) == 8  # it takes no fewer
+    inputs: dict[str, NDArray] = {"input": np.broadcast_to(np.float32(0), (16, 1, *size))}
+    assert at_once(inputs) == run
+    with patch("export.base.batch.np.resize", lambda x, shape: np.broadcast_to(np.float32(0), shape)):
+        assert len(operator_inputs(inputs, Batch(1, 8, 32))["input"]) == shown
+        assert len(operator_inputs(inputs, Batch(8, 8, 8))["input"]) == 8  # it takes no fewer
 
 
 class Counting(ProgramRunner):
@@ -50,7 +51,7 @@ def test_large_pictures_run_few_at_once_and_a_wrong_corner_is_refused(
     images = subject.images.numpy()
     monkeypatch.setattr(batch, "_PIXELS_AT_ONCE", 2 * images[0, 0].size)
     runner = Counting(subject.program, FP16, ("output",))
-    execution = execute(runner, images, BATCH)
+    execution = execute(runner, {"input": images}, BATCH)
     assert max(runner.sizes) == 2 and sum(runner.sizes) >= 2 * len(images)
     assert len(execution.straight["output"]) == len(images) and {len(x) for x in execution.trace.values()} == {1}
     assert check_operators(subject.program, FP16, execution.trace)
@@ -58,8 +59,24 @@ def test_large_pictures_run_few_at_once_and_a_wrong_corner_is_refused(
         wrong = mutants.MUTANTS[operator]["one corner pixel wrong"]
         if any(node.target is operator for node in subject.program.master.graph.nodes):
             broken = ProgramRunner(subject.program, FP16, ("output",), operators=wrong.operators(subject.program))
-            assert not check_operators(subject.program, FP16, execute(broken, images, BATCH).trace)
+            assert not check_operators(subject.program, FP16, execute(broken, {"input": images}, BATCH).trace)
     with patch.object(EagerRunner, "_run", autospec=True, side_effect=EagerRunner._run) as run:
-        references = run_references(subject.model, subject.program, ("output",), images, FP16)
-    assert {len(call.args[1]) for call in run.call_args_list} == {2}
+        references = run_references(subject.model, subject.program, ("output",), {"input": images}, FP16)
+    assert {len(call.args[1]["input"]) for call in run.call_args_list} == {2}
     assert torch.tensor(references.oracle["output"]).shape[0] == len(images)
+
+
+def test_what_a_check_computed_is_freed_when_it_ends(fused: Mapping[str, Fused]) -> None:
+    """Nothing waits for the garbage collector, which counts objects and not their size."""
+    subject = fused["basic"]
+    images = {"input": subject.images.numpy()}
+    trace = execute(ProgramRunner(subject.program, FP16, ("output",)), images, BATCH).trace
+    gc.collect()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        assert check_operators(subject.program, FP16, trace)
+        gc.collect()
+        assert not [x for x in gc.garbage if isinstance(x, torch.Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()

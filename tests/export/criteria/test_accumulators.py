@@ -1,0 +1,111 @@
+"""Sums are accumulated in float32 and rounded to nearest: what rounds or truncates on the way is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from export import FusedProgram, fuse
+from export.base.precision import PRECISIONS
+from export.criteria.operators import check_operators
+from export.lowering.onnx_file import lower_onnx
+from export.lowering.runners import OnnxRuntimeRunner, ProgramRunner
+from export.runtime.parity.checks import OperatorChecks
+from export.runtime.runner import Runner
+from tests.export.criteria.mutants import CONV
+from tests.export.networks import BATCH
+
+CHANNELS = 512  # 4608 products in a sum, as in the last stage of ResNet-18 and 50
+NAMES = ("output",)
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return torch.randn(4, CHANNELS, 8, 8, generator=torch.Generator().manual_seed(0)).relu()
+
+
+@pytest.fixture(scope="module")
+def program(images: Tensor) -> FusedProgram:
+    torch.manual_seed(0)
+    return fuse(nn.Sequential(nn.Conv2d(CHANNELS, 64, 3, 2, 1), nn.ReLU()).eval(), images, BATCH)
+
+
+def checks_of(program: FusedProgram, runner: Runner, images: Tensor, precision: str) -> OperatorChecks:
+    with runner:
+        trace = runner.trace({"input": images.numpy()})
+    return check_operators(program, PRECISIONS[precision], trace, runner.name == "onnx")
+
+
+def truncated(total: Tensor) -> Tensor:
+    """float64 towards zero, to float32."""
+    single = total.float()
+    return torch.where(single.abs().double() > total.abs(), torch.nextafter(single, torch.zeros(())), single).double()
+
+
+def summed(add: Callable[[Tensor, Tensor], Tensor], step: int, *arguments: Any) -> Tensor:
+    """The convolution, its sum taken `step` products at a time."""
+    x, weight, bias, _, stride, padding = arguments[:6]
+    columns = F.unfold(x.double(), weight.shape[2:], padding=padding, stride=stride)
+    rows = weight.double().contiguous().flatten(1)
+    total = torch.zeros(len(x), len(rows), columns.shape[2], dtype=torch.float64)
+    for start in range(0, rows.shape[1], step):
+        total = add(total, rows[:, start : start + step] @ columns[:, start : start + step])
+    y = (total.float() + bias.float()[:, None]).relu().to(x.dtype).unflatten(2, (x.shape[2] // 2, x.shape[3] // 2))
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+def exactly(total: Tensor, part: Tensor) -> Tensor:
+    return total + part
+
+
+def truncating(total: Tensor, part: Tensor) -> Tensor:
+    return truncated(total + part)
+
+
+def in_tiles(dtype: torch.dtype, total: Tensor, part: Tensor) -> Tensor:
+    return total + part.to(dtype).double()
+
+
+def test_right_sums_are_accepted(program: FusedProgram, images: Tensor, precision: str) -> None:
+    """Also those of tensor cores, which truncate after every 8 products or more."""
+    p = PRECISIONS[precision]
+    runners = [ProgramRunner(program, p, NAMES), OnnxRuntimeRunner(lower_onnx(program, p, {}), p)]
+    runners += [ProgramRunner(program, p, NAMES, operators={CONV: partial(summed, exactly, 64)})]
+    if precision != "fp32":
+        runners += [ProgramRunner(program, p, NAMES, operators={CONV: partial(summed, truncating, 8)})]
+    for runner in runners:
+        (check,) = checks_of(program, runner, images, precision).checks
+        assert check, check.reason
+
+
+@pytest.mark.mutant
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_sum_truncated_after_every_product_is_refused(precision: str) -> None:
+    """In float16 no value shows it, but all are drawn towards zero; the rounding of bfloat16 hides it."""
+    torch.manual_seed(0)
+    images = torch.randn(4, CHANNELS, 8, 8).relu()
+    program = fuse(nn.Sequential(nn.Conv2d(CHANNELS, 512, 3, 2, 1), nn.ReLU()).eval(), images, BATCH)
+    for step, right in ((1, False), (8, True)):
+        operators: dict[Any, Callable[..., Tensor]] = {CONV: partial(summed, truncating, step)}
+        runner = ProgramRunner(program, PRECISIONS[precision], NAMES, operators=operators)
+        (check,) = checks_of(program, runner, images, precision).checks
+        if precision == "fp16":
+            assert bool(check) is right and ("mean error away from zero is -" in check.reason) is not right, check
+        elif not right:
+            assert check.reason.startswith("rms error is "), check
+
+
+@pytest.mark.mutant
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("step", [32, 256])
+def test_tiles_summed_in_16_bits_are_refused(program: FusedProgram, images: Tensor, precision: str, step: int) -> None:
+    p = PRECISIONS[precision]
+    tiles = partial(summed, partial(in_tiles, p.dtype), step)
+    (check,) = checks_of(program, ProgramRunner(program, p, NAMES, operators={CONV: tiles}), images, precision).checks
+    assert not check
