@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Any
 
-import pytest
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
@@ -50,13 +51,22 @@ class Compiler:
     def __call__(self, launch: KernelLaunch, target: Target) -> Compiled:
         key = repr((launch.kernel, launch.operands, launch.scalars, launch.options, target))
         if key not in self._made:
-            with pytest.MonkeyPatch.context() as patch:  # the child is started at the first call, and inherits it
-                patch.delenv("TRITON_INTERPRET", raising=False)
+            with _without_interpreter():  # the child is started at the first call, and inherits it
                 self._made[key] = self._pool.submit(compile_to_ptx, launch, target).result()
         return self._made[key]
 
     def close(self) -> None:
         self._pool.shutdown()
+
+
+@contextmanager
+def _without_interpreter() -> Iterator[None]:
+    before = os.environ.pop("TRITON_INTERPRET", None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ["TRITON_INTERPRET"] = before
 
 
 def compile_to_ptx(launch: KernelLaunch, target: Target) -> Compiled:

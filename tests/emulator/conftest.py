@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 from torch import Tensor
 
-from kernels.configs.config import Config
+from kernels.configs.config import KernelLaunch
 from kernels.configs.targets import Target
 from kernels.operators.registry import Arguments
-from kernels.problems import Problem
 from tests.emulator.block import UnknownInstruction
 from tests.emulator.compiling import Compiler
 from tests.emulator.running import Emulation, emulate
 
-Run = Callable[[Problem, Config, Target, Arguments[Tensor]], Emulation]
+Run = Callable[[Sequence[KernelLaunch], Target, Arguments[Tensor]], Emulation]
 
 
 @pytest.fixture(scope="session")
@@ -30,14 +29,14 @@ def compiler() -> Iterator[Compiler]:
 def run(compiler: Compiler, record_property: Callable[[str, Any], None]) -> Run:
     """`emulate`, counted; a kernel with an instruction that the emulator does not know is a skip that names it."""
 
-    def run(problem: Problem, config: Config, target: Target, inputs: Arguments[Tensor]) -> Emulation:
+    def run(launches: Sequence[KernelLaunch], target: Target, inputs: Arguments[Tensor]) -> Emulation:
         try:
-            found = emulate(problem, config, target, inputs, compiler)
+            found = emulate(launches, target, inputs, compiler)
         except UnknownInstruction as unknown:
-            record_property("not emulated", f"{target.name} {problem.key} {config}: {unknown}")
-            pytest.skip(f"{unknown}: not known to the emulator")
-        for code, blocks, _ in found.ran:
-            record_property("emulated", (code, blocks))
+            record_property("not emulated", (target.name, repr(launches)))
+            pytest.skip(f"the emulator does not know {unknown}")
+        for launch in found.ran:
+            record_property("emulated", (target.name, launch.code, launch.blocks))
         return found
 
     return run

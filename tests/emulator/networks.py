@@ -27,6 +27,7 @@ from kernels.configs.selection import select_config
 from kernels.configs.targets import TARGETS, Target
 from kernels.operators.conv2d_conv1x1_bias_act import PairConfig
 from kernels.oracle import make_inputs, oracle, p1_failures
+from kernels.plan import plan
 from kernels.problems import Problem
 from resnet.models import MODELS, create_model
 from tests.emulator.block import UnknownInstruction
@@ -34,9 +35,6 @@ from tests.emulator.compiling import Compiler
 from tests.emulator.running import emulate
 from tests.emulator.traffic import new_traffic
 
-# Those that the product has no table for are compiled like a known one of few multiprocessors.
-_OTHERS = (Target("sm_110", 110, 227 * 1024, 20), Target("sm_121", 121, 99 * 1024, 48))
-_TARGETS = {target.name: target for target in (*_OTHERS, *TARGETS.values())}
 _EXECUTED = ("sm_87", "sm_90", "sm_120", "sm_110", "sm_121")
 
 
@@ -79,7 +77,7 @@ class Outcome:
 def execute(problem: Problem, config: Config, target: Target, compiler: Compiler) -> Outcome:
     inputs, traffic = make_inputs(problem), new_traffic()
     try:
-        found = emulate(problem, config, target, inputs, compiler, blocks=sample, traffic=traffic)
+        found = emulate(plan(problem, config, target), target, inputs, compiler, blocks=sample, traffic=traffic)
     except UnknownInstruction as unknown:
         return Outcome(unknown=str(unknown))
     except BrokenProcessPool:
@@ -89,13 +87,13 @@ def execute(problem: Problem, config: Config, target: Target, compiler: Compiler
     faults = p1_failures(found.y[found.written], problem, inputs, (pre[found.written], sigma[found.written]))
     requests = [counts for (space, _, _), counts in traffic.items() if space == "global"]
     sectors = sum(c["sectors"] for c in requests) / max(1, sum(c["ideal"] for c in requests))
-    blocks, grid = sum(ran for _, ran, _ in found.ran), sum(whole for _, _, whole in found.ran)
+    blocks, grid = sum(launch.blocks for launch in found.ran), sum(launch.grid for launch in found.ran)
     return Outcome(blocks, grid, (*found.defects, *faults), sectors)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--targets", nargs="+", choices=_TARGETS, default=_EXECUTED)
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=_EXECUTED)
     parser.add_argument("--networks", nargs="+", choices=MODELS, default=[*MODELS])
     parser.add_argument("--batches", nargs="+", type=int, default=[1])
     return parser.parse_args(argv)
@@ -104,7 +102,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     wanted = [*dict.fromkeys(p for network in args.networks for b in args.batches for p in problems(network, b))]
-    tasks = [(target, *one) for name in args.targets for target in [_TARGETS[name]] for one in launches(wanted, target)]
+    tasks = [(target, *one) for name in args.targets for target in [TARGETS[name]] for one in launches(wanted, target)]
     tasks = [*dict.fromkeys(tasks)]
     totals: dict[str, Counter[str]] = {name: Counter() for name in args.targets}
     compiler = Compiler()

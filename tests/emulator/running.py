@@ -1,26 +1,22 @@
-"""Runs a problem's launches in the emulator, by the launcher of kernels/launch.py: only the kernel is another."""
+"""Runs a problem's launches in the emulator, on the arguments that kernels/launch.py passes to a GPU."""
 
 from __future__ import annotations
 
-import functools
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-import kernels.launch
-from kernels.configs.config import Config, KernelLaunch
+from kernels.configs.config import KernelLaunch
 from kernels.configs.targets import Target
+from kernels.launch import Workspace, launch_arguments
 from kernels.operators.registry import Arguments
-from kernels.plan import plan
-from kernels.problems import Problem
 from tests.emulator.boxes import TensorMap
 from tests.emulator.compiling import Compiled, Compiler
 from tests.emulator.launch import execute
@@ -32,6 +28,15 @@ from tests.emulator.values import Array
 _POISON = 0xFF  # NaN in every type: what memory holds that nobody has written
 
 
+@dataclass(frozen=True)
+class Ran:
+    """One launch: a name that is its code's alone, and the blocks executed and in its grid."""
+
+    code: str
+    blocks: int
+    grid: int
+
+
 @dataclass
 class Emulation:
     """What running a problem showed.
@@ -39,30 +44,17 @@ class Emulation:
     Attributes:
         y, written: the result, and which of its values the blocks that ran wrote.
         defects: of all launches, a line each; empty if nothing is wrong.
-        ran: of each launch a name that is its code's alone, and the blocks executed and in the grid.
+        ran: each launch.
     """
 
-    y: Tensor = field(default_factory=lambda: torch.empty(0))
-    written: Tensor = field(default_factory=lambda: torch.empty(0))
+    y: Tensor
+    written: Tensor
     defects: list[str] = field(default_factory=list)
-    ran: list[tuple[str, int, int]] = field(default_factory=list)
-
-
-class _Workspace(kernels.launch.Workspace):
-    """Remembers the counters that it gives out: the only scratch memory that holds something."""
-
-    def __init__(self) -> None:
-        super().__init__("cpu")
-        self.given: list[Tensor] = []
-
-    def counters(self, count: int) -> Tensor:
-        self.given.append(torch.zeros(count, dtype=torch.int32))
-        return self.given[-1]
+    ran: list[Ran] = field(default_factory=list)
 
 
 def emulate(
-    problem: Problem,
-    config: Config,
+    launches: Sequence[KernelLaunch],
     target: Target,
     inputs: Arguments[Tensor],
     compiler: Compiler,
@@ -71,7 +63,7 @@ def emulate(
     blocks: Callable[[KernelLaunch], Sequence[int] | None] = lambda launch: None,
     traffic: Traffic | None = None,
 ) -> Emulation:
-    """Run a problem on CPU tensors as a GPU of `target` would.
+    """Run the launches of one problem on CPU tensors as a GPU of `target` would.
 
     Args:
         edit: changes the PTX before it runs.
@@ -81,46 +73,31 @@ def emulate(
     Raises:
         UnknownInstruction: naming what the emulator does not know.
     """
+    problem = launches[-1].problem
     layout = torch.channels_last if len(problem.out_shape) == 4 else torch.contiguous_format
     y = torch.empty(problem.out_shape, dtype=problem.dtype, memory_format=layout)
-    workspace, found, values = _Workspace(), Emulation(), {**inputs.operands(), "y": y}
-    for launch in plan(problem, config, target):
-        compiled = compiler(launch, target)
+    values, workspace = {**inputs.operands(), "y": y}, Workspace("cpu")
+    found = Emulation(y, torch.empty(0))
+    for launch in launches:
+        compiled, chosen = compiler(launch, target), blocks(launch)
         given = {tensor.data_ptr() for name, tensor in values.items() if name != launch.output}
-
-        def kernel(grid: Sequence[int], /, compiled: Compiled, launch: KernelLaunch, **arguments: Any) -> None:
-            device = _Device(arguments, given, workspace.given)  # noqa: B023  called before the next launch
-            program, chosen = parse(edit(compiled.ptx)), blocks(launch)
-            report = execute(
-                program, device.memory, device.parameters(program, compiled, arguments), grid, compiled.shared,
-                blocks=chosen, in_turns=bool(launch.tiles), traffic=traffic,
-                dependent=bool(launch.options.get("launch_pdl")),
-            )  # fmt: skip
-            found.defects += report.hazards
-            code = f"{target.name} {launch.kernel} {zlib.crc32(compiled.ptx.encode()):08x}"
-            found.ran.append((code, math.prod(grid) if chosen is None else len(chosen), math.prod(grid)))
-            found.y = values[launch.output]
-            found.written = device.copy_back(found.y)
-            if chosen is None and not found.written.all():
-                found.defects.append(f"output not written everywhere: {int((~found.written).sum())} values")
-            if chosen is None and any(bool(counters.any()) for counters in workspace.given):
-                found.defects.append("counters not back at 0")
-
-        run = functools.partial(kernel, compiled=compiled, launch=launch)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(kernels.launch, "kernel_of", lambda launch, run=run: _Grid(run))
-            kernels.launch._launch(launch, values, workspace)
+        tensors = launch_arguments(launch, values, workspace)
+        device, program = _Device(tensors, given), parse(edit(compiled.ptx))
+        report = execute(
+            program, device.memory, device.parameters(program, compiled, {**tensors, **launch.scalars}), launch.grid,
+            compiled.shared, blocks=chosen, in_turns=bool(launch.tiles), traffic=traffic,
+            dependent=bool(launch.options.get("launch_pdl")),
+        )  # fmt: skip
+        found.defects += report.hazards
+        code, grid = f"{launch.kernel} {zlib.crc32(compiled.ptx.encode()):08x}", math.prod(launch.grid)
+        found.ran.append(Ran(code, grid if chosen is None else len(chosen), grid))
+        found.written = device.copy_back(values[launch.output])
+        counters = tensors.get("counters_ptr")
+        if chosen is None and not found.written.all():
+            found.defects.append(f"output not written everywhere: {int((~found.written).sum())} values")
+        if chosen is None and counters is not None and counters.any():
+            found.defects.append("counters not back at 0")
     return found
-
-
-@dataclass
-class _Grid:
-    """Stands for the @triton.jit function in `kernel[grid](**arguments)`."""
-
-    run: Callable[..., None]
-
-    def __getitem__(self, grid: Sequence[int]) -> Callable[..., None]:
-        return functools.partial(self.run, grid)
 
 
 def _flat(tensor: Tensor) -> Array:
@@ -132,22 +109,19 @@ def _flat(tensor: Tensor) -> Array:
 class _Device:
     """The tensors of a launch, copied into the emulator's memory; those that are not `given` may be written."""
 
-    def __init__(self, arguments: dict[str, Any], given: set[int], counters: list[Tensor]) -> None:
+    def __init__(self, arguments: Mapping[str, Any], given: set[int]) -> None:
         tensors = {name: getattr(value, "base", value) for name, value in arguments.items()}
         self._tensors = {t.data_ptr(): (name, t) for name, t in tensors.items() if isinstance(t, Tensor)}
         self._scratch = {pointer: t for pointer, (_, t) in self._tensors.items() if pointer not in given}
         self.memory = Memory(Memory.room([t.numel() * t.itemsize for _, t in self._tensors.values()]))
-        zeros = {tensor.data_ptr() for tensor in counters}
         self._addresses = {}
         for pointer, (name, tensor) in self._tensors.items():
-            scratch = pointer in self._scratch
-            if scratch and pointer not in zeros:
+            scratch, zeros = pointer in self._scratch, name == "counters_ptr"
+            if scratch and not zeros:
                 _flat(tensor)[:] = _POISON
-            self._addresses[pointer] = self.memory.allocate(
-                name, _flat(tensor), writable=scratch, written=not scratch or pointer in zeros
-            )
+            self._addresses[pointer] = self.memory.allocate(name, _flat(tensor), scratch, not scratch or zeros)
 
-    def parameters(self, program: Program, compiled: Compiled, arguments: dict[str, Any]) -> Array:
+    def parameters(self, program: Program, compiled: Compiled, arguments: Mapping[str, Any]) -> Array:
         """The parameters' bytes as Triton's launcher fills them in; two null pointers to scratch memory end them."""
         values: list[bytes | int] = []
         boxes = iter(compiled.boxes)

@@ -5,24 +5,22 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-import tests.emulator.running
-from kernels.configs.targets import TARGETS
+from kernels.configs.config import KernelLaunch
+from kernels.configs.targets import TARGETS, Target
 from kernels.oracle import make_inputs, p1_failures
 from kernels.plan import plan
 from tests.emulator.block import UnknownInstruction
 from tests.emulator.compiling import Compiler
-from tests.emulator.running import Emulation, emulate
+from tests.emulator.running import emulate
 from tests.emulator.values import decode, encode, width
 from tests.kernels.families import family
 
 Edit = Callable[[str], str]
-NOTHING = "no defect"
 
 
 def edited(pattern: str, to: str, which: int = 0) -> Edit:
@@ -83,46 +81,41 @@ PLANTED: dict[str, tuple[str, str, Edit, str]] = {
 }  # fmt: skip
 
 
-def shown(found: Emulation, problem: Any, inputs: Any) -> list[str]:
-    return [*found.defects, *p1_failures(found.y, problem, inputs)] or [NOTHING]
+def launch_of(name: str, target: Target) -> KernelLaunch:
+    found = family(name, torch.float16, target)
+    assert found is not None
+    (launch,) = plan(*found, target)
+    return launch
+
+
+def shown(launch: KernelLaunch, target: Target, compiler: Compiler, edit: Edit = str) -> list[str]:
+    """What is seen to be wrong."""
+    inputs = make_inputs(launch.problem)
+    found = emulate([launch], target, inputs, compiler, edit=edit)
+    return [*found.defects, *p1_failures(found.y, launch.problem, inputs)]
 
 
 @pytest.mark.parametrize("what", PLANTED)
 def test_broken_code_is_refused(what: str, compiler: Compiler) -> None:
     name, target, edit, expected = PLANTED[what]
-    device = TARGETS[target]
-    launched = family(name, torch.float16, device)
-    assert launched is not None
-    inputs = make_inputs(launched[0])
-    found = emulate(*launched, device, inputs, compiler, edit=edit)
-    assert any(expected in line for line in shown(found, launched[0], inputs)), shown(found, launched[0], inputs)
+    found = shown(launch_of(name, TARGETS[target]), TARGETS[target], compiler, edit)
+    assert any(expected in line for line in found), found
 
 
 @pytest.mark.parametrize(
     "change", [{"W": 8}, {"H": 7}, {"STRIDE_W": 2}, {"DILATION_H": 2}, {"PAD_W": 0}, {"C_OUT": 39}], ids=repr
 )
-def test_a_wrong_stride_tap_or_size_is_refused(
-    change: dict[str, int], compiler: Compiler, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_stride_tap_or_size_is_refused(change: dict[str, int], compiler: Compiler) -> None:
     """As if the launch or the kernel's arithmetic had it wrong."""
-    device = TARGETS["sm_87"]
-    launched = family("gathered", torch.float16, device)
-    assert launched is not None
-    (launch,) = plan(*launched, device)
+    launch = launch_of("gathered", TARGETS["sm_87"])
     assert launch.scalars.keys() >= change.keys()
-    broken = replace(launch, scalars={**launch.scalars, **change})
-    monkeypatch.setattr(tests.emulator.running, "plan", lambda *_: (broken,))
-    inputs = make_inputs(launched[0])
-    assert shown(emulate(*launched, device, inputs, compiler), launched[0], inputs) != [NOTHING]
+    assert shown(replace(launch, scalars={**launch.scalars, **change}), TARGETS["sm_87"], compiler)
 
 
 def test_an_unknown_instruction_is_named_before_anything_runs(compiler: Compiler) -> None:
-    device = TARGETS["sm_87"]
-    launched = family("gathered", torch.float16, device)
-    assert launched is not None
     unknown = edited(r"\n\s*ret;", "\ntcgen05.alloc.sync %r1;\nld.global.surprise.b32 %r1, [%rd1];\nret;")
     with pytest.raises(UnknownInstruction, match=r"tcgen05\.alloc\.sync and 1 more"):
-        emulate(*launched, device, make_inputs(launched[0]), compiler, edit=unknown)
+        shown(launch_of("gathered", TARGETS["sm_87"]), TARGETS["sm_87"], compiler, unknown)
 
 
 @pytest.mark.parametrize("kind", ["f16", "bf16"])
