@@ -4,6 +4,7 @@ The signature and constants come from plan.py, so that what is inspected here is
 """
 
 import functools
+import inspect
 import os
 import re
 import subprocess
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.errors import CompilationError
@@ -62,6 +64,7 @@ class CompiledKernel:
         multiplies: whether it has matrix products, for which there are tensor cores.
         sass: the machine code as text, with the compiler's scheduling.
         ptx: what it was assembled from.
+        metadata: what the compiler decided: symbol, warps, scratch memory, the boxes of tensor descriptors.
     """
 
     launch: KernelLaunch
@@ -79,6 +82,7 @@ class CompiledKernel:
     multiplies: bool = True
     sass: str = field(default="", repr=False)
     ptx: str = field(default="", repr=False)
+    metadata: Any = field(default=None, repr=False)
 
     def floor(self, launch: KernelLaunch | None = None) -> Floor:
         """The predicted floor of its launch, or of another that runs the same code.
@@ -195,6 +199,7 @@ def compile_kernel(launch: KernelLaunch, target: Target) -> CompiledKernel:
         multiplies="tt.dot" in compiled.asm["ttir"],
         sass=sass,
         ptx=compiled.asm["ptx"],
+        metadata=compiled.metadata,
     )
 
 
@@ -306,23 +311,29 @@ def kernel_signature(
     Raises:
         RuntimeError: Triton's interpreter is on, so there is nothing to compile.
     """
-    kernel = kernel_of(launch)
-    if not isinstance(kernel, JITFunction):
+    if not isinstance(kernel_of(launch), JITFunction):
         raise RuntimeError("the kernels were imported with TRITON_INTERPRET set, expected it unset to compile them")
+    return _signature(launch)
+
+
+def _signature(
+    launch: KernelLaunch,
+) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list[list[Any]]]]:
+    """`kernel_signature`, also under Triton's interpreter."""
     types: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    for parameter in kernel.params:
+    for number, parameter in enumerate(inspect.signature(kernel_of(launch).fn).parameters.values()):
         name = parameter.name
         operand = launch.operands.get(name)
         if operand is not None and operand.block is not None:
             types[name] = f"tensordesc<{_TRITON_DTYPES[operand.dtype]}{[*operand.block]}>"
         elif operand is not None:
             types[name] = f"*{_TRITON_DTYPES[operand.dtype]}"
-            attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+            attributes[(number,)] = [["tt.divisibility", 16]]
         elif name in launch.operands:
             types[name], constants[name] = "constexpr", None
-        elif parameter.is_constexpr:
+        elif parameter.annotation is tl.constexpr:
             types[name], constants[name] = "constexpr", launch.scalars[name]
         else:
             types[name] = "i32"
@@ -344,7 +355,7 @@ def kernel_arguments(launch: KernelLaunch) -> list[int | None]:
 
 def code_key(launch: KernelLaunch) -> tuple[Any, ...]:
     """What the machine code of a launch depends on: launches with equal keys run the same code."""
-    types, constants, _ = kernel_signature(launch)
+    types, constants, _ = _signature(launch)
     return (launch.kernel, *types.items(), *constants.items(), *launch.options.items())
 
 
