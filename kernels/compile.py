@@ -340,6 +340,11 @@ def _signature(
     return types, constants, attributes
 
 
+def runtime_parameters(launch: KernelLaunch) -> list[str]:
+    """The parameters of the machine code by name, in order."""
+    return [name for name, kind in _signature(launch)[0].items() if kind != "constexpr"]
+
+
 def kernel_arguments(launch: KernelLaunch) -> list[int | None]:
     """The value of each parameter of the machine code, in order; None is an address that is not known before."""
     types, _, _ = kernel_signature(launch)

@@ -207,7 +207,7 @@ class _Walk(fx.Interpreter):
             problem = ElementwiseProblem.of(tensors, **settings)
         except ValueError:
             return None
-        self._call(problem, tensors)
+        self._call(problem, {name: _whole(tensor) for name, tensor in tensors.items()})
         return tensors["y"]
 
     def _copied(self, x: Tensor, y: Tensor) -> Tensor | None:
@@ -317,6 +317,12 @@ class _Walk(fx.Interpreter):
 def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
     return torch.empty(*shape, dtype=dtype, device="meta", memory_format=layout)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The storage of a tensor, of which an element-wise kernel knows where the tensor begins."""
+    storage = tensor.untyped_storage()
+    return tensor.as_strided((storage.nbytes() // tensor.itemsize,), (1,), 0)
 
 
 def _pair(values: Sequence[int]) -> tuple[int, int]:
