@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.configs.config import KernelLaunch
 from kernels.configs.targets import Target
 from kernels.operators.registry import Arguments
-from tests.emulator.block import UnknownInstruction
+from kernels.emulator.block import UnknownInstruction
 from tests.emulator.compiling import Compiler
 from tests.emulator.running import Emulation, emulate
 

@@ -30,10 +30,10 @@ from kernels.oracle import make_inputs, oracle, p1_failures
 from kernels.plan import plan
 from kernels.problems import Problem
 from resnet.models import MODELS, create_model
-from tests.emulator.block import UnknownInstruction
+from kernels.emulator.block import UnknownInstruction
 from tests.emulator.compiling import Compiler
 from tests.emulator.running import emulate
-from tests.emulator.traffic import new_traffic
+from kernels.emulator.traffic import new_traffic
 
 _EXECUTED = ("sm_87", "sm_90", "sm_120", "sm_110", "sm_121")
 

@@ -17,13 +17,13 @@ from kernels.configs.config import KernelLaunch
 from kernels.configs.targets import Target
 from kernels.launch import Workspace, launch_arguments
 from kernels.operators.registry import Arguments
-from tests.emulator.boxes import TensorMap
+from kernels.emulator.boxes import TensorMap
 from tests.emulator.compiling import Compiled, Compiler
-from tests.emulator.launch import execute
-from tests.emulator.memory import Memory
-from tests.emulator.program import Program, parse
-from tests.emulator.traffic import Traffic
-from tests.emulator.values import Array
+from kernels.emulator.launch import execute
+from kernels.emulator.memory import Memory
+from kernels.emulator.program import Program, parse
+from kernels.emulator.traffic import Traffic
+from kernels.emulator.values import Array
 
 _POISON = 0xFF  # NaN in every type: what memory holds that nobody has written
 

@@ -14,10 +14,10 @@ from kernels.configs.config import KernelLaunch
 from kernels.configs.targets import TARGETS, Target
 from kernels.oracle import make_inputs, p1_failures
 from kernels.plan import plan
-from tests.emulator.block import UnknownInstruction
+from kernels.emulator.block import UnknownInstruction
 from tests.emulator.compiling import Compiler
 from tests.emulator.running import emulate
-from tests.emulator.values import decode, encode, width
+from kernels.emulator.values import decode, encode, width
 from tests.kernels.families import family
 
 Edit = Callable[[str], str]

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from tests.emulator import accesses, arithmetic, boxes, tensor_cores
-from tests.emulator.block import Block, UnknownInstruction, handler_of
-from tests.emulator.memory import Memory
-from tests.emulator.program import Program
-from tests.emulator.report import Report, Stopped
-from tests.emulator.traffic import Traffic
-from tests.emulator.values import Array
+from kernels.emulator import accesses, arithmetic, boxes, tensor_cores
+from kernels.emulator.block import Block, UnknownInstruction, handler_of
+from kernels.emulator.memory import Memory
+from kernels.emulator.program import Program
+from kernels.emulator.report import Report, Stopped
+from kernels.emulator.traffic import Traffic
+from kernels.emulator.values import Array
 
 INSTRUCTIONS = (accesses, arithmetic, boxes, tensor_cores)  # what `instruction` has registered by now
 _AT_ONCE = 8  # blocks that take turns

@@ -6,8 +6,8 @@ from collections import Counter, defaultdict
 
 import numpy as np
 
-from tests.emulator.program import Instruction
-from tests.emulator.values import Array
+from kernels.emulator.program import Instruction
+from kernels.emulator.values import Array
 
 Traffic = dict[tuple[str, str, str], Counter[str]]  # (space, opcode, line of source) -> requests and what they take
 

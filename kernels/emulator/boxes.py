@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tests.emulator.block import Block, instruction
-from tests.emulator.program import Address, Instruction
-from tests.emulator.report import Stopped
-from tests.emulator.tensor_cores import swizzled
-from tests.emulator.values import UNSIGNED, Array
+from kernels.emulator.block import Block, instruction
+from kernels.emulator.program import Address, Instruction
+from kernels.emulator.report import Stopped
+from kernels.emulator.tensor_cores import swizzled
+from kernels.emulator.values import UNSIGNED, Array
 
 _FORMAT, _MAGIC, _MOST_AXES = "<8sQiii5q5q5i", b"EMULATED", 5
 _SWIZZLES = (0, 32, 64, 128)  # bytes, of a tensor map

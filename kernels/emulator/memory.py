@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tests.emulator.values import UNSIGNED, Array
+from kernels.emulator.values import UNSIGNED, Array
 
 _BASE = 0x7F00_0000_0000
 _GUARD = 4096

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from tests.emulator.block import Block, instruction
-from tests.emulator.program import Instruction
-from tests.emulator.values import UNSIGNED, Array, decode, encode, width
+from kernels.emulator.block import Block, instruction
+from kernels.emulator.program import Instruction
+from kernels.emulator.values import UNSIGNED, Array, decode, encode, width
 
 _INT = "[sub](16|32|64)"
 _TINY = np.float32(2.0**-126)

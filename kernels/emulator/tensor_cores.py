@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tests.emulator.block import Block, instruction
-from tests.emulator.program import Instruction, Operand, vector
-from tests.emulator.report import Stopped
-from tests.emulator.values import UNDEFINED, Array, decode
+from kernels.emulator.block import Block, instruction
+from kernels.emulator.program import Instruction, Operand, vector
+from kernels.emulator.report import Stopped
+from kernels.emulator.values import UNDEFINED, Array, decode
 
 _G, _T, _PAIR = np.arange(32) // 4, np.arange(32) % 4, np.arange(2)
 _SWIZZLES = {1: 128, 2: 64, 3: 32}  # bytes, of a wgmma's matrix descriptor

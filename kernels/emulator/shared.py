@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tests.emulator.report import Stopped
-from tests.emulator.values import UNDEFINED, UNSIGNED, Array
+from kernels.emulator.report import Stopped
+from kernels.emulator.values import UNDEFINED, UNSIGNED, Array
 
 _SEVERAL = -2  # warps that read a cell
 TMA = -3  # in place of a warp: whoever waited on the mbarrier is ordered after it

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Optional
 
 import numpy as np
 
-from tests.emulator.memory import Memory
-from tests.emulator.program import Address, Instruction, Operand, Program
-from tests.emulator.report import Report, Stopped
-from tests.emulator.shared import SharedMemory
-from tests.emulator.traffic import Traffic
-from tests.emulator.values import UNDEFINED, UNSIGNED, Array, decode, encode, width
+from kernels.emulator.memory import Memory
+from kernels.emulator.program import Address, Instruction, Operand, Program
+from kernels.emulator.report import Report, Stopped
+from kernels.emulator.shared import SharedMemory
+from kernels.emulator.traffic import Traffic
+from kernels.emulator.values import UNDEFINED, UNSIGNED, Array, decode, encode, width
 
 if TYPE_CHECKING:
-    from tests.emulator.boxes import Barrier, BoxLoad
-    from tests.emulator.tensor_cores import Wgmma
+    from kernels.emulator.boxes import Barrier, BoxLoad
+    from kernels.emulator.tensor_cores import Wgmma
 
 # Of an instruction: the block, the instruction, and which threads run it (None: all).
 Handler = Callable[["Block", Instruction, Optional[Array]], None]  # noqa: UP045  a value

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from tests.emulator.block import Block, instruction
-from tests.emulator.program import Address, Instruction, Operand, vector
-from tests.emulator.traffic import count_global, count_shared
-from tests.emulator.values import UNSIGNED, Array, width
+from kernels.emulator.block import Block, instruction
+from kernels.emulator.program import Address, Instruction, Operand, vector
+from kernels.emulator.traffic import count_global, count_shared
+from kernels.emulator.values import UNSIGNED, Array, width
 
 _KIND = r"(\.v[248])?\.([sub](8|16|32|64)|f32)"
 _CACHES = r"(\.c[agsv]|\.nc|\.L[12]::\w+)*"
