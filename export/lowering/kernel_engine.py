@@ -38,12 +38,20 @@ _COUNTERS = "counters_ptr"
 
 @dataclass(frozen=True)
 class Step:
-    """One launch: of which call, of which code, and its arguments as the plan has them."""
+    """One launch.
+
+    Attributes:
+        call: which it is part of.
+        code: the sha256 of its machine code.
+        arguments: as the plan has them.
+        tensors: parameter -> the tensor that it points to, on the meta device.
+    """
 
     call: KernelCall
     launch: KernelLaunch
     code: str
     arguments: tuple[Mapping[str, Any], ...]
+    tensors: Mapping[str, Tensor] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -53,13 +61,15 @@ class Schedule:
     Attributes:
         calls: what was asked for.
         steps: in order.
-        places: storage of a tensor of `calls` -> its offset in the arena.
+        places: storage of a tensor -> its offset in the arena.
+        lives: the same -> the first and the last step that touches it; -1 is before all.
         arena: its size and what it was planned from; the first bytes are the counters that all sizes share.
     """
 
     calls: Calls
     steps: tuple[Step, ...]
     places: Mapping[int, int]
+    lives: Mapping[int, Sequence[int]]
     arena: Arena
 
 
@@ -159,7 +169,7 @@ def lower_kernels(program: FusedProgram, precision: Precision, target: Target, b
                 "outputs": {name: schedule.places[storage_of(y)] for name, y in schedule.calls.outputs.items()},
                 "launches": [
                     {
-                        "kernel": numbers[covered.codes[step.code].sha256],
+                        "kernel": numbers[step.code],
                         "grid": [*step.launch.grid, 1, 1][:3],
                         "arguments": [*step.arguments],
                     }
@@ -278,8 +288,8 @@ def _scheduled(
 
     steps = []
     for call, launch, arguments in launched:
-        name = code_name(launch, target)
-        boxes, values = iter(codes[name].boxes), []
+        code = codes[code_name(launch, target)]
+        boxes, values = iter(code.boxes), []
         for parameter in runtime_parameters(launch):
             value = arguments.get(parameter)
             if parameter not in launch.operands:
@@ -298,5 +308,6 @@ def _scheduled(
             else:
                 assert value is not None
                 values.append({"arena": 0} if parameter == _COUNTERS else place(value))
-        steps.append(Step(call, launch, name, tuple(values)))
-    return Schedule(calls, tuple(steps), places, arena)
+        tensors = {name: getattr(value, "base", value) for name, value in arguments.items() if value is not None}
+        steps.append(Step(call, launch, code.sha256, tuple(values), tensors))
+    return Schedule(calls, tuple(steps), places, lives, arena)

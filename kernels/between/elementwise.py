@@ -11,7 +11,9 @@ from torch import Tensor
 from kernels.configs.config import Config, KernelLaunch, Operand, launch_options, pixel_reason, uses_pdl
 from kernels.configs.heuristic import rule
 from kernels.configs.targets import Target
+from kernels.operators.activations import Activation
 from kernels.problems import Problem, Shapes, dtype_word
+from kernels.rounding import UNIT_ROUNDOFF, Rounding
 
 OPERATIONS = ("copy", "add", "subtract", "multiply", "divide", "prelu")
 AXES = 4
@@ -76,6 +78,36 @@ class ElementwiseProblem:
         }
         vector = math.gcd(math.prod(y.shape[1:]), _VECTOR)
         return cls(tuple(sizes), **layouts, vector=vector, **settings)
+
+    def expected(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """(y, its sigma as rounding explains it, its value before the activation) in float64, along the axes.
+
+        Args:
+            tensors: a and what there is of b and c, each as the whole of its storage.
+        """
+
+        def view(name: str, layout: Layout) -> Tensor:
+            return tensors[name].as_strided(self.sizes, layout.strides, layout.start).double()
+
+        a = view("a", self.a)
+        b = torch.tensor(self.number, dtype=torch.float64) if self.b is None else view("b", self.b)
+        pre = {
+            "copy": lambda: a,
+            "add": lambda: a + b,
+            "subtract": lambda: a - b,
+            "multiply": lambda: a * b,
+            "divide": lambda: a / b,
+            "prelu": lambda: torch.where(a > 0, a, a * b),
+        }[self.operation]()
+        rounding = Rounding(UNIT_ROUNDOFF[self.dtype], dtype=torch.float64)
+        variance = (UNIT_ROUNDOFF[torch.float32] * pre).square() if self.operation != "copy" else torch.zeros_like(pre)
+        if self.c is not None:
+            pre = pre + view("c", self.c)
+            variance = variance + (UNIT_ROUNDOFF[torch.float32] * pre).square()
+        if self.activation in ("", "relu"):
+            return (pre.relu() if self.relu else pre), (variance + rounding.of(pre)).sqrt(), pre
+        act = Activation(self.activation, self.negative_slope, None)
+        return act(pre), act.bound(variance, pre, rounding).sigma, pre
 
     @property
     def layouts(self) -> dict[str, Layout]:

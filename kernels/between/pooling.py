@@ -1,14 +1,18 @@
 """Maxima and averages over windows of pixels: sliding, adaptive, or all of them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from kernels.configs.config import Config, KernelLaunch, Operand, launch_options, pixel_reason, uses_pdl
 from kernels.configs.heuristic import rule
 from kernels.configs.targets import Target
-from kernels.problems import Problem, Shapes, dtype_word
+from kernels.problems import Problem, Shapes, conv_output_size, dtype_word
+from kernels.rounding import ROUNDING_RMS, UNIT_ROUNDOFF, Rounding
 
 # Elements in flight of one program, and taps from which on they are reduced in parallel.
 _ELEMENTS = 2048
@@ -46,6 +50,31 @@ class PoolProblem:
     operator: ClassVar[str] = "pool"
     relu: ClassVar[bool] = False
     parts: ClassVar[tuple[Problem, ...]] = ()
+
+    def expected(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """(y, its sigma as rounding explains it, y) in float64, of tensors with x."""
+        x = tensors["x"].double()
+        if self.maximum:
+            y = F.max_pool2d(x, self.kernel, self.stride, self.padding, self.dilation, self._rounds_up)
+            return y, torch.zeros_like(y), y
+        y, single = self._average(x), UNIT_ROUNDOFF[torch.float32]
+        variance = (single**2 * max(1.0, self.taps / 2)) * self._average(x.square()) / self.taps
+        variance = variance + (ROUNDING_RMS * single) ** 2 * (self.taps / 3 + 4) * y.square()
+        return y, (variance + Rounding(UNIT_ROUNDOFF[self.dtype], dtype=torch.float64).of(y)).sqrt(), y
+
+    def _average(self, x: Tensor) -> Tensor:
+        if self.adaptive:
+            return F.adaptive_avg_pool2d(x, (self.out_height, self.out_width))
+        return F.avg_pool2d(
+            x, self.kernel, self.stride, self.padding, self._rounds_up, self.counts_padding, self.divisor or None
+        )
+
+    @property
+    def _rounds_up(self) -> bool:
+        """Whether the last window may reach beyond the image and its padding."""
+        geometry = zip(self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        sizes = zip((self.height, self.width), geometry, strict=True)
+        return (self.out_height, self.out_width) != tuple(conv_output_size(size, *one) for size, one in sizes)
 
     @property
     def pixels(self) -> int:

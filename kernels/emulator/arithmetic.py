@@ -111,6 +111,15 @@ def _fma(block: Block, i: Instruction, mask: Array | None) -> None:
     block.set(i.args[0], _flushed(i, (a * b + c).astype(np.float32)), i.parts[-1], mask)
 
 
+@instruction(r"(add|sub|mul|fma)(\.rn)?(\.ftz)?\.b?f16(x2)?")
+def _half(block: Block, i: Instruction, mask: Array | None) -> None:
+    """In double precision, which holds products and sums of 16-bit floats, and rounded to the type."""
+    kind = i.parts[-1]
+    a, b, *c = (block.get(arg, kind).astype(np.float64) for arg in i.args[1:])
+    value = a * b + c[0] if c else _BINARY[i.parts[0]](a, b)
+    block.set(i.args[0], _flushed(i, value), kind, mask)
+
+
 @instruction(r"div\.(full|approx|rn)(\.ftz)?\.f32")
 def _div(block: Block, i: Instruction, mask: Array | None) -> None:
     block.set(i.args[0], _flushed(i, block.get(i.args[1], "f32") / block.get(i.args[2], "f32")), "f32", mask)
