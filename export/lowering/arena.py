@@ -43,7 +43,7 @@ class Arena:
 
 
 def plan_arena(buffers: Sequence[Buffer], start: int = 0) -> Arena:
-    """Places for `buffers` behind the first `start` bytes, a multiple of ALIGNMENT, which `size` has and `live` has not.
+    """Places for `buffers` behind the first `start` bytes, a multiple of ALIGNMENT: `size` includes them, `live` not.
 
     The largest first, each into the smallest gap that holds it between those which it meets, as in Pisarchyk and Lee,
     "Efficient Memory Management for Deep Neural Net Inference", 2020 (greedy by size).

@@ -210,8 +210,11 @@ class _Walk(fx.Interpreter):
         self._call(problem, {name: _whole(tensor) for name, tensor in tensors.items()})
         return tensors["y"]
 
-    def _copied(self, x: Tensor, y: Tensor) -> Tensor | None:
-        return self._elementwise({"a": x, "y": y})
+    def _copied(self, x: Tensor, y: Tensor) -> Tensor:
+        """y, which gets the values of x; where no kernel can, that is noted."""
+        if self._elementwise({"a": x, "y": y}) is None:
+            self.refused.append(f"a copy ({module_path(self._node)})")
+        return y
 
     def _binary(self, operation: str, left: Any, right: Any, result: Tensor) -> Tensor | None:
         tensors = {"a": left, "y": _empty(result.shape, result.dtype)}
@@ -222,8 +225,7 @@ class _Walk(fx.Interpreter):
     def _cat(self, a: dict[str, Any], result: Tensor) -> Tensor | None:
         y, first, axis = _empty(result.shape, result.dtype), 0, a["dim"] % result.dim()
         for x in a["tensors"]:
-            if self._copied(x, y.narrow(axis, first, x.shape[axis])) is None:
-                return None
+            self._copied(x, y.narrow(axis, first, x.shape[axis]))
             first += x.shape[axis]
         return y
 
@@ -349,4 +351,6 @@ def _activation(target: Any, a: Mapping[str, Any]) -> dict[str, Any] | None:
     if target is aten.gelu.default:
         return {"activation": "gelu_tanh" if a["approximate"] == "tanh" else "gelu"}
     name = target._schema.name.split("::")[-1] if isinstance(target, torch._ops.OpOverload) else ""
-    return {"activation": name} if name in ACTIVATIONS and target._overloadname == "default" and name != "prelu" else None
+    return (
+        {"activation": name} if name in ACTIVATIONS and target._overloadname == "default" and name != "prelu" else None
+    )

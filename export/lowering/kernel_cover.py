@@ -1,4 +1,4 @@
-"""Few configurations for each layer that cover a range of batch sizes: each of them is machine code to compile and ship.
+"""Few configurations for each layer that cover a range of batch sizes: each is machine code to compile and to ship.
 
 The rules, or the tuned table, choose for the smallest, the optimal and the largest batch; which of these a batch runs
 is decided by their predicted times, and one that saves next to nothing is dropped.

@@ -1,4 +1,4 @@
-"""A kernel engine executed by the emulator: whole, from its plan, or some blocks of each launch on given activations."""
+"""A kernel engine in the emulator: executed whole, from its plan, or some blocks of each launch on real activations."""
 
 from __future__ import annotations
 

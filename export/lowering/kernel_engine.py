@@ -142,7 +142,12 @@ def lower_kernels(program: FusedProgram, precision: Precision, target: Target, b
     weights = _Weights()
     launched = {size: _launches(found, size, covered, target) for size, found in calls.items()}
     zeroed = max(
-        (t.untyped_storage().nbytes() for steps in launched.values() for _, _, a in steps if (t := a.get(_COUNTERS)) is not None),
+        (
+            t.untyped_storage().nbytes()
+            for steps in launched.values()
+            for _, _, a in steps
+            if (t := a.get(_COUNTERS)) is not None
+        ),
         default=0,
     )
     codes = {code.sha256: code for code in covered.codes.values()}
@@ -181,7 +186,10 @@ def lower_kernels(program: FusedProgram, precision: Precision, target: Target, b
     }
     text = json.dumps(facts, separators=(",", ":"))
     tensors = {
-        **{f"cubin.{sha256}": torch.from_numpy(np.frombuffer(code.cubin, np.uint8).copy()) for sha256, code in codes.items()},
+        **{
+            f"cubin.{sha256}": torch.from_numpy(np.frombuffer(code.cubin, np.uint8).copy())
+            for sha256, code in codes.items()
+        },
         **weights.tensors,
     }
     metadata = {"format": FORMAT, "version": VERSION, "plan": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
@@ -263,7 +271,12 @@ def _launches(calls: Calls, size: int, covered: Cover, target: Target) -> list[_
 
 
 def _scheduled(
-    calls: Calls, launched: Sequence[_Launched], codes: Mapping[str, Code], weights: _Weights, zeroed: int, target: Target
+    calls: Calls,
+    launched: Sequence[_Launched],
+    codes: Mapping[str, Code],
+    weights: _Weights,
+    zeroed: int,
+    target: Target,
 ) -> Schedule:
     lives: dict[int, list[int]] = {storage_of(x): [-1, -1] for x in calls.inputs.values()}
     sizes = {storage_of(x): x.untyped_storage().nbytes() for x in calls.inputs.values()}
@@ -281,7 +294,7 @@ def _scheduled(
     places = dict(zip(lives, arena.offsets, strict=True))
 
     def place(tensor: Tensor) -> dict[str, int]:
-        within, storage = tensor.storage_offset() * tensor.itemsize, storage_of(tensor)
+        within, storage = int(tensor.storage_offset()) * tensor.itemsize, storage_of(tensor)
         if storage in calls.weights:
             return {"weight": weights.place(calls.weights[storage]) + within}
         return {"arena": places[storage] + within}
@@ -289,7 +302,7 @@ def _scheduled(
     steps = []
     for call, launch, arguments in launched:
         code = codes[code_name(launch, target)]
-        boxes, values = iter(code.boxes), []
+        boxes, values = iter(code.boxes), list[dict[str, Any]]()
         for parameter in runtime_parameters(launch):
             value = arguments.get(parameter)
             if parameter not in launch.operands:
@@ -308,6 +321,8 @@ def _scheduled(
             else:
                 assert value is not None
                 values.append({"arena": 0} if parameter == _COUNTERS else place(value))
-        tensors = {name: getattr(value, "base", value) for name, value in arguments.items() if value is not None}
+        tensors: dict[str, Any] = {
+            n: getattr(value, "base", value) for n, value in arguments.items() if value is not None
+        }
         steps.append(Step(call, launch, code.sha256, tuple(values), tensors))
     return Schedule(calls, tuple(steps), places, lives, arena)

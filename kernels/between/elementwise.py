@@ -72,7 +72,7 @@ class ElementwiseProblem:
             raise ValueError(f"tensors lie along {len(sizes)} axes, expected at most {AXES}")
         missing = AXES - len(sizes)
         sizes = [*sizes[:1], *[1] * missing, *sizes[1:]]
-        layouts = {
+        layouts: dict[str, Any] = {
             name: Layout(t.dtype, (*s[:1], *[0] * missing, *s[1:]), int(t.storage_offset()))
             for (name, t), s in zip(given.items(), strides, strict=True)
         }
@@ -171,7 +171,8 @@ class ElementwiseProblem:
         return replace(self, sizes=(batch, *self.sizes[1:]))
 
     def with_dtype(self, dtype: torch.dtype) -> "ElementwiseProblem":
-        return replace(self, **{name: replace(layout, dtype=dtype) for name, layout in self.layouts.items()})
+        layouts: dict[str, Any] = {name: replace(layout, dtype=dtype) for name, layout in self.layouts.items()}
+        return replace(self, **layouts)
 
 
 def _coalesced(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[list[int], list[tuple[int, ...]]]:
@@ -215,7 +216,8 @@ class ElementwiseConfig(Config, kind="elementwise", runs=ElementwiseProblem):
         return self.block // (32 * self.num_warps)
 
     def launches(self, problem: ElementwiseProblem, target: Target | None) -> tuple[KernelLaunch, ...]:
-        layouts, scalars = problem.layouts, {}
+        layouts = problem.layouts
+        scalars: dict[str, int] = {}
         for name in _NAMES:
             layout = layouts.get(name, Layout(torch.float32, _ABSENT, 0))
             strides = {f"{name.upper()}{axis}": stride for axis, stride in enumerate(layout.strides)}

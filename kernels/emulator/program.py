@@ -67,7 +67,11 @@ class Program:
 
 def parse(text: str) -> Program:
     """Raises ValueError for what is no kernel of a fixed number of threads, or no statement."""
-    entry = re.search(r"\.entry (\w+)\((.*?\))\s*\.reqntid (\d+).*?\n\{(.*?)\n(?:\$L__func_end|\s*// -- End function\n)", text, re.DOTALL)
+    entry = re.search(
+        r"\.entry (\w+)\((.*?\))\s*\.reqntid (\d+).*?\n\{(.*?)\n(?:\$L__func_end|\s*// -- End function\n)",
+        text,
+        re.DOTALL,
+    )
     if entry is None:
         raise ValueError("expected PTX with one .entry and its .reqntid")
     name, header, threads, body = entry.groups()
