@@ -177,7 +177,7 @@ def cluster_measure(ray: Any, data: str, trained_on: set[str]) -> Measure:
     def measure_one(subject: Subject, artefact: Artefact, progress: Callable[[int], None]) -> Accuracy:
         bundle, labels = subject.bundle, subject.labelled.pictures.labels
         started, images, correct = time.perf_counter(), 0, 0
-        size, gpus = bundle.batch.maximum, 1 if artefact.engine else 0
+        size, gpus = bundle.batch.maximum, int(artefact.on_gpu)
         ranges = [{"start": i, "stop": min(i + size, len(labels))} for i in range(0, len(labels), size)]
         machines = sum(node["Alive"] and "CPU" in node["Resources"] for node in ray.nodes())
         workers = min(int(ray.cluster_resources().get("GPU", 0)) if gpus else machines, len(ranges))

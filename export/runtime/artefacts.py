@@ -13,7 +13,9 @@ from export.base.errors import ExportError
 from export.runtime.bundle.contents import Bundle
 from export.runtime.engine_store import BuiltEngine, engine_place, read_place, why_outdated
 from export.runtime.engines.engine import FLAVOURS, Engine, why_not_runnable
-from export.runtime.engines.runner import TensorRTRunner
+from export.runtime.engines.kernel_engine import why_not_here
+from export.runtime.engines.kernel_file import NAME
+from export.runtime.engines.runner import KernelRunner, TensorRTRunner
 from export.runtime.onnx_session import ONNX_FORMS, OnnxRunner, import_onnx, import_onnxruntime, runs_rounded
 from export.runtime.runner import Interface, Runner
 
@@ -23,11 +25,11 @@ class Artefact:
     """One file that computes the network of a bundle.
 
     Attributes:
-        form: an engine's flavour, or one of ONNX_FORMS.
+        form: an engine's flavour, `kernels` and the architecture, or one of ONNX_FORMS.
         file: its name in the bundle; the whole path of an engine that was built on this machine.
         runtime: what executes it, with its version.
         obstacle: why this machine cannot run it, empty where nothing is known to speak against it.
-        engine: None for an ONNX file.
+        engine: of TensorRT, else None.
     """
 
     form: str
@@ -35,6 +37,11 @@ class Artefact:
     runtime: str
     obstacle: str
     engine: Engine | None = field(default=None, repr=False)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it runs on a GPU."""
+        return self.engine is not None or bool(NAME.fullmatch(self.file))
 
 
 def artefacts(bundle: Bundle) -> list[Artefact]:
@@ -47,6 +54,10 @@ def artefacts(bundle: Bundle) -> list[Artefact]:
     for engine in bundle.engines:
         name, file = engine.flavour.name, engine.flavour.file_name
         found.append(Artefact(name, file, f"{name} {engine.version}", why_not_runnable(engine), engine))
+    for file, content in bundle.contents.items():
+        if found_name := NAME.fullmatch(file):
+            target = found_name[1]
+            found.append(Artefact(f"kernels {target}", file, "CUDA driver", why_not_here(content, target)))
     for file, form in ONNX_FORMS.items():
         if file in bundle.contents:
             runtime, obstacle = _onnx_obstacle(runs_rounded(bundle.precision.name, file))
@@ -91,6 +102,8 @@ def artefact_runner(bundle: Bundle, artefact: Artefact) -> Runner:
     runner: Runner
     if artefact.engine is not None:
         runner = TensorRTRunner(artefact.engine, interface)
+    elif artefact.on_gpu:
+        runner = KernelRunner(bundle.contents[artefact.file], interface)
     else:
         rounded, content = runs_rounded(bundle.precision.name, artefact.file), bundle.contents[artefact.file]
         runner = OnnxRunner(lambda: content, interface, rounded)

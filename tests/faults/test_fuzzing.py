@@ -23,6 +23,7 @@ from tests.effort import TIMES
 from tests.faults.bundle_inputs import golden_files, manifests, onnx_files
 from tests.faults.command_inputs import command_lines
 from tests.faults.fuzzing import fuzz
+from tests.faults.kernel_inputs import kernel_files
 from tests.faults.weights_inputs import weights_files
 
 
@@ -85,6 +86,7 @@ INPUTS: dict[str, tuple[Callable[..., Any], int, dict[str, float]]] = {
     "manifests": (manifests, 2000, {"refused": 1 / 3, "passed": 1 / 10}),
     "golden files": (golden_files, 2100, {"refused": 1 / 150, "failed": 1 / 150, "passed": 1 / 150}),
     "onnx files": (onnx_files, 1500, {"refused": 1 / 20, "failed": 1 / 20, "passed": 1 / 20}),
+    "kernel engines": (kernel_files, 2000, {"refused": 1 / 2, "passed": 1 / 50}),
     "command lines": (command_lines, 2500, {"exit code 2": 1 / 2, "exit code 0": 1 / 100}),
     "weights files": (weights_files, 2000, {"refused": 1 / 2, "passed": 1 / 50}),
 }
