@@ -36,11 +36,13 @@ from export.report.page import REPORT_FILE, render
 from export.runtime.bundle.folder import file_entries, publish, staged
 from export.runtime.bundle.golden import GOLDEN_FILE, save_golden
 from export.runtime.engines.engine import Engine, Flavour, build_engine, why_not_runnable
-from export.runtime.engines.runner import TensorRTRunner
+from export.runtime.engines.kernel_engine import why_not_here
+from export.runtime.engines.runner import KernelRunner, TensorRTRunner
 from export.runtime.onnx_session import ONNX_FILE, import_onnxruntime
 from export.runtime.parity.accuracy import Labelled, Meter
 from export.runtime.parity.ladder import (
     ENGINE_FACTOR,
+    Execution,
     References,
     attempt,
     execute,
@@ -352,7 +354,7 @@ def _compare(
         attempt(TensorRTRunner(engine, interface), why_not_runnable(engine), precision, inputs, program.batch)
         for engine in engines
     ]
-    emulated = _emulate(kernels, inputs, program.batch, progress)
+    proved = [_prove(kernel_engine, job, interface, progress) for kernel_engine in kernels]
     progress("run the eager model")
     references = replace(run_references(job.model, program, names, inputs, forms.arithmetic), kinds=kinds)
     progress("compare")
@@ -368,7 +370,8 @@ def _compare(
         held, operators = candidate.precision, candidate.check(execution.trace)
         rungs.append(judge(execution, by_precision[held], held, held.network_factor, operators))
     rungs += [judge_attempt(outcome, by_precision[precision], precision, ENGINE_FACTOR) for outcome in outcomes]
-    rungs += emulated
+    factor = precision.network_factor
+    rungs += [judge_attempt(outcome, by_precision[precision], precision, factor) for outcome in proved]
     report = ParityReport(
         precision.name,
         count_of(inputs),
@@ -381,14 +384,17 @@ def _compare(
     return report, by_precision[precision]
 
 
-def _emulate(kernels: Sequence[KernelEngine], inputs: Inputs, batch: Batch, progress: Progress) -> list[Rung]:
-    rungs = []
-    for engine in kernels:
+def _prove(engine: KernelEngine, job: _Job, interface: Interface, progress: Progress) -> Execution | Rung:
+    """What a kernel engine computes where the GPU here is its own, else what the emulator finds of some blocks."""
+    if why_not_here(engine.content, engine.target.name):
         from export.criteria.kernel_blocks import emulated_rung  # imports Triton, as whatever made the engine has
 
         progress(f"emulate blocks of {engine.name}")
-        rungs.append(emulated_rung(engine, inputs, batch))
-    return rungs
+        return emulated_rung(engine, job.inputs, job.batch)
+    progress(f"run {engine.name}")
+    runner = KernelRunner(engine.content, interface)
+    runner.name, runner.runtime, runner.file = f"kernels {engine.target.name}", "CUDA driver", engine.name
+    return attempt(runner, "", job.precision, job.inputs, job.batch)
 
 
 def choose_targets(config: ExportConfig, skipped: dict[str, str]) -> list[Target]:
