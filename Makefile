@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: export test test-faults lint clean
+.PHONY: export test test-faults test-kernels lint clean
 
 export: .venv/.installed
 	$(BIN)/python scripts/export.py --fp16
@@ -14,6 +14,10 @@ test-faults: .venv/.installed
 	TEST_TIMES=10 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal \
 		tests/faults tests/kernels/operators/test_properties.py tests/kernels/operators/test_quantize_linear_properties.py \
 		tests/export/test_zoo.py
+
+# The compiled kernels of every network, executed in an emulator: the first, middle and last blocks of each launch.
+test-kernels: .venv/.installed
+	$(BIN)/python -m tests.emulator.networks
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ from export.quantisation.methods import DEFAULT_METHOD, METHODS
 from export.runtime.engines.engine import FLAVOURS, Flavour, why_not_buildable
 from export.runtime.engines.options import DEFAULT_ENGINE, EngineConfig
 from export.runtime.parity.network import SCORES, VALUES
+from kernels.configs.targets import REFUSED, TARGETS
 
 AUTO = ("auto",)  # in place of the layers to keep: the fewest that do
 OUTPUTS = ("auto", SCORES, VALUES)
@@ -33,6 +34,8 @@ class ExportConfig:
             with which the network is equal to the eager model.
         outputs: what the outputs are: `scores` of classes, whose top-1 may not change, `values`, or `auto` to find out.
         unverified: write a bundle, marked as such, where nothing is wrong but the evidence is too weak for a verdict.
+        kernels: the architectures to make kernel engines for, of `kernels.configs.targets.TARGETS`; `auto`, which is
+            AUTO here, is that of the GPU of this machine.
     """
 
     precision: str
@@ -44,6 +47,7 @@ class ExportConfig:
     keep_fp32: tuple[str, ...]
     outputs: str
     unverified: bool
+    kernels: tuple[str, ...]
 
     def __init__(
         self,
@@ -56,6 +60,7 @@ class ExportConfig:
         keep_fp32: Collection[str] = (),
         outputs: str = "auto",
         unverified: bool = False,
+        kernels: Collection[str] = (),
     ) -> None:
         """Raises ExportError for values that no export has, and for what another precision takes."""
         if precision not in FORMATS:
@@ -77,6 +82,7 @@ class ExportConfig:
             "keep_fp32": _kept("keep_fp32", keep_fp32, precision, ("fp16", "bf16")),
             "outputs": outputs,
             "unverified": unverified,
+            "kernels": _targets(kernels, precision),
         }
         for name, value in narrowed.items():
             object.__setattr__(self, name, value)
@@ -99,6 +105,26 @@ def _kept(name: str, layers: Collection[str], precision: str, precisions: Collec
     if set(AUTO) <= set(layers) and tuple(layers) != AUTO:
         raise ExportError(f"{field}: expected auto or names, got both: {' '.join(layers)}")
     return tuple(layers)
+
+
+def _targets(names: Collection[str], precision: str) -> tuple[str, ...]:
+    """The architectures of kernel engines, or AUTO.
+
+    Raises:
+        ExportError: one that is not known, or twice; `auto` beside others; a precision that no kernel has.
+    """
+    found = (names,) if isinstance(names, str) else tuple(names)
+    if found and precision == INT8.name:
+        raise ExportError(f"ExportConfig.kernels is for fp32, fp16 and bf16, got ExportConfig.precision={precision!r}")
+    if found == AUTO:
+        return AUTO
+    for name in found:
+        if name not in TARGETS:
+            expected = f"expected auto or some of {', '.join(TARGETS)}"
+            raise ExportError(f"ExportConfig.kernels={name!r}: {REFUSED.get(name, expected)}")
+    if len(set(found)) < len(found):
+        raise ExportError(f"ExportConfig.kernels: expected each architecture once, got {' '.join(found)}")
+    return found
 
 
 def choose_flavours(config: ExportConfig) -> tuple[list[Flavour], dict[str, str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx
 
@@ -17,6 +17,9 @@ from export.runtime.engines.engine import Engine
 from export.runtime.onnx_session import ONNX_FILE
 from export.runtime.parity.rungs import ParityReport
 
+if TYPE_CHECKING:
+    from export.lowering.kernel_engine import KernelEngine
+
 
 def describe(
     program: FusedProgram,
@@ -25,6 +28,7 @@ def describe(
     precision: Precision,
     metadata: Mapping[str, Any],
     report: ParityReport,
+    kernels: Sequence[KernelEngine] = (),
 ) -> dict[str, Any]:
     """The manifest without its list of files. `metadata` goes under `model`: what only the caller knows."""
     model = forms.files[ONNX_FILE].model
@@ -51,6 +55,7 @@ def describe(
             }
             for engine in engines
         },
+        "kernels": {engine.name: engine.to_json() for engine in kernels},
         "fused": [{"name": o.name, "kind": o.kind, "parts": list(o.parts)} for o in program.coverage.fused],
         "left": [{"name": o.name, "kind": o.kind, "reason": o.reason} for o in program.coverage.left],
         "notes": list(program.coverage.notes),

@@ -8,14 +8,14 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from export.base.batch import INPUT, Arrays, Batch, Inputs, count_of, named
-from export.base.errors import ExportError
+from export.base.errors import ExportError, MissingDependency
 from export.base.precision import FORMATS, INT8, PRECISIONS, Precision
 from export.base.progress import Progress, silent
 from export.config import AUTO, ExportConfig, choose_flavours
@@ -36,11 +36,13 @@ from export.report.page import REPORT_FILE, render
 from export.runtime.bundle.folder import file_entries, publish, staged
 from export.runtime.bundle.golden import GOLDEN_FILE, save_golden
 from export.runtime.engines.engine import Engine, Flavour, build_engine, why_not_runnable
-from export.runtime.engines.runner import TensorRTRunner
+from export.runtime.engines.kernel_engine import why_not_here
+from export.runtime.engines.runner import KernelRunner, TensorRTRunner
 from export.runtime.onnx_session import ONNX_FILE, import_onnxruntime
 from export.runtime.parity.accuracy import Labelled, Meter
 from export.runtime.parity.ladder import (
     ENGINE_FACTOR,
+    Execution,
     References,
     attempt,
     execute,
@@ -50,9 +52,13 @@ from export.runtime.parity.ladder import (
     reference_rungs,
 )
 from export.runtime.parity.network import VALUES, OutputKind
-from export.runtime.parity.rungs import ParityReport
+from export.runtime.parity.rungs import ParityReport, Rung
 from export.runtime.runner import Interface
 from export.sample_inputs import crops, photographs
+from kernels.configs.targets import TARGETS, Target
+
+if TYPE_CHECKING:
+    from export.lowering.kernel_engine import KernelEngine
 
 _ADVICE = (
     "lower EngineConfig.workspace_mib, ExportConfig.batch or EngineConfig.optimization_level, "
@@ -70,7 +76,7 @@ class ExportResult:
         output: the bundle's folder.
         report: every comparison.
         coverage: what was fused and what was left.
-        skipped: engine flavour -> why it was not built.
+        skipped: engine flavour, or `sm_87 kernel` -> why it was not built.
         files: name -> size in bytes of each file built.
         seconds: what the whole export took.
     """
@@ -166,6 +172,7 @@ def export_bundle(
     )
     _check(job)
     flavours, skipped = choose_flavours(job.config)
+    targets = choose_targets(job.config, skipped)
     import_onnxruntime()  # a missing package is known before any work is done
     with staged(output) as staging:
         progress("capture and fuse")
@@ -180,13 +187,15 @@ def export_bundle(
         for engine in engines:
             files[engine.flavour.file_name] = engine.plan
             files[engine.flavour.layers_name] = (json.dumps(engine.layers, indent=1) + "\n").encode()
-        report, references = _compare(job, program, forms, engines, kinds)
+        kernels = build_kernels(targets, program, job.config, skipped, progress)
+        files |= {engine.name: engine.content for engine in kernels}
+        report, references = _compare(job, program, forms, engines, kernels, kinds)
         if meter is not None:
             _measure(meter, forms, engines, report, job.precision)
             report = replace(report, accuracy=tuple(meter.measured))
         if report.written:
             progress("write the bundle")
-            manifest = describe(program, forms, engines, job.precision, job.metadata, report)
+            manifest = describe(program, forms, engines, job.precision, job.metadata, report, kernels)
             files["parity.json"] = (json.dumps(report.to_json(), indent=2) + "\n").encode()
             files[GOLDEN_FILE] = save_golden(references)
             graph = describe_graph(program.master)
@@ -323,7 +332,12 @@ def _measure(meter: Meter, forms: Forms, engines: list[Engine], report: ParityRe
 
 
 def _compare(
-    job: _Job, program: FusedProgram, forms: Forms, engines: list[Engine], kinds: Mapping[str, OutputKind]
+    job: _Job,
+    program: FusedProgram,
+    forms: Forms,
+    engines: list[Engine],
+    kernels: list[KernelEngine],
+    kinds: Mapping[str, OutputKind],
 ) -> tuple[ParityReport, References]:
     """Run every candidate first and the references after, so that none can see the other's results.
 
@@ -340,6 +354,7 @@ def _compare(
         attempt(TensorRTRunner(engine, interface), why_not_runnable(engine), precision, inputs, program.batch)
         for engine in engines
     ]
+    proved = [_prove(kernel_engine, job, interface, progress) for kernel_engine in kernels]
     progress("run the eager model")
     references = replace(run_references(job.model, program, names, inputs, forms.arithmetic), kinds=kinds)
     progress("compare")
@@ -355,6 +370,8 @@ def _compare(
         held, operators = candidate.precision, candidate.check(execution.trace)
         rungs.append(judge(execution, by_precision[held], held, held.network_factor, operators))
     rungs += [judge_attempt(outcome, by_precision[precision], precision, ENGINE_FACTOR) for outcome in outcomes]
+    factor = precision.network_factor
+    rungs += [judge_attempt(outcome, by_precision[precision], precision, factor) for outcome in proved]
     report = ParityReport(
         precision.name,
         count_of(inputs),
@@ -365,6 +382,67 @@ def _compare(
         unverified=job.config.unverified,
     )
     return report, by_precision[precision]
+
+
+def _prove(engine: KernelEngine, job: _Job, interface: Interface, progress: Progress) -> Execution | Rung:
+    """What a kernel engine computes where the GPU here is its own, else what the emulator finds of some blocks."""
+    if why_not_here(engine.content, engine.target.name):
+        from export.criteria.kernel_blocks import emulated_rung  # imports Triton, as whatever made the engine has
+
+        progress(f"emulate blocks of {engine.name}")
+        return emulated_rung(engine, job.inputs, job.batch)
+    progress(f"run {engine.name}")
+    runner = KernelRunner(engine.content, interface)
+    runner.name, runner.runtime, runner.file = f"kernels {engine.target.name}", "CUDA driver", engine.name
+    return attempt(runner, "", job.precision, job.inputs, job.batch)
+
+
+def choose_targets(config: ExportConfig, skipped: dict[str, str]) -> list[Target]:
+    """The architectures to make kernel engines for; why there is none is added to `skipped`.
+
+    Raises:
+        ExportError: Triton is not installed, or not one that compiles for an architecture that was asked for.
+    """
+    if not config.kernels:
+        return []
+    try:
+        from kernels.compile import version_reason
+        from kernels.launch import target_of
+    except ModuleNotFoundError as error:
+        raise MissingDependency("triton", "export", error) from error
+    if config.kernels == AUTO:
+        if not torch.cuda.is_available():
+            skipped["kernel"] = "there is no GPU here: name architectures, such as ExportConfig.kernels=('sm_87',)"
+            return []
+        try:
+            return [target_of(torch.device("cuda"))]
+        except ValueError as error:
+            skipped["kernel"] = str(error)
+            return []
+    targets = [TARGETS[name] for name in config.kernels]
+    if reasons := [reason for target in targets if (reason := version_reason(target))]:
+        raise ExportError(f"ExportConfig.kernels: {'; '.join(reasons)}")
+    return targets
+
+
+def build_kernels(
+    targets: Sequence[Target],
+    program: FusedProgram,
+    config: ExportConfig,
+    skipped: dict[str, str],
+    progress: Progress,
+) -> list[KernelEngine]:
+    """A kernel engine for each architecture for which the network can have one; `skipped` gets why one cannot."""
+    engines = []
+    for target in targets:
+        from export.lowering.kernel_engine import lower_kernels  # imports Triton, which `choose_targets` has found
+
+        progress(f"compile the kernels for {target.name}")
+        try:
+            engines.append(lower_kernels(program, PRECISIONS[config.precision], target, config.batch))
+        except ExportError as error:
+            skipped[f"{target.name} kernel"] = str(error)
+    return engines
 
 
 def build_engines(

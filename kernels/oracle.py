@@ -5,6 +5,7 @@ What the tests hold every kernel to, and `scripts/tune.py` every configuration b
 
 import math
 import zlib
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -59,20 +60,50 @@ def p1_failures(
     if not bool(value.isfinite().all()):
         return [f"{int((~value.isfinite()).sum())} of {value.numel()} values are not finite"]
     y64 = inputs.map(lambda tensor: tensor.detach().cpu().double()).activated(pre)
-    error = (value - y64).abs()
-    z = torch.where(error == 0, 0.0, error / sigma)
-    failures = []
     # Values that an activation makes 0 have no error and would hide that of the others.
     active = pre >= -ZERO_BELOW_SIGMA * sigma if problem.relu else (y64 != 0) | (value != 0)
-    rms_z = float(z[active].square().sum().div(active.sum().clamp(min=1)).sqrt())
-    if not rms_z <= MAX_RMS_Z:
-        failures.append(f"rms z is {rms_z:.3g}, expected at most {MAX_RMS_Z}")
-    if not float(z.max()) <= MAX_Z[problem.dtype]:
+    return Deviation.of(value, y64, sigma, active).failures(problem.dtype)
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How far values are from the exact ones, in units of what rounding explains.
+
+    Attributes:
+        rms_z: of those that are not exactly 0 behind an activation.
+        max_z: of all.
+        where: the worst.
+        got, expected: there.
+        wrong_zeros: how many are not 0 though an activation makes them.
+    """
+
+    rms_z: float
+    max_z: float
+    where: tuple[int, ...]
+    got: float
+    expected: float
+    wrong_zeros: int
+
+    @classmethod
+    def of(cls, value: Tensor, y64: Tensor, sigma: Tensor, active: Tensor) -> "Deviation":
+        """Of finite values, one at least; `active` are those that an activation has not made 0."""
+        error = (value - y64).abs()
+        z = torch.where(error == 0, 0.0, error / sigma)
+        rms_z = float(z[active].square().sum().div(active.sum().clamp(min=1)).sqrt())
         where = tuple(int(i) for i in torch.unravel_index(z.argmax(), z.shape))
-        failures.append(
-            f"max z is {float(z.max()):.3g} at {where}, expected at most {MAX_Z[problem.dtype]}:"
-            f" got {float(value[where])}, oracle {float(pre[where])} before the activation"
-        )
-    if bool((value[~active] != 0).any()):
-        failures.append("values that ReLU makes 0 are not exactly 0")
-    return failures
+        wrong_zeros = int((value[~active] != 0).sum())
+        return cls(rms_z, float(z.max()), where, float(value[where]), float(y64[where]), wrong_zeros)
+
+    def failures(self, dtype: torch.dtype) -> list[str]:
+        """Why it is more than rounding, a line each; empty if it is not."""
+        failures = []
+        if not self.rms_z <= MAX_RMS_Z:
+            failures.append(f"rms z is {self.rms_z:.3g}, expected at most {MAX_RMS_Z}")
+        if not self.max_z <= MAX_Z[dtype]:
+            failures.append(
+                f"max z is {self.max_z:.3g} at {self.where}, expected at most {MAX_Z[dtype]}:"
+                f" got {self.got}, expected {self.expected}"
+            )
+        if self.wrong_zeros:
+            failures.append("values that ReLU makes 0 are not exactly 0")
+        return failures

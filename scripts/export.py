@@ -45,6 +45,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--image-size", metavar="H[xW]", help="default: the weights', else 224 or 32")
     parser.add_argument("--engine", choices=("auto", "none", "tensorrt", "tensorrt-rtx"), default="auto")
     add_engine_arguments(parser)
+    parser.add_argument(
+        "--kernels",
+        nargs="+",
+        default=(),
+        metavar="SM|auto",
+        help="GPU architectures to compile this project's own kernels for, such as sm_87 (Orin): they run there with "
+        "the driver alone; auto: that of the GPU here",
+    )
     parser.add_argument("--images", nargs="+", metavar="PATH", help="pictures to compare on")
     parser.add_argument(
         "--outputs",
@@ -170,6 +178,7 @@ def run(args: argparse.Namespace, source: Source, progress: Progress) -> ExportR
         keep_fp32=args.keep_fp32,
         outputs=args.outputs or ("scores" if args.weights == PRETRAINED else "auto"),
         unverified=args.unverified,
+        kernels=args.kernels,
     )
     model = create_model(source.model, num_classes=source.num_classes, in_channels=source.in_channels)
     labelled = open_labelled(args, source)

@@ -22,13 +22,18 @@ _RUNTIME = (
 _OPERATORS = ("kernels.problems", "kernels.rounding", "kernels.operators")
 _LOWER = ("export.fusion", *_RUNTIME, "export.base", "kernels", *_OPERATORS)
 _KERNELS = ("kernels.plan", "kernels.configs", "kernels.jit", "kernels.problems")
+_FLOORS = ("kernels.configs", "kernels.problems")
+_ENGINES = ("kernels.between", "kernels.compile", "kernels.emulator", "kernels.oracle", *_KERNELS)
 _STATES = ("resnet.weights", "resnet.model_card", "resnet.initialise")
 _NETWORKS = ("resnet.models", "resnet.data", "resnet.errors")
 RULE: dict[str, tuple[str, ...]] = {
-    "export": ("export.criteria", "export.report", "export.lowering", "export.quantisation", *_LOWER),
+    "export": (
+        *("export.criteria", "export.report", "export.lowering", "export.quantisation", *_LOWER),
+        *("kernels.configs", "kernels.compile", "kernels.launch"),
+    ),
     "export.benchmark": ("export.criteria", "export.lowering", "export.quantisation", *_LOWER, "kernels.launch"),
-    "export.criteria": ("export.lowering", "export.quantisation", *_LOWER),
-    "export.lowering": (*_LOWER, "kernels.launch"),
+    "export.criteria": ("export.lowering", "export.quantisation", *_LOWER, "kernels.emulator"),
+    "export.lowering": (*_LOWER, "kernels.launch", *_ENGINES),
     "export.quantisation": _LOWER,
     "export.fusion": ("export.base", "kernels", *_OPERATORS),
     "export.report": (*_RUNTIME, "export.base"),
@@ -36,7 +41,10 @@ RULE: dict[str, tuple[str, ...]] = {
     **{room: (*_RUNTIME[index + 1 :], "export.base") for index, room in enumerate(_RUNTIME)},
     "export.base": (),
     "kernels": ("kernels.operators",),
-    "kernels.compile": _KERNELS,
+    "kernels.between": ("kernels.configs", *_OPERATORS),
+    "kernels.emulator": (),
+    "kernels.compile": (*_KERNELS, "kernels.prediction"),
+    "kernels.prediction": _FLOORS,
     "kernels.launch": (*_KERNELS, "kernels.operators"),
     "kernels.plan": _KERNELS[1:],
     "kernels.configs": ("kernels.problems",),

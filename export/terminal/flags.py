@@ -12,6 +12,7 @@ FLAGS = {
     "ExportConfig.batch": "--batch",
     "ExportConfig.engine": "--engine",
     "ExportConfig.calibration_method": "--calibration-method",
+    "ExportConfig.kernels": "--kernels",
     "ExportConfig.keep_fp16": "--keep-fp16",
     "ExportConfig.keep_fp32": "--keep-fp32",
     "ExportConfig.outputs": "--outputs",

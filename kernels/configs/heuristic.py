@@ -33,6 +33,13 @@ _TENSOR_CORE_TILES = (
     (128, 16, 4),
     (64, 16, 4),
 )
+# Over boxes the filters are WGMMA's rows, which come 64 at a time, and the pixels its columns.
+_BOX_TILES = (
+    (128, 128, 8),
+    (128, 64, 4),
+    (64, 64, 4),
+    (32, 64, 4),
+)
 # IEEE float32 runs on the ordinary FMA units: a thread keeps slices of both operands in registers, so 32
 # accumulators are enough work and leave room for them. 32x64 and not 64x32: there ptxas squeezes a 3x3 convolution
 # into 80 registers for one more block per multiprocessor, and spills on sm_90 and sm_120.
@@ -42,9 +49,15 @@ _FMA_TILES = (
     (32, 32, 4),
     (64, 16, 4),
 )
-# A split shorter than this many K slices spends more on its partial sum than it saves.
-_MIN_SLICES_PER_SPLIT = 4
+# A split shorter than this many reduction indices spends more on its partial sum than it saves, and a reduction
+# shorter than four of them is over before the partial sums are.
+_MIN_K_PER_SPLIT = 256
+_LONG_K = 4 * _MIN_K_PER_SPLIT
+# Two programs on a multiprocessor wait for memory in turns, which pays where each is still this long.
+_MIN_K_OF_TWO = 512
 _MAX_SPLIT_K = 16
+# A tile computes this share of rows that exist, if a smaller one can.
+_USEFUL_ROWS = 0.75
 # Accumulators per thread beside the addresses of two gathered operands: 64 spill on sm_86 and sm_120, in float32 on
 # ordinary FMA units also 32.
 GATHERED_PER_THREAD = 32
@@ -87,30 +100,66 @@ def starting_configs(problem: Problem, target: Target, parts: Sequence[Config]) 
 
 @rule(ConvProblem)
 def conv_config(problem: ConvProblem, target: Target) -> ConvConfig:
-    block_m, block_n, num_warps = _tile(problem, target)
+    boxed = _boxed_config(problem, target)
+    if boxed is not None:
+        return boxed
+    block_m, block_n, num_warps = _tile(problem, target, _tiles(problem, target))
     block_k = _block_k(problem)
     if not problem.loads_are_vectors and block_m * block_k > MAX_GATHERED_PER_THREAD * 32 * num_warps:
         num_warps *= 2
-    config = ConvConfig(block_m, block_n, block_k, num_warps, num_stages=2)
-    slices = sum(conv_k_blocks(problem, block_k))
-    programs = _programs(problem, block_m, block_n)
-    if 2 * programs <= target.multiprocessors and problem.dtype != torch.float32:
-        split_k = min(target.multiprocessors // programs, slices // _MIN_SLICES_PER_SPLIT, _MAX_SPLIT_K)
-        config = replace(config, split_k=max(1, split_k))
-    boxed = replace(config, box=box_of(problem, block_m))
-    if problem.dtype != torch.float32 and boxed.unsupported_reason(problem, target) is None:
-        config = boxed
-    elif problem.projection is not None and problem.dtype == torch.float32:
+    config = _split(ConvConfig(block_m, block_n, block_k, num_warps, num_stages=2), problem, target)
+    if problem.projection is not None and problem.dtype == torch.float32:
         config = replace(config, block_m=min(block_m, 32), block_n=min(block_n, 32), num_warps=4)
     elif problem.projection is not None and block_m * block_n > GATHERED_PER_THREAD * 32 * num_warps:
         config = replace(config, block_m=min(block_m, 64), block_n=min(block_n, 64), num_warps=4)
+    return _staged(config, problem, target)
+
+
+def _boxed_config(problem: ConvProblem, target: Target) -> ConvConfig | None:
+    """Through TMA, where the target has it and the problem is one for it."""
+    if problem.dtype == torch.float32 or problem.gemm_n < 64:
+        return None
+    block_m, block_n, num_warps = _tile(problem, target, _BOX_TILES)
+    config = ConvConfig(block_m, block_n, _block_k(problem), num_warps, 2, box_of(problem, block_m))
+    if config.unsupported_reason(problem, target) is not None:
+        return None
+    return _staged(_split(config, problem, target), problem, target)
+
+
+def _split(config: ConvConfig, problem: ConvProblem, target: Target) -> ConvConfig:
+    """K of few tiles divided between programs; where those stay few, in slices of two lines of channels."""
+    if problem.dtype == torch.float32:
+        return config
+    programs = _programs(problem, config.block_m, config.block_n)
+    one, two = (share * target.multiprocessors // programs for share in (1, 2))
+    channels = (problem.c_in_per_group, problem.projection.c_in if problem.projection else 0)
+    small = two > 0 and config.block_k == 64 and config.block_m * config.block_n <= 64 * 64
+    if small and channels[0] > 128 and not any(c % 128 for c in channels):
+        config = replace(config, block_k=128)
+    length = _length(problem)
+    split_k = max(min(one, length // _MIN_K_PER_SPLIT), min(two, length // _MIN_K_OF_TWO))
+    split_k = min(split_k, _MAX_SPLIT_K)
+    if length < _LONG_K or split_k < 2:
+        return config
+    slices = sum(conv_k_blocks(problem, config.block_k))
+    return replace(config, split_k=-(-slices // -(-slices // split_k)))  # none of them without a slice
+
+
+def _staged(config: ConvConfig, problem: ConvProblem, target: Target) -> ConvConfig:
     # s stages keep s - 1 slices in flight: as many as there are and as fit. Beyond 4 the extra ones only take shared
     # memory from a second program on the same multiprocessor.
-    for num_stages in range(min(4, slices // config.split_k + 1), 2, -1):
+    slices = sum(conv_k_blocks(problem, config.block_k))
+    most = 4 if config.block_k <= 64 else 3
+    for num_stages in range(min(most, slices // config.split_k + 1), 2, -1):
         deeper = replace(config, num_stages=num_stages)
         if deeper.unsupported_reason(problem, target) is None:
             return deeper
     return config
+
+
+def _length(problem: ConvProblem) -> int:
+    """Reduction indices of the convolution and its projection."""
+    return problem.gemm_k + (problem.projection.c_in if problem.projection else 0)
 
 
 def _programs(problem: ConvProblem, block_m: int, block_n: int) -> int:
@@ -127,17 +176,29 @@ def _block_k(problem: ConvProblem) -> int:
     return 32
 
 
-def _tile(problem: ConvProblem, target: Target) -> tuple[int, int, int]:
-    on_tensor_cores = problem.dtype != torch.float32
-    tiles = _TENSOR_CORE_TILES if on_tensor_cores else _FMA_TILES
+def _tiles(problem: ConvProblem, target: Target) -> Sequence[tuple[int, int, int]]:
+    """Those over gathered pointers."""
+    if problem.dtype == torch.float32:
+        return _FMA_TILES
+    # Below 64 rows sm_90 falls back from WGMMA to the HMMA of its predecessors.
+    return [tile for tile in _TENSOR_CORE_TILES if tile[0] >= 64 or not target.has_wgmma]
+
+
+def _tile(problem: ConvProblem, target: Target, tiles: Sequence[tuple[int, int, int]]) -> tuple[int, int, int]:
     # A tile wider than C_OUT computes columns nobody stores; narrower than 32 re-reads x for every 16 columns.
     widest = max(MIN_BLOCK, 1 << (problem.gemm_n - 1).bit_length())
     narrowest = min(32, widest)
-    # Below 64 rows sm_90 falls back from WGMMA to the HMMA of its predecessors.
-    fewest_rows = 64 if on_tensor_cores and target.has_wgmma else 32
-    fitting = [tile for tile in tiles if narrowest <= tile[1] <= widest and tile[0] >= fewest_rows]
+    fitting = [tile for tile in tiles if narrowest <= tile[1] <= widest]
+    most_useful = max(_useful_rows(problem, block_m) for block_m, _, _ in fitting)
+    fitting = [tile for tile in fitting if _useful_rows(problem, tile[0]) >= min(_USEFUL_ROWS, most_useful)]
     for block_m, block_n, num_warps in fitting:
         if _programs(problem, block_m, block_n) >= target.multiprocessors:
             return block_m, block_n, num_warps
-    # Batch 1: no tile fills the GPU, the smallest comes nearest, and splitting K does the rest.
+    # Batch 1: no tile fills the GPU, the smallest comes nearest, and splitting K does the rest: the partial sums of a
+    # small tile are added up soonest.
     return fitting[-1]
+
+
+def _useful_rows(problem: ConvProblem, block_m: int) -> float:
+    """The share of rows, of all that tiles of block_m compute, that exist."""
+    return problem.gemm_m / (-(-problem.gemm_m // block_m) * block_m)

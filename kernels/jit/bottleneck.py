@@ -89,10 +89,13 @@ def _conv2d_conv1x1_kernel(
     mask_mid = offs_mid < C_MID
 
     _wait_for_previous_kernel(USE_PDL)
-    acc = tl.zeros((BLOCK_M, BLOCK_MID), dtype=tl.float32)
     if USE_BOXES:
-        acc = _accumulate_boxes(acc, x, weight, n0, p0 - PAD_H, q0 - PAD_W, 0, C_IN, R, S, BLOCK_M, BLOCK_K)
+        acc = tl.zeros((BLOCK_MID, BLOCK_M), dtype=tl.float32)
+        acc = _accumulate_boxes(
+            acc, x, weight, n0, p0 - PAD_H, q0 - PAD_W, 0, 0, K_BLOCKS, C_IN, R, S, BLOCK_M, BLOCK_K
+        ).T
     else:
+        acc = tl.zeros((BLOCK_M, BLOCK_MID), dtype=tl.float32)
         acc = _accumulate_gathered(
             acc,
             x,
@@ -118,6 +121,7 @@ def _conv2d_conv1x1_kernel(
             DILATION_H,
             DILATION_W,
             BLOCK_K,
+            C_MID == BLOCK_MID,
         )
     hidden = _relu(_biased(acc, bias_ptr, offs_mid, mask_mid))
     if BLOCK_MID > C_MID:  # beyond the channels an infinity of x met weights of 0: NaN
@@ -158,6 +162,7 @@ def _conv2d_conv1x1_kernel(
                 1,
                 1,
                 BLOCK_K,
+                C_OUT % BLOCK_N == 0,
             )
         _bias_residual_act_store(
             y_tile,

@@ -27,6 +27,8 @@ class Rung:
         not_run: why it was built but not executed here, or why an unfused network is no reference; else empty.
         no_verdict: of the export as a whole: why nothing was concluded from it; else empty.
         seconds: per image of one run on this machine, 0 where not run.
+        emulated: of a kernel engine that was not run: blocks whose machine code was executed by the emulator, and all
+            blocks of those launches; else None.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Rung:
     not_run: str = ""
     no_verdict: str = ""
     seconds: float = 0.0
+    emulated: tuple[int, int] | None = None
 
     @classmethod
     def of_weak_evidence(cls, precision: str, verdict: str) -> Rung:
@@ -50,6 +53,8 @@ class Rung:
         if self.no_verdict:
             return False
         operators = self.operators is None or bool(self.operators)
+        if self.emulated is not None:
+            return self.operators is not None and operators
         return bool(self.outputs) and all(self.outputs.values()) and operators
 
     @property
@@ -59,7 +64,7 @@ class Rung:
 
     @property
     def verdict(self) -> str:
-        """`equal`, `not run` or why it is not equal, in one line."""
+        """`equal`, `not run`, how much of it was emulated, or why it is not equal, in one line."""
         if self.no_verdict:
             return self.no_verdict
         if self.not_run:
@@ -67,7 +72,8 @@ class Rung:
         failed = [f"{name}: {check.reason}" for name, check in self.outputs.items() if not check]
         if self.operators is not None and not self.operators:
             failed.insert(0, self.operators.summary)
-        return failed[0] if failed else "equal"
+        right = "equal" if self.emulated is None else "emulated {:,} of {:,} blocks".format(*self.emulated)
+        return failed[0] if failed else right
 
     @property
     def diagnosis(self) -> str:
@@ -107,6 +113,8 @@ class Rung:
             "diagnosis": self.diagnosis,
             "seconds_per_image": self.seconds,
         }
+        if self.emulated is not None:
+            record["emulated"] = dict(zip(("blocks", "of"), self.emulated, strict=True))
         if worst is not None:
             record |= {
                 "error": finite(worst.error),

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 import kernels.jit
-from kernels.jit.parts import _pixel_offset, _pixels, _swizzled_block
+from kernels.jit.parts import _partial_offsets, _pixel_offset, _pixels, _sum_of_splits, _swizzled_block
 
 JIT_FILES = sorted(Path(kernels.jit.__file__).parent.glob("*.py"))
 
@@ -74,3 +74,37 @@ def test_the_swizzle_visits_every_block_once(blocks: tuple[int, int], device: to
     _swizzle_kernel[(blocks_m * blocks_n,)](out, blocks_m, blocks_n)
     assert sorted(out.tolist()) == [[m, n] for m in range(blocks_m) for n in range(blocks_n)]
     assert out[:8].tolist() == [[m, 0] for m in range(8)] or blocks_m < 8
+
+
+@triton.jit
+def _split_kernel(partials_ptr, counters_ptr, offsets_ptr, out_ptr, tile, rows, N: tl.constexpr, SIZE: tl.constexpr):
+    """The sum over 3 splits of 1 + split, in the first rows and N columns; -1 from a program that does not hold it."""
+    lane, split = tl.arange(0, SIZE), tl.program_id(0)
+    acc = tl.zeros((SIZE, SIZE), dtype=tl.float32) + (1 + split)
+    total, last = _sum_of_splits(acc, partials_ptr, counters_ptr, tile, split, lane < rows, lane, N, 3, SIZE, SIZE)
+    place = lane[:, None] * SIZE + lane[None, :]
+    tl.store(out_ptr + split * SIZE * SIZE + place, tl.where(last, total, -1.0))
+    tl.store(offsets_ptr + place, _partial_offsets(SIZE, SIZE))
+
+
+def test_partial_sums_fill_whole_sectors_and_nothing_beyond_the_output(device: torch.device) -> None:
+    size, rows, columns, tile = 32, 5, 10, 2
+    partials = torch.full((4, 3, size * size), torch.nan, device=device)
+    counters = torch.zeros(4, dtype=torch.int32, device=device)
+    offsets = torch.empty(size, size, dtype=torch.int32, device=device)
+    out = torch.empty(3, size, size, device=device)
+    _split_kernel[(3,)](partials, counters, offsets, out, tile, rows, columns, size)
+    expected = torch.zeros(size, size)
+    expected[:rows, :12] = 1 + 2 + 3  # columns are moved in whole fours
+    (total,) = (found for found in out.cpu() if not bool((found == -1).all()))
+    assert torch.equal(total, expected) and not counters.any()
+
+    where, written = offsets.cpu(), partials.cpu().isfinite()
+    assert where.flatten().sort().values.tolist() == [*range(size * size)], "each element has a place of its own"
+    assert all(torch.equal(part[where], expected > 0) for part in written[tile])
+    assert int(written.sum()) == 3 * rows * 12, "other tiles"
+    for held in (4, 8):  # columns of a thread, which moves 4 of them at a time
+        for fours in where.reshape(-1, held // 4, 4).unbind(1):
+            assert bool((fours == fours[:, :1] + torch.arange(4)).all()) and not (fours[:, 0] % 4).any()
+            for warp in fours.split(32):
+                assert len((warp // 8).unique()) == warp.numel() // 8, "sectors of 8 that one request touches"

@@ -1,0 +1,48 @@
+"""P1 of a kernel engine without its GPU: some blocks of each launch, executed by the emulator on real activations."""
+
+from __future__ import annotations
+
+from export.base.batch import Batch, Inputs, resized
+from export.lowering.kernel_emulation import LaunchCheck, check_launches
+from export.lowering.kernel_engine import KernelEngine
+from export.runtime.parity.checks import WRONG, Fault, OperatorCheck, OperatorChecks
+from export.runtime.parity.rungs import Rung
+from kernels.emulator.block import UnknownInstruction
+from kernels.rounding import MAX_RMS_Z, MAX_Z
+
+
+def emulated_rung(engine: KernelEngine, inputs: Inputs, batch: Batch) -> Rung:
+    """What the emulator finds of the smallest batch, and of the kernels that only the optimal one launches.
+
+    Other batch sizes have tables of their own, from the same kernels.
+    """
+    name, runtime = f"kernels {engine.target.name}", f"triton {engine.plan['compilers']['triton']}"
+    found: list[LaunchCheck] = []
+    try:
+        for size in sorted({batch.minimum, batch.optimum}):
+            seen = {check.step.code for check in found}
+            new = frozenset({step.code for step in engine.schedules[size].steps} - seen)
+            if new:
+                found += check_launches(engine, size, resized(inputs, size), None if not seen else new)
+    except UnknownInstruction as unknown:
+        return Rung(name, runtime, engine.precision.name, engine.name, not_run=f"the emulator does not know {unknown}")
+    checks = OperatorChecks(tuple(map(_checked, found)), ())
+    blocks = sum(check.blocks for check in found), sum(check.grid for check in found)
+    return Rung(name, runtime, engine.precision.name, engine.name, operators=checks, emulated=blocks)
+
+
+def _checked(check: LaunchCheck) -> OperatorCheck:
+    launch, deviation = check.step.launch, check.deviation
+    fault = None
+    if deviation is not None and check.failures:
+        fault = Fault(WRONG, deviation.where, deviation.got, deviation.expected)
+    return OperatorCheck(
+        name=check.step.call.layer,
+        kind=launch.problem.operator,
+        rms_z=float("inf") if deviation is None else deviation.rms_z,
+        max_z=float("inf") if deviation is None else deviation.max_z,
+        rms_limit=MAX_RMS_Z,
+        max_limit=MAX_Z[check.step.tensors["y_ptr"].dtype],
+        reason=check.failures[0] if check.failures else "",
+        fault=fault,
+    )
