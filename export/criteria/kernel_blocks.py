@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from export.base.batch import Batch, Inputs, resized
+from export.criteria.operators import rms_limit
 from export.lowering.kernel_emulation import LaunchCheck, check_launches
 from export.lowering.kernel_engine import KernelEngine
 from export.runtime.parity.checks import WRONG, Fault, OperatorCheck, OperatorChecks
@@ -32,17 +33,20 @@ def emulated_rung(engine: KernelEngine, inputs: Inputs, batch: Batch) -> Rung:
 
 
 def _checked(check: LaunchCheck) -> OperatorCheck:
-    launch, deviation = check.step.launch, check.deviation
-    fault = None
-    if deviation is not None and check.failures:
-        fault = Fault(WRONG, deviation.where, deviation.got, deviation.expected)
+    deviation, dtype = check.deviation, check.step.tensors["y_ptr"].dtype
+    failures, limit, fault = [*check.failures], MAX_RMS_Z, None
+    if deviation is not None:
+        limit = rms_limit(deviation.active)
+        failures += deviation.failures(dtype, limit)
+        if failures:
+            fault = Fault(WRONG, deviation.where, deviation.got, deviation.expected)
     return OperatorCheck(
         name=check.step.call.layer,
-        kind=launch.problem.operator,
+        kind=check.step.launch.problem.operator,
         rms_z=float("inf") if deviation is None else deviation.rms_z,
         max_z=float("inf") if deviation is None else deviation.max_z,
-        rms_limit=MAX_RMS_Z,
-        max_limit=MAX_Z[check.step.tensors["y_ptr"].dtype],
-        reason=check.failures[0] if check.failures else "",
+        rms_limit=limit,
+        max_limit=MAX_Z[dtype],
+        reason=failures[0] if failures else "",
         fault=fault,
     )

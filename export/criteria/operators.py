@@ -325,7 +325,7 @@ def _check(
     z = torch.where(difference == 0, 0.0, difference / allowed.sigma)
     dead = None if pre is y64 else allowed.upper < 0
     live = (y != 0) | (y64 != 0)  # the exact zeros behind a ReLU would dilute the mean
-    limits = (_rms_limit(int(live.sum())), limits[1])
+    limits = (rms_limit(int(live.sum())), limits[1])
     rms, peak = (z.square().sum() / live.sum().clamp(min=1)).sqrt().item(), z.max().item()
     alive = 0 if dead is None else int((y[dead] != 0).sum())
     reason = _why_not(rms, peak, *limits, alive)
@@ -334,7 +334,7 @@ def _check(
         if beyond is not None and not (reason and _flushes(weights, dtype)):
             wrong = beyond.why_not(limits[1])
             if bool(wrong) is not bool(reason):
-                rms, peak, limits = beyond.rms, beyond.peak, (_rms_limit(beyond.values), limits[1])
+                rms, peak, limits = beyond.rms, beyond.peak, (rms_limit(beyond.values), limits[1])
                 reason = wrong and f"with its weights rounded, {wrong}"
     fault = fault_of(y, y64, z, dtype, weights) if reason else None
     return OperatorCheck(name, kind, rms, peak, *limits, reason, fault)
@@ -361,7 +361,7 @@ class _Beyond:
     bias: float
 
     def why_not(self, max_limit: float) -> str:
-        found = _why_not(self.rms, self.peak, _rms_limit(self.values), max_limit, 0)
+        found = _why_not(self.rms, self.peak, rms_limit(self.values), max_limit, 0)
         limit = _DRIFT / max(self.draws, 1.0) ** 0.5 + self.bias
         if found or abs(self.drift) <= limit:
             return found
@@ -476,7 +476,7 @@ def _allowed(
     return bound(Call(arguments, pre, rounding))
 
 
-def _rms_limit(values: int) -> float:
+def rms_limit(values: int) -> float:
     """What the root mean square of z may be: with few values, the part that chance has in it is large."""
     return max(MAX_RMS_Z, float(chdtri(values, _BY_CHANCE) / values) ** 0.5) if values else MAX_RMS_Z
 

@@ -39,7 +39,7 @@ class LaunchCheck:
         step: the launch.
         blocks, grid: how many were executed, and how many there are.
         deviation: of the values that they wrote; None where they are not all finite, or none was written.
-        failures: what is wrong, a line each.
+        failures: what is wrong whatever the values are, a line each.
     """
 
     step: Step
@@ -332,5 +332,4 @@ def _check(arena: EmulatedArena, activations: Activations, step: Step) -> Launch
         y64, sigma, pre = y64[written], sigma[written], pre[written]
         active = pre >= -ZERO_BELOW_SIGMA * sigma if launch.problem.relu else (y64 != 0) | (found != 0)
         deviation = Deviation.of(found, y64, sigma, active)
-        failures += deviation.failures(y.dtype)
     return LaunchCheck(step, len(blocks), math.prod(launch.grid), deviation, tuple(failures))
