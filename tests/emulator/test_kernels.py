@@ -19,7 +19,7 @@ from kernels.problems import Problem
 from tests.effort import TIMES
 from tests.emulator.conftest import Run
 from tests.kernels.cases import CASES, DTYPES, ODD, SMALL
-from tests.kernels.families import FAMILIES, GATHERED, family
+from tests.kernels.families import FAMILIES, GATHERED, device_of, family
 from tests.kernels.whole_numbers import expected_of, integers
 
 EXECUTED = ("sm_87", "sm_90", "sm_120")
@@ -39,11 +39,10 @@ def cells() -> Iterator[tuple[str, str, str]]:
 
 
 def launched(name: str, dtype: torch.dtype, target: str) -> tuple[Problem, Config, Target]:
-    """A persistent kernel goes round its loop only where blocks are more than multiprocessors."""
-    few = replace(TARGETS[target], multiprocessors=2) if "persistent" in name else TARGETS[target]
-    found = family(name, dtype, few)
+    device = device_of(name, target)
+    found = family(name, dtype, device)
     assert found is not None
-    return *found, few
+    return *found, device
 
 
 def on_targets(names: list[str]) -> list[tuple[str, str]]:

@@ -12,7 +12,7 @@ Array = NDArray[Any]
 UNSIGNED: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _SIGNED: dict[int, Any] = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 # What a register or cell that nobody wrote holds: NaN in every format.
-UNDEFINED = 0x7FFF_DEAD_7FFF_DEAD
+UNDEFINED = 0x7FFF_7FFF_7FFF_7FFF
 
 
 def width(kind: str) -> int:
