@@ -132,9 +132,9 @@ class CompiledKernel:
                 found.append(f"no {mma}, tensor-core instructions are {dict(self.tensor_core_ops)}")
         if self.launch.uses_boxes and not self.box_loads:
             found.append("no TMA load, expected one for each box")
-        expected = _narrowest_copy(self.launch)
-        narrow = self.widest_load < 16 or min(self.async_copies, default=0) < expected
-        if self.launch.problem.loads_are_vectors and not self.launch.uses_boxes and narrow:
+        expected, windows = _narrowest_copy(self.launch), "VECTOR" in self.launch.scalars
+        narrow = min(self.async_copies, default=0) < expected or (self.widest_load < 16 and not windows)
+        if (self.launch.problem.loads_are_vectors or windows) and not self.launch.uses_boxes and narrow:
             found.append(
                 f"loads {dict(self.global_loads)} and copies {dict(self.async_copies)} (bytes: count),"
                 f" expected copies of {expected} bytes and more"
@@ -143,9 +143,9 @@ class CompiledKernel:
 
 
 def _rows(launch: KernelLaunch) -> int:
-    """Rows of the tile that the tensor cores accumulate: pixels, over boxes filters."""
+    """Rows of the tile that the tensor cores accumulate: pixels; over boxes, and with windows, filters."""
     s = launch.scalars
-    return s.get("BLOCK_M") or s.get("BLOCK_Q") or s["BLOCK_N"]
+    return s["BLOCK_N"] if "VECTOR" in s else s.get("BLOCK_M") or s.get("BLOCK_Q") or s["BLOCK_N"]
 
 
 def _narrowest_copy(launch: KernelLaunch) -> int:
@@ -154,6 +154,8 @@ def _narrowest_copy(launch: KernelLaunch) -> int:
     0 where nothing is copied asynchronously: a single slice of K, with nothing to overlap, goes through registers.
     """
     s = launch.scalars
+    if "VECTOR" in s:
+        return int(s["VECTOR"] * launch.problem.dtype.itemsize)
     if "K_BLOCKS" not in s or max(s["K_BLOCKS"], s.get("K_BLOCKS_S", 0)) == 1:
         return 0
     sides = [s[name] for name in ("BLOCK_M", "BLOCK_Q", "BLOCK_N", "BLOCK_MID") if name in s]

@@ -120,7 +120,7 @@ def _conv2d_boxes_kernel(
         acc = acc.T
         if SPLIT_K > 1:
             acc, holds_sum = _sum_of_splits(
-                acc, partials_ptr, counters_ptr, tile, split, mask_m, offs_n, C_OUT, SPLIT_K, BLOCK_M, BLOCK_N
+                acc, partials_ptr, counters_ptr, tile, split, mask_m, first_column, C_OUT, SPLIT_K, BLOCK_M, BLOCK_N
             )
             mask_m &= n < tl.where(holds_sum, N, 0)
         offs_y = _pixel_offset(n, p, q, P, Q, C_OUT)

@@ -156,7 +156,7 @@ def _conv2d_gathered_kernel(
     if SPLIT_K > 1:
         index = group * (blocks_m * blocks_n) + tile
         acc, holds_sum = _sum_of_splits(
-            acc, partials_ptr, counters_ptr, index, split, mask_m, offs_n, C_OUT, SPLIT_K, BLOCK_M, BLOCK_N
+            acc, partials_ptr, counters_ptr, index, split, mask_m, pid_n * BLOCK_N, C_OUT, SPLIT_K, BLOCK_M, BLOCK_N
         )
         mask_m = offs_m < tl.where(holds_sum, M, 0)
     offs_y = offs_m.to(tl.int64) * (GROUPS * C_OUT)

@@ -222,21 +222,18 @@ def _accumulate_boxes(
 
 
 @triton.jit
-def _partial_offsets(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Where a partial tile's elements lie: a row's first four of every eight columns, then its other fours.
+def _store_partial(pointer, acc, mask_m, offs_n, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Store a partial tile, but for rows outside mask_m and columns from N on: a row's first four of every eight
+    columns, then its other fours.
 
     A thread holds four or eight columns of a row and moves four at a time: in both cases those of its neighbours lie
     beside them, and no sector is touched twice.
     """
     column = tl.arange(0, BLOCK_N)
     column = column // 4 % 2 * (BLOCK_N // 2) + column // 8 * 4 + column % 4
-    return tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + column[None, :]
-
-
-@triton.jit
-def _partial_mask(mask_m, offs_n, N: tl.constexpr):
-    """Of a partial tile: its rows, and its columns below N, which are moved in whole fours."""
-    return mask_m[:, None] & (offs_n < tl.cdiv(N, 4) * 4)[None, :]
+    offsets = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + column[None, :]
+    # In whole fours: what lies beyond N is not used.
+    tl.store(pointer + offsets, acc, mask=mask_m[:, None] & (offs_n < tl.cdiv(N, 4) * 4)[None, :])
 
 
 @triton.jit
@@ -249,13 +246,28 @@ def _arrived_last(counters_ptr, tile, SPLIT_K: tl.constexpr):
 
 
 @triton.jit
-def _sum_of_partials(partials, stride, mask, count, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The sum of `count` partial tiles, the first at `partials`, in their order; 0 where masked."""
-    offsets = _partial_offsets(BLOCK_M, BLOCK_N)
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for split in range(0, count):
-        total += tl.load(partials + split * stride + offsets, mask=mask, other=0.0, cache_modifier=".cg")
-    return total
+def _sum_of_partials(
+    partials, mask_m, columns, is_last, N: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """The sum of SPLIT_K partial tiles, the first at `partials`, in their order; 0 if not `is_last`.
+
+    Rows outside mask_m are the first row once more, which costs no memory access. `columns` is the first column.
+    """
+    # As they lie in memory, [BLOCK_M, 2, BLOCK_N // 2], and as many under way as fit into 32 KiB.
+    STAGES: tl.constexpr = max(1, min(SPLIT_K, 8192 // (BLOCK_M * BLOCK_N))) + 1
+    half, lane = tl.arange(0, 2), tl.arange(0, BLOCK_N // 2)
+    row = tl.where(mask_m, tl.arange(0, BLOCK_M), 0)
+    offsets = row[:, None, None] * BLOCK_N + (half[:, None] * (BLOCK_N // 2) + lane[None, :])[None, :, :]
+    column = columns + half[:, None] * 4 + (lane // 4 * 8 + lane % 4)[None, :]
+    total = tl.zeros((BLOCK_M, 2, BLOCK_N // 2), dtype=tl.float32)
+    for split in tl.range(0, tl.where(is_last, SPLIT_K, 0), num_stages=STAGES):
+        pointers = partials + split * (BLOCK_M * BLOCK_N) + offsets
+        if N % BLOCK_N == 0:
+            total += tl.load(pointers, cache_modifier=".cg")
+        else:
+            there = (column < tl.cdiv(N, 4) * 4)[None, :, :]
+            total += tl.load(pointers, mask=there, other=0.0, cache_modifier=".cg")
+    return total.reshape(BLOCK_M, 2, BLOCK_N // 8, 4).permute(0, 2, 1, 3).reshape(BLOCK_M, BLOCK_N)
 
 
 @triton.jit
@@ -266,7 +278,7 @@ def _sum_of_splits(
     tile,
     split,
     mask_m,
-    offs_n,
+    first_column,
     N: tl.constexpr,
     SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -275,14 +287,13 @@ def _sum_of_splits(
     """(sum of the SPLIT_K partial tiles, whether this program is the one that holds it).
 
     Every program stores its partial tile; the last to arrive adds them up, always in the order of the splits, so the
-    sum does not depend on who came last. Rows outside mask_m and columns from N on are neither stored nor summed.
+    sum does not depend on who came last. Of rows outside mask_m and columns from N on nothing is stored.
     """
-    mask = _partial_mask(mask_m, offs_n, N)
     partials = partials_ptr + tile.to(tl.int64) * (SPLIT_K * BLOCK_M * BLOCK_N)
-    tl.store(partials + split * (BLOCK_M * BLOCK_N) + _partial_offsets(BLOCK_M, BLOCK_N), acc, mask=mask)
+    offs_n = first_column + tl.arange(0, BLOCK_N)
+    _store_partial(partials + split * (BLOCK_M * BLOCK_N), acc, mask_m, offs_n, N, BLOCK_M, BLOCK_N)
     last = _arrived_last(counters_ptr, tile, SPLIT_K)
-    total = _sum_of_partials(partials, BLOCK_M * BLOCK_N, mask, tl.where(last, SPLIT_K, 0), BLOCK_M, BLOCK_N)
-    return total, last
+    return _sum_of_partials(partials, mask_m, first_column, last, N, SPLIT_K, BLOCK_M, BLOCK_N), last
 
 
 @triton.jit

@@ -241,13 +241,19 @@ def _head_config(problem: HeadProblem, target: Target) -> HeadConfig:
     # 16 splits, in float32 32: each still has weights enough, and there are few partial sums.
     block_k = min(128 if half else 64, max(32, _power_of_two(-(-problem.c_in // 16))))
     block_k = min(block_k, max(MIN_BLOCK, _power_of_two(problem.c_in)))
-    # Few images: their features are read again by every share, which is little beside the weights, and the weights of
-    # a share are under way in registers before the means are known. Many: step by step through shared memory.
-    in_registers = half and blocks_m <= 2
-    block_n = min(256 if in_registers else 64, max(MIN_BLOCK, _power_of_two(problem.c_out)))
-    blocks_n = -(-problem.c_out // block_n)
-    shares = max(4 if blocks_m <= 2 else 2 if blocks_m <= 8 else 1, -(-blocks_n // _MOST_STEPS))
-    return HeadConfig(images, block_n, block_k, num_warps=8, shares=blocks_n if in_registers else min(blocks_n, shares))
+    # Where there is room for all programs at once, the weights of each are under way in registers before its means are
+    # known, and its features are read again by every share: little beside the weights. Else step by step through
+    # shared memory, and the more images there are, the fewer shares read them.
+    block_n = min(256, max(MIN_BLOCK, _power_of_two(problem.c_out)))
+    shares = -(-problem.c_out // block_n)
+    in_registers = blocks_m == 1 or blocks_m * shares * -(-problem.c_in // block_k) <= target.multiprocessors
+    if not (half and in_registers):
+        block_n = min(64, block_n)
+        blocks_n = -(-problem.c_out // block_n)
+        most = 4 if blocks_m == 1 else 2 if blocks_m <= 8 else 1
+        shares = min(blocks_n, max(most, -(-blocks_n // _MOST_STEPS)))
+    num_warps = 8 if not half or block_n * block_k > 8192 else 4  # float32 spills in fewer registers per tile
+    return HeadConfig(images, block_n, block_k, num_warps, shares)
 
 
 def _power_of_two(size: int) -> int:

@@ -23,13 +23,13 @@ from kernels.configs.config import Config, KernelLaunch, Operand
 from kernels.configs.convolution import ConvConfig
 from kernels.configs.selection import select_config
 from kernels.configs.targets import TARGETS, Target
-from kernels.operators.conv2d_bias_relu_maxpool import StemConfig
+from kernels.operators.conv2d_bias_relu_maxpool import StemConfig, StemWindowsConfig
 from kernels.operators.conv2d_conv1x1_bias_act import BottleneckConfig
 from kernels.operators.mean_linear import HeadConfig
 from kernels.oracle import make_inputs
 from kernels.plan import kernel_of, plan
 from kernels.problems import ConvProblem, Problem
-from tests.kernels.cases import ONE_OF_EACH, SMALL
+from tests.kernels.cases import ONE_OF_EACH, SMALL, STEM_CASES
 from tests.kernels.launching import run
 from tests.kernels.networks import hardest_problems
 
@@ -52,6 +52,7 @@ LAUNCHES: dict[str, tuple[Problem, Config]] = {
     "bottleneck-projection": (ONE_OF_EACH["bottleneck-projection"], FUSED),
     "bottleneck-boxes": (ONE_OF_EACH["bottleneck-projection"], replace(FUSED, box=(1, 8, 8))),
     "stem": (ONE_OF_EACH["stem"], StemConfig(32, 64, 32, 2, 4, 2)),
+    "stem-windows": (STEM_CASES["resnet-even"], StemWindowsConfig(32, 64, 16, 2, 4, 3)),
     "head": (ONE_OF_EACH["head"], HeadConfig(16, 64, 32, 4)),
 }
 

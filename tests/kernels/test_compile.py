@@ -18,7 +18,7 @@ from kernels.configs.config import Config
 from kernels.configs.convolution import ConvConfig
 from kernels.configs.targets import TARGETS
 from kernels.jit.implicit_gemm import _conv2d_gathered_kernel
-from kernels.operators.conv2d_bias_relu_maxpool import StemConfig, StemProblem
+from kernels.operators.conv2d_bias_relu_maxpool import StemConfig, StemProblem, StemWindowsConfig
 from kernels.operators.conv2d_conv1x1_bias_act import BottleneckConfig, BottleneckProblem
 from kernels.operators.mean_linear import HeadConfig, HeadProblem
 from kernels.plan import plan
@@ -145,6 +145,7 @@ GOOD = {
     "boxes": kernel_of(PROBLEM, BOXES, **BOXED),
     "bottleneck": kernel_of(BOTTLENECK, BottleneckConfig(128, 64, 64, 4, 2)),
     "stem": kernel_of(STEM, StemConfig(64, 64, 32, 2, 4, 2), async_copies={}),
+    "windows": kernel_of(STEM, StemWindowsConfig(64, 64, 16, 2, 4, 3), global_loads={2: 8}, async_copies={4: 36}),
     "head": kernel_of(
         HeadProblem(8, 2048, 7, 7, 1000), HeadConfig(16, 64, 32, 4),
         tensor_core_ops={"HMMA": 8}, global_loads={16: 4}, async_copies={},
@@ -164,6 +165,8 @@ FAULTY = {
     "no-copies": (replace(GOOD["conv"], async_copies={}), "expected copies of 16 bytes"),
     "narrow-copies-of-a-bottleneck": (replace(GOOD["bottleneck"], async_copies={8: 36}), "expected copies of 16"),
     "narrow-loads-of-a-single-slice": (replace(GOOD["single-slice"], global_loads={8: 12}), "loads {8: 12}"),
+    "no-copies-of-windows": (replace(GOOD["windows"], async_copies={}), "expected copies of 4 bytes"),
+    "windows-on-previous-tensor-cores": (replace(GOOD["windows"], tensor_core_ops={"HMMA": 80}), "no HGMMA"),
     "boxes-without-tma": (replace(GOOD["boxes"], box_loads=0), "no TMA load"),
 }  # fmt: skip
 

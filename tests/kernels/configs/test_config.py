@@ -9,7 +9,7 @@ import torch
 from kernels.configs.config import Config, conv_k_blocks, k_blocks
 from kernels.configs.convolution import ConvConfig
 from kernels.configs.targets import TARGETS
-from kernels.operators.conv2d_bias_relu_maxpool import StemConfig, StemProblem
+from kernels.operators.conv2d_bias_relu_maxpool import StemConfig, StemProblem, StemWindowsConfig, Windows
 from kernels.operators.conv2d_conv1x1_bias_act import BottleneckConfig, BottleneckProblem, PairConfig
 from kernels.operators.mean_linear import HeadConfig, HeadProblem
 from kernels.problems import ConvProblem, Problem, Projection
@@ -28,6 +28,7 @@ SQUARES = replace(GATHERED, box=(2, 8, 8))
 FUSED = BottleneckConfig(128, 64, 64, 4, 2)
 PAIR = PairConfig(GATHERED, GATHERED)
 STRIPS = StemConfig(64, 64, 32, 2, 4, 2)
+WINDOWS = StemWindowsConfig(32, 64, 16, 2, 4, 3)
 MEANS = HeadConfig(16, 64, 32, 4)
 
 REFUSED: dict[str, tuple[Problem, Config, str]] = {
@@ -78,6 +79,15 @@ REFUSED: dict[str, tuple[Problem, Config, str]] = {
     "pair-second": (BOTTLENECK, replace(PAIR, second=replace(GATHERED, split_k=3)), "at most the 2 slices"),
     "stem-groups": (StemProblem(replace(STEM.conv, c_in=4, groups=2)), STRIPS, r"groups 2 and dilation \(1, 1\)"),
     "stem-dilation": (StemProblem(replace(STEM.conv, dilation=(2, 1))), STRIPS, r"groups 1 and dilation \(2, 1\)"),
+    "windows-groups": (StemProblem(replace(STEM.conv, c_in=4, groups=2)), WINDOWS, r"groups 2 and dilation \(1, 1\)"),
+    "windows-of-an-odd-width": (StemProblem(replace(STEM.conv, width=223)), WINDOWS, "windows of 3 channels .* 4 bytes"),
+    "windows-of-an-odd-step": (StemProblem(replace(STEM.conv, stride=(2, 1))), WINDOWS, "are not aligned to 4 bytes"),
+    "windows-too-long": (
+        StemProblem(replace(STEM.conv, c_in=32, kernel=(3, 3))), WINDOWS, "288 elements, expected at most 256",
+    ),
+    "windows-of-a-huge-image": (
+        StemProblem(replace(STEM.conv, height=2**15, width=2**15)), WINDOWS, "an image has 3221225472 elements",
+    ),
     "accumulators": (CONV, replace(GATHERED, block_m=256), "128 accumulators per thread, expected at most 64"),
     "bottleneck-accumulators": (
         replace(BOTTLENECK, first=replace(BOTTLENECK.first, c_out=65)), FUSED, "128 accumulators per thread",
@@ -135,7 +145,25 @@ def test_shared_memory_bound_counts_the_largest_phase() -> None:
     assert wide.shared_memory(BOTTLENECK_PROJECTED) == 2 * (128 * 64 + 64 * 64 + (128 + 64) * 64)
     assert (replace(FUSED, box=(2, 8, 8))).shared_memory(BOTTLENECK) == 2 * (128 + 64) * 64 * 2 + 32768 + 1024
     assert STRIPS.shared_memory(STEM) == 64 * 64 * 4
+    # K is 7 times 20 in vectors, in 9 slices, and 7 others in one.
+    assert WINDOWS.shared_memory(STEM) == (3 * 9 * 16 * 32 + 10 * 16 * 64) * 2 + 32 * 64 * 4
     assert (replace(STRIPS, num_stages=4)).shared_memory(STEM) == 4 * (64 + 64) * 32 * 2
     assert MEANS.shared_memory(HEAD) == 2 * 3 * 32 * 64 + 4 * 64 * 32
     one_step = replace(MEANS, images=1, block_n=256, shares=4)
     assert one_step.shared_memory(HEAD) == 2 * (16 * 32 + 32 * 256) + 4 * 16 * 256
+
+
+def windows(c_in: int, width: int, kernel: int, stride: int, padding: int, dtype: torch.dtype = torch.float16) -> object:
+    sides = {"kernel": (3, kernel), "stride": (1, stride), "padding": (0, padding)}
+    return Windows.of(replace(STEM.conv, c_in=c_in, width=width, dtype=dtype, **sides))
+
+
+def test_a_window_is_copied_in_the_largest_vectors_that_all_windows_are_aligned_to() -> None:
+    """Of (vector, head, main, tail): the vectors start at the same place in every window, and none begins before it."""
+    assert windows(3, 224, 7, 2, 3) == Windows(2, 1, 20, 0)
+    assert windows(3, 224, 3, 2, 0) == Windows(2, 0, 8, 1)
+    assert windows(4, 224, 7, 2, 3) == Windows(4, 0, 28, 0)
+    assert windows(8, 31, 3, 1, 1) == Windows(8, 0, 24, 0)
+    assert windows(1, 224, 7, 2, 3) == Windows(2, 1, 6, 0)
+    assert windows(3, 223, 7, 1, 3, torch.float32) == Windows(1, 0, 21, 0)
+    assert windows(3, 223, 7, 2, 3) is windows(3, 224, 7, 1, 3) is windows(1, 224, 1, 2, 0) is None

@@ -70,7 +70,7 @@ def test_three_of_four_rows_exist_at_batch_1_on_few_multiprocessors() -> None:
 
 def test_a_head_reads_its_features_again_only_where_images_are_few() -> None:
     """At batch 1 that is little beside the weights, which wait in registers; the partial sums are much less."""
-    target, problem = TARGETS["sm_87"], HeadProblem(1, 2048, 7, 7, 1000)
+    target, problem = TARGETS["sm_90"], HeadProblem(1, 2048, 7, 7, 1000)
     shares = []
     for batch in (1, 32, 128, 256):
         config = heuristic_config(replace(problem, batch=batch), target)

@@ -7,7 +7,7 @@ import torch
 
 from kernels.configs.config import Config
 from kernels.configs.convolution import ConvConfig
-from kernels.operators.conv2d_bias_relu_maxpool import StemConfig
+from kernels.operators.conv2d_bias_relu_maxpool import StemConfig, StemProblem, StemWindowsConfig
 from kernels.operators.mean_linear import HeadConfig, HeadProblem
 from kernels.problems import Problem
 from tests.kernels.cases import (
@@ -35,6 +35,7 @@ def boxed(n: int, p: int, q: int, block_n: int = 32, block_k: int = 16, programs
 
 
 HEAD = HeadProblem(5, 70, 5, 7, 33)
+WINDOWS = StemWindowsConfig(32, 64, 32, 2, 4, 2)
 DENSE = replace(SMALL, kernel=(1, 1), padding=(0, 0))
 DEEP = replace(SMALL, c_in=256, height=3, width=4)
 # "small" has 2 images of 6x7 pixels, 32 channels in and 40 out.
@@ -91,6 +92,13 @@ LAUNCHES: dict[str, tuple[Problem, Config]] = {
     "head-one-image": (HEAD, HeadConfig(1, 64, 32, 8)),
     "head-4-images-2-shares": (HEAD, HeadConfig(4, 16, 16, 4, shares=2)),
     "head-32-images-3-shares": (HEAD, HeadConfig(32, 16, 128, 4, shares=3)),
+    # Windows of several images in one strip, 2 images of 5 pooled columns and one strip to a row of 7; blocks of 4 and
+    # 3 pooled rows; K across slices; of float32, where every element is a vector.
+    "windows-strip-per-row": (STEM_CASES["resnet-even"], StemWindowsConfig(16, 64, 16, 1, 4, 2)),
+    "windows-3-rows": (STEM_CASES["resnet-even"], StemWindowsConfig(32, 32, 64, 3, 4, 2)),
+    "windows-odd-sizes": (StemProblem(replace(STEM_CASES["resnet-odd"].conv, height=17, width=22)), WINDOWS),
+    "windows-fp32": (STEM_CASES["resnet-odd"].with_dtype(torch.float32), WINDOWS),
+    "windows-heads-and-tails": (StemProblem(replace(STEM_CASES["resnet-even"].conv, padding=(3, 2))), WINDOWS),
 }  # fmt: skip
 
 
