@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
 
+import kernels.jit
 from kernels.configs.config import Config
 from kernels.configs.heuristic import heuristic_config
 from kernels.configs.targets import TARGETS, Target
@@ -55,6 +58,13 @@ def assert_right(problem: Problem, config: Config, target: Target, run: Run) -> 
     found = run(plan(problem, config, target), target, inputs)
     assert found.defects == []
     assert p1_failures(found.y, problem, inputs) == []
+
+
+def test_every_kernel_is_executed() -> None:
+    files = {path.stem: path.read_text() for path in Path(kernels.jit.__file__).parent.glob("*.py")}
+    every = {f"{file}.{name}" for file, text in files.items() for name in re.findall(r"def (_\w+_kernel)\(\n", text)}
+    found = (launched(name, torch.float16, "sm_90") for name in FAMILIES)
+    assert {launch.kernel for one in found for launch in plan(*one)} == every
 
 
 @pytest.mark.parametrize(("name", "target", "dtype"), [*cells()])

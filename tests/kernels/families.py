@@ -10,10 +10,11 @@ from kernels.configs.config import Config
 from kernels.configs.convolution import ConvConfig
 from kernels.configs.selection import select_config
 from kernels.configs.targets import TARGETS, Target
+from kernels.operators.conv2d_bias_relu_maxpool import StemConfig, StemWindowsConfig
 from kernels.operators.conv2d_conv1x1_bias_act import BottleneckConfig, PairConfig
 from kernels.operators.mean_linear import HeadConfig, HeadProblem
 from kernels.problems import Problem
-from tests.kernels.cases import ONE_OF_EACH, SMALL
+from tests.kernels.cases import ONE_OF_EACH, SMALL, STEM_CASES
 
 GATHERED = ConvConfig(64, 32, 32, 4, 3)
 BOXES = ConvConfig(64, 64, 32, 4, 3, box=(1, 8, 8))  # of 64 filters: fewer are no rows for sm_90's tensor cores
@@ -40,7 +41,8 @@ FAMILIES: dict[str, tuple[Problem, Config | None]] = {
     "bottleneck-projection": (ONE_OF_EACH["bottleneck-projection"], FUSED),
     "bottleneck-boxes": (ONE_OF_EACH["bottleneck-projection"], replace(FUSED, box=(1, 8, 8))),
     "pair": (ONE_OF_EACH["bottleneck-residual"], PairConfig(GATHERED, replace(GATHERED, split_k=2))),
-    "stem": (ONE_OF_EACH["stem"], None),
+    "stem": (ONE_OF_EACH["stem"], StemConfig(32, 64, 32, 2, 4, 2)),
+    "stem-windows": (STEM_CASES["resnet-even"].with_batch(1), StemWindowsConfig(32, 64, 32, 2, 4, 2)),
     "head": (HEAD, None),
     "head-shares": (HEAD, HeadConfig(4, 16, 16, 4, shares=2)),
 }
