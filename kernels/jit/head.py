@@ -87,12 +87,13 @@ def _mean_linear_kernel(
         _store_partial(partial, acc, mask_m, offs_block, C_OUT, BLOCK_M, BLOCK_N)
 
     last = _arrived_last(counters_ptr, tile, SPLIT_K)
+    whole: tl.constexpr = C_OUT == SHARES * N_BLOCKS * BLOCK_N
     offs_y = offs_m.to(tl.int64) * C_OUT
     for block in range(0, tl.where(last, N_BLOCKS, 0)):
         offs_block = offs_n + block * BLOCK_N
         first = partials + block * (SPLIT_K * BLOCK_M * BLOCK_N)
         column = first_column + block * BLOCK_N
-        y_tile = _sum_of_partials(first, mask_m, column, last, C_OUT, SPLIT_K, BLOCK_M, BLOCK_N)
+        y_tile = _sum_of_partials(first, mask_m, column, last, C_OUT, whole, SPLIT_K, BLOCK_M, BLOCK_N)
         mask_n = offs_block < C_OUT
         _bias_residual_act_store(
             y_tile, bias_ptr, None, None, y_ptr, offs_y, offs_block, mask_m, mask_n, False, False, "", 0.0

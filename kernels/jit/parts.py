@@ -247,22 +247,31 @@ def _arrived_last(counters_ptr, tile, SPLIT_K: tl.constexpr):
 
 @triton.jit
 def _sum_of_partials(
-    partials, mask_m, columns, is_last, N: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    partials,
+    mask_m,
+    first_column,
+    is_last,
+    N: tl.constexpr,
+    ALL_COLUMNS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """The sum of SPLIT_K partial tiles, the first at `partials`, in their order; 0 if not `is_last`.
 
-    Rows outside mask_m are the first row once more, which costs no memory access. `columns` is the first column.
+    Rows outside mask_m are the first row once more, which costs no access to memory; with ALL_COLUMNS no tile has
+    columns from N on.
     """
-    # As they lie in memory, [BLOCK_M, 2, BLOCK_N // 2], and as many under way as fit into 32 KiB.
+    # As they lie in memory, [BLOCK_M, 2, BLOCK_N // 2], and as many on their way as config.PARTIAL_SUM_BYTES hold.
     STAGES: tl.constexpr = max(1, min(SPLIT_K, 8192 // (BLOCK_M * BLOCK_N))) + 1
     half, lane = tl.arange(0, 2), tl.arange(0, BLOCK_N // 2)
     row = tl.where(mask_m, tl.arange(0, BLOCK_M), 0)
     offsets = row[:, None, None] * BLOCK_N + (half[:, None] * (BLOCK_N // 2) + lane[None, :])[None, :, :]
-    column = columns + half[:, None] * 4 + (lane // 4 * 8 + lane % 4)[None, :]
+    column = first_column + half[:, None] * 4 + (lane // 4 * 8 + lane % 4)[None, :]
     total = tl.zeros((BLOCK_M, 2, BLOCK_N // 2), dtype=tl.float32)
     for split in tl.range(0, tl.where(is_last, SPLIT_K, 0), num_stages=STAGES):
         pointers = partials + split * (BLOCK_M * BLOCK_N) + offsets
-        if N % BLOCK_N == 0:
+        if ALL_COLUMNS:
             total += tl.load(pointers, cache_modifier=".cg")
         else:
             there = (column < tl.cdiv(N, 4) * 4)[None, :, :]
@@ -293,7 +302,8 @@ def _sum_of_splits(
     offs_n = first_column + tl.arange(0, BLOCK_N)
     _store_partial(partials + split * (BLOCK_M * BLOCK_N), acc, mask_m, offs_n, N, BLOCK_M, BLOCK_N)
     last = _arrived_last(counters_ptr, tile, SPLIT_K)
-    return _sum_of_partials(partials, mask_m, first_column, last, N, SPLIT_K, BLOCK_M, BLOCK_N), last
+    total = _sum_of_partials(partials, mask_m, first_column, last, N, N % BLOCK_N == 0, SPLIT_K, BLOCK_M, BLOCK_N)
+    return total, last
 
 
 @triton.jit

@@ -217,9 +217,7 @@ def _conv2d_windows_bias_relu_maxpool_kernel(
 
     _wait_for_previous_kernel(USE_PDL)
     bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-    weights = _weight_tiles(
-        weight_ptr, offs_n, C_OUT, R, HEAD, MAIN, TAIL, slices, BLOCK_N, BLOCK_K, LAST_K, OTHER_K
-    )
+    weights = _weight_tiles(weight_ptr, offs_n, C_OUT, R, HEAD, MAIN, TAIL, slices, BLOCK_N, BLOCK_K, LAST_K, OTHER_K)
     first = tl.maximum(2 * first_row - 1, 0)
     if KEEP_WEIGHTS:
         # A second use of the weights: those of a loop alone the compiler reads again in each of its rounds.
