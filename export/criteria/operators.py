@@ -26,7 +26,7 @@ from export.base.precision import PRECISIONS, Precision
 from export.criteria.bounds import BOUNDS, Call
 from export.criteria.fault import fault_of
 from export.fusion.capture import plain_torch
-from export.fusion.interpreter import ON_CPU, GraphInterpreter
+from export.fusion.interpreter import GraphInterpreter, WideConvolutions
 from export.fusion.nodes import (
     args_of,
     aten,
@@ -96,7 +96,7 @@ def check_alone(program: FusedProgram, precision: Precision, inputs: Mapping[str
         One check per operator that has a criterion.
     """
     checks = []
-    with plain_torch():
+    with plain_torch(), WideConvolutions():
         interpreter = GraphInterpreter(program.graph_module, {})
         interpreter.values = {}
         interpreter.run(*inputs.values())
@@ -111,7 +111,7 @@ def check_alone(program: FusedProgram, precision: Precision, inputs: Mapping[str
 
             target: Any = node.target
             args, kwargs = fx.node.map_arg(node.args, value_of), fx.node.map_arg(node.kwargs, value_of)
-            y = ON_CPU.get(target, target)(*args, **kwargs)
+            y = target(*args, **kwargs)
             check = _check_node(program, precision, node, {**exact, node.name: y}, separate_addition=False)
             if check is not None:
                 checks.append(check)
