@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from scipy.special import chdtri
+from scipy.special import chdtri, stdtrit
 from torch import Tensor, fx
 
 from export.base.precision import PRECISIONS, Precision
@@ -350,6 +350,8 @@ class _Beyond:
         drift: the mean of z away from zero.
         draws: as how many independent roundings the results count.
         shared: the variance that the drift has from roundings inside the operator, which results share.
+        scatter: what the drift may be, seen how much it differs between channels: where next to nothing is added to a
+            shortcut, or a constant, all values of a channel are rounded alike.
         bias: what the drift may be with every draw: that of sums truncated after every 8 products, as on tensor cores,
             and that of results which become fewer the larger they are, so that more of them are rounded up than down.
     """
@@ -360,11 +362,12 @@ class _Beyond:
     drift: float
     draws: float
     shared: float
+    scatter: float
     bias: float
 
     def why_not(self, max_limit: float) -> str:
         found = _why_not(self.rms, self.peak, _rms_limit(self.values), max_limit, 0)
-        limit = _DRIFT * (1 / max(self.draws, 1.0) + self.shared) ** 0.5 + self.bias
+        limit = max(_DRIFT * (1 / max(self.draws, 1.0) + self.shared) ** 0.5, self.scatter) + self.bias
         if found or abs(self.drift) <= limit:
             return found
         return (
@@ -429,9 +432,9 @@ def _beyond_weights(
     if not every:  # such values are judged by who reads them
         live &= ~(_faint(y, precision.dtype) & _faint(expected, precision.dtype))
     if not bool(live.any()):
-        return _Beyond(0.0, 0.0, 0, 0.0, 0.0, 0.0, 0.0)
+        return _Beyond(0.0, 0.0, 0, 0.0, 0.0, 0.0, 0.0, 0.0)
     z = ((y - expected).float() / sigma)[live]
-    away = (z * expected[live].sign()).mean().item()
+    signed = z * expected[live].sign()
     read = {n: _rounded(values[n.name], precision.dtype) for n in _activations(node)}
     pull = torch.where(live, expected.sign().float() / sigma, 0.0) if bare else torch.zeros_like(sigma)
     shared = shared_variance(node.target, _arguments(program, node, read), pull, Rounding(precision.roundoff))
@@ -443,11 +446,24 @@ def _beyond_weights(
         z.square().mean().sqrt().item(),
         z.abs().max().item(),
         len(z),
-        away,
+        signed.mean().item(),
         len(z) ** 2 / equal.double().square().sum().item(),
         shared / len(z) ** 2,
+        _scatter(torch.zeros_like(expected).masked_scatter(live, signed), live),
         length / 8 * UNIT_ROUNDOFF[torch.float32] / precision.roundoff + 4 * precision.roundoff,
     )
+
+
+def _scatter(values: Tensor, live: Tensor) -> float:
+    """What the mean of the live ones of [N, C, ...] may be once in a million times, each channel being one draw."""
+    others = [dim for dim in range(values.dim()) if dim != 1]
+    counts = live.sum(others).double()
+    total, mean = counts.sum(), values.sum() / live.sum()
+    channels = (total.square() / counts.square().sum()).item()  # as many of one size
+    if channels < 2:
+        return float("inf")
+    deviation = (values.sum(others).double() - mean * counts).square().sum().sqrt() / total
+    return float(stdtrit(channels - 1, 1 - _BY_CHANCE / 2)) * (channels / (channels - 1)) ** 0.5 * deviation.item()
 
 
 def _allowed(
