@@ -46,7 +46,7 @@ def _mov(block: Block, i: Instruction, mask: Array | None) -> None:
         block.put(to, block.bits(source, width(i.parts[1])), mask)
 
 
-@instruction(rf"(add|sub|min|max)\.{_INT}|(and|or|xor)\.b(16|32|64)|mul\.lo\.{_INT}")
+@instruction(rf"(add|sub|min|max)\.{_INT}|(and|or|xor)\.b(16|32|64)|mul\.lo\.{_INT}|(add|sub)\.[su]16x2")
 @instruction(r"(add|sub|mul)(\.rn)?(\.ftz)?\.f32(x2)?|(min|max)(\.ftz)?\.NaN\.(f32|b?f16(x2)?)")
 def _binary(block: Block, i: Instruction, mask: Array | None) -> None:
     a, b = (block.get(arg, i.parts[-1]) for arg in i.args[1:])
