@@ -180,7 +180,7 @@ def _cycles(config: ConvConfig, problem: ConvProblem, target: Target) -> float:
     threads = 32 * config.num_warps
     of_warp = 8 * area * config.block_k / config.num_warps / target.tensor_flops_per_cycle
     of_slice = _TAP if problem.kernel == (1, 1) else 2 * _TAP
-    if shared and area >= 64 * threads and config.num_warps == 4:
+    if shared and area >= 64 * threads and config.num_warps == 4 and slices > 4 * splits:  # in a loop
         of_slice += _WAIT
     alone = _START + -(-slices // splits) * (of_warp + of_slice)
     alone += area / threads * (_ELEMENT + (_ELEMENT * splits if splits > 1 else 0)) + (_ARRIVAL if splits > 1 else 0)
@@ -216,7 +216,7 @@ def _split(config: ConvConfig, problem: ConvProblem, target: Target) -> ConvConf
     split_k = min(split_k, _MAX_SPLIT_K)
     if length < _LONG_K:
         split_k = 1
-    wide = small and channels[0] > 128 and not any(c % 128 for c in channels)
+    wide = small and problem.gemm_k > 128 and not any(c % 128 for c in channels)
     for block_k in (128, config.block_k) if wide else (config.block_k,):
         slices = sum(conv_k_blocks(problem, block_k))
         # None of the programs is without a slice.

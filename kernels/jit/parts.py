@@ -307,9 +307,15 @@ def _sum_of_splits(
 
 
 @triton.jit
-def _biased(acc, bias_ptr, offs_c, mask_c):
-    """acc + bias, in float32; offs_c is the channel of each column."""
-    return acc + tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
+def _bias(bias_ptr, offs_c, mask_c):
+    """The bias of the channels offs_c; loaded before the products, since nothing after them would cover its way."""
+    return tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0)
+
+
+@triton.jit
+def _biased(acc, bias):
+    """acc + bias, in float32; bias is that of each column."""
+    return acc + bias.to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -354,7 +360,7 @@ def _activated(value, slope_ptr, offs_c, mask_c, ACTIVATION: tl.constexpr, NEGAT
 @triton.jit
 def _bias_residual_act_store(
     acc,
-    bias_ptr,
+    bias,
     residual_ptr,
     slope_ptr,
     y_ptr,
@@ -371,7 +377,7 @@ def _bias_residual_act_store(
 
     offs_y is the int64 offset of channel 0 of each row, offs_c the channel of each column.
     """
-    acc = _biased(acc, bias_ptr, offs_c, mask_c)
+    acc = _biased(acc, bias)
     offsets = offs_y[:, None] + offs_c[None, :]
     mask = mask_m[:, None] & mask_c[None, :]
     if HAS_RESIDUAL:

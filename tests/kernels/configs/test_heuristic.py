@@ -79,6 +79,7 @@ def test_three_of_four_rows_exist_at_batch_1_on_few_multiprocessors() -> None:
         for launch in heuristic_config(problem, target).launches(problem, target):
             conv, config = getattr(launch.problem, "convolution", None), launch.config
             if isinstance(config, BoxedConfig):
+                assert isinstance(conv, ConvProblem)
                 assert conv.gemm_m >= 0.75 * -(-conv.gemm_m // config.block_m) * config.block_m, launch.problem
 
 
