@@ -175,7 +175,8 @@ def _cycles(config: ConvConfig, problem: ConvProblem, target: Target) -> float:
         # Written once, and read by every warp whose part of the tile needs it.
         rows, columns = _warps(block_m, block_n, config.num_warps)
         shared = share * (sides + columns * block_m + rows * block_n) * k * size / 128
-        shared += -(-tiles // target.multiprocessors) * partials / 128
+        # The result, and partial sums, change layout.
+        shared += -(-tiles // target.multiprocessors) * (5 * area * size + partials) / 128
 
     threads = 32 * config.num_warps
     of_warp = 8 * area * config.block_k / config.num_warps / target.tensor_flops_per_cycle

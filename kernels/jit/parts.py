@@ -262,8 +262,10 @@ def _sum_of_partials(
     Rows outside mask_m are the first row once more, which costs no access to memory; with ALL_COLUMNS no tile has
     columns from N on.
     """
-    # As they lie in memory, [BLOCK_M, 2, BLOCK_N // 2], and as many on their way as config.PARTIAL_SUM_BYTES hold.
-    STAGES: tl.constexpr = max(1, min(SPLIT_K, 8192 // (BLOCK_M * BLOCK_N))) + 1
+    # As they lie in memory, [BLOCK_M, 2, BLOCK_N // 2], and as many on their way to shared memory as
+    # config.PARTIAL_SUM_BYTES hold; of small ones, registers hold enough.
+    IN_FLIGHT: tl.constexpr = max(1, min(SPLIT_K, 8192 // (BLOCK_M * BLOCK_N)))
+    STAGES: tl.constexpr = 1 if BLOCK_M * BLOCK_N <= 1024 else IN_FLIGHT + 1
     half, lane = tl.arange(0, 2), tl.arange(0, BLOCK_N // 2)
     row = tl.where(mask_m, tl.arange(0, BLOCK_M), 0)
     offsets = row[:, None, None] * BLOCK_N + (half[:, None] * (BLOCK_N // 2) + lane[None, :])[None, :, :]
