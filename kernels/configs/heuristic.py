@@ -63,6 +63,10 @@ _LONG_K = 4 * _MIN_K_PER_SPLIT
 # Two programs on a multiprocessor wait for memory in turns, which pays where each is still this long.
 _MIN_K_OF_TWO = 512
 _MAX_SPLIT_K = 16
+# Cycles that kernels/prediction finds of a program on its own: to its first product; of a slice beside its products,
+# where there are taps twice that; more where 4 warps have 64 accumulators a thread and HMMA waits for its operands; of
+# each element that a thread stores or adds up; and until the last has arrived.
+_START, _TAP, _WAIT, _ELEMENT, _ARRIVAL = 900, 100, 250, 5, 700
 # A tile computes this share of rows that exist, if a smaller one can.
 _USEFUL_ROWS = 0.75
 # Accumulators per thread beside the addresses of two gathered operands: 64 spill on sm_86 and sm_120, in float32 on
@@ -141,40 +145,52 @@ def _boxed_config(problem: ConvProblem, target: Target) -> ConvConfig | None:
 
 
 def _best(whole: Sequence[ConvConfig], problem: ConvProblem, target: Target) -> ConvConfig:
-    """Of configurations with ever smaller tiles, and those with K divided: the least work, if any has a program for
-    every multiprocessor."""
-    divided = [_split(config, problem, target) for config in whole]
-    pairs = [(_staged(a, problem, target), _staged(b, problem, target)) for a, b in zip(whole, divided, strict=True)]
-    configs = [config for pair in pairs for config in pair]
-    filling = [c for c in configs if _programs(problem, c.block_m, c.block_n) >= target.multiprocessors]
-    if not filling:
-        # Batch 1: the smallest comes nearest, and splitting K does the rest: the partial sums of a small tile are
-        # added up soonest.
-        return configs[-1]
+    """Of configurations with ever smaller tiles, the same with K divided, and fewer or more stages: the least time."""
     if problem.dtype == torch.float32:
-        return filling[0]
-    return min(configs, key=lambda config: _cycles(config, problem, target))
+        filling = (c for c in whole if _programs(problem, c.block_m, c.block_n) >= target.multiprocessors)
+        return _staged(next(filling, whole[-1]), problem, target)[0]
+    configs = [config for one in whole for config in (one, _split(one, problem, target))]
+    staged = [deeper for config in configs for deeper in _staged(config, problem, target)]
+    return min(staged, key=lambda config: _cycles(config, problem, target))
 
 
 def _cycles(config: ConvConfig, problem: ConvProblem, target: Target) -> float:
-    """The least that the busiest multiprocessor's tensor cores and shared memory take, or L2 for all of them; then the
-    sum over splits of one tile, at the 64 bytes per cycle that a multiprocessor takes from L2."""
+    """Cycles that a convolution takes at least: an estimate of what kernels/prediction finds in its machine code.
+
+    The longest of what the busiest multiprocessor's tensor cores and shared memory take, L2 for all of them, and one
+    program after the other on its own; then the sum over splits of one tile, at the 64 bytes per cycle that a
+    multiprocessor takes from L2.
+    """
     block_m, block_n, splits = config.block_m, config.block_n, config.split_k
-    sides, area = block_m + block_n, block_m * block_n
+    sides, area, size = block_m + block_n, block_m * block_n, problem.dtype.itemsize
     tiles = _programs(problem, block_m, block_n)
-    k = sum(conv_k_blocks(problem, config.block_k)) * config.block_k
+    slices = sum(conv_k_blocks(problem, config.block_k))
+    k, partials = slices * config.block_k, 8 * splits * area if splits > 1 else 0  # bytes, written and read
     share = -(-tiles * splits // target.multiprocessors) / splits  # tiles of the busiest one
-    size = problem.dtype.itemsize
+
     tensor = share * 2 * area * k / target.tensor_flops_per_cycle
-    moved = tiles * (sides * k * size + (8 * splits * area if splits > 1 else 0))
+    l2 = tiles * (sides * k * size + partials) / target.l2_bandwidth * target.clock
     shared = 0.0
     if target.matrix_instruction(block_m if config.box is None else block_n) == "HMMA":
         # Written once, and read by every warp whose part of the tile needs it.
         rows, columns = _warps(block_m, block_n, config.num_warps)
         shared = share * (sides + columns * block_m + rows * block_n) * k * size / 128
-        shared += -(-tiles // target.multiprocessors) * (8 * splits * area / 128 if splits > 1 else 0)
-    summed = splits * area / 16 if splits > 1 else 0
-    return max(tensor, shared, moved / target.l2_bandwidth * target.clock) + summed
+        # The result, and partial sums, change layout.
+        shared += -(-tiles // target.multiprocessors) * (5 * area * size + partials) / 128
+
+    threads = 32 * config.num_warps
+    of_warp = 8 * area * config.block_k / config.num_warps / target.tensor_flops_per_cycle
+    of_slice = _TAP if problem.kernel == (1, 1) else 2 * _TAP
+    if shared and area >= 64 * threads and config.num_warps == 4 and slices > 4 * splits:  # in a loop
+        of_slice += _WAIT
+    alone = _START + -(-slices // splits) * (of_warp + of_slice)
+    alone += area / threads * (_ELEMENT + (_ELEMENT * splits if splits > 1 else 0)) + (_ARRIVAL if splits > 1 else 0)
+    buffers = config.num_stages - (config.box is None)
+    by_shared = target.shared_memory_per_multiprocessor // (buffers * sides * config.block_k * size + 1024)
+    by_registers = target.registers // (threads * (area // threads + 64))
+    held = max(1, min(by_shared, by_registers, target.warps // config.num_warps))
+    waves = -(-tiles * splits // (held * target.multiprocessors))
+    return max(tensor, shared, l2, waves * alone) + (splits * area / 16 if splits > 1 else 0)
 
 
 def _warps(block_m: int, block_n: int, num_warps: int) -> tuple[int, int]:
@@ -201,7 +217,7 @@ def _split(config: ConvConfig, problem: ConvProblem, target: Target) -> ConvConf
     split_k = min(split_k, _MAX_SPLIT_K)
     if length < _LONG_K:
         split_k = 1
-    wide = small and channels[0] > 128 and not any(c % 128 for c in channels)
+    wide = small and problem.gemm_k > 128 and not any(c % 128 for c in channels)
     for block_k in (128, config.block_k) if wide else (config.block_k,):
         slices = sum(conv_k_blocks(problem, block_k))
         # None of the programs is without a slice.
@@ -211,16 +227,14 @@ def _split(config: ConvConfig, problem: ConvProblem, target: Target) -> ConvConf
     return config
 
 
-def _staged(config: ConvConfig, problem: ConvProblem, target: Target) -> ConvConfig:
-    # s stages keep s - 1 slices in flight: as many as there are and as fit. Beyond 4 the extra ones only take shared
-    # memory from a second program on the same multiprocessor.
+def _staged(config: ConvConfig, problem: ConvProblem, target: Target) -> list[ConvConfig]:
+    """As many stages as there are slices for and as fit, and fewer."""
+    # s stages keep s - 1 slices in flight. Beyond 4 the extra ones only take shared memory from a second program on
+    # the same multiprocessor.
     slices = sum(conv_k_blocks(problem, config.block_k))
     most = 4 if config.block_k <= 64 else 3
-    for num_stages in range(min(most, slices // config.split_k + 1), 2, -1):
-        deeper = replace(config, num_stages=num_stages)
-        if deeper.unsupported_reason(problem, target) is None:
-            return deeper
-    return config
+    stages = [replace(config, num_stages=n) for n in range(min(most, slices // config.split_k + 1), 2, -1)]
+    return [c for c in stages if c.unsupported_reason(problem, target) is None] or [config]
 
 
 def _length(problem: ConvProblem) -> int:

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from kernels.jit.parts import (
     _arrived_last,
+    _bias,
     _bias_residual_act_store,
     _let_next_kernel_start,
     _store_partial,
@@ -91,10 +92,11 @@ def _mean_linear_kernel(
     offs_y = offs_m.to(tl.int64) * C_OUT
     for block in range(0, tl.where(last, N_BLOCKS, 0)):
         offs_block = offs_n + block * BLOCK_N
+        mask_n = offs_block < C_OUT
+        bias = _bias(bias_ptr, offs_block, mask_n)
         first = partials + block * (SPLIT_K * BLOCK_M * BLOCK_N)
         column = first_column + block * BLOCK_N
         y_tile = _sum_of_partials(first, mask_m, column, last, C_OUT, whole, SPLIT_K, BLOCK_M, BLOCK_N)
-        mask_n = offs_block < C_OUT
         _bias_residual_act_store(
-            y_tile, bias_ptr, None, None, y_ptr, offs_y, offs_block, mask_m, mask_n, False, False, "", 0.0
+            y_tile, bias, None, None, y_ptr, offs_y, offs_block, mask_m, mask_n, False, False, "", 0.0
         )

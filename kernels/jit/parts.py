@@ -262,8 +262,10 @@ def _sum_of_partials(
     Rows outside mask_m are the first row once more, which costs no access to memory; with ALL_COLUMNS no tile has
     columns from N on.
     """
-    # As they lie in memory, [BLOCK_M, 2, BLOCK_N // 2], and as many on their way as config.PARTIAL_SUM_BYTES hold.
-    STAGES: tl.constexpr = max(1, min(SPLIT_K, 8192 // (BLOCK_M * BLOCK_N))) + 1
+    # As they lie in memory, [BLOCK_M, 2, BLOCK_N // 2], and as many on their way to shared memory as
+    # config.PARTIAL_SUM_BYTES hold; of small ones, registers hold enough.
+    IN_FLIGHT: tl.constexpr = max(1, min(SPLIT_K, 8192 // (BLOCK_M * BLOCK_N)))
+    STAGES: tl.constexpr = 1 if BLOCK_M * BLOCK_N <= 1024 else IN_FLIGHT + 1
     half, lane = tl.arange(0, 2), tl.arange(0, BLOCK_N // 2)
     row = tl.where(mask_m, tl.arange(0, BLOCK_M), 0)
     offsets = row[:, None, None] * BLOCK_N + (half[:, None] * (BLOCK_N // 2) + lane[None, :])[None, :, :]
@@ -307,9 +309,15 @@ def _sum_of_splits(
 
 
 @triton.jit
-def _biased(acc, bias_ptr, offs_c, mask_c):
-    """acc + bias, in float32; offs_c is the channel of each column."""
-    return acc + tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
+def _bias(bias_ptr, offs_c, mask_c):
+    """The bias of the channels offs_c; loaded before the products, since nothing after them would cover its way."""
+    return tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0)
+
+
+@triton.jit
+def _biased(acc, bias):
+    """acc + bias, in float32; bias is that of each column."""
+    return acc + bias.to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -354,7 +362,7 @@ def _activated(value, slope_ptr, offs_c, mask_c, ACTIVATION: tl.constexpr, NEGAT
 @triton.jit
 def _bias_residual_act_store(
     acc,
-    bias_ptr,
+    bias,
     residual_ptr,
     slope_ptr,
     y_ptr,
@@ -371,7 +379,7 @@ def _bias_residual_act_store(
 
     offs_y is the int64 offset of channel 0 of each row, offs_c the channel of each column.
     """
-    acc = _biased(acc, bias_ptr, offs_c, mask_c)
+    acc = _biased(acc, bias)
     offsets = offs_y[:, None] + offs_c[None, :]
     mask = mask_m[:, None] & mask_c[None, :]
     if HAS_RESIDUAL:

@@ -12,12 +12,12 @@ for what is left, then the others in one of OTHER_K; 0 where there is none. Colu
 the other, 2 * POOL_Q of each.
 """
 
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, disable-error-code="assignment"
 
 import triton
 import triton.language as tl
 
-from kernels.jit.parts import _let_next_kernel_start, _pixel_offset, _relu, _wait_for_previous_kernel
+from kernels.jit.parts import _bias, _let_next_kernel_start, _pixel_offset, _relu, _wait_for_previous_kernel
 from kernels.jit.stem import _maximum
 
 # A place outside of every row, for elements that are not there; the sum of two of them is an int32.
@@ -216,7 +216,7 @@ def _conv2d_windows_bias_relu_maxpool_kernel(
     )
 
     _wait_for_previous_kernel(USE_PDL)
-    bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    bias = _bias(bias_ptr, offs_n, mask_n).to(tl.float32)
     weights = _weight_tiles(weight_ptr, offs_n, C_OUT, R, HEAD, MAIN, TAIL, slices, BLOCK_N, BLOCK_K, LAST_K, OTHER_K)
     first = tl.maximum(2 * first_row - 1, 0)
     if KEEP_WEIGHTS:

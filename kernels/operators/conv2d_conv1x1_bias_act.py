@@ -391,6 +391,8 @@ def _fused_config(problem: BottleneckProblem, target: Target) -> BottleneckConfi
     rows = (*_MANY_ROWS, *_BOTTLENECK_ROWS) if target.has_wgmma else _BOTTLENECK_ROWS
     wide = target.has_wgmma and problem.projection is not None
     slices = (*_PROJECTION_SLICES, *_BOTTLENECK_SLICES) if wide else _BOTTLENECK_SLICES
+    most = 2 * GATHERED_PER_THREAD if target.has_wgmma else GATHERED_PER_THREAD
+    short = not target.has_tma and problem.projection is not None  # longer slices of three operands spill
     for block_m, num_warps in rows:
         if block_m < fewest_rows or block_m * mid > 64 * 32 * num_warps or block_m * mid <= 16 * 32 * num_warps:
             continue
@@ -399,9 +401,11 @@ def _fused_config(problem: BottleneckProblem, target: Target) -> BottleneckConfi
             continue
         for box in (box_of(problem.first, block_m), None):
             for block_n, block_k, num_stages in slices:
+                if short and num_warps == 8 and block_k > 32:
+                    continue
                 config = BottleneckConfig(block_m, block_n, block_k, num_warps, num_stages, box=box)
-                spills = box is None and block_m * block_n > GATHERED_PER_THREAD * 32 * num_warps
-                if not spills and config.unsupported_reason(problem, target) is None:
+                gathered = block_m * block_n > most * 32 * num_warps or num_warps > 8  # too many to keep
+                if not (box is None and gathered) and config.unsupported_reason(problem, target) is None:
                     return config
     return None
 

@@ -159,8 +159,8 @@ def test_shared_memory_bound_counts_the_largest_phase() -> None:
 def windows(
     c_in: int, width: int, kernel: int, stride: int, padding: int, dtype: torch.dtype = torch.float16
 ) -> Windows | None:
-    sides = {"kernel": (3, kernel), "stride": (1, stride), "padding": (0, padding)}
-    return Windows.of(replace(STEM.conv, c_in=c_in, width=width, dtype=dtype, **sides))
+    conv = replace(STEM.conv, c_in=c_in, width=width, dtype=dtype)
+    return Windows.of(replace(conv, kernel=(3, kernel), stride=(1, stride), padding=(0, padding)))
 
 
 def test_a_window_is_copied_in_the_largest_vectors_that_all_windows_are_aligned_to() -> None:
