@@ -25,7 +25,7 @@ _TYPES = {
     "INT64": np.int64,
     "BOOL": np.bool_,
 }
-_INPUTS = ("FLOAT", "UINT8")
+_INPUTS = ("FLOAT", "UINT8")  # float32 of a network, bytes of pictures
 
 
 class DeviceEngine:
@@ -101,7 +101,8 @@ class DeviceEngine:
         for name, x in inputs.items():
             kind = self._engine.get_tensor_dtype(name).name
             if kind not in _INPUTS or x.dtype != _TYPES[kind]:
-                raise ExportError(f"the engine's {name} is {kind}: expected {' or '.join(_INPUTS)}, got {x.dtype}")
+                wanted = " or ".join(f"{known} for {np.dtype(_TYPES[known])}" for known in _INPUTS)
+                raise ExportError(f"the engine's {name} is {kind}, got {x.dtype}: expected {wanted}")
             smallest, _, largest = (tuple(shape) for shape in self._engine.get_tensor_profile_shape(name, 0))
             if len(x.shape) != len(smallest) or not all(
                 low <= size <= high for low, size, high in zip(smallest, x.shape, largest, strict=True)
