@@ -109,5 +109,5 @@ def at_once(inputs: Inputs) -> int:
 
 
 def _pixels(values: NDArray) -> int:
-    """Of an image."""
+    """Of an image; 1 of a vector."""
     return math.prod(values.shape[1:3] if values.dtype == UINT8 else values.shape[2:])
