@@ -36,6 +36,12 @@ def _fused(operator: type[Arguments[Any]]) -> Callable[[Call], Bound]:
     return lambda call: operator.of(*call.arguments.values()).bound(call.pre, call.rounding)
 
 
+def shared_variance(target: Any, arguments: Mapping[str, Any], pull: Tensor, rounding: Rounding) -> float:
+    """The variance of sum(pull * y) that the roundings inside an operator explain, which values of y share."""
+    operator = OPERATORS.get(getattr(target, "_opname", ""))
+    return float(operator.of(*arguments.values()).shared(pull, rounding)) if operator else 0.0
+
+
 def _weighted(target: Callable[..., Any]) -> Callable[[Call], Bound]:
     """Of a convolution or linear layer of any rank: S + R(y), with the sum of p^2 from the operator itself."""
 

@@ -23,10 +23,10 @@ from scipy.special import chdtri
 from torch import Tensor, fx
 
 from export.base.precision import PRECISIONS, Precision
-from export.criteria.bounds import BOUNDS, Call
+from export.criteria.bounds import BOUNDS, Call, shared_variance
 from export.criteria.fault import fault_of
 from export.fusion.capture import plain_torch
-from export.fusion.interpreter import ON_CPU, GraphInterpreter
+from export.fusion.interpreter import GraphInterpreter, WideConvolutions
 from export.fusion.nodes import (
     args_of,
     aten,
@@ -96,7 +96,7 @@ def check_alone(program: FusedProgram, precision: Precision, inputs: Mapping[str
         One check per operator that has a criterion.
     """
     checks = []
-    with plain_torch():
+    with plain_torch(), WideConvolutions():
         interpreter = GraphInterpreter(program.graph_module, {})
         interpreter.values = {}
         interpreter.run(*inputs.values())
@@ -111,7 +111,7 @@ def check_alone(program: FusedProgram, precision: Precision, inputs: Mapping[str
 
             target: Any = node.target
             args, kwargs = fx.node.map_arg(node.args, value_of), fx.node.map_arg(node.kwargs, value_of)
-            y = ON_CPU.get(target, target)(*args, **kwargs)
+            y = target(*args, **kwargs)
             check = _check_node(program, precision, node, {**exact, node.name: y}, separate_addition=False)
             if check is not None:
                 checks.append(check)
@@ -349,6 +349,7 @@ class _Beyond:
         values: how many of them are not exactly 0.
         drift: the mean of z away from zero.
         draws: as how many independent roundings the results count.
+        shared: the variance that the drift has from roundings inside the operator, which results share.
         bias: what the drift may be with every draw: that of sums truncated after every 8 products, as on tensor cores,
             and that of results which become fewer the larger they are, so that more of them are rounded up than down.
     """
@@ -358,11 +359,12 @@ class _Beyond:
     values: int
     drift: float
     draws: float
+    shared: float
     bias: float
 
     def why_not(self, max_limit: float) -> str:
         found = _why_not(self.rms, self.peak, _rms_limit(self.values), max_limit, 0)
-        limit = _DRIFT / max(self.draws, 1.0) ** 0.5 + self.bias
+        limit = _DRIFT * (1 / max(self.draws, 1.0) + self.shared) ** 0.5 + self.bias
         if found or abs(self.drift) <= limit:
             return found
         return (
@@ -427,9 +429,12 @@ def _beyond_weights(
     if not every:  # such values are judged by who reads them
         live &= ~(_faint(y, precision.dtype) & _faint(expected, precision.dtype))
     if not bool(live.any()):
-        return _Beyond(0.0, 0.0, 0, 0.0, 0.0, 0.0)
+        return _Beyond(0.0, 0.0, 0, 0.0, 0.0, 0.0, 0.0)
     z = ((y - expected).float() / sigma)[live]
     away = (z * expected[live].sign()).mean().item()
+    read = {n: _rounded(values[n.name], precision.dtype) for n in _activations(node)}
+    pull = torch.where(live, expected.sign().float() / sigma, 0.0) if bare else torch.zeros_like(sigma)
+    shared = shared_variance(node.target, _arguments(program, node, read), pull, Rounding(precision.roundoff))
     mantissa, exponent = torch.frexp(expected[live])
     alike = torch.ldexp((mantissa * (16 / precision.roundoff)).round(), exponent)
     _, equal = torch.unique(alike, return_counts=True)
@@ -440,6 +445,7 @@ def _beyond_weights(
         len(z),
         away,
         len(z) ** 2 / equal.double().square().sum().item(),
+        shared / len(z) ** 2,
         length / 8 * UNIT_ROUNDOFF[torch.float32] / precision.roundoff + 4 * precision.roundoff,
     )
 
@@ -460,13 +466,7 @@ def _allowed(
         leaves = {str(source_name(n)): x.double() for n, x in read.items()}
         pre = _expected(program.source, node, leaves)[1]
 
-    def value_of(argument: Any) -> Any:
-        if not isinstance(argument, fx.Node):
-            return argument
-        value = constant(program.master, argument)
-        return (read[argument] if value is None else value).float()
-
-    arguments = {key: value_of(argument) for key, argument in named_args(node).items()}
+    arguments = _arguments(program, node, read)
     given, bound = named_args(node), _bound(program, node)
     weights = [given["weight"]] if "weight" in given else list(given.values())
     held = any(constant(program.master, weight) is not None for weight in weights)
@@ -474,6 +474,18 @@ def _allowed(
     assert bound is not None  # who asks has seen to it
     rounding = Rounding(precision.roundoff, rounds_weights, separate_addition, truncates=truncates)
     return bound(Call(arguments, pre, rounding))
+
+
+def _arguments(program: FusedProgram, node: fx.Node, read: Mapping[fx.Node, Tensor]) -> dict[str, Any]:
+    """Those of an operator by name, its tensors in float32: what it reads, and its weights as they are."""
+
+    def value_of(argument: Any) -> Any:
+        if not isinstance(argument, fx.Node):
+            return argument
+        value = constant(program.master, argument)
+        return (read[argument] if value is None else value).float()
+
+    return {key: value_of(argument) for key, argument in named_args(node).items()}
 
 
 def _rms_limit(values: int) -> float:

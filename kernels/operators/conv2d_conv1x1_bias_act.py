@@ -160,6 +160,10 @@ class Conv2dConv1x1BiasAct(Arguments[T]):
         variance = rounding.convolution(pre, products, self.expand_bias, length, *shortcut)
         return bound_of(variance + F.conv2d(carried * (h > 0), expand), pre)
 
+    def shared(self: "Conv2dConv1x1BiasAct[Tensor]", pull: Tensor, rounding: Rounding) -> Tensor:
+        h = F.conv2d(self.x, self.weight, self.bias, self.stride, self.padding, self.dilation).relu()
+        return (F.conv_transpose2d(pull, self.expand_weight).square() * rounding.of(h)).sum()
+
 
 conv2d_conv1x1_bias_act = register(Conv2dConv1x1BiasAct[Tensor])
 

@@ -81,6 +81,10 @@ class MeanLinear(Arguments[T]):
         variance = rounding.sum(F.linear(mean.square(), squared_weight), self.bias.square(), squared_weight.shape[1])
         return bound_of(variance + F.linear(carried, squared_weight) + rounding.of(pre), pre)
 
+    def shared(self: "MeanLinear[Tensor]", pull: Tensor, rounding: Rounding) -> Tensor:
+        carried = mean_variance(self.x, [2, 3]) + rounding.of(self.x.mean((2, 3)))
+        return ((pull @ self.weight).square() * carried).sum()
+
 
 mean_linear = register(MeanLinear[Tensor])
 

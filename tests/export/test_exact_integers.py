@@ -12,12 +12,15 @@ from torch.utils import _pytree as pytree
 
 import kernels.launch
 from export import FusedProgram, fuse
-from export.base.precision import PRECISIONS
+from export.base.precision import PRECISIONS, Precision
 from export.fusion.nodes import FUSED_OPERATORS
 from export.fusion.program import output_names
-from export.lowering.onnx_file import lower_onnx
+from export.lowering.onnx_file import OnnxFile, lower_onnx
 from export.lowering.runners import OnnxRuntimeRunner, ProgramRunner
-from export.runtime.runner import Runner
+from export.runtime.engines.cuda_runtime import why_no_gpu
+from export.runtime.engines.engine import FLAVOURS, build_engine, why_not_buildable
+from export.runtime.engines.runner import TensorRTRunner
+from export.runtime.runner import Interface, Runner
 from kernels.operators.registry import OPERATORS
 from tests.export.networks import BATCH, values_of
 from tests.export.zoo import SIZE, ZOO
@@ -26,6 +29,7 @@ from tests.kernels.launching import quick_config
 # By precision: up to where its type holds every whole number, the weights of a filter that are not 0, and whether the
 # network keeps its head, whose mean over up to 1024 pixels needs 10 bits more.
 EXACT = {"fp32": (2**24, 8, True), "fp16": (2**11, 3, False), "bf16": (2**8, 2, False)}
+BUILT = ("bottleneck", "unet")  # on a GPU by TensorRT too, which takes long
 KINDS = ("basic", "bottleneck", "preact", "resnext", "repvgg", "iresnet", "densenet", "shufflenet", "mobilenet_v2",
          "ghostnet", "inception", "vgg", "unet", "fpn", "ssd", "option_a")  # fmt: skip
 
@@ -65,6 +69,16 @@ def by_triton(program: FusedProgram, precision: str, names: tuple[str, ...]) -> 
     return ProgramRunner(program, PRECISIONS[precision], names, operators=operators)
 
 
+def engines(program: FusedProgram, file: OnnxFile, precision: Precision) -> list[Runner]:
+    """An engine of each package that this machine's GPU has."""
+    found: list[Runner] = []
+    for flavour in FLAVOURS.values():
+        if not why_not_buildable(flavour) and not why_no_gpu(flavour.name):
+            engine = build_engine(file.serialize(), flavour, precision, BATCH, program.inputs)
+            found.append(TensorRTRunner(engine, Interface.of(file.output_names, program.inputs, BATCH)))
+    return found
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_every_form_agrees_with_integer_arithmetic(name: str, precision: str) -> None:
     limit, terms, head = EXACT[precision]
@@ -77,8 +91,12 @@ def test_every_form_agrees_with_integer_arithmetic(name: str, precision: str) ->
     expected = [y.float().numpy() for y in pytree.tree_leaves(model.double()(images.double()))]
     model.float()
     assert all((y != 0).mean() > 0.1 and y.std() > 0 for y in expected)
-    forms = [ProgramRunner(program, p, names), OnnxRuntimeRunner(lower_onnx(program, p, {}), p)]
-    if not torch.cuda.is_available():
+    file = lower_onnx(program, p, {})
+    forms = [ProgramRunner(program, p, names), OnnxRuntimeRunner(file, p)]
+    if torch.cuda.is_available():
+        forms.append(ProgramRunner(program, p, names, device="cuda"))
+        forms += engines(program, file, p) if name in BUILT else []
+    else:
         forms.append(by_triton(program, precision, names))
     for form in forms:
         with form:

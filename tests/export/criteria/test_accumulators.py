@@ -109,3 +109,29 @@ def test_tiles_summed_in_16_bits_are_refused(program: FusedProgram, images: Tens
     tiles = partial(summed, partial(in_tiles, p.dtype), step)
     (check,) = checks_of(program, ProgramRunner(program, p, NAMES, operators={CONV: tiles}), images, precision).checks
     assert not check
+
+
+def head() -> nn.Module:
+    """A mean and a layer whose classes differ little: what rounding the mean costs one of them, it costs all."""
+    linear = nn.Linear(64, 1000)
+    linear.weight.data = torch.rand(64) + 0.05 * torch.randn(1000, 64)
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear)
+
+
+def widening() -> nn.Module:
+    """A 3x3 of few channels, widened to many: each of its values is rounded, and read by all of those."""
+    wide = nn.Conv2d(4, 512, 1)
+    wide.weight.data = torch.rand(4, 1, 1) + 0.05 * torch.randn(512, 4, 1, 1)
+    return nn.Sequential(nn.Conv2d(64, 4, 3, bias=False), nn.ReLU(), wide)
+
+
+@pytest.mark.parametrize("network", [head, widening])
+def test_a_rounding_that_results_share_is_one_draw(network: Callable[[], nn.Module]) -> None:
+    p = PRECISIONS["fp16"]
+    for seed in range(4):
+        torch.manual_seed(seed)
+        images = torch.randn(2, 64, 3, 3).relu()
+        program = fuse(network().eval(), images, BATCH)
+        assert len(program.coverage.fused) == 1
+        (check,) = checks_of(program, ProgramRunner(program, p, NAMES), images, "fp16").checks
+        assert check, check.reason
