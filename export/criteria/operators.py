@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from scipy.special import chdtri
+from scipy.special import chdtri, stdtrit
 from torch import Tensor, fx
 
 from export.base.precision import PRECISIONS, Precision
@@ -348,8 +348,9 @@ class _Beyond:
         rms, peak: of z.
         values: how many of them are not exactly 0.
         drift: the mean of z away from zero.
-        draws: as how many independent roundings the results count.
         shared: the variance that the drift has from roundings inside the operator, which results share.
+        scatter: what the drift may be, seen how much it differs between channels: where next to nothing is added to a
+            shortcut, or a constant, all values of a channel are rounded alike.
         bias: what the drift may be with every draw: that of sums truncated after every 8 products, as on tensor cores,
             and that of results which become fewer the larger they are, so that more of them are rounded up than down.
     """
@@ -358,13 +359,13 @@ class _Beyond:
     peak: float
     values: int
     drift: float
-    draws: float
     shared: float
+    scatter: float
     bias: float
 
     def why_not(self, max_limit: float) -> str:
         found = _why_not(self.rms, self.peak, _rms_limit(self.values), max_limit, 0)
-        limit = _DRIFT * (1 / max(self.draws, 1.0) + self.shared) ** 0.5 + self.bias
+        limit = max(_DRIFT * (1 / max(self.values, 1) + self.shared) ** 0.5, self.scatter) + self.bias
         if found or abs(self.drift) <= limit:
             return found
         return (
@@ -390,9 +391,6 @@ def _beyond_weights(
     draws all results towards 0. None where with the weights of float64 the operator is not the captured one: they are
     wrong, however they are rounded. Looked at is `every` image, or as many as have a million results; and of these what
     has no activation but a ReLU behind it, which hides nothing of the sum that is rounded.
-
-    Results that are alike, to 1/16 of a roundoff, are one draw of rounding: n of them in groups of n_i count as
-    n^2 / sum(n_i^2).
     """
     count = len(y64) if every else max(1, _RESULTS * len(y64) // y64.numel())
     values = {name: value[:count] if value.shape[:1] == y64.shape[:1] else value for name, value in values.items()}
@@ -431,23 +429,37 @@ def _beyond_weights(
     if not bool(live.any()):
         return _Beyond(0.0, 0.0, 0, 0.0, 0.0, 0.0, 0.0)
     z = ((y - expected).float() / sigma)[live]
-    away = (z * expected[live].sign()).mean().item()
+    signed = z * expected[live].sign()
     read = {n: _rounded(values[n.name], precision.dtype) for n in _activations(node)}
     pull = torch.where(live, expected.sign().float() / sigma, 0.0) if bare else torch.zeros_like(sigma)
     shared = shared_variance(node.target, _arguments(program, node, read), pull, Rounding(precision.roundoff))
-    mantissa, exponent = torch.frexp(expected[live])
-    alike = torch.ldexp((mantissa * (16 / precision.roundoff)).round(), exponent)
-    _, equal = torch.unique(alike, return_counts=True)
     length = max(w[0].numel() for n in node.all_input_nodes if (w := constant(program.master, n)) is not None)
     return _Beyond(
         z.square().mean().sqrt().item(),
         z.abs().max().item(),
         len(z),
-        away,
-        len(z) ** 2 / equal.double().square().sum().item(),
+        signed.mean().item(),
         shared / len(z) ** 2,
+        _scatter(torch.zeros_like(expected).masked_scatter(live, signed), live),
         length / 8 * UNIT_ROUNDOFF[torch.float32] / precision.roundoff + 4 * precision.roundoff,
     )
+
+
+def _scatter(values: Tensor, live: Tensor) -> float:
+    """What the mean of the live ones of [N, C, ...] may be once in a million times, each channel being one draw.
+
+    Channels that are alike, as where they were repeated, are one.
+    """
+    others = [dim for dim in range(values.dim()) if dim != 1]
+    sums, which = torch.unique(values.sum(others), return_inverse=True)
+    counts = torch.zeros_like(sums).index_add(0, which, live.sum(others).double())
+    sums = torch.zeros_like(sums).index_add(0, which, values.sum(others))
+    total = counts.sum()
+    channels = (total.square() / counts.square().sum()).item()  # as many of one size
+    if channels < 2:
+        return float("inf")
+    deviation = (sums - sums.sum() / total * counts).square().sum().sqrt() / total
+    return float(stdtrit(channels - 1, 1 - _BY_CHANCE / 2)) * (channels / (channels - 1)) ** 0.5 * deviation.item()
 
 
 def _allowed(

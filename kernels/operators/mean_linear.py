@@ -78,7 +78,9 @@ class MeanLinear(Arguments[T]):
     def bound(self: "MeanLinear[Tensor]", pre: Tensor, rounding: Rounding) -> Bound:
         mean, squared_weight = self.x.mean((2, 3)), self.weight.square()
         carried = mean_variance(self.x, [2, 3]) + rounding.of(mean)
-        variance = rounding.sum(F.linear(mean.square(), squared_weight), self.bias.square(), squared_weight.shape[1])
+        variance = rounding.sum(
+            pre, F.linear(mean.square(), squared_weight), self.bias.square(), squared_weight.shape[1]
+        )
         return bound_of(variance + F.linear(carried, squared_weight) + rounding.of(pre), pre)
 
     def shared(self: "MeanLinear[Tensor]", pull: Tensor, rounding: Rounding) -> Tensor:
