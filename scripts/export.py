@@ -394,9 +394,9 @@ def summarise(args: argparse.Namespace, source: Source, result: ExportResult) ->
     for note in coverage.notes:
         print(note)
     if args.input == UINT8:
-        print(
-            "input: uint8 [N, H, W, C], bytes as a camera or decoder gives them; they are normalised in the artefacts"
-        )
+        mean, std = (", ".join(f"{value:g}" for value in values) for values in (source.mean, source.std))
+        print("input: uint8 [N, H, W, C], bytes as a camera or decoder gives them")
+        print(f"normalised in the artefacts by mean {mean} and std {std}")
     if report.kept:
         print(f"kept in float32: {', '.join(report.kept)}")
     for rung in report.rungs:

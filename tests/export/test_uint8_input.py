@@ -374,6 +374,7 @@ def test_from_the_command_line_to_a_device_with_few_packages(tmp_path: Path) -> 
     process = loading.run_here(*command)
     assert process.returncode == 0, process.stderr
     assert "input: uint8 [N, H, W, C], bytes as a camera or decoder gives them" in process.stdout
+    assert "normalised in the artefacts by mean 0.3055 and std 0.3187" in process.stdout.splitlines()
     (entry,) = json.loads((out / "manifest.json").read_text())["inputs"]
     assert entry["normalisation"]["mean"] == [0.3055] and entry["dtype"] == "uint8"
     process = loading.run("verify", out, cwd=tmp_path, **digits.without_torch(tmp_path / "few", "onnx", "rich", "PIL"))
