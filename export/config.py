@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from export.base.batch import DEFAULT_BATCH, Batch, as_batch
+from export.base.batch import DEFAULT_BATCH, FLOAT32, UINT8, Batch, as_batch
 from export.base.errors import ExportError
 from export.base.precision import FORMATS, INT8
 from export.quantisation.methods import DEFAULT_METHOD, METHODS
@@ -15,6 +15,7 @@ from export.runtime.parity.network import SCORES, VALUES
 
 AUTO = ("auto",)  # in place of the layers to keep: the fewest that do
 OUTPUTS = ("auto", SCORES, VALUES)
+INPUTS = (FLOAT32, UINT8)
 
 
 @dataclass(frozen=True, init=False)
@@ -33,6 +34,8 @@ class ExportConfig:
             with which the network is equal to the eager model.
         outputs: what the outputs are: `scores` of classes, whose top-1 may not change, `values`, or `auto` to find out.
         unverified: write a bundle, marked as such, where nothing is wrong but the evidence is too weak for a verdict.
+        input: what the artefacts take: `float32`, what the model computes with, or `uint8`, pictures as bytes
+            [N, H, W, C], which they normalise themselves by the mean and std of `metadata`'s preprocessing.
     """
 
     precision: str
@@ -44,6 +47,7 @@ class ExportConfig:
     keep_fp32: tuple[str, ...]
     outputs: str
     unverified: bool
+    input: str
 
     def __init__(
         self,
@@ -56,6 +60,7 @@ class ExportConfig:
         keep_fp32: Collection[str] = (),
         outputs: str = "auto",
         unverified: bool = False,
+        input: str = FLOAT32,
     ) -> None:
         """Raises ExportError for values that no export has, and for what another precision takes."""
         if precision not in FORMATS:
@@ -65,6 +70,8 @@ class ExportConfig:
             raise ExportError(f"expected a calibration method of {expected}, got {calibration_method!r}")
         if outputs not in OUTPUTS:
             raise ExportError(f"expected outputs of {', '.join(OUTPUTS)}, got {outputs!r}")
+        if input not in INPUTS:
+            raise ExportError(f"expected an input of {', '.join(INPUTS)}, got {input!r}")
         if engine not in ("auto", "none", *FLAVOURS):
             raise ExportError(f"expected an engine of auto, none, {', '.join(FLAVOURS)}, got {engine!r}")
         narrowed = {
@@ -77,6 +84,7 @@ class ExportConfig:
             "keep_fp32": _kept("keep_fp32", keep_fp32, precision, ("fp16", "bf16")),
             "outputs": outputs,
             "unverified": unverified,
+            "input": input,
         }
         for name, value in narrowed.items():
             object.__setattr__(self, name, value)
