@@ -51,7 +51,7 @@ ke_status status_of(int code, const std::string &text) {
   size_t length = 0;
   for (unsigned char letter : text) {  // what a file says may not end a line or steer a terminal
     if (length + 1 == sizeof status.text) break;
-    status.text[length++] = letter < 32 || letter == 127 ? '?' : static_cast<char>(letter);
+    status.text[length++] = letter < 32 || letter > 126 ? '?' : static_cast<char>(letter);
   }
   return status;
 }

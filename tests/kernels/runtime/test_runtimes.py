@@ -6,8 +6,8 @@ Each launch is executed in the PTX emulator, which reports what a GPU would not:
 from __future__ import annotations
 
 import os
+import re
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from export import Batch, ExportConfig, export_bundle
 from export.runtime.engines.kernel_file import file_name
 from tests.children import run
-from tests.cuda_stand_in.building import AARCH64, HOST, RUNTIME, build_driver, build_program, build_runtime, needed
+from tests.cuda_stand_in.building import AARCH64, HOST, RUNTIME, needed
 from tests.cuda_stand_in.files import (
     CLASSES,
     HIDDEN,
@@ -33,104 +32,37 @@ from tests.cuda_stand_in.files import (
     unpacked,
     weights,
 )
-from tests.cuda_stand_in.stand_in import ROOT, Code, StandIn, compile_tiny, emulator
-from tests.export.digits import rewrite, without_torch
+from tests.cuda_stand_in.stand_in import ROOT, Code, compile_tiny
+from tests.export.digits import rewrite
+from tests.kernels.runtime.running import Cpp, Place
 
 TARGETS = ("sm_87", "sm_90")  # of pointers, and of tensor maps and programmatic launches
 COUNTS = (3, 1, 2, 20, 5, 1)  # of images in each run: with a table of their own, and without
-EXERCISE = Path(__file__).with_name("exercise.cpp")
-
-# What runs in a process that finds the stand-in: argv: engine, images, output, counts.
-PYTHON = """
-import sys
-import numpy as np
-from export import ExportError
-from export.runtime.engines.kernel_engine import KernelEngine
-try:
-    with open(sys.argv[1], "rb") as file:
-        engine = KernelEngine(file.read(), ("input",), ("output",))
-    given, found = np.fromfile(sys.argv[2], np.float32).reshape(-1, 1, 8, 8), []
-    for count in map(int, sys.argv[4:]):
-        found.append(engine.infer({"input": given[:count]})["output"])
-        given = given[count:]
-    np.concatenate(found).tofile(sys.argv[3])
-    assert len(engine.time({"input": np.zeros((1, 1, 8, 8), np.float32)}, 2)) == 2
-    engine.close()
-except ExportError as error:
-    sys.exit(f"1: {error}")
-"""
 
 
-class Place:
-    """What is built once: the stand-in's library, the compiled network, and the folder for the rest."""
+class Tiny(Place):
+    """With the network of tiny.py, compiled."""
 
     def __init__(self, folder: Path) -> None:
-        emulator()
-        self.folder, self.tiny = folder, folder / "tiny"
-        for part in (self.tiny, folder / "driver"):
-            part.mkdir()
-        self.driver = build_driver(folder / "driver")
-        self.hidden = without_torch(folder / "hidden")["PYTHONPATH"]
+        super().__init__(folder)
+        self.tiny = folder / "tiny"
+        self.tiny.mkdir()
         compile_tiny(self.tiny, *TARGETS)
         self.code = Code.all_in(self.tiny)
 
-    def device(self, target: str, **options: Any) -> StandIn:
-        place = tempfile.mkdtemp(prefix="device-", dir=self.folder)
-        device = StandIn(Path(place), self.driver, self.code, target, **options)
-        device.environment["PYTHONPATH"] = os.pathsep.join((self.hidden, str(ROOT)))  # neither PyTorch nor Triton
-        return device
 
-    def python(self, device: StandIn, engine: Path, *counts: int) -> tuple[NDArray[Any], str]:
-        """(outputs of all runs, what went wrong) by the Python runtime."""
-        arguments: list[str | Path] = [engine, *_given(self.folder, counts), *map(str, counts)]
-        done = run([sys.executable, "-c", PYTHON, *arguments], env=device.environment)
-        return _finished(done, self.folder)
-
-
-def _given(folder: Path, counts: tuple[int, ...]) -> tuple[Path, Path]:
-    images(sum(counts)).tofile(folder / "images.f32")
-    (folder / "outputs.f32").unlink(missing_ok=True)
-    return folder / "images.f32", folder / "outputs.f32"
-
-
-def _finished(done: Any, folder: Path) -> tuple[NDArray[Any], str]:
-    path = folder / "outputs.f32"
-    found = np.fromfile(path, np.float32) if path.exists() else np.empty(0, np.float32)
-    return found.reshape(-1, CLASSES), "" if not done.returncode else done.stderr.strip() or str(done.returncode)
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return Tiny(tmp_path_factory.mktemp("stand-in"))
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    return Place(tmp_path_factory.mktemp("stand-in"))
-
-
-class Cpp:
-    """The C++ runtime, and the program that exercises it, for a machine."""
-
-    def __init__(self, folder: Path, place: Place, machine: Any) -> None:
-        self.folder, self.place, self.machine = folder, place, machine
-        for command in machine.runner[:1]:
-            needed(command)
-        self.library = build_runtime(folder, machine)
-        self.program = build_program(EXERCISE, self.library, machine)
-        self.driver = build_driver(folder, machine)
-
-    def __call__(self, device: StandIn, what: str, *arguments: str | Path) -> Any:
-        environment = {**device.environment, "LD_LIBRARY_PATH": "" if self.machine.runner else str(self.folder)}
-        return run(self.machine.on(self.folder, [self.program, what, *arguments]), env=environment)
-
-    def run(self, device: StandIn, engine: Path, *counts: int) -> tuple[NDArray[Any], str]:
-        given = _given(self.folder, counts)
-        return _finished(self(device, "run", engine, *given, *map(str, counts)), self.folder)
-
-
-@pytest.fixture(scope="module")
-def cpp(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Cpp:
+def cpp(place: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Cpp:
     return Cpp(tmp_path_factory.mktemp("x86-64"), place, HOST)
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_the_python_runtime_computes_the_network(place: Place, target: str) -> None:
+def test_the_python_runtime_computes_the_network(place: Tiny, target: str) -> None:
     """Every count of images, one batch size after another, as the kernels' own rounding explains; nothing is left."""
     with place.device(target) as device:
         found, wrong = place.python(device, place.tiny / f"{target}.kernels", *COUNTS)
@@ -140,7 +72,7 @@ def test_the_python_runtime_computes_the_network(place: Place, target: str) -> N
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_the_cpp_runtime_gives_the_same_bits(place: Place, cpp: Cpp, target: str) -> None:
+def test_the_cpp_runtime_gives_the_same_bits(place: Tiny, cpp: Cpp, target: str) -> None:
     engine = place.tiny / f"{target}.kernels"
     with place.device(target) as device:
         expected, _ = place.python(device, engine, *COUNTS)
@@ -149,7 +81,7 @@ def test_the_cpp_runtime_gives_the_same_bits(place: Place, cpp: Cpp, target: str
     assert len(found) == sum(COUNTS) and found.tobytes() == expected.tobytes()
 
 
-def test_the_cpp_runtime_on_aarch64_gives_the_same_bits(place: Place, tmp_path: Path) -> None:
+def test_the_cpp_runtime_on_aarch64_gives_the_same_bits(place: Tiny, tmp_path: Path) -> None:
     """The library of a Jetson's machine, run by an emulator of its instructions."""
     cpp, engine = Cpp(tmp_path, place, AARCH64), place.tiny / "sm_87.kernels"
     with place.device("sm_87") as device:
@@ -161,7 +93,7 @@ def test_the_cpp_runtime_on_aarch64_gives_the_same_bits(place: Place, tmp_path: 
 
 
 @pytest.fixture(scope="module")
-def bundle(place: Place) -> Path:
+def bundle(place: Tiny) -> Path:
     """An exported bundle of the network, with its kernel engine for sm_87 and one for another GPU."""
     layers = nn.Sequential(nn.Flatten(), nn.Linear(PIXELS, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, CLASSES)).eval()
     w0, b0, w1, b1 = (torch.from_numpy(values).float() for values in weights().values())
@@ -177,7 +109,7 @@ def bundle(place: Place) -> Path:
     return rewrite(place.folder / "plain", place.folder / "bundle", add)
 
 
-def test_verify_runs_an_engine_like_any_artefact(place: Place, bundle: Path) -> None:
+def test_verify_runs_an_engine_like_any_artefact(place: Tiny, bundle: Path) -> None:
     """Equal to the eager model by the golden inputs; one for another GPU says so; and what is wrong is not equal."""
     command: list[str | Path] = [sys.executable, ROOT / "scripts" / "verify.py"]
     with place.device("sm_87") as device:
@@ -200,7 +132,7 @@ def test_verify_runs_an_engine_like_any_artefact(place: Place, bundle: Path) -> 
     assert done.returncode == 1, done.stdout + done.stderr
 
 
-def test_memory_streams_and_threads_of_the_cpp_runtime(place: Place, cpp: Cpp) -> None:
+def test_memory_streams_and_threads_of_the_cpp_runtime(place: Tiny, cpp: Cpp) -> None:
     with place.device("sm_90") as device:
         images(2).tofile(cpp.folder / "two.f32")
         done = cpp(device, "ways", place.tiny / "sm_90.kernels", cpp.folder / "two.f32")
@@ -244,7 +176,7 @@ PLANTED: dict[str, tuple[str, Callable[[Any], object], str]] = {
 
 @pytest.mark.mutant
 @pytest.mark.parametrize("name", PLANTED)
-def test_what_is_planted_in_a_plan_is_refused(place: Place, name: str) -> None:
+def test_what_is_planted_in_a_plan_is_refused(place: Tiny, name: str) -> None:
     """By the emulator, by a driver's error, or by the values."""
     target, edit, words = PLANTED[name]
     plan, tensors = unpacked((place.tiny / f"{target}.kernels").read_bytes())
@@ -262,7 +194,7 @@ def test_what_is_planted_in_a_plan_is_refused(place: Place, name: str) -> None:
 
 
 @pytest.mark.mutant
-def test_a_wait_that_is_missing_in_the_code_is_refused(place: Place) -> None:
+def test_a_wait_that_is_missing_in_the_code_is_refused(place: Tiny) -> None:
     """Kernels that may start early and do not wait for the one before: what `pdl` must not say of such code."""
     waiting = place.code
     place.code = [
@@ -289,7 +221,7 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_a_device_cannot_run_is_refused_alike(place: Place, cpp: Cpp, name: str) -> None:
+def test_what_a_device_cannot_run_is_refused_alike(place: Tiny, cpp: Cpp, name: str) -> None:
     """Before a cubin is loaded where the plan says it; in words that say what to do."""
     made_for, target, options, words = REFUSED[name]
     engine = place.tiny / f"{made_for}.kernels"
@@ -300,7 +232,7 @@ def test_what_a_device_cannot_run_is_refused_alike(place: Place, cpp: Cpp, name:
             assert device.launches == 0 and device.left in (0, None)
 
 
-def test_without_a_driver_both_runtimes_say_so(place: Place, cpp: Cpp) -> None:
+def test_without_a_driver_both_runtimes_say_so(place: Tiny, cpp: Cpp) -> None:
     with place.device("sm_87") as device:
         device.environment["LD_LIBRARY_PATH"] = str(cpp.folder / "nowhere")
         _, python = place.python(device, place.tiny / "sm_87.kernels", 1)
@@ -366,6 +298,7 @@ def test_a_program_finds_the_runtime_by_cmake(cpp: Cpp, tmp_path: Path) -> None:
     assert not done.returncode and (tmp_path / "stripped.so").stat().st_size <= 500_000
     images(1).tofile(tmp_path / "image.f32")
     place = cpp.place
+    assert isinstance(place, Tiny)
     with place.device("sm_87") as device:
         example = [user / "build" / "classify", place.tiny / "sm_87.kernels", tmp_path / "image.f32"]
         done = run(example, env=device.environment)
@@ -373,7 +306,7 @@ def test_a_program_finds_the_runtime_by_cmake(cpp: Cpp, tmp_path: Path) -> None:
     assert done.stdout == f"class {best}, score {reference(images(1))[0, best]:.6g}\n", done.stderr
 
 
-def test_the_host_is_busy_for_microseconds(place: Place, cpp: Cpp, record_property: Callable[[str, Any], None]) -> None:
+def test_the_host_is_busy_for_microseconds(place: Tiny, cpp: Cpp, record_property: Callable[[str, Any], None]) -> None:
     """Kernels that do nothing, so that what is left is the runtime's own: generous, as machines of tests are busy."""
     with place.device("sm_87", empty=True) as device:
         device.environment["LD_LIBRARY_PATH"] = str(place.driver)
@@ -382,3 +315,18 @@ def test_the_host_is_busy_for_microseconds(place: Place, cpp: Cpp, record_proper
     record_property("host", done.stdout.strip())
     _, opened, _, _, _, call = done.stdout.split()
     assert float(call) < 50 and float(opened) < 1
+
+
+def test_the_guide_is_right(cpp: Cpp) -> None:
+    """Its code compiles, and the functions that it counts are there."""
+    guide = (ROOT / "docs" / "kernel-engine.md").read_text()
+    (block,) = re.findall(r"^```cpp\n(.*?)^```", guide, re.MULTILINE | re.DOTALL)
+    source = cpp.folder / "guide.cpp"
+    source.write_text(block)
+    done = run([needed("g++"), "-std=c++17", "-Wall", "-Werror", "-fsyntax-only", "-I", RUNTIME, source])
+    assert not done.returncode, done.stderr
+    header = (RUNTIME / "kernel_engine.h").read_text()
+    functions = set(re.findall(r"^(?:\w+ )+\*?(ke_\w+)\(", header, re.MULTILINE))
+    assert f"a C interface of {len(functions)} functions" in guide, functions
+    symbols = run([needed("nm"), "-D", "--defined-only", cpp.library]).stdout
+    assert {line.split()[2] for line in symbols.splitlines() if line.split()[2].startswith("ke_")} == functions
