@@ -15,7 +15,6 @@ from export.pipeline import choose_targets
 from export.runtime.engines.kernel_file import read_kernel_file
 from tests.export import zoo
 from tests.export.networks import Fused
-from tests.export.report.html_tree import parse
 
 BATCH = Batch(1, 2, 2)
 
@@ -38,8 +37,7 @@ def test_a_bundle_has_the_engines_that_were_asked_for(resnet8: Fused, tmp_path: 
     assert rung["file"] == file and rung["passed"] is True and rung["verdict"].startswith("emulated ")
     assert 0 < rung["emulated"]["blocks"] <= rung["emulated"]["of"]
     assert len(rung["operators"]["checked"]) >= 8 and "error" not in rung
-    texts = parse((tmp_path / "b" / "report.html").read_bytes()).text()
-    assert f"emulated {rung['emulated']['blocks']} of" in texts
+    assert f"emulated {rung['emulated']['blocks']} of" in (tmp_path / "b" / "report.html").read_text()
     verified = verify_bundle(tmp_path / "b")
     assert {rung.name: bool(rung.not_run) for rung in verified if "kernels" in rung.name} == {"kernels sm_90": True}
 
