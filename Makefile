@@ -15,8 +15,10 @@ test-faults: .venv/.installed
 		tests/faults tests/kernels/operators/test_properties.py tests/kernels/operators/test_quantize_linear_properties.py \
 		tests/export/test_zoo.py
 
-# The compiled kernels of every network, executed in an emulator: the first, middle and last blocks of each launch.
+# What the compiler makes of the kernels, executed in an emulator: each way of running on each target in each type, then
+# of every network's launches the first, middle and last blocks.
 test-kernels: .venv/.installed
+	TEST_TIMES=10 $(BIN)/python -m pytest tests/emulator
 	$(BIN)/python -m tests.emulator.networks
 
 lint: .venv/.installed

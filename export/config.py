@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from export.base.batch import DEFAULT_BATCH, Batch, as_batch
+from export.base.batch import DEFAULT_BATCH, FLOAT32, UINT8, Batch, as_batch
 from export.base.errors import ExportError
 from export.base.precision import FORMATS, INT8
 from export.quantisation.methods import DEFAULT_METHOD, METHODS
@@ -16,6 +16,7 @@ from kernels.configs.targets import REFUSED, TARGETS
 
 AUTO = ("auto",)  # in place of the layers to keep: the fewest that do
 OUTPUTS = ("auto", SCORES, VALUES)
+INPUTS = (FLOAT32, UINT8)
 
 
 @dataclass(frozen=True, init=False)
@@ -36,6 +37,8 @@ class ExportConfig:
         unverified: write a bundle, marked as such, where nothing is wrong but the evidence is too weak for a verdict.
         kernels: the architectures to make kernel engines for, of `kernels.configs.targets.TARGETS`; `auto`, which is
             AUTO here, is that of the GPU of this machine.
+        input: what the artefacts take: `float32`, what the model computes with, or `uint8`, pictures as bytes
+            [N, H, W, C], which they normalise themselves by the mean and std of `metadata`'s preprocessing.
     """
 
     precision: str
@@ -48,6 +51,7 @@ class ExportConfig:
     outputs: str
     unverified: bool
     kernels: tuple[str, ...]
+    input: str
 
     def __init__(
         self,
@@ -61,6 +65,7 @@ class ExportConfig:
         outputs: str = "auto",
         unverified: bool = False,
         kernels: Collection[str] = (),
+        input: str = FLOAT32,
     ) -> None:
         """Raises ExportError for values that no export has, and for what another precision takes."""
         if precision not in FORMATS:
@@ -70,6 +75,8 @@ class ExportConfig:
             raise ExportError(f"expected a calibration method of {expected}, got {calibration_method!r}")
         if outputs not in OUTPUTS:
             raise ExportError(f"expected outputs of {', '.join(OUTPUTS)}, got {outputs!r}")
+        if input not in INPUTS:
+            raise ExportError(f"expected an input of {', '.join(INPUTS)}, got {input!r}")
         if engine not in ("auto", "none", *FLAVOURS):
             raise ExportError(f"expected an engine of auto, none, {', '.join(FLAVOURS)}, got {engine!r}")
         narrowed = {
@@ -83,6 +90,7 @@ class ExportConfig:
             "outputs": outputs,
             "unverified": unverified,
             "kernels": _targets(kernels, precision),
+            "input": input,
         }
         for name, value in narrowed.items():
             object.__setattr__(self, name, value)

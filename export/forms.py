@@ -10,6 +10,7 @@ import onnx
 import torch
 from torch import Tensor
 
+from export.base.normalisation import Normalisation
 from export.base.precision import INT8, PRECISIONS, Precision
 from export.base.progress import Progress
 from export.criteria.operators import OperatorChecks, check_operators
@@ -68,11 +69,13 @@ class Forms:
     quantisation: Quantisation | None = None
 
 
-def floating_forms(program: FusedProgram, precision: Precision, progress: Progress) -> Forms:
-    """The fused program and its ONNX file in a floating-point precision."""
+def floating_forms(
+    program: FusedProgram, precision: Precision, progress: Progress, normalisation: Normalisation | None = None
+) -> Forms:
+    """The fused program and its ONNX file in a floating-point precision; `normalisation` as in `lower_onnx`."""
     progress("write ONNX")
     facts = {"precision": precision.name, "batch": str(program.batch)}
-    onnx_file = lower_onnx(program, precision, facts)
+    onnx_file = lower_onnx(program, precision, facts, normalisation)
     names, fused = onnx_file.output_names, partial(check_operators, program, precision)
     kept = _layers_in(onnx_file.model, {onnx.TensorProto.FLOAT}) if precision.name != "fp32" else frozenset()
     on_gpu = torch.cuda.is_available()
@@ -105,6 +108,7 @@ def quantised_forms(
     kept: frozenset[str],
     costs: tuple[LayerCost, ...],
     progress: Progress,
+    normalisation: Normalisation | None = None,
 ) -> Forms:
     """The two ONNX files of an 8-bit network, and the float32 program that they are made from.
 
@@ -114,6 +118,7 @@ def quantised_forms(
         kept: layers that stay in floating point.
         costs: of the layers, for the record.
         progress: called with the name of each step.
+        normalisation: as in `lower_onnx`.
     """
     single = PRECISIONS["fp32"]
     programs = quantised_programs(program, calibration, kept)
@@ -121,7 +126,7 @@ def quantised_forms(
     for scheme, quantised in programs.items():
         progress(f"write {scheme.file}")
         facts = {"precision": INT8.name, "batch": str(program.batch), "purpose": scheme.purpose}
-        onnx_file = lower_onnx(quantised, scheme.arithmetic, facts)
+        onnx_file = lower_onnx(quantised, scheme.arithmetic, facts, normalisation)
         onnx_file = replace(onnx_file, values=shown_values(quantised, onnx_file))
         files[scheme.file] = onnx_file
         runner = OnnxRuntimeRunner(onnx_file, scheme.arithmetic, scheme.file, runs_rounded(INT8.name, scheme.file))

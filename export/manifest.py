@@ -30,15 +30,20 @@ def describe(
     report: ParityReport,
     kernels: Sequence[KernelEngine] = (),
 ) -> dict[str, Any]:
-    """The manifest without its list of files. `metadata` goes under `model`: what only the caller knows."""
-    model = forms.files[ONNX_FILE].model
+    """The manifest without its list of files. `metadata` goes under `model`: what only the caller knows.
+
+    Inputs that are bytes have their `layout` and the `normalisation` that the files do to them.
+    """
+    file = forms.files[ONNX_FILE]
+    model, normalisation = file.model, file.normalisation
     graph = model.graph
+    taken = {} if normalisation is None else {"layout": "NHWC", "normalisation": normalisation.to_json()}
     return {
         "format": FORMAT,
         "model": dict(metadata),
         "precision": precision.name,
         "batch": {"min": program.batch.minimum, "opt": program.batch.optimum, "max": program.batch.maximum},
-        "inputs": [value_facts(value) for value in graph.input],
+        "inputs": [{**value_facts(value), **taken} for value in graph.input],
         "outputs": [_output_facts(value, report) for value in graph.output],
         "verified": bool(report.evidence),
         "verdict": report.verdict,

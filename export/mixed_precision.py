@@ -10,6 +10,7 @@ from torch import nn
 
 from export.base.batch import Inputs
 from export.base.errors import ExportError
+from export.base.normalisation import Normalisation
 from export.base.precision import Precision
 from export.base.progress import Progress
 from export.config import AUTO, ExportConfig
@@ -67,6 +68,7 @@ def quantise_network(
     inputs: Inputs,
     retains: Callable[[FusedProgram], bool] | None,
     progress: Progress,
+    normalisation: Normalisation | None = None,
 ) -> Forms:
     """Calibrate, find what each layer costs in 8 bits and which stay in floating point, and write the files.
 
@@ -77,6 +79,7 @@ def quantise_network(
         inputs: by which the costs are measured.
         retains: says whether a quantised program keeps the accuracy; without it `auto` keeps no layer.
         progress: called with what is being done.
+        normalisation: as in `lower_onnx`.
 
     Raises:
         ExportError: a name that stands for no layer; nothing would be left to quantise; a range no scale can hold.
@@ -99,7 +102,7 @@ def quantise_network(
     if kept >= layers.keys():
         every = f"all {len(layers)} layers would be kept in fp16, nothing is left to quantise"
         raise ExportError(f"{every}: use ExportConfig.precision='fp16'")
-    return quantised_forms(program, calibrated, kept, tuple(costs), progress)
+    return quantised_forms(program, calibrated, kept, tuple(costs), progress, normalisation)
 
 
 def _operators(program: FusedProgram) -> dict[str, tuple[str, ...]]:

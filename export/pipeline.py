@@ -14,13 +14,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from export.base.batch import INPUT, Arrays, Batch, Inputs, count_of, named
+from export.base.batch import FLOAT32, INPUT, UINT8, Arrays, Batch, Inputs, count_of, named
 from export.base.errors import ExportError, MissingDependency
+from export.base.normalisation import CHANNELS, Normalisation
 from export.base.precision import FORMATS, INT8, PRECISIONS, Precision
 from export.base.progress import Progress, silent
 from export.config import AUTO, ExportConfig, choose_flavours
 from export.criteria.batches import check_batches
 from export.criteria.evidence import check_evidence
+from export.criteria.normalised import with_normalised
 from export.criteria.outputs import output_kinds
 from export.criteria.references import run_references, run_simulations
 from export.forms import Forms, floating_forms
@@ -31,7 +33,7 @@ from export.fusion.program import Coverage, FusedProgram, fuse, output_names, ou
 from export.lowering.runners import EagerRunner, ProgramRunner, cast
 from export.manifest import describe
 from export.mixed_precision import keep_float32, quantise_network
-from export.quantisation.calibration import Pictures
+from export.quantisation.calibration import NormalisedPictures, Pictures
 from export.report.page import REPORT_FILE, render
 from export.runtime.bundle.folder import file_entries, publish, staged
 from export.runtime.bundle.golden import GOLDEN_FILE, save_golden
@@ -54,7 +56,7 @@ from export.runtime.parity.ladder import (
 from export.runtime.parity.network import VALUES, OutputKind
 from export.runtime.parity.rungs import ParityReport, Rung
 from export.runtime.runner import Interface
-from export.sample_inputs import crops, photographs
+from export.sample_inputs import byte_crops, crops, photographs
 from kernels.configs.targets import TARGETS, Target
 
 if TYPE_CHECKING:
@@ -99,11 +101,19 @@ class ExportResult:
 
 @dataclass(frozen=True)
 class _Job:
-    """The arguments of an export, checked; `inputs`, what is compared on, as float32 on the CPU."""
+    """The arguments of an export, checked.
+
+    Attributes:
+        given: what is compared on, as the artefacts take it, on the CPU; `labelled` and `calibration` are alike.
+        normalisation: what the artefacts do to it; None where it is what the network computes with.
+        inputs: what the network computes with, float32.
+    """
 
     model: nn.Module
     config: ExportConfig
-    inputs: Arrays
+    given: Arrays
+    normalisation: Normalisation | None
+    inputs: Inputs
     labelled: Labelled | None
     calibration: Pictures | None
     metadata: Mapping[str, Any]
@@ -144,15 +154,17 @@ def export_bundle(
             {"left": [N, C, H, W], "state": [N, D]}. The files call them so; a single input is called `input`.
         output: the bundle's folder; an older bundle there is replaced in one step, or left as it was.
         config: precision, batch sizes and engines.
-        images: [N, C, H, W], what to compare on, as the model expects it; default: crops of the two
-            photographs that come with scikit-learn. Of several inputs as many of each, by name; there is no default.
-            Outputs have to vary from image to image by far more than rounding.
+        images: [N, C, H, W], what to compare on, as the model expects it; with `ExportConfig.input="uint8"` bytes
+            [N, H, W, C], as are the inputs of `labelled` and `calibration`, while `example` stays as it is. Default:
+            crops of the two photographs that come with scikit-learn. Of several inputs as many of each, by name; there
+            is no default. Outputs have to vary from image to image by far more than rounding.
         labelled: what to measure accuracy on, before the export and after it; default: it is not measured. Every
             form must keep 99 % of the eager model's. Only for a model with one input.
         calibration: int8 only; inputs whose activations set the scales, none of which accuracy is measured on; of
             several inputs its batches have them by name, as `InMemory` of a dictionary does.
         metadata: JSON-serialisable facts for the manifest, such as the model's name and its weights. `classes`, if
-            given, are the names of the logits, by which the classes of `labelled` are found.
+            given, are the names of the logits, by which the classes of `labelled` are found. `preprocessing` holds
+            the `mean` and `std` that `ExportConfig.input="uint8"` writes into the files.
         command: that made the bundle, for its report.
         progress: called with the name of each step as it begins.
 
@@ -160,13 +172,18 @@ def export_bundle(
         ExportError: the model, an argument or the folder is refused, or a file cannot be built; one line.
     """
     started, output = time.perf_counter(), Path(output)
+    config, metadata, named_example = config or ExportConfig(), metadata or {}, check_model(model, example)
+    normalisation = _normalisation(config, named_example, metadata)
+    given = _given(named_example, images, config.input)
     job = _Job(
         model=model,
-        config=config or ExportConfig(),
-        inputs=_inputs(check_model(model, example), images),
+        config=config,
+        given=given,
+        normalisation=normalisation,
+        inputs=given if normalisation is None else normalisation.of(given),
         labelled=labelled,
         calibration=calibration,
-        metadata=metadata or {},
+        metadata=metadata,
         command=command,
         progress=progress,
     )
@@ -183,7 +200,8 @@ def export_bundle(
         meter = _meter(job, program)
         program, forms = _lower(job, program, meter)
         files = {name: onnx_file.serialize() for name, onnx_file in forms.files.items()}
-        engines = build_engines(flavours, files[ONNX_FILE], job.config, program.inputs, forms.kept, progress)
+        inputs = forms.files[ONNX_FILE].inputs
+        engines = build_engines(flavours, files[ONNX_FILE], job.config, inputs, forms.kept, progress)
         for engine in engines:
             files[engine.flavour.file_name] = engine.plan
             files[engine.flavour.layers_name] = (json.dumps(engine.layers, indent=1) + "\n").encode()
@@ -191,13 +209,13 @@ def export_bundle(
         files |= {engine.name: engine.content for engine in kernels}
         report, references = _compare(job, program, forms, engines, kernels, kinds)
         if meter is not None:
-            _measure(meter, forms, engines, report, job.precision)
+            _measure(meter, forms, engines, kernels, report, job.precision)
             report = replace(report, accuracy=tuple(meter.measured))
         if report.written:
             progress("write the bundle")
             manifest = describe(program, forms, engines, job.precision, job.metadata, report, kernels)
             files["parity.json"] = (json.dumps(report.to_json(), indent=2) + "\n").encode()
-            files[GOLDEN_FILE] = save_golden(references)
+            files[GOLDEN_FILE] = save_golden(replace(references, inputs=job.given))
             graph = describe_graph(program.master)
             files[REPORT_FILE] = render(manifest, report.to_json(), file_entries(files), graph, command, skipped)
             publish(staging, output, files, manifest)
@@ -205,15 +223,46 @@ def export_bundle(
     return ExportResult(output, report, program.coverage, skipped, sizes, time.perf_counter() - started)
 
 
-def _inputs(example: Mapping[str, Tensor], images: Example | None) -> Arrays:
-    """What to compare on, by the names of the example, and a check that it fits."""
+def _normalisation(
+    config: ExportConfig, example: Mapping[str, Tensor], metadata: Mapping[str, Any]
+) -> Normalisation | None:
+    """What the artefacts are to do to bytes; None where they take what the model does.
+
+    Raises:
+        ExportError: an input is no image of 1 or 3 channels, or its mean and std are not known.
+    """
+    if config.input == FLOAT32:
+        return None
+    asked = f"ExportConfig.input={config.input!r}"
+    for name, x in example.items():
+        if x.dim() != 4 or x.shape[1] not in CHANNELS:
+            raise ExportError(f"{asked}: expected images of 1 or 3 channels, got {name} [N, *{list(x.shape[1:])}]")
+    record = metadata.get("preprocessing")
+    if not isinstance(record, Mapping):
+        wanted = "export_bundle(metadata={'preprocessing': {'mean': [...], 'std': [...]}})"
+        raise ExportError(f"{asked}: expected the mean and std that pictures are normalised by, give {wanted}")
+    normalisation = Normalisation.from_json(record)
+    for name, x in example.items():
+        if x.shape[1] != len(normalisation.mean):
+            raise ExportError(
+                f"{asked}: expected mean and std of {x.shape[1]} channels for {name}, got {record!r:.200}"
+            )
+    return normalisation
+
+
+def _given(example: Mapping[str, Tensor], images: Example | None, dtype: str) -> Arrays:
+    """What to compare on as the artefacts take it, by the names of the example, and a check that it fits."""
     several = len(example) > 1
+    shapes = {name: list(x.shape[1:]) for name, x in example.items()}
+    if dtype == UINT8:
+        shapes = {name: [*size, channels] for name, (channels, *size) in shapes.items()}
     if images is None and several:
-        shapes = ", ".join(f"{name!r}: [N, {', '.join(map(str, x.shape[1:]))}]" for name, x in example.items())
-        raise ExportError(f"no default images for several inputs: give examples of each by name, images={{{shapes}}}")
+        words = ", ".join(f"{name!r}: [N, {', '.join(map(str, shape))}]" for name, shape in shapes.items())
+        raise ExportError(f"no default images for several inputs: give examples of each by name, images={{{words}}}")
     if images is None:
-        _, channels, *size = example[INPUT].shape
-        images = crops(photographs(), PARITY_IMAGES, channels, (size[0], size[1]))
+        _, channels, height, width = example[INPUT].shape
+        cut = byte_crops if dtype == UINT8 else crops
+        images = cut(photographs(), PARITY_IMAGES, channels, (height, width))
     by_name: Mapping[str, object] = images if isinstance(images, Mapping) else {INPUT: images}
     if not several and len(by_name) == 1:
         by_name = dict(zip(example, by_name.values(), strict=True))
@@ -224,12 +273,14 @@ def _inputs(example: Mapping[str, Tensor], images: Example | None) -> Arrays:
             + (given if isinstance(images, Mapping) else describe_value(images))
         )
     arrays: Arrays = {}
-    for name, x in example.items():
-        tensor = by_name[name]
-        if not isinstance(tensor, Tensor) or tensor.shape[1:] != x.shape[1:] or len(tensor) == 0:
+    for name, shape in shapes.items():
+        tensor, right = by_name[name], f"[N, *{shape}]{' of torch.uint8' if dtype == UINT8 else ''}"
+        fits = isinstance(tensor, Tensor) and list(tensor.shape[1:]) == shape and len(tensor) > 0
+        if not isinstance(tensor, Tensor) or not fits or (dtype == UINT8 and tensor.dtype != torch.uint8):
             what = f"images of {name}" if several else "images"
-            raise ExportError(f"expected {what} of shape [N, *{list(x.shape[1:])}], got {describe_value(tensor)}")
-        arrays[name] = tensor.detach().cpu().float().numpy()
+            raise ExportError(f"expected {what} of shape {right}, got {describe_value(tensor)}")
+        tensor = tensor.detach().cpu()
+        arrays[name] = (tensor if dtype == UINT8 else tensor.float()).contiguous().numpy()
     if len({len(values) for values in arrays.values()}) > 1:
         counts = ", ".join(f"{len(values)} of {name}" for name, values in arrays.items())
         raise ExportError(f"expected as many images of each input, got {counts}")
@@ -275,16 +326,14 @@ def _check(job: _Job) -> None:
 def _check_pictures(job: _Job, kind: str, given: NDArray | Inputs) -> None:
     """Raises ExportError where a batch of one picture is not what the model takes."""
     inputs = named(given, job.inputs)
-    right = {name: (1, *values.shape[1:]) for name, values in job.inputs.items()}
-    if {name: x.shape for name, x in inputs.items()} == right and {x.dtype.name for x in inputs.values()} == {
-        "float32"
-    }:
+    right, dtype = {name: (1, *values.shape[1:]) for name, values in job.given.items()}, job.config.input
+    if {name: x.shape for name, x in inputs.items()} == right and {x.dtype.name for x in inputs.values()} == {dtype}:
         return
 
     def words(facts: Mapping[str, str]) -> str:
         return ", ".join(fact if len(right) == 1 else f"{name} {fact}" for name, fact in facts.items())
 
-    expected = words({name: f"[N, *{list(shape[1:])}] float32" for name, shape in right.items()})
+    expected = words({name: f"[N, *{list(shape[1:])}] {dtype}" for name, shape in right.items()})
     found = words({name: f"{list(x.shape)} {x.dtype}" for name, x in inputs.items()})
     raise ExportError(f"expected {kind} inputs of shape {expected}, got {found}")
 
@@ -294,7 +343,7 @@ def _meter(job: _Job, program: FusedProgram) -> Meter | None:
     if job.labelled is None:
         return None
     logits: list[int | str] = ["batch", *(int(n) for n in output_nodes(program.source)[0].meta["val"].shape[1:])]
-    meter = Meter(job.labelled, job.metadata.get("classes"), logits, job.batch, job.progress)
+    meter = Meter(job.labelled, job.metadata.get("classes"), logits, job.batch, job.progress, job.normalisation)
     names = output_names(program.graph_module)
     meter.measure(EagerRunner(job.model, torch.float32, names, program.inputs), "fp32")
     return meter
@@ -307,10 +356,12 @@ def _lower(job: _Job, program: FusedProgram, meter: Meter | None) -> tuple[Fused
         precision = PRECISIONS[config.precision]
         if config.keep_fp32:
             program = keep_float32(job.model, program, precision, config.keep_fp32, job.inputs, progress)
-        return program, floating_forms(program, precision, progress)
+        return program, floating_forms(program, precision, progress, job.normalisation)
 
-    retains = None if meter is None else partial(_retains, meter)
-    return program, quantise_network(program, config, job.calibration, job.inputs, retains, progress)
+    retains, calibration = None if meter is None else partial(_retains, meter), job.calibration
+    if job.normalisation is not None:
+        calibration = NormalisedPictures(calibration, job.normalisation)
+    return program, quantise_network(program, config, calibration, job.inputs, retains, progress, job.normalisation)
 
 
 def _retains(meter: Meter, quantised: FusedProgram) -> bool:
@@ -319,7 +370,14 @@ def _retains(meter: Meter, quantised: FusedProgram) -> bool:
     return meter.retained(ProgramRunner(quantised, PRECISIONS["fp32"], names), INT8.name)
 
 
-def _measure(meter: Meter, forms: Forms, engines: list[Engine], report: ParityReport, precision: Precision) -> None:
+def _measure(
+    meter: Meter,
+    forms: Forms,
+    engines: Sequence[Engine],
+    kernels: Sequence[KernelEngine],
+    report: ParityReport,
+    precision: Precision,
+) -> None:
     """Measure each form that ran."""
     ran = {rung.name for rung in report.rungs if rung.seconds}
     file = forms.files[ONNX_FILE]
@@ -328,7 +386,11 @@ def _measure(meter: Meter, forms: Forms, engines: list[Engine], report: ParityRe
             meter.measure(candidate.runner, precision.name)
     for engine in engines:
         if engine.flavour.name in ran:
-            meter.measure(TensorRTRunner(engine, Interface.of(file.output_names, file.inputs)), precision.name)
+            meter.measure(TensorRTRunner(engine, file.interface), precision.name)
+    for kernel_engine in kernels:
+        runner = _runner(kernel_engine, file.interface)
+        if runner.name in ran:
+            meter.measure(runner, precision.name)
 
 
 def _compare(
@@ -345,13 +407,14 @@ def _compare(
         The report, and the references of the precision that is exported.
     """
     progress, precision, inputs = job.progress, job.precision, job.inputs
-    names, executions = forms.files[ONNX_FILE].output_names, []
-    interface = Interface.of(names, program.inputs)
+    interface, executions = forms.files[ONNX_FILE].interface, []
+    names = forms.files[ONNX_FILE].output_names
     for candidate in forms.candidates:
         progress(f"run the {candidate.runner.name} form")
-        executions.append(execute(candidate.runner, inputs, program.batch))
+        fed = candidate.runner.interface.fed(job.given, job.normalisation)
+        executions.append(execute(candidate.runner, fed, program.batch))
     outcomes = [
-        attempt(TensorRTRunner(engine, interface), why_not_runnable(engine), precision, inputs, program.batch)
+        attempt(TensorRTRunner(engine, interface), why_not_runnable(engine), precision, job.given, program.batch)
         for engine in engines
     ]
     proved = [_prove(kernel_engine, job, interface, progress) for kernel_engine in kernels]
@@ -368,6 +431,8 @@ def _compare(
     for candidate in forms.candidates:
         execution = executions.pop(0)  # its intermediate tensors, which of large images are many, go with it
         held, operators = candidate.precision, candidate.check(execution.trace)
+        if candidate.runner.interface.dtype == UINT8:
+            operators = with_normalised(operators, program, held, shown, execution.trace)
         rungs.append(judge(execution, by_precision[held], held, held.network_factor, operators))
     rungs += [judge_attempt(outcome, by_precision[precision], precision, ENGINE_FACTOR) for outcome in outcomes]
     factor = precision.network_factor
@@ -392,9 +457,13 @@ def _prove(engine: KernelEngine, job: _Job, interface: Interface, progress: Prog
         progress(f"emulate blocks of {engine.name}")
         return emulated_rung(engine, job.inputs, job.batch)
     progress(f"run {engine.name}")
+    return attempt(_runner(engine, interface), "", job.precision, job.inputs, job.batch)
+
+
+def _runner(engine: KernelEngine, interface: Interface) -> KernelRunner:
     runner = KernelRunner(engine.content, interface)
-    runner.name, runner.runtime, runner.file = f"kernels {engine.target.name}", "CUDA driver", engine.name
-    return attempt(runner, "", job.precision, job.inputs, job.batch)
+    runner.name, runner.file = f"kernels {engine.target.name}", engine.name
+    return runner
 
 
 def choose_targets(config: ExportConfig, skipped: dict[str, str]) -> list[Target]:
@@ -404,6 +473,9 @@ def choose_targets(config: ExportConfig, skipped: dict[str, str]) -> list[Target
         ExportError: Triton is not installed, or not one that compiles for an architecture that was asked for.
     """
     if not config.kernels:
+        return []
+    if config.input == UINT8:
+        skipped["kernel"] = "kernel engines take float32, got ExportConfig.input='uint8'"
         return []
     try:
         from kernels.compile import version_reason

@@ -6,11 +6,15 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from export.base.normalisation import Normalisation
+
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+_MODES = {1: "L", 3: "RGB"}  # Pillow's names
 
 
 def photographs() -> list[Image.Image]:
@@ -42,9 +46,27 @@ def crops(
     Returns:
         [count, channels, height, width], float32.
     """
+    normalise = Normalisation(*(tuple(np.broadcast_to(values, 3).tolist()) for values in (mean, std)))
+    planes = normalise(_cut(images, count, size, seed))
+    if channels == 1:
+        planes = planes.mean(axis=1, keepdims=True)
+    elif channels != 3:
+        planes = planes[:, np.arange(channels) % 3]
+    return torch.from_numpy(np.ascontiguousarray(planes))
+
+
+def byte_crops(
+    images: Sequence[Image.Image], count: int, channels: int, size: tuple[int, int], seed: int = 0
+) -> Tensor:
+    """The same crops as bytes [count, height, width, channels], of 1 or 3 channels: grey or RGB."""
+    return torch.from_numpy(_cut([image.convert(_MODES[channels]) for image in images], count, size, seed))
+
+
+def _cut(images: Sequence[Image.Image], count: int, size: tuple[int, int], seed: int) -> NDArray[np.uint8]:
+    """[count, height, width, bands of the images]."""
     generator = np.random.default_rng(seed)
     height, width = size
-    batch = np.empty((count, height, width, 3), np.float32)
+    batch = np.empty((count, height, width, len(images[0].getbands())), np.uint8)
     for i in range(count):
         image = images[i % len(images)]
         side = min(image.size) * float(np.sqrt(generator.uniform(0.1, 1.0)))
@@ -53,11 +75,6 @@ def crops(
         top = generator.uniform(0, image.height - crop_height)
         box = (left, top, left + crop_width, top + crop_height)
         crop = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
-        pixels = np.asarray(crop, np.float32) / 255
+        pixels = np.asarray(crop).reshape(batch.shape[1:])
         batch[i] = pixels[:, ::-1] if generator.random() < 0.5 else pixels
-    planes = ((batch - np.array(mean, np.float32)) / np.array(std, np.float32)).transpose(0, 3, 1, 2)
-    if channels == 1:
-        planes = planes.mean(axis=1, keepdims=True)
-    elif channels != 3:
-        planes = planes[:, np.arange(channels) % 3]
-    return torch.from_numpy(np.ascontiguousarray(planes))
+    return batch

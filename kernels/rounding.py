@@ -2,11 +2,12 @@
 
 A sum of K products p of inputs and weights, a bias b and a residual r carries the variance
 
-    S = (0.41 u)^2 (sum p^2 + b^2) + u32^2 max(1, K/2) (sum p^2 + b^2 + r^2)
+    S = (0.41 u)^2 (sum p^2 + b^2) + u32^2 max(1, K/2) (sum p^2 + b^2 + r^2) + (0.41 u32)^2 K/3 pre^2
 
 that rounding weight and bias to the storage type (the first term, absent where they are exact) and accumulating in
-float32 explain. Rounding a value v to the storage type adds R(v) = (0.41 u)^2 v^2. With pre the value before the
-ReLU, sigma^2 is, for
+float32 explain: products of any sign, and of one, whose k-th partial sum is about k/K of the sum, whatever they
+scatter by: their roundings add up to the last term. Rounding a value v to the storage type adds R(v) = (0.41 u)^2 v^2.
+With pre the value before the ReLU, sigma^2 is, for
 
     conv2d_bias_act             S + R(pre)                 sum p^2 = conv(x^2, W^2)
     linear                      S + R(y)                   sum p^2 = x^2 @ W^2
@@ -15,8 +16,8 @@ ReLU, sigma^2 is, for
     conv2d_conv1x1_bias_act     S + R(pre) + conv(V, We^2) as the two above on the intermediate h, which itself
                                                            carries V = S_h + R(h) where h > 0
     conv2d_bias_relu_maxpool    S + R(pre)                 at the pixel that is the largest of its window
-    mean                        T + R(y)                   T = u32^2 max(1, HW/2) mean(x^2) / HW, the sum over pixels,
-                                                           + (0.41 u32)^2 HW/3 mean(x)^2, its way up from 0 to the sum
+    mean                        T + R(y)                   T = u32^2 max(1, HW/2) mean(x^2) / HW
+                                                           + (0.41 u32)^2 HW/3 mean(x)^2, the sum over pixels
     mean_linear                 S + R(y) + V @ W^2         sum p^2 = m^2 @ W^2, on the mean m with V = T + R(m)
 
 Behind another activation f than ReLU, sigma^2 is D^2 + R(f(pre)) and what evaluating f takes: D is what the sigma above
@@ -76,17 +77,20 @@ class Rounding:
         """R: the variance of rounding `value` to the storage type."""
         return (ROUNDING_RMS * self.roundoff * value.to(self.dtype)).square()
 
-    def sum(self, products: Tensor, constants: Tensor | float, length: int, other: Tensor | float = 0.0) -> Tensor:
+    def sum(
+        self, pre: Tensor, products: Tensor, constants: Tensor | float, length: int, other: Tensor | float = 0.0
+    ) -> Tensor:
         """S: the variance of a sum of `length` products, before it is rounded.
 
         Args:
+            pre: the sum.
             products: the sum of the squared products.
             constants: b^2.
             length: K.
             other: r^2.
         """
         summed = products + constants
-        variance = _accumulation(length) * (summed + other)
+        variance = _accumulation(length) * (summed + other) + _climb(length) * pre.to(self.dtype).square()
         if self.truncates:
             variance = variance + (UNIT_ROUNDOFF[torch.float32] * length / 16) ** 2 * summed
         return variance + (ROUNDING_RMS * self.roundoff) ** 2 * summed if self.rounds_weights else variance
@@ -104,12 +108,12 @@ class Rounding:
         """S + R(pre) of a convolution with a shortcut, its projection or neither, given its own sum p^2 and K."""
         constants = bias.square()[:, None, None]
         if shortcut is None:
-            return self.sum(products, constants, length) + self.of(pre)
+            return self.sum(pre, products, constants, length) + self.of(pre)
         if projection is None:
-            variance = self.sum(products, constants, length, shortcut.square())
+            variance = self.sum(pre, products, constants, length, shortcut.square())
         else:
             products = products + F.conv2d(shortcut.square(), projection.square(), None, stride)
-            variance = self.sum(products, constants, length + projection[0].numel())
+            variance = self.sum(pre, products, constants, length + projection[0].numel())
             shortcut = F.conv2d(shortcut, projection, None, stride)
             if self.separate_addition:
                 variance = variance + self.of(shortcut)
@@ -119,14 +123,10 @@ class Rounding:
 
 
 def mean_variance(x: Tensor, dims: list[int], keepdim: bool = False) -> Tensor:
-    """T: the variance of a mean accumulated in float32, before it is rounded.
-
-    The k-th of K partial sums of values of one sign, as behind a ReLU, is about k/K of the sum, whatever they scatter
-    by: their roundings add up to (0.41 u32)^2 K/3 of its square.
-    """
+    """T: the variance of a mean accumulated in float32, before it is rounded."""
     length = math.prod(x.shape[dim] for dim in dims)
-    drift = (ROUNDING_RMS * UNIT_ROUNDOFF[torch.float32]) ** 2 * length / 3
-    return _accumulation(length) * x.square().mean(dims, keepdim) / length + drift * x.mean(dims, keepdim).square()
+    climb = _climb(length) * x.mean(dims, keepdim).square()
+    return _accumulation(length) * x.square().mean(dims, keepdim) / length + climb
 
 
 def bound_of(variance: Tensor, pre: Tensor) -> Bound:
@@ -136,3 +136,8 @@ def bound_of(variance: Tensor, pre: Tensor) -> Bound:
 
 def _accumulation(length: int) -> float:
     return UNIT_ROUNDOFF[torch.float32] ** 2 * max(1.0, length / 2)
+
+
+def _climb(length: int) -> float:
+    """Of the square of a sum of values of one sign, on the way up to which the partial sums are rounded."""
+    return (ROUNDING_RMS * UNIT_ROUNDOFF[torch.float32]) ** 2 * length / 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 if not __package__:  # a file that is run, not a module of the installed package
@@ -30,6 +31,7 @@ with importing("classify"):
     import numpy as np
     from numpy.typing import NDArray
 
+    from export.base.batch import UINT8
     from export.runtime.artefacts import Artefact, running_first
     from export.runtime.bundle.contents import Bundle, open_bundle
     from export.terminal.console import print_predictions
@@ -74,8 +76,8 @@ def classify(args: argparse.Namespace) -> int:
 
 def run(bundle: Bundle, paths: list[Path]) -> tuple[Artefact, NDArray]:
     """What ran, and the logits of each picture."""
-    preprocessing = Preprocessing.from_json(bundle.preprocessing)
-    bundle.check_input((preprocessing.channels, *preprocessing.size))
+    preprocessing = replace(Preprocessing.from_json(bundle.preprocessing), as_bytes=bundle.dtype == UINT8)
+    bundle.check_input(preprocessing.shape)
     size, logits = bundle.batch.maximum, []
     with running_first(bundle, lambda reason: print(in_flags(reason), file=sys.stderr)) as (artefact, infer):
         sys.stderr.write(f"{bundle.path / artefact.file} on {artefact.runtime}\n")

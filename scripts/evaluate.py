@@ -45,7 +45,7 @@ with importing("evaluate"):
     from numpy.typing import NDArray
 
     import export
-    from export.base.batch import Arrays
+    from export.base.batch import UINT8, Arrays
     from export.base.errors import ExportError, MissingDependency, first_line
     from export.runtime.artefacts import Artefact, artefacts, running
     from export.runtime.bundle.contents import Bundle, open_bundle
@@ -68,8 +68,8 @@ class Subject:
     @classmethod
     def of(cls, bundle: Bundle, data: LabelledImages) -> Subject:
         """Raises ExportError where the data does not fit the bundle."""
-        preprocessing = Preprocessing.from_json(bundle.preprocessing)
-        bundle.check_input((preprocessing.channels, *preprocessing.size))
+        preprocessing = replace(Preprocessing.from_json(bundle.preprocessing), as_bytes=bundle.dtype == UINT8)
+        bundle.check_input(preprocessing.shape)
         try:
             indices = class_indices(data.classes, bundle.classes, bundle.class_count)
         except ExportError as error:

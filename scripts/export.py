@@ -7,7 +7,7 @@ import json
 import logging
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         precision.add_argument(f"--{name}", dest="precision", action="store_const", const=name)
     parser.add_argument("--batch", default="1:8:32", metavar="MIN:OPT:MAX|N", help="default 1:8:32; N is static")
     parser.add_argument("--image-size", metavar="H[xW]", help="default: the weights', else 224 or 32")
+    parser.add_argument(
+        "--input",
+        choices=("float32", "uint8"),
+        default="float32",
+        help="what the artefacts take: float32 [N, C, H, W], normalised, or uint8 [N, H, W, C], bytes as a camera or "
+        "decoder gives them, with mean and deviation in the artefacts; default float32",
+    )
     parser.add_argument("--engine", choices=("auto", "none", "tensorrt", "tensorrt-rtx"), default="auto")
     add_engine_arguments(parser)
     parser.add_argument(
@@ -119,8 +126,9 @@ with importing("export"):
     from torch import Tensor
 
     from export import Batch, ExportConfig, ExportError, ExportResult, export_bundle
+    from export.base.batch import UINT8
     from export.pipeline import PARITY_IMAGES
-    from export.sample_inputs import crops, photographs
+    from export.sample_inputs import byte_crops, crops, photographs
     from export.terminal.console import Progress, print_accuracy, print_quantisation, print_rungs
     from resnet.data.calibration_pictures import PictureInputs, open_calibration
     from resnet.data.labelled import LabelledInputs
@@ -158,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def export(args: argparse.Namespace) -> int:
     """Export what the arguments describe and say what was found; the exit code, which is 1 for what is not equal."""
-    source = describe_source(args, parse_size(args.image_size) if args.image_size else None)
+    source = taking(args.input, describe_source(args, parse_size(args.image_size) if args.image_size else None))
     with Progress() as progress:
         result = run(args, source, progress)
     summarise(args, source, result)
@@ -179,6 +187,7 @@ def run(args: argparse.Namespace, source: Source, progress: Progress) -> ExportR
         outputs=args.outputs or ("scores" if args.weights == PRETRAINED else "auto"),
         unverified=args.unverified,
         kernels=args.kernels,
+        input=args.input,
     )
     model = create_model(source.model, num_classes=source.num_classes, in_channels=source.in_channels)
     labelled = open_labelled(args, source)
@@ -188,10 +197,13 @@ def run(args: argparse.Namespace, source: Source, progress: Progress) -> ExportR
     def cut(count: int, seed: int) -> Tensor:
         return crops(pictures, count, source.in_channels, source.size, seed, source.mean, source.std)
 
+    count = max(PARITY_IMAGES, len(pictures))
     if labelled is not None and not args.images:
         images = spread(labelled, PARITY_IMAGES)
+    elif args.input == UINT8:
+        images = byte_crops(pictures, count, source.in_channels, source.size)
     else:
-        images = cut(max(PARITY_IMAGES, len(pictures)), seed=0)
+        images = cut(count, seed=0)
     metadata: dict[str, Any] = {
         "name": source.model,
         "trained": args.weights is not None,
@@ -298,6 +310,17 @@ def describe_source(args: argparse.Namespace, size: tuple[int, int] | None) -> S
     return Source(card.model, len(card.classes), channels, preprocessing.size, preprocessing, card.classes, card.data)
 
 
+def taking(dtype: str, source: Source) -> Source:
+    """What is fed as the artefacts take it; raises ExportError for bytes where the inputs are no pictures."""
+    if dtype != UINT8:
+        return source
+    if source.preprocessing is None:
+        raise ExportError(
+            f"--input {dtype}: expected a model for pictures of 1 or 3 channels, got {source.in_channels}"
+        )
+    return replace(source, preprocessing=replace(source.preprocessing, as_bytes=True))
+
+
 def open_labelled(args: argparse.Namespace, source: Source) -> LabelledInputs | None:
     """The labelled inputs to measure accuracy on: --data, or the digits for weights that were trained on them."""
     name = args.data or ("digits" if source.data == "digits" else None)
@@ -363,6 +386,7 @@ def summarise(args: argparse.Namespace, source: Source, result: ExportResult) ->
             "model": source.model,
             "trained": args.weights is not None,
             "precision": report.precision,
+            "input": args.input,
             "output": str(result.output) if result.written else None,
             "fused": len(coverage.fused),
             "left": [operator.name for operator in coverage.left],
@@ -378,6 +402,10 @@ def summarise(args: argparse.Namespace, source: Source, result: ExportResult) ->
     print(f"{len(coverage.fused)} fused operators; left: {', '.join(op.name for op in coverage.left) or 'none'}")
     for note in coverage.notes:
         print(note)
+    if args.input == UINT8:
+        mean, std = (", ".join(f"{value:g}" for value in values) for values in (source.mean, source.std))
+        print("input: uint8 [N, H, W, C], bytes as a camera or decoder gives them")
+        print(f"normalised in the artefacts by mean {mean} and std {std}")
     if report.kept:
         print(f"kept in float32: {', '.join(report.kept)}")
     for rung in report.rungs:

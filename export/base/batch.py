@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 from export.base.errors import ExportError
 
 INPUT = "input"  # what a network's only input is called; several have the names of forward's parameters
+# What an input is made of: what the network computes with, [N, ...], or pictures as bytes, [N, H, W, C].
+FLOAT32, UINT8 = "float32", "uint8"
 
 Arrays = dict[str, NDArray]
-Inputs = Mapping[str, NDArray]  # name -> [N, ...] float32, a row of each per image, in the order of the network
+Inputs = Mapping[str, NDArray]  # name -> [N, ...], a row of each per image, in the order of the network
 
 
 @dataclass(frozen=True)
@@ -103,4 +105,9 @@ def run_in_batches(infer: Callable[[Inputs], Arrays], inputs: Inputs, batch: Bat
 
 def at_once(inputs: Inputs) -> int:
     """How many images like these to compute on together, by the memory of their values; at least two."""
-    return max(2, _PIXELS_AT_ONCE // max(1, sum(math.prod(values.shape[2:]) for values in inputs.values())))
+    return max(2, _PIXELS_AT_ONCE // max(1, sum(map(_pixels, inputs.values()))))
+
+
+def _pixels(values: NDArray) -> int:
+    """Of an image; 1 of a vector."""
+    return math.prod(values.shape[1:3] if values.dtype == UINT8 else values.shape[2:])

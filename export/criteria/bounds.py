@@ -36,6 +36,12 @@ def _fused(operator: type[Arguments[Any]]) -> Callable[[Call], Bound]:
     return lambda call: operator.of(*call.arguments.values()).bound(call.pre, call.rounding)
 
 
+def shared_variance(target: Any, arguments: Mapping[str, Any], pull: Tensor, rounding: Rounding) -> float:
+    """The variance of sum(pull * y) that the roundings inside an operator explain, which values of y share."""
+    operator = OPERATORS.get(getattr(target, "_opname", ""))
+    return float(operator.of(*arguments.values()).shared(pull, rounding)) if operator else 0.0
+
+
 def _weighted(target: Callable[..., Any]) -> Callable[[Call], Bound]:
     """Of a convolution or linear layer of any rank: S + R(y), with the sum of p^2 from the operator itself."""
 
@@ -44,7 +50,7 @@ def _weighted(target: Callable[..., Any]) -> Callable[[Call], Bound]:
         products = target(**{**a, "input": a["input"].square(), "weight": a["weight"].square(), "bias": None})
         linear = target is aten.linear.default
         constants = 0.0 if a["bias"] is None else a["bias"].square().reshape(-1, *[1] * (0 if linear else rank - 2))
-        variance = rounding.sum(products, constants, a["weight"][0].numel()) + rounding.of(call.pre)
+        variance = rounding.sum(call.pre, products, constants, a["weight"][0].numel()) + rounding.of(call.pre)
         if linear and rank != 2 and a["bias"] is not None and rounding.separate_addition:
             variance = variance + rounding.of(call.pre - a["bias"])  # a matrix product of its own
         return bound_of(variance, call.pre)

@@ -3,46 +3,54 @@
 from __future__ import annotations
 
 from export.base.batch import Batch, Inputs, resized
+from export.criteria.operators import rms_limit
 from export.lowering.kernel_emulation import LaunchCheck, check_launches
 from export.lowering.kernel_engine import KernelEngine
 from export.runtime.parity.checks import WRONG, Fault, OperatorCheck, OperatorChecks
 from export.runtime.parity.rungs import Rung
-from kernels.emulator.block import UnknownInstruction
 from kernels.rounding import MAX_RMS_Z, MAX_Z
 
 
 def emulated_rung(engine: KernelEngine, inputs: Inputs, batch: Batch) -> Rung:
     """What the emulator finds of the smallest batch, and of the kernels that only the optimal one launches.
 
-    Other batch sizes have tables of their own, from the same kernels.
+    Other batch sizes have tables of their own, of the same kernels. A launch with an instruction that the emulator does
+    not know counts as not executed, and is listed among what was not checked.
     """
     name, runtime = f"kernels {engine.target.name}", f"triton {engine.plan['compilers']['triton']}"
     found: list[LaunchCheck] = []
-    try:
-        for size in sorted({batch.minimum, batch.optimum}):
-            seen = {check.step.code for check in found}
-            new = frozenset({step.code for step in engine.schedules[size].steps} - seen)
-            if new:
-                found += check_launches(engine, size, resized(inputs, size), None if not seen else new)
-    except UnknownInstruction as unknown:
-        return Rung(name, runtime, engine.precision.name, engine.name, not_run=f"the emulator does not know {unknown}")
-    checks = OperatorChecks(tuple(map(_checked, found)), ())
+    for size in sorted({batch.minimum, batch.optimum}):
+        seen = {check.step.code for check in found}
+        new = frozenset({step.code for step in engine.schedules[size].steps} - seen)
+        if new:
+            found += check_launches(engine, size, resized(inputs, size), new if seen else None)
+    unknown = [check for check in found if check.unknown]
+    if len(unknown) == len(found):
+        why = f"the emulator does not know {unknown[0].unknown}"
+        return Rung(name, runtime, engine.precision.name, engine.name, not_run=why)
+    checks = tuple(_checked(check) for check in found if not check.unknown)
+    left = tuple(dict.fromkeys(f"{check.step.call.layer} ({check.unknown})" for check in unknown))
     blocks = sum(check.blocks for check in found), sum(check.grid for check in found)
-    return Rung(name, runtime, engine.precision.name, engine.name, operators=checks, emulated=blocks)
+    return Rung(
+        name, runtime, engine.precision.name, engine.name, operators=OperatorChecks(checks, left), emulated=blocks
+    )
 
 
 def _checked(check: LaunchCheck) -> OperatorCheck:
-    launch, deviation = check.step.launch, check.deviation
-    fault = None
-    if deviation is not None and check.failures:
-        fault = Fault(WRONG, deviation.where, deviation.got, deviation.expected)
+    deviation, dtype = check.deviation, check.step.tensors["y_ptr"].dtype
+    failures, limit, fault = [*check.failures], MAX_RMS_Z, None
+    if deviation is not None:
+        limit = rms_limit(deviation.active)
+        failures += deviation.failures(dtype, limit)
+        if failures:
+            fault = Fault(WRONG, deviation.where, deviation.got, deviation.expected)
     return OperatorCheck(
         name=check.step.call.layer,
-        kind=launch.problem.operator,
+        kind=check.step.launch.problem.operator,
         rms_z=float("inf") if deviation is None else deviation.rms_z,
         max_z=float("inf") if deviation is None else deviation.max_z,
-        rms_limit=MAX_RMS_Z,
-        max_limit=MAX_Z[check.step.tensors["y_ptr"].dtype],
-        reason=check.failures[0] if check.failures else "",
+        rms_limit=limit,
+        max_limit=MAX_Z[dtype],
+        reason=failures[0] if failures else "",
         fault=fault,
     )

@@ -19,14 +19,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from scipy.special import chdtri
+from scipy.special import chdtri, stdtrit
 from torch import Tensor, fx
 
 from export.base.precision import PRECISIONS, Precision
-from export.criteria.bounds import BOUNDS, Call
+from export.criteria.bounds import BOUNDS, Call, shared_variance
 from export.criteria.fault import fault_of
 from export.fusion.capture import plain_torch
-from export.fusion.interpreter import ON_CPU, GraphInterpreter
+from export.fusion.interpreter import GraphInterpreter, WideConvolutions
 from export.fusion.nodes import (
     args_of,
     aten,
@@ -96,7 +96,7 @@ def check_alone(program: FusedProgram, precision: Precision, inputs: Mapping[str
         One check per operator that has a criterion.
     """
     checks = []
-    with plain_torch():
+    with plain_torch(), WideConvolutions():
         interpreter = GraphInterpreter(program.graph_module, {})
         interpreter.values = {}
         interpreter.run(*inputs.values())
@@ -111,7 +111,7 @@ def check_alone(program: FusedProgram, precision: Precision, inputs: Mapping[str
 
             target: Any = node.target
             args, kwargs = fx.node.map_arg(node.args, value_of), fx.node.map_arg(node.kwargs, value_of)
-            y = ON_CPU.get(target, target)(*args, **kwargs)
+            y = target(*args, **kwargs)
             check = _check_node(program, precision, node, {**exact, node.name: y}, separate_addition=False)
             if check is not None:
                 checks.append(check)
@@ -325,7 +325,7 @@ def _check(
     z = torch.where(difference == 0, 0.0, difference / allowed.sigma)
     dead = None if pre is y64 else allowed.upper < 0
     live = (y != 0) | (y64 != 0)  # the exact zeros behind a ReLU would dilute the mean
-    limits = (_rms_limit(int(live.sum())), limits[1])
+    limits = (rms_limit(int(live.sum())), limits[1])
     rms, peak = (z.square().sum() / live.sum().clamp(min=1)).sqrt().item(), z.max().item()
     alive = 0 if dead is None else int((y[dead] != 0).sum())
     reason = _why_not(rms, peak, *limits, alive)
@@ -334,7 +334,7 @@ def _check(
         if beyond is not None and not (reason and _flushes(weights, dtype)):
             wrong = beyond.why_not(limits[1])
             if bool(wrong) is not bool(reason):
-                rms, peak, limits = beyond.rms, beyond.peak, (_rms_limit(beyond.values), limits[1])
+                rms, peak, limits = beyond.rms, beyond.peak, (rms_limit(beyond.values), limits[1])
                 reason = wrong and f"with its weights rounded, {wrong}"
     fault = fault_of(y, y64, z, dtype, weights) if reason else None
     return OperatorCheck(name, kind, rms, peak, *limits, reason, fault)
@@ -348,7 +348,9 @@ class _Beyond:
         rms, peak: of z.
         values: how many of them are not exactly 0.
         drift: the mean of z away from zero.
-        draws: as how many independent roundings the results count.
+        shared: the variance that the drift has from roundings inside the operator, which results share.
+        scatter: what the drift may be, seen how much it differs between channels: where next to nothing is added to a
+            shortcut, or a constant, all values of a channel are rounded alike.
         bias: what the drift may be with every draw: that of sums truncated after every 8 products, as on tensor cores,
             and that of results which become fewer the larger they are, so that more of them are rounded up than down.
     """
@@ -357,12 +359,13 @@ class _Beyond:
     peak: float
     values: int
     drift: float
-    draws: float
+    shared: float
+    scatter: float
     bias: float
 
     def why_not(self, max_limit: float) -> str:
-        found = _why_not(self.rms, self.peak, _rms_limit(self.values), max_limit, 0)
-        limit = _DRIFT / max(self.draws, 1.0) ** 0.5 + self.bias
+        found = _why_not(self.rms, self.peak, rms_limit(self.values), max_limit, 0)
+        limit = max(_DRIFT * (1 / max(self.values, 1) + self.shared) ** 0.5, self.scatter) + self.bias
         if found or abs(self.drift) <= limit:
             return found
         return (
@@ -388,9 +391,6 @@ def _beyond_weights(
     draws all results towards 0. None where with the weights of float64 the operator is not the captured one: they are
     wrong, however they are rounded. Looked at is `every` image, or as many as have a million results; and of these what
     has no activation but a ReLU behind it, which hides nothing of the sum that is rounded.
-
-    Results that are alike, to 1/16 of a roundoff, are one draw of rounding: n of them in groups of n_i count as
-    n^2 / sum(n_i^2).
     """
     count = len(y64) if every else max(1, _RESULTS * len(y64) // y64.numel())
     values = {name: value[:count] if value.shape[:1] == y64.shape[:1] else value for name, value in values.items()}
@@ -427,21 +427,39 @@ def _beyond_weights(
     if not every:  # such values are judged by who reads them
         live &= ~(_faint(y, precision.dtype) & _faint(expected, precision.dtype))
     if not bool(live.any()):
-        return _Beyond(0.0, 0.0, 0, 0.0, 0.0, 0.0)
+        return _Beyond(0.0, 0.0, 0, 0.0, 0.0, 0.0, 0.0)
     z = ((y - expected).float() / sigma)[live]
-    away = (z * expected[live].sign()).mean().item()
-    mantissa, exponent = torch.frexp(expected[live])
-    alike = torch.ldexp((mantissa * (16 / precision.roundoff)).round(), exponent)
-    _, equal = torch.unique(alike, return_counts=True)
+    signed = z * expected[live].sign()
+    read = {n: _rounded(values[n.name], precision.dtype) for n in _activations(node)}
+    pull = torch.where(live, expected.sign().float() / sigma, 0.0) if bare else torch.zeros_like(sigma)
+    shared = shared_variance(node.target, _arguments(program, node, read), pull, Rounding(precision.roundoff))
     length = max(w[0].numel() for n in node.all_input_nodes if (w := constant(program.master, n)) is not None)
     return _Beyond(
         z.square().mean().sqrt().item(),
         z.abs().max().item(),
         len(z),
-        away,
-        len(z) ** 2 / equal.double().square().sum().item(),
+        signed.mean().item(),
+        shared / len(z) ** 2,
+        _scatter(torch.zeros_like(expected).masked_scatter(live, signed), live),
         length / 8 * UNIT_ROUNDOFF[torch.float32] / precision.roundoff + 4 * precision.roundoff,
     )
+
+
+def _scatter(values: Tensor, live: Tensor) -> float:
+    """What the mean of the live ones of [N, C, ...] may be once in a million times, each channel being one draw.
+
+    Channels that are alike, as where they were repeated, are one.
+    """
+    others = [dim for dim in range(values.dim()) if dim != 1]
+    sums, which = torch.unique(values.sum(others), return_inverse=True)
+    counts = torch.zeros_like(sums).index_add(0, which, live.sum(others).double())
+    sums = torch.zeros_like(sums).index_add(0, which, values.sum(others))
+    total = counts.sum()
+    channels = (total.square() / counts.square().sum()).item()  # as many of one size
+    if channels < 2:
+        return float("inf")
+    deviation = (sums - sums.sum() / total * counts).square().sum().sqrt() / total
+    return float(stdtrit(channels - 1, 1 - _BY_CHANCE / 2)) * (channels / (channels - 1)) ** 0.5 * deviation.item()
 
 
 def _allowed(
@@ -460,13 +478,7 @@ def _allowed(
         leaves = {str(source_name(n)): x.double() for n, x in read.items()}
         pre = _expected(program.source, node, leaves)[1]
 
-    def value_of(argument: Any) -> Any:
-        if not isinstance(argument, fx.Node):
-            return argument
-        value = constant(program.master, argument)
-        return (read[argument] if value is None else value).float()
-
-    arguments = {key: value_of(argument) for key, argument in named_args(node).items()}
+    arguments = _arguments(program, node, read)
     given, bound = named_args(node), _bound(program, node)
     weights = [given["weight"]] if "weight" in given else list(given.values())
     held = any(constant(program.master, weight) is not None for weight in weights)
@@ -476,7 +488,19 @@ def _allowed(
     return bound(Call(arguments, pre, rounding))
 
 
-def _rms_limit(values: int) -> float:
+def _arguments(program: FusedProgram, node: fx.Node, read: Mapping[fx.Node, Tensor]) -> dict[str, Any]:
+    """Those of an operator by name, its tensors in float32: what it reads, and its weights as they are."""
+
+    def value_of(argument: Any) -> Any:
+        if not isinstance(argument, fx.Node):
+            return argument
+        value = constant(program.master, argument)
+        return (read[argument] if value is None else value).float()
+
+    return {key: value_of(argument) for key, argument in named_args(node).items()}
+
+
+def rms_limit(values: int) -> float:
     """What the root mean square of z may be: with few values, the part that chance has in it is large."""
     return max(MAX_RMS_Z, float(chdtri(values, _BY_CHANCE) / values) ** 0.5) if values else MAX_RMS_Z
 

@@ -121,6 +121,8 @@ def _named_inputs(model: nn.Module, example: object) -> dict[str, Tensor]:
             raise ExportError(f"forward takes {', '.join(required)}: expected an example of each by name, {{{names}}}")
         if not isinstance(example, Tensor) or example.dim() != 4 or not example.is_floating_point():
             advice = "give it as the model is fed, normalised"
+            if isinstance(example, Tensor) and example.dtype == torch.uint8:
+                advice += "; ExportConfig.input='uint8' is for artefacts that take bytes"
             if not isinstance(example, Tensor):
                 advice = "several inputs are given by the names of forward's parameters"
             raise ExportError(

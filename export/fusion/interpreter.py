@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from export.fusion.nodes import aten
-
-_TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
 
 
 class GraphInterpreter(fx.Interpreter):
@@ -33,13 +30,20 @@ class GraphInterpreter(fx.Interpreter):
         return super().call_function(self._operators.get(target, target), args, kwargs)
 
 
-def _rounded_once(target: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    wide = x.dtype if x.dtype.itemsize > 2 else torch.float32
-    args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to(wide), (args, kwargs))
-    y: Tensor = target(x.to(wide), *args, **kwargs)
-    return y.to(x.dtype)
+class WideConvolutions(TorchDispatchMode):
+    """While it is on, convolutions of 16 bits on the CPU accumulate in float32 and round once, as on a GPU.
 
+    PyTorch has a fast float16 convolution on few CPUs, and adds up the overlapping windows of a transposed one in the
+    type itself.
+    """
 
-# PyTorch on a CPU adds up the overlapping windows of a float16 transposed convolution in float16. These accumulate in
-# float32 and round once, as a GPU and every other layer does.
-ON_CPU: dict[Any, Callable] = {target: partial(_rounded_once, target) for target in _TRANSPOSED}
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is aten.convolution.default:
+            dtype = args[0].dtype
+            if dtype in (torch.float16, torch.bfloat16) and args[0].device.type == "cpu":
+                x, weight, bias, *geometry = args
+                bias = None if bias is None else bias.float()
+                return func(x.float(), weight.float(), bias, *geometry).to(dtype)
+        return func(*args, **(kwargs or {}))

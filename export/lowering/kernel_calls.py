@@ -84,7 +84,10 @@ def kernel_calls(program: FusedProgram, graph_module: fx.GraphModule, precision:
         returned = {name: walk.returned(name, y) for name, y in zip(names, outputs, strict=True)}
     if walk.refused:
         raise ExportError(f"no kernel computes {', '.join(dict.fromkeys(walk.refused))}")
-    return Calls(tuple(walk.calls), walk.inputs, returned, walk.tensors, walk.weights)
+    # A storage is known by its address: of one that nothing holds any longer, another tensor may get it.
+    read = {storage_of(tensor) for call in walk.calls for tensor in call.tensors.values()}
+    weights = {storage: value for storage, value in walk.weights.items() if storage in read}
+    return Calls(tuple(walk.calls), walk.inputs, returned, walk.tensors, weights)
 
 
 def storage_of(tensor: Tensor) -> int:

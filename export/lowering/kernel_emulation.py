@@ -18,6 +18,7 @@ from export.lowering.kernel_engine import KernelEngine, Schedule, Step
 from kernels.between.elementwise import ElementwiseProblem
 from kernels.between.pooling import PoolProblem
 from kernels.configs.config import KernelLaunch
+from kernels.emulator.block import UnknownInstruction
 from kernels.emulator.boxes import TensorMap
 from kernels.emulator.launch import execute
 from kernels.emulator.memory import Memory
@@ -38,8 +39,9 @@ class LaunchCheck:
     Attributes:
         step: the launch.
         blocks, grid: how many were executed, and how many there are.
+        unknown: the instruction for want of which none was; else empty.
         deviation: of the values that they wrote; None where they are not all finite, or none was written.
-        failures: what is wrong, a line each.
+        failures: what is wrong whatever the values are, a line each.
     """
 
     step: Step
@@ -47,6 +49,7 @@ class LaunchCheck:
     grid: int
     deviation: Deviation | None
     failures: tuple[str, ...]
+    unknown: str = ""
 
 
 class EmulatedArena:
@@ -319,7 +322,10 @@ def _check(arena: EmulatedArena, activations: Activations, step: Step) -> Launch
         if name in step.tensors:
             arena.clear(step.tensors[name])
     blocks = sampled_blocks(launch)
-    failures = arena.launch(step, blocks)
+    try:
+        failures = arena.launch(step, blocks)
+    except UnknownInstruction as unknown:
+        return LaunchCheck(step, 0, math.prod(launch.grid), None, (), str(unknown))
     content, flags = arena.read(y)
     value, written = result_view(step, content).double(), result_view(step, flags)
     y64, sigma, pre = _expected(step, activations.of_step(step))
@@ -332,5 +338,4 @@ def _check(arena: EmulatedArena, activations: Activations, step: Step) -> Launch
         y64, sigma, pre = y64[written], sigma[written], pre[written]
         active = pre >= -ZERO_BELOW_SIGMA * sigma if launch.problem.relu else (y64 != 0) | (found != 0)
         deviation = Deviation.of(found, y64, sigma, active)
-        failures += deviation.failures(y.dtype)
     return LaunchCheck(step, len(blocks), math.prod(launch.grid), deviation, tuple(failures))

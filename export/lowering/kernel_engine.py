@@ -13,9 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors.torch import save
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -34,6 +32,7 @@ from kernels.plan import plan
 
 FORMAT, VERSION = "resnet-deploy.kernels", "1"
 _COUNTERS = "counters_ptr"
+_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8"}
 
 
 @dataclass(frozen=True)
@@ -185,15 +184,11 @@ def lower_kernels(program: FusedProgram, precision: Precision, target: Target, b
         },
     }
     text = json.dumps(facts, separators=(",", ":"))
-    tensors = {
-        **{
-            f"cubin.{sha256}": torch.from_numpy(np.frombuffer(code.cubin, np.uint8).copy())
-            for sha256, code in codes.items()
-        },
-        **weights.tensors,
-    }
     metadata = {"format": FORMAT, "version": VERSION, "plan": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
-    content: bytes = save(tensors, metadata)
+    cubins = {
+        f"cubin.{sha256}": torch.frombuffer(bytearray(code.cubin), dtype=torch.uint8) for sha256, code in codes.items()
+    }
+    content = _container({**weights.tensors, **cubins}, metadata)
     return KernelEngine(
         target=target,
         precision=precision,
@@ -205,6 +200,19 @@ def lower_kernels(program: FusedProgram, precision: Precision, target: Target, b
         predicted=covered.predicted,
         seconds=time.perf_counter() - started,
     )
+
+
+def _container(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file, the same for the same content: the library's own writer leaves the order to chance."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    parts, end = [], 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].itemsize):  # so that all are aligned
+        parts.append(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        offsets = [end, end := end + len(parts[-1])]
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join((len(text).to_bytes(8, "little"), text, *parts))
 
 
 def _interface(name: str, tensor: Tensor) -> dict[str, Any]:

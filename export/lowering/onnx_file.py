@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import onnx
 import torch
 from torch import Tensor, fx, nn
 from torch.fx import traceback
 
-from export.base.batch import INPUT, Batch
+from export.base.batch import FLOAT32, INPUT, UINT8, Batch
 from export.base.errors import ExportError, first_line
+from export.base.normalisation import SCALE, Normalisation
 from export.base.precision import Precision
 from export.fusion.capture import plain_torch
 from export.fusion.interpreter import GraphInterpreter
@@ -30,6 +32,7 @@ from export.fusion.nodes import (
 )
 from export.fusion.program import FusedProgram, output_names, returned_tensors, variants
 from export.lowering.onnx_operators import TRANSLATIONS
+from export.runtime.runner import Interface
 
 # Conv admits bfloat16 from opset 22 on; TensorRT 10.3, the oldest supported, reads up to opset 20.
 _OPSETS = {torch.float32: 18, torch.float16: 18, torch.bfloat16: 22}
@@ -45,22 +48,31 @@ class OnnxFile:
     """An ONNX model and where the values of the fused graph are in it.
 
     Attributes:
-        model: standard operators only, weights inside, float32 inputs, called as those of the program, and outputs.
+        model: standard operators only, weights inside, inputs called as those of the program, float32 outputs.
         output_names: in the order of the model's flattened outputs.
         values: fused-graph node name -> ONNX value that holds its result, for the input, every fused
             operator, each convolution and linear layer with what they read, and each operator left eager whose result
             is still there. A value that is not found is missing, never another one.
+        normalisation: what the file does to its inputs, bytes [N, H, W, C]; None where they are float32, as the network
+            computes with them.
     """
 
     model: onnx.ModelProto
     output_names: tuple[str, ...]
     values: dict[str, str]
+    normalisation: Normalisation | None = None
 
     @property
     def inputs(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape without the batch."""
         shapes = {value.name: value.type.tensor_type.shape.dim for value in self.model.graph.input}
         return {name: tuple(size.dim_value for size in shape[1:]) for name, shape in shapes.items()}
+
+    @property
+    def interface(self) -> Interface:
+        """What a runner of it, or of an engine built from it, takes and gives."""
+        dtype = FLOAT32 if self.normalisation is None else UINT8
+        return Interface.of(self.output_names, self.inputs, dtype=dtype)
 
     def serialize(self) -> bytes:
         """The bytes of the file.
@@ -102,13 +114,16 @@ class _Boundary(nn.Module):
         return (*wide, *(interpreter.values[name] for name in self.shown))
 
 
-def lower_onnx(program: FusedProgram, precision: Precision, metadata: dict[str, str]) -> OnnxFile:
+def lower_onnx(
+    program: FusedProgram, precision: Precision, metadata: dict[str, str], normalisation: Normalisation | None = None
+) -> OnnxFile:
     """Write the fused program, in `precision`, as an ONNX model.
 
     Args:
         program: from `fuse`.
         precision: of weights and activations.
         metadata: key-value pairs stored in the file.
+        normalisation: to be in the file, which then takes bytes; its inputs are images.
 
     Raises:
         ExportError: the model returns no tensor, or an operator has no translation.
@@ -126,7 +141,53 @@ def lower_onnx(program: FusedProgram, precision: Precision, metadata: dict[str, 
     values |= {name: group[-1].output[0] for name, group in groups.items() if group}
     values |= {name: _shown_name(name) for name in hidden if name not in values}
     values |= {name: values[twin] for name, twin in twins.items() if name not in values and twin in values}
-    return OnnxFile(model, names, values)
+    file = OnnxFile(model, names, values)
+    return file if normalisation is None else _normalising(file, normalisation)
+
+
+def _normalising(file: OnnxFile, normalisation: Normalisation) -> OnnxFile:
+    """The file with bytes as its inputs, and before the network what a host does to them, step by step.
+
+    It is not folded into the first layer. Where that pads, it pads with 0, the mean, which no byte need stand for.
+    """
+    graph, places = file.model.graph, {}
+    taken = {value for node in graph.node for value in node.output}
+    taken |= {named.name for named in [*graph.input, *graph.initializer]}
+
+    def free(wanted: str) -> str:
+        name = next(name for name in variants(wanted) if name not in taken)
+        taken.add(name)
+        return name
+
+    constants = []
+    for role, constant in (("scale", SCALE), ("mean", normalisation.mean), ("std", normalisation.std)):
+        constants.append(onnx.numpy_helper.from_array(np.array(constant, np.float32), free(f"pixel.{role}")))
+    scale, mean, std = (tensor.name for tensor in constants)
+    nodes = []
+    for value in graph.input:
+        steps = ("pixels", "scaled", "centred", "deviations", "normalised")
+        pixels, scaled, centred, deviations, normalised = (free(f"{value.name}.{step}") for step in steps)
+        nodes += [
+            onnx.helper.make_node("Cast", [value.name], [pixels], pixels, to=onnx.TensorProto.FLOAT),
+            onnx.helper.make_node("Div", [pixels, scale], [scaled], scaled),
+            onnx.helper.make_node("Sub", [scaled, mean], [centred], centred),
+            onnx.helper.make_node("Div", [centred, std], [deviations], deviations),
+            onnx.helper.make_node("Transpose", [deviations], [normalised], normalised, perm=[0, 3, 1, 2]),
+        ]
+        places[value.name] = normalised
+        graph.value_info.add().CopyFrom(value)
+        graph.value_info[-1].name = normalised
+        size, channels, height, width = (d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim)
+        shape = [size, height, width, channels]
+        value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, onnx.TensorProto.UINT8, shape))
+    network = list(graph.node)
+    for node in network:
+        node.input[:] = [places.get(name, name) for name in node.input]
+    del graph.node[:]
+    graph.node.extend([*nodes, *network])
+    graph.initializer.extend(constants)
+    values = {node: places.get(value, value) for node, value in file.values.items()}
+    return replace(file, values=values, normalisation=normalisation)
 
 
 def _translate(

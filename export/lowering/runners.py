@@ -18,7 +18,7 @@ from export.base.errors import ExportError, first_line
 from export.base.machine import installed_version
 from export.base.precision import Precision
 from export.fusion.capture import call_arguments, eager_copy, plain_torch
-from export.fusion.interpreter import ON_CPU, GraphInterpreter
+from export.fusion.interpreter import GraphInterpreter, WideConvolutions
 from export.fusion.program import FusedProgram, leaf_names, returned_tensors
 from export.lowering.cuda_graph import CudaGraphProgram
 from export.lowering.onnx_file import OnnxFile
@@ -61,7 +61,7 @@ class EagerRunner(Runner):
 
     def _call(self, inputs: Inputs) -> Arrays:
         args, kwargs = call_arguments(cast(inputs, self._dtype))
-        with plain_torch():
+        with plain_torch(), WideConvolutions():
             outputs = self._copy(*args, **kwargs)
         found = dict(zip(leaf_names(outputs, inputs), pytree.tree_leaves(outputs), strict=True))
         wanted = [name for name in self.interface.outputs if isinstance(found.get(name), Tensor)]
@@ -93,7 +93,7 @@ class UnfusedRunner(Runner):
         del self._graph_module
 
     def _run(self, inputs: Inputs) -> Arrays:
-        with plain_torch(), _says_what_type(self._precision):
+        with plain_torch(), WideConvolutions(), _says_what_type(self._precision):
             outputs = self._graph_module(*cast(inputs, self._precision.dtype).values())
         return self._named(arrays(returned_tensors(self._graph_module, outputs)))
 
@@ -119,7 +119,7 @@ class ProgramRunner(Runner):
 
     def __enter__(self) -> Self:
         if self._device == "cpu":
-            self._interpreter = GraphInterpreter(self._program.at(self._precision), ON_CPU | self._operators)
+            self._interpreter = GraphInterpreter(self._program.at(self._precision), self._operators)
             self._call: Callable[..., Any] = self._interpreter.run
         else:
             graphs = CudaGraphProgram(self._program, self._precision, self._device)
@@ -130,13 +130,13 @@ class ProgramRunner(Runner):
         del self._interpreter, self._call
 
     def _run(self, inputs: Inputs) -> Arrays:
-        with plain_torch(), _says_what_type(self._precision):
+        with plain_torch(), WideConvolutions(), _says_what_type(self._precision):
             outputs = self._call(*cast(inputs, self._precision.dtype, self._device).values())
         return self._named(arrays(returned_tensors(self._program.graph_module, outputs)))
 
     def trace(self, inputs: Inputs) -> dict[str, Tensor]:
         self._interpreter.values = {}
-        with plain_torch(), _says_what_type(self._precision):
+        with plain_torch(), WideConvolutions(), _says_what_type(self._precision):
             self._interpreter.run(*cast(inputs, self._precision.dtype, self._device).values())
         values, self._interpreter.values = self._interpreter.values, None
         return {name: value.cpu() for name, value in values.items()}
@@ -150,7 +150,7 @@ class OnnxRuntimeRunner(OnnxRunner):
     ) -> None:
         """`artefact` is the name of the file in the bundle; `rounded` as in `open_file`, by default by precision."""
         rounded = runs_rounded(precision.name, artefact) if rounded is None else rounded
-        super().__init__(file.serialize, Interface.of(file.output_names, file.inputs), rounded)
+        super().__init__(file.serialize, file.interface, rounded)
         self._onnx_file, self.name, self.file = file, ONNX_FORMS[artefact], artefact
 
     def trace(self, inputs: Inputs) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from export.base.batch import DEFAULT_BATCH, Batch, Inputs, count_of, named, resized, rows_of
 from export.base.errors import ExportError
+from export.base.normalisation import Normalisation
 from export.base.progress import Progress, silent, sparsely
 from export.fusion.capture import plain_torch
 from export.fusion.casting import converted
@@ -42,23 +43,38 @@ class Pictures(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batches(self, size: int) -> Iterator[NDArray[np.float32] | Inputs]:
+    def batches(self, size: int) -> Iterator[NDArray | Inputs]:
         """All inputs in order, [n, C, H, W] with n at most `size`, or several by name; the same in every call."""
 
 
 @dataclass(frozen=True)
 class InMemory:
-    """Inputs that are there already as pictures to calibrate on, float32: [N, C, H, W], or several [N, ...] by name."""
+    """Inputs that are there already as pictures to calibrate on: [N, C, H, W], or several [N, ...] by name."""
 
-    images: NDArray[np.float32] | Inputs
+    images: NDArray | Inputs
 
     def __len__(self) -> int:
         return len(self.images) if isinstance(self.images, np.ndarray) else count_of(self.images)
 
-    def batches(self, size: int) -> Iterator[NDArray[np.float32] | Inputs]:
+    def batches(self, size: int) -> Iterator[NDArray | Inputs]:
         for start in range(0, len(self), size):
             rows = slice(start, start + size)
             yield self.images[rows] if isinstance(self.images, np.ndarray) else rows_of(self.images, rows)
+
+
+@dataclass(frozen=True)
+class NormalisedPictures:
+    """Pictures that are bytes, [n, H, W, C] or several by name, as the network computes with them."""
+
+    pictures: Pictures
+    normalisation: Normalisation
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def batches(self, size: int) -> Iterator[NDArray[np.float32] | Inputs]:
+        for given in self.pictures.batches(size):
+            yield self.normalisation.of(given) if isinstance(given, Mapping) else self.normalisation(given)
 
 
 @dataclass(frozen=True)

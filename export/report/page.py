@@ -22,6 +22,7 @@ _KINDS = {
     "scale": ("scales", "in steps that are missing to the calibrated range"),
     "weight": ("weights and quantised biases", "in steps from the float64 value"),
     "bias": ("biases in floating point", "which are exact"),
+    "normalise": ("the input, normalised", "which is exact"),
     "between": ("values between and behind the layers", "in relative error"),
 }
 _OUTPUTS = ("outputs that are not quantised", "in roundoffs of the largest value")

@@ -98,7 +98,7 @@ def _onnx_obstacle(rounded: bool) -> tuple[str, str]:
 
 def artefact_runner(bundle: Bundle, artefact: Artefact) -> Runner:
     """What runs an artefact of a bundle, one batch at a time; nothing is loaded yet."""
-    interface = Interface(bundle.outputs, bundle.inputs, bundle.batch)
+    interface = Interface(bundle.outputs, bundle.inputs, bundle.batch, bundle.dtype)
     runner: Runner
     if artefact.engine is not None:
         runner = TensorRTRunner(artefact.engine, interface)
@@ -116,9 +116,9 @@ def artefact_runner(bundle: Bundle, artefact: Artefact) -> Runner:
 def running(bundle: Bundle, artefact: Artefact) -> Iterator[Callable[[NDArray | Inputs], Arrays]]:
     """Load an artefact and give the function that runs it.
 
-    The function takes any number of images [N, C, H, W], float32, or where the network has several inputs all of them
-    by name, and returns the outputs by name, in the order of the manifest; batches of a size the bundle does not accept
-    are split or filled up.
+    The function takes any number of images as the bundle does, [N, C, H, W] float32 or bytes [N, H, W, C], or where the
+    network has several inputs all of them by name, and returns the outputs by name, in the order of the manifest;
+    batches of a size the bundle does not accept are split or filled up.
 
     Raises:
         ExportError: it does not load, or an input has another shape.

@@ -91,7 +91,7 @@ class OnnxRunner(TimedRunner):
         self._session = open_file(self._read(), self._rounded, self._threads)
         narrow = {entry.name for entry in self._session.get_inputs() if entry.type == "tensor(float16)"}
         self._inputs: Arrays = {
-            name: np.empty(0, np.float16 if name in narrow else np.float32) for name in self.interface.inputs
+            name: np.empty(0, np.float16 if name in narrow else self.interface.dtype) for name in self.interface.inputs
         }
         return self
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from export.base.batch import INPUT, Arrays, Batch, Inputs, count_of
+from export.base.batch import FLOAT32, INPUT, UINT8, Arrays, Batch, Inputs, count_of
 from export.base.errors import ExportError
+from export.base.normalisation import Normalisation
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,16 +30,27 @@ class Interface:
         outputs: name -> shape, the batch first, in the order of the model; None where the shape is not known.
         inputs: name -> shape without the batch, in the order of the model; None for a picture of any (C, H, W).
         batch: the batch sizes it accepts; None where they are not known.
+        dtype: of all inputs: FLOAT32 for what the network computes with, UINT8 for pictures as bytes [N, H, W, C].
     """
 
     outputs: Mapping[str, tuple[int | str, ...] | None]
     inputs: Shapes = field(default_factory=lambda: {INPUT: None})
     batch: Batch | None = None
+    dtype: str = FLOAT32
 
     @classmethod
-    def of(cls, names: Iterable[str], inputs: Shapes | None = None, batch: Batch | None = None) -> Interface:
+    def of(
+        cls, names: Iterable[str], inputs: Shapes | None = None, batch: Batch | None = None, dtype: str = FLOAT32
+    ) -> Interface:
         """Outputs of these names and of any shape; without `inputs` one picture."""
-        return cls(dict.fromkeys(names), inputs or {INPUT: None}, batch)
+        return cls(dict.fromkeys(names), inputs or {INPUT: None}, batch, dtype)
+
+    def fed(self, given: Inputs, normalisation: Normalisation | None) -> Inputs:
+        """What a bundle takes, as this form of its network does: bytes as they are, or normalised.
+
+        `normalisation` is that in the bundle's files; None where the bundle takes what the network computes with.
+        """
+        return given if normalisation is None or self.dtype == UINT8 else normalisation.of(given)
 
 
 class Runner(ABC):
@@ -69,7 +81,8 @@ class Runner(ABC):
         """Run one batch.
 
         Args:
-            inputs: name -> [N, ...] float32: {"input": [N, C, H, W]} of a network with one.
+            inputs: name -> [N, ...] of the interface's type: {"input": [N, C, H, W]} float32 of a network with one,
+                {"input": [N, H, W, C]} of bytes.
 
         Returns:
             Output name -> array [N, ...], in the order of the model; floating-point ones are float32 or wider.
@@ -91,7 +104,8 @@ class Runner(ABC):
     def check_inputs(self, inputs: Inputs) -> None:
         """Raises ExportError where inputs are not the network's by name, shape and type, or not as many of each."""
         expected = self.interface.inputs
-        several = len(expected) > 1
+        several, dtype = len(expected) > 1, self.interface.dtype
+        before = ": bytes [N, H, W, C] before any normalisation" if dtype == UINT8 else ""
         if inputs.keys() != expected.keys():
             wanted = f"inputs {', '.join(expected)}" if several else f"one input {next(iter(expected))!r}"
             raise ExportError(f"{self}: expected {wanted}, got {', '.join(inputs) or 'none'}")
@@ -99,9 +113,9 @@ class Runner(ABC):
             x, what = inputs[name], name if several else "inputs"
             if not len(x) or (x.ndim != 4 if shape is None else x.shape[1:] != shape):
                 wanted = "[N, C, H, W]" if shape is None else f"[N, *{list(shape)}]"
-                raise ExportError(f"{self}: expected {what} of shape {wanted}, got {list(x.shape)}")
-            if x.dtype != np.float32:
-                raise ExportError(f"{self}: expected {what} of type float32, got {x.dtype}")
+                raise ExportError(f"{self}: expected {what} of shape {wanted}, got {list(x.shape)}{before}")
+            if x.dtype != dtype:
+                raise ExportError(f"{self}: expected {what} of type {dtype}, got {x.dtype}{before}")
         if len({len(x) for x in inputs.values()}) > 1:
             counts = ", ".join(f"{len(x)} of {name}" for name, x in inputs.items())
             raise ExportError(f"{self}: expected as many rows of each input, got {counts}")

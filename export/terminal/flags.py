@@ -16,6 +16,7 @@ FLAGS = {
     "ExportConfig.keep_fp16": "--keep-fp16",
     "ExportConfig.keep_fp32": "--keep-fp32",
     "ExportConfig.outputs": "--outputs",
+    "ExportConfig.input": "--input",
     "ExportConfig.unverified": "--unverified",
     "EngineConfig.workspace_mib": "--workspace",
     "EngineConfig.optimization_level": "--optimization-level",

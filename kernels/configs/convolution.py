@@ -18,6 +18,7 @@ from kernels.configs.config import (
     conv_k_blocks,
     k_blocks,
     launch_options,
+    partial_sum_bytes,
     pixel_reason,
     uses_pdl,
 )
@@ -91,8 +92,8 @@ class ConvConfig(BoxedConfig, kind="conv", runs=ConvProblem):
     def shared_memory(self, problem: ConvProblem) -> int:
         size = problem.dtype.itemsize
         pipeline = self.num_stages * (self.block_m + self.block_n) * self.block_k * size
-        # Partial sums change layout in float32.
-        epilogue = self.block_m * self.block_n * (4 if self.split_k > 1 else size)
+        tile = self.block_m * self.block_n
+        epilogue = partial_sum_bytes(tile, self.split_k) if self.split_k > 1 else tile * size
         if self.box is None:
             return max(pipeline, epilogue)
         # Boxes of the projection are loaded while those of the convolution are still in place.

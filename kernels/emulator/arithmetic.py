@@ -11,7 +11,7 @@ from kernels.emulator.block import Block, instruction
 from kernels.emulator.program import Instruction
 from kernels.emulator.values import UNSIGNED, Array, decode, encode, width
 
-_INT = "[sub](16|32|64)"
+_INT, _INT_8 = "[sub](16|32|64)", "[sub](8|16|32|64)"
 _TINY = np.float32(2.0**-126)
 _BINARY: dict[str, Callable[..., Any]] = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "min": np.minimum, "max": np.maximum,
@@ -46,7 +46,7 @@ def _mov(block: Block, i: Instruction, mask: Array | None) -> None:
         block.put(to, block.bits(source, width(i.parts[1])), mask)
 
 
-@instruction(rf"(add|sub|min|max)\.{_INT}|(and|or|xor)\.b(16|32|64)|mul\.lo\.{_INT}")
+@instruction(rf"(add|sub|min|max)\.{_INT}|(and|or|xor)\.b(16|32|64)|mul\.lo\.{_INT}|(add|sub)\.[su]16x2")
 @instruction(r"(add|sub|mul)(\.rn)?(\.ftz)?\.f32(x2)?|(min|max)(\.ftz)?\.NaN\.(f32|b?f16(x2)?)")
 def _binary(block: Block, i: Instruction, mask: Array | None) -> None:
     a, b = (block.get(arg, i.parts[-1]) for arg in i.args[1:])
@@ -147,11 +147,13 @@ def _shift(block: Block, i: Instruction, mask: Array | None) -> None:
     block.set(i.args[0], shifted, i.parts[1], mask)
 
 
-@instruction(r"bfe\.[su]32")
+@instruction(r"bfe\.[su](32|64)")
 def _bfe(block: Block, i: Instruction, mask: Array | None) -> None:
+    """Bits [position, position + length), which lie within the register."""
     position, length = (int(block.bits(arg, 4)[0]) for arg in i.args[2:])
-    left = np.uint32(32 - length)
-    value = decode(block.bits(i.args[1], 4) >> np.uint32(position) << left, i.parts[1])
+    bits = block.bits(i.args[1], width(i.parts[1]))
+    position, left = bits.dtype.type(position), bits.dtype.type(8 * bits.itemsize - length)
+    value = decode(bits >> position << left, i.parts[1])
     block.set(i.args[0], value >> value.dtype.type(left), i.parts[1], mask)
 
 
@@ -195,11 +197,14 @@ def _cvt_two(block: Block, i: Instruction, mask: Array | None) -> None:
     block.set(i.args[0], np.stack([low, high], 1), i.parts[2], mask)
 
 
-@instruction(rf"cvt\.{_INT}\.{_INT}|cvt\.rn\.(b?f16|f32)\.(f32|[su]32)|cvt\.f32\.b?f16|cvt\.rzi\.[su]32\.f32")
+@instruction(rf"cvt\.{_INT_8}\.{_INT_8}|cvt\.rn\.(b?f16|f32)\.(f32|[su](16|32))|cvt\.f32\.b?f16|cvt\.rzi\.[su]32\.f32")
 def _cvt(block: Block, i: Instruction, mask: Array | None) -> None:
     to, source = i.parts[-2:]
     value = block.get(i.args[1], source)
-    block.put(i.args[0], encode(np.trunc(value) if "rzi" in i.parts else value, to), mask)
+    bits = encode(np.trunc(value) if "rzi" in i.parts else value, to)
+    if width(to) == 1:  # in a wider register, as the same number
+        bits = encode(decode(bits, to), "b32")
+    block.put(i.args[0], bits, mask)
 
 
 @instruction(r"cvta\.param\.u64")

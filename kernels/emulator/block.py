@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Handler = Callable[["Block", Instruction, Optional[Array]], None]  # noqa: UP045  a value
 _HANDLERS: list[tuple[re.Pattern[str], Handler]] = []
 _CONTROL = re.compile(r"bra(\.uni)?|ret|exit|bar\.sync|barrier\.sync(\.aligned)?")
-_MOST_STEPS = 1_000_000  # of a block; the longest here take some 50,000
+_MOST_STEPS = 200_000  # of a block; the longest here take some 50,000
 
 
 class UnknownInstruction(Exception):
@@ -136,10 +136,16 @@ class Block:
         self.defect("note: register nobody wrote", name)
         return np.full(self.threads, UNDEFINED, np.uint64)
 
+    def _held(self, name: str) -> Array:
+        if name not in self.registers:
+            self.defect("fatal: predicate or address nobody wrote", name)
+            raise Stopped
+        return self.registers[name]
+
     def predicate(self, operand: Operand) -> Array:
         assert isinstance(operand, str)
         name = operand.lstrip("!")
-        value = self.registers[name] if name in self.registers else np.full(self.threads, int(name) != 0)
+        value = np.full(self.threads, int(name) != 0) if name.lstrip("-").isdigit() else self._held(name)
         return ~value if operand[0] == "!" else value
 
     def put(self, operand: Operand, value: Array, mask: Array | None) -> None:
@@ -164,7 +170,7 @@ class Block:
     def addresses(self, operand: Operand) -> Array:
         """[threads] int64."""
         assert isinstance(operand, Address)
-        base: Array = self.registers[operand.base].astype(np.int64)
+        base = self._held(operand.base).astype(np.int64)
         return base + operand.offset if operand.offset else base
 
     def selected(self, mask: Array | None) -> Array:
@@ -211,6 +217,9 @@ class Block:
             if apart is not None:
                 pc = int(apart[live].min())
                 active = live & (apart == pc)
+            if pc == len(self.program.code):
+                self.defect("a block that runs beyond its end")
+                raise Stopped
             self.current = i = self.program.code[pc]
             mask = active
             if i.guard is not None:

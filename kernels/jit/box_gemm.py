@@ -12,6 +12,7 @@ import triton.language as tl
 
 from kernels.jit.parts import (
     _accumulate_boxes,
+    _bias,
     _bias_residual_act_store,
     _box_corner,
     _box_pixels,
@@ -75,6 +76,8 @@ def _conv2d_boxes_kernel(
         split = block % SPLIT_K
         n0, p0, q0 = _box_corner(tile // blocks_n, P, Q, TILE_N, TILE_P, TILE_Q)
         first_column = tile % blocks_n * BLOCK_N
+        offs_n = first_column + tl.arange(0, BLOCK_N)
+        bias = _bias(bias_ptr, offs_n, offs_n < C_OUT)
         # The projection's slices are numbered after the convolution's.
         first = split * slices_per_split
         last = first + slices_per_split
@@ -116,17 +119,16 @@ def _conv2d_boxes_kernel(
 
         n, p, q = _box_pixels(n0, p0, q0, TILE_N, TILE_P, TILE_Q)
         mask_m = (n < N) & (p < P) & (q < Q)
-        offs_n = first_column + tl.arange(0, BLOCK_N)
         acc = acc.T
         if SPLIT_K > 1:
             acc, holds_sum = _sum_of_splits(
-                acc, partials_ptr, counters_ptr, tile, split, mask_m, offs_n, C_OUT, SPLIT_K, BLOCK_M, BLOCK_N
+                acc, partials_ptr, counters_ptr, tile, split, mask_m, first_column, C_OUT, SPLIT_K, BLOCK_M, BLOCK_N
             )
             mask_m &= n < tl.where(holds_sum, N, 0)
         offs_y = _pixel_offset(n, p, q, P, Q, C_OUT)
         _bias_residual_act_store(
             acc,
-            bias_ptr,
+            bias,
             residual_ptr,
             slope_ptr,
             y_ptr,

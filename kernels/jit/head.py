@@ -11,10 +11,10 @@ import triton.language as tl
 
 from kernels.jit.parts import (
     _arrived_last,
+    _bias,
     _bias_residual_act_store,
     _let_next_kernel_start,
-    _partial_mask,
-    _partial_offsets,
+    _store_partial,
     _sum_of_partials,
     _wait_for_previous_kernel,
 )
@@ -61,7 +61,8 @@ def _mean_linear_kernel(
     mask_m = offs_m < N
     offs_c = split * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_c = offs_c < C_IN
-    offs_n = share * (N_BLOCKS * BLOCK_N) + tl.arange(0, BLOCK_N)
+    first_column = share * (N_BLOCKS * BLOCK_N)
+    offs_n = first_column + tl.arange(0, BLOCK_N)
 
     _wait_for_previous_kernel(USE_PDL)
     if N_BLOCKS == 1:  # on its way while x is
@@ -83,17 +84,19 @@ def _mean_linear_kernel(
         if N_BLOCKS > 1:
             weight_tile = _weight_tile(weight_ptr, offs_c, mask_c, offs_block, C_IN, C_OUT)
         acc = tl.dot(mean, weight_tile, input_precision="ieee")
-        partial = partials + (block * SPLIT_K + split) * (BLOCK_M * BLOCK_N) + _partial_offsets(BLOCK_M, BLOCK_N)
-        tl.store(partial, acc, mask=_partial_mask(mask_m, offs_block, C_OUT))
+        partial = partials + (block * SPLIT_K + split) * (BLOCK_M * BLOCK_N)
+        _store_partial(partial, acc, mask_m, offs_block, C_OUT, BLOCK_M, BLOCK_N)
 
     last = _arrived_last(counters_ptr, tile, SPLIT_K)
+    whole: tl.constexpr = C_OUT == SHARES * N_BLOCKS * BLOCK_N
     offs_y = offs_m.to(tl.int64) * C_OUT
     for block in range(0, tl.where(last, N_BLOCKS, 0)):
         offs_block = offs_n + block * BLOCK_N
-        first = partials + block * (SPLIT_K * BLOCK_M * BLOCK_N)
-        moved = _partial_mask(mask_m, offs_block, C_OUT)
-        y_tile = _sum_of_partials(first, BLOCK_M * BLOCK_N, moved, SPLIT_K, BLOCK_M, BLOCK_N)
         mask_n = offs_block < C_OUT
+        bias = _bias(bias_ptr, offs_block, mask_n)
+        first = partials + block * (SPLIT_K * BLOCK_M * BLOCK_N)
+        column = first_column + block * BLOCK_N
+        y_tile = _sum_of_partials(first, mask_m, column, last, C_OUT, whole, SPLIT_K, BLOCK_M, BLOCK_N)
         _bias_residual_act_store(
-            y_tile, bias_ptr, None, None, y_ptr, offs_y, offs_block, mask_m, mask_n, False, False, "", 0.0
+            y_tile, bias, None, None, y_ptr, offs_y, offs_block, mask_m, mask_n, False, False, "", 0.0
         )

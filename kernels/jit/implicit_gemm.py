@@ -11,6 +11,7 @@ import triton.language as tl
 
 from kernels.jit.parts import (
     _accumulate_gathered,
+    _bias,
     _bias_residual_act_store,
     _let_next_kernel_start,
     _pixels,
@@ -95,6 +96,7 @@ def _conv2d_gathered_kernel(
     last = K_BLOCKS + K_BLOCKS_S if SPLIT_K == 1 else first + blocks_per_split
 
     _wait_for_previous_kernel(USE_PDL)
+    bias = _bias(bias_ptr, offs_o, mask_n)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     acc = _accumulate_gathered(
         acc,
@@ -156,13 +158,13 @@ def _conv2d_gathered_kernel(
     if SPLIT_K > 1:
         index = group * (blocks_m * blocks_n) + tile
         acc, holds_sum = _sum_of_splits(
-            acc, partials_ptr, counters_ptr, index, split, mask_m, offs_n, C_OUT, SPLIT_K, BLOCK_M, BLOCK_N
+            acc, partials_ptr, counters_ptr, index, split, mask_m, pid_n * BLOCK_N, C_OUT, SPLIT_K, BLOCK_M, BLOCK_N
         )
         mask_m = offs_m < tl.where(holds_sum, M, 0)
     offs_y = offs_m.to(tl.int64) * (GROUPS * C_OUT)
     _bias_residual_act_store(
         acc,
-        bias_ptr,
+        bias,
         residual_ptr,
         slope_ptr,
         y_ptr,

@@ -222,21 +222,18 @@ def _accumulate_boxes(
 
 
 @triton.jit
-def _partial_offsets(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Where a partial tile's elements lie: a row's first four of every eight columns, then its other fours.
+def _store_partial(pointer, acc, mask_m, offs_n, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Store a partial tile, but for rows outside mask_m and columns from N on: a row's first four of every eight
+    columns, then its other fours.
 
     A thread holds four or eight columns of a row and moves four at a time: in both cases those of its neighbours lie
     beside them, and no sector is touched twice.
     """
     column = tl.arange(0, BLOCK_N)
     column = column // 4 % 2 * (BLOCK_N // 2) + column // 8 * 4 + column % 4
-    return tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + column[None, :]
-
-
-@triton.jit
-def _partial_mask(mask_m, offs_n, N: tl.constexpr):
-    """Of a partial tile: its rows, and its columns below N, which are moved in whole fours."""
-    return mask_m[:, None] & (offs_n < tl.cdiv(N, 4) * 4)[None, :]
+    offsets = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + column[None, :]
+    # In whole fours: what lies beyond N is not used.
+    tl.store(pointer + offsets, acc, mask=mask_m[:, None] & (offs_n < tl.cdiv(N, 4) * 4)[None, :])
 
 
 @triton.jit
@@ -249,13 +246,39 @@ def _arrived_last(counters_ptr, tile, SPLIT_K: tl.constexpr):
 
 
 @triton.jit
-def _sum_of_partials(partials, stride, mask, count, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The sum of `count` partial tiles, the first at `partials`, in their order; 0 where masked."""
-    offsets = _partial_offsets(BLOCK_M, BLOCK_N)
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for split in range(0, count):
-        total += tl.load(partials + split * stride + offsets, mask=mask, other=0.0, cache_modifier=".cg")
-    return total
+def _sum_of_partials(
+    partials,
+    mask_m,
+    first_column,
+    is_last,
+    N: tl.constexpr,
+    ALL_COLUMNS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The sum of SPLIT_K partial tiles, the first at `partials`, in their order; 0 if not `is_last`.
+
+    Rows outside mask_m are the first row once more, which costs no access to memory; with ALL_COLUMNS no tile has
+    columns from N on.
+    """
+    # As they lie in memory, [BLOCK_M, 2, BLOCK_N // 2], and as many on their way to shared memory as
+    # config.PARTIAL_SUM_BYTES hold; of small ones, registers hold enough.
+    IN_FLIGHT: tl.constexpr = max(1, min(SPLIT_K, 8192 // (BLOCK_M * BLOCK_N)))
+    STAGES: tl.constexpr = 1 if BLOCK_M * BLOCK_N <= 1024 else IN_FLIGHT + 1
+    half, lane = tl.arange(0, 2), tl.arange(0, BLOCK_N // 2)
+    row = tl.where(mask_m, tl.arange(0, BLOCK_M), 0)
+    offsets = row[:, None, None] * BLOCK_N + (half[:, None] * (BLOCK_N // 2) + lane[None, :])[None, :, :]
+    column = first_column + half[:, None] * 4 + (lane // 4 * 8 + lane % 4)[None, :]
+    total = tl.zeros((BLOCK_M, 2, BLOCK_N // 2), dtype=tl.float32)
+    for split in tl.range(0, tl.where(is_last, SPLIT_K, 0), num_stages=STAGES):
+        pointers = partials + split * (BLOCK_M * BLOCK_N) + offsets
+        if ALL_COLUMNS:
+            total += tl.load(pointers, cache_modifier=".cg")
+        else:
+            there = (column < tl.cdiv(N, 4) * 4)[None, :, :]
+            total += tl.load(pointers, mask=there, other=0.0, cache_modifier=".cg")
+    return total.reshape(BLOCK_M, 2, BLOCK_N // 8, 4).permute(0, 2, 1, 3).reshape(BLOCK_M, BLOCK_N)
 
 
 @triton.jit
@@ -266,7 +289,7 @@ def _sum_of_splits(
     tile,
     split,
     mask_m,
-    offs_n,
+    first_column,
     N: tl.constexpr,
     SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -275,20 +298,26 @@ def _sum_of_splits(
     """(sum of the SPLIT_K partial tiles, whether this program is the one that holds it).
 
     Every program stores its partial tile; the last to arrive adds them up, always in the order of the splits, so the
-    sum does not depend on who came last. Rows outside mask_m and columns from N on are neither stored nor summed.
+    sum does not depend on who came last. Of rows outside mask_m and columns from N on nothing is stored.
     """
-    mask = _partial_mask(mask_m, offs_n, N)
     partials = partials_ptr + tile.to(tl.int64) * (SPLIT_K * BLOCK_M * BLOCK_N)
-    tl.store(partials + split * (BLOCK_M * BLOCK_N) + _partial_offsets(BLOCK_M, BLOCK_N), acc, mask=mask)
+    offs_n = first_column + tl.arange(0, BLOCK_N)
+    _store_partial(partials + split * (BLOCK_M * BLOCK_N), acc, mask_m, offs_n, N, BLOCK_M, BLOCK_N)
     last = _arrived_last(counters_ptr, tile, SPLIT_K)
-    total = _sum_of_partials(partials, BLOCK_M * BLOCK_N, mask, tl.where(last, SPLIT_K, 0), BLOCK_M, BLOCK_N)
+    total = _sum_of_partials(partials, mask_m, first_column, last, N, N % BLOCK_N == 0, SPLIT_K, BLOCK_M, BLOCK_N)
     return total, last
 
 
 @triton.jit
-def _biased(acc, bias_ptr, offs_c, mask_c):
-    """acc + bias, in float32; offs_c is the channel of each column."""
-    return acc + tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
+def _bias(bias_ptr, offs_c, mask_c):
+    """The bias of the channels offs_c; loaded before the products, since nothing after them would cover its way."""
+    return tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0)
+
+
+@triton.jit
+def _biased(acc, bias):
+    """acc + bias, in float32; bias is that of each column."""
+    return acc + bias.to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -333,7 +362,7 @@ def _activated(value, slope_ptr, offs_c, mask_c, ACTIVATION: tl.constexpr, NEGAT
 @triton.jit
 def _bias_residual_act_store(
     acc,
-    bias_ptr,
+    bias,
     residual_ptr,
     slope_ptr,
     y_ptr,
@@ -350,7 +379,7 @@ def _bias_residual_act_store(
 
     offs_y is the int64 offset of channel 0 of each row, offs_c the channel of each column.
     """
-    acc = _biased(acc, bias_ptr, offs_c, mask_c)
+    acc = _biased(acc, bias)
     offsets = offs_y[:, None] + offs_c[None, :]
     mask = mask_m[:, None] & mask_c[None, :]
     if HAS_RESIDUAL:

@@ -7,16 +7,17 @@ In the GEMM view
     y^T = weight @ windows        [C_OUT, K] @ [K, columns], K = R * (HEAD + MAIN + TAIL) = R * S * C_IN
 
 the weights are the operand that a program keeps, and a column and its right neighbour, which the pool compares, lie in
-the same thread. K has the R * MAIN elements that are copied as vectors first, then the others. Columns are those of all
-images one after the other, 2 * POOL_Q of each.
+the same thread. K has the R * MAIN elements that are copied as vectors first, in slices of BLOCK_K and one of LAST_K
+for what is left, then the others in one of OTHER_K; 0 where there is none. Columns are those of all images one after
+the other, 2 * POOL_Q of each.
 """
 
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, disable-error-code="assignment"
 
 import triton
 import triton.language as tl
 
-from kernels.jit.parts import _let_next_kernel_start, _pixel_offset, _relu, _wait_for_previous_kernel
+from kernels.jit.parts import _bias, _let_next_kernel_start, _pixel_offset, _relu, _wait_for_previous_kernel
 from kernels.jit.stem import _maximum
 
 # A place outside of every row, for elements that are not there; the sum of two of them is an int32.
@@ -25,54 +26,62 @@ _OUTSIDE = tl.constexpr(-(2**30))
 
 @triton.jit
 def _window_places(
-    block,
+    index: tl.constexpr,
     R: tl.constexpr,
     HEAD: tl.constexpr,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
-    VECTOR_BLOCKS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    LAST_K: tl.constexpr,
+    OTHER_K: tl.constexpr,
 ):
-    """(filter row, place in the window's row, mask) of the block-th slice of K; place 0 is the first of MAIN."""
-    if block < VECTOR_BLOCKS:
-        k = block * BLOCK_K + tl.arange(0, BLOCK_K)
-        return k // MAIN, k % MAIN, k < R * MAIN
-    k = (block - VECTOR_BLOCKS) * BLOCK_K + tl.arange(0, BLOCK_K)
-    place = k % (HEAD + TAIL)
-    return k // (HEAD + TAIL), place - HEAD + tl.where(place >= HEAD, MAIN, 0), k < R * (HEAD + TAIL)
+    """(filter row, place in the window's row) of the elements of a slice of K; place 0 is the first of MAIN, and what
+    lies beyond K has row R or a later one."""
+    full: tl.constexpr = R * MAIN // BLOCK_K
+    if index < full:
+        k = index * BLOCK_K + tl.arange(0, BLOCK_K)
+        return k // MAIN, k % MAIN
+    elif index == full and LAST_K > 0:
+        k = full * BLOCK_K + tl.arange(0, LAST_K)
+        return k // MAIN, k % MAIN
+    else:
+        k = tl.arange(0, OTHER_K)
+        place = k % (HEAD + TAIL)
+        return k // (HEAD + TAIL), place - HEAD + tl.where(place >= HEAD, MAIN, 0)
 
 
 @triton.jit
 def _weight_tiles(
     weight_ptr,
     offs_n,
-    mask_n,
+    C_OUT: tl.constexpr,
     R: tl.constexpr,
     HEAD: tl.constexpr,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
-    K_BLOCKS: tl.constexpr,
-    VECTOR_BLOCKS: tl.constexpr,
+    SLICES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    LAST_K: tl.constexpr,
+    OTHER_K: tl.constexpr,
 ):
-    """The filters offs_n, one [BLOCK_N, BLOCK_K] for each slice of K."""
-    row: tl.constexpr = HEAD + MAIN + TAIL
-    filters = weight_ptr + offs_n.to(tl.int64) * (R * row)
+    """The filters offs_n, one tile of BLOCK_N rows for each slice of K."""
+    length: tl.constexpr = HEAD + MAIN + TAIL
+    filters = weight_ptr + offs_n.to(tl.int64) * (R * length)
     tiles = ()
-    for block in tl.static_range(K_BLOCKS):
-        r, place, mask_k = _window_places(block, R, HEAD, MAIN, TAIL, VECTOR_BLOCKS, BLOCK_K)
-        offsets = r * row + HEAD + place
-        tile = tl.load(filters[:, None] + offsets[None, :], mask=mask_n[:, None] & mask_k[None, :], other=0.0)
+    for index in tl.static_range(SLICES):
+        r, place = _window_places(index, R, HEAD, MAIN, TAIL, BLOCK_K, LAST_K, OTHER_K)
+        mask = (r < R)[None, :]
+        if C_OUT % BLOCK_N > 0:
+            mask &= (offs_n < C_OUT)[:, None]
+        tile = tl.load(filters[:, None] + (r * length + HEAD + place)[None, :], mask=mask, other=0.0)
         tiles = tiles + (tile,)
     return tiles
 
 
 @triton.jit
-def _window_tile(
-    x_columns,
+def _row_limits(
     columns,
-    row,
-    block,
     H,
     ROW_VECTORS,
     R: tl.constexpr,
@@ -80,29 +89,66 @@ def _window_tile(
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
     VECTOR: tl.constexpr,
-    VECTOR_BLOCKS: tl.constexpr,
+    SLICES: tl.constexpr,
+    VECTOR_SLICES: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    LAST_K: tl.constexpr,
+    OTHER_K: tl.constexpr,
 ):
-    """The block-th slice of the windows that begin in row `row` of H rows of ROW_VECTORS * VECTOR elements,
-    [BLOCK_K, BLOCK_Q].
+    """Of each element of the windows, one tile [slice, BLOCK_Q] for each slice of K: the image's rows H if it lies
+    in a row of ROW_VECTORS * VECTOR elements, else 0, which no row is below.
 
-    x_columns points to the windows' first vectors in row 0; columns is their place in the row in elements, a multiple
-    of VECTOR, or _OUTSIDE. What is not in the image is 0.
+    columns is the place of the windows' first vectors in the row in elements, a multiple of VECTOR, or _OUTSIDE.
     """
-    r, place, mask_k = _window_places(block, R, HEAD, MAIN, TAIL, VECTOR_BLOCKS, BLOCK_K)
-    h = row + r
-    inside = mask_k & (h.to(tl.uint32) < H.to(tl.uint32))
-    # Rows outside count as row 0: were each an offset from the one before it, every address would have a register.
-    offsets = tl.where(inside, h, 0) * (ROW_VECTORS * VECTOR) + place
-    if block < VECTOR_BLOCKS:
-        # Of a vector all elements are in the image or none: numbered in vectors, the compiler sees that.
-        vector = (block * BLOCK_K + tl.arange(0, BLOCK_K)) // VECTOR % (MAIN // VECTOR)
-        places = (columns // VECTOR)[None, :] + vector[:, None]
-        mask = places.to(tl.uint32) < tl.where(inside, ROW_VECTORS, 0).to(tl.uint32)[:, None]
-    else:
-        places = columns[None, :] + place[:, None]
-        mask = places.to(tl.uint32) < tl.where(inside, ROW_VECTORS * VECTOR, 0).to(tl.uint32)[:, None]
-    return tl.load(x_columns[None, :] + offsets[:, None], mask=mask, other=0.0)
+    limits = ()
+    for index in tl.static_range(SLICES):
+        r, place = _window_places(index, R, HEAD, MAIN, TAIL, BLOCK_K, LAST_K, OTHER_K)
+        if index < VECTOR_SLICES:
+            # Of a vector all elements are in the image or none: numbered in vectors, the compiler sees that.
+            k = index * BLOCK_K + tl.arange(0, r.shape[0])
+            places = (columns // VECTOR)[None, :] + (k // VECTOR % (MAIN // VECTOR))[:, None]
+            inside = places.to(tl.uint32) < ROW_VECTORS.to(tl.uint32)
+        else:
+            places = columns[None, :] + place[:, None]
+            inside = places.to(tl.uint32) < (ROW_VECTORS * VECTOR).to(tl.uint32)
+        limits = limits + (tl.where(inside & (r < R)[:, None], H, 0).to(tl.uint32),)
+    return limits
+
+
+@triton.jit
+def _convolved_row(
+    weights,
+    limits,
+    x_columns,
+    row,
+    ROW_VECTORS,
+    R: tl.constexpr,
+    HEAD: tl.constexpr,
+    MAIN: tl.constexpr,
+    TAIL: tl.constexpr,
+    VECTOR: tl.constexpr,
+    SLICES: tl.constexpr,
+    VECTOR_SLICES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    LAST_K: tl.constexpr,
+    OTHER_K: tl.constexpr,
+):
+    """weights @ the windows that begin in row `row` of the image, [BLOCK_N, BLOCK_Q].
+
+    x_columns points to the windows' first vectors in row 0; for limits see `_row_limits`.
+    """
+    tiles = ()  # what is not copied in vectors is asked for first and used last: the sum covers the way it takes
+    for i in tl.static_range(SLICES):
+        r, place = _window_places((i + VECTOR_SLICES) % SLICES, R, HEAD, MAIN, TAIL, BLOCK_K, LAST_K, OTHER_K)
+        mask = (row + r).to(tl.uint32)[:, None] < limits[(i + VECTOR_SLICES) % SLICES]
+        offsets = (row + r) * (ROW_VECTORS * VECTOR) + place
+        tiles = tiles + (tl.load(x_columns[None, :] + offsets[:, None], mask=mask, other=0.0),)
+    acc = tl.zeros((BLOCK_N, BLOCK_Q), dtype=tl.float32)
+    for i in tl.static_range(SLICES):
+        acc = tl.dot(weights[i], tiles[(i + SLICES - VECTOR_SLICES) % SLICES], acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit(do_not_specialize=["N", "H", "ROW_VECTORS", "P", "Q", "POOL_P", "POOL_Q"])
@@ -130,12 +176,13 @@ def _conv2d_windows_bias_relu_maxpool_kernel(
     FIRST_COLUMN: tl.constexpr,
     ODD_P: tl.constexpr,
     ODD_Q: tl.constexpr,
-    K_BLOCKS: tl.constexpr,
-    VECTOR_BLOCKS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    LAST_K: tl.constexpr,
+    OTHER_K: tl.constexpr,
     POOL_ROWS: tl.constexpr,
+    KEEP_WEIGHTS: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
     """y[n,i,j,o] = max over a, b in {-1, 0, 1} of relu(conv(x, weight) + bias)[n, 2i + a, 2j + b, o]
@@ -144,13 +191,15 @@ def _conv2d_windows_bias_relu_maxpool_kernel(
     BLOCK_Q / 2 - 1 pooled columns: of the first two only the right one is needed. FIRST_COLUMN is the place in a row,
     in elements, of the first vector of the first window. Grid: (column strips, row strips, blocks of C_OUT).
     """
+    vector_slices: tl.constexpr = R * MAIN // BLOCK_K + (1 if LAST_K > 0 else 0)
+    slices: tl.constexpr = vector_slices + (1 if OTHER_K > 0 else 0)
     lane = tl.arange(0, BLOCK_Q)
     first_pooled = tl.program_id(0) * (BLOCK_Q // 2 - 1) - 1
     image = (first_pooled + lane // 2) // POOL_Q
     q = (first_pooled + lane // 2) % POOL_Q * 2 + lane % 2
-    place = q * COLUMN_STEP + FIRST_COLUMN
-    x_columns = x_ptr + (image.to(tl.int64) * H * (ROW_VECTORS * VECTOR) + place)
-    columns = tl.where(image < N, place, _OUTSIDE)
+    start = q * COLUMN_STEP + FIRST_COLUMN
+    x_columns = x_ptr + (image.to(tl.int64) * H * (ROW_VECTORS * VECTOR) + start)
+    columns = tl.where(image < N, start, _OUTSIDE)
     first_row = tl.program_id(1) * POOL_ROWS
     offs_n = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < C_OUT
@@ -162,27 +211,58 @@ def _conv2d_windows_bias_relu_maxpool_kernel(
     # The column to the left; at the image's left edge, where that is padding, one of the window's own.
     left = tl.where(pooled % POOL_Q == 0, pair, tl.maximum(pair - 1, 0))
     left = left[None, :] + tl.zeros((BLOCK_N, BLOCK_Q // 2), dtype=tl.int32)
+    limits = _row_limits(
+        columns, H, ROW_VECTORS, R, HEAD, MAIN, TAIL, VECTOR, slices, vector_slices, BLOCK_K, LAST_K, OTHER_K
+    )
 
     _wait_for_previous_kernel(USE_PDL)
-    bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-    weights = _weight_tiles(weight_ptr, offs_n, mask_n, R, HEAD, MAIN, TAIL, K_BLOCKS, VECTOR_BLOCKS, BLOCK_K)
-    window = tl.full((BLOCK_N, BLOCK_Q), -float("inf"), dtype=tl.float32)
-    for p in range(tl.maximum(2 * first_row - 1, 0), 2 * tl.minimum(first_row + POOL_ROWS, POOL_P)):
-        row = p * STRIDE_H - PAD_H
-        acc = tl.zeros((BLOCK_N, BLOCK_Q), dtype=tl.float32)
-        others = ()  # asked for before the sum over the vectors, which covers the way they take
-        for block in tl.static_range(VECTOR_BLOCKS, K_BLOCKS):
-            tile = _window_tile(
-                x_columns, columns, row, block, H, ROW_VECTORS, R, HEAD, MAIN, TAIL, VECTOR, VECTOR_BLOCKS, BLOCK_K
-            )
-            others = others + (tile,)
-        for block in tl.static_range(VECTOR_BLOCKS):
-            tile = _window_tile(
-                x_columns, columns, row, block, H, ROW_VECTORS, R, HEAD, MAIN, TAIL, VECTOR, VECTOR_BLOCKS, BLOCK_K
-            )
-            acc = tl.dot(weights[block], tile, acc, input_precision="ieee")
-        for block in tl.static_range(K_BLOCKS - VECTOR_BLOCKS):
-            acc = tl.dot(weights[VECTOR_BLOCKS + block], others[block], acc, input_precision="ieee")
+    bias = _bias(bias_ptr, offs_n, mask_n).to(tl.float32)
+    weights = _weight_tiles(weight_ptr, offs_n, C_OUT, R, HEAD, MAIN, TAIL, slices, BLOCK_N, BLOCK_K, LAST_K, OTHER_K)
+    first = tl.maximum(2 * first_row - 1, 0)
+    if KEEP_WEIGHTS:
+        # A second use of the weights: those of a loop alone the compiler reads again in each of its rounds.
+        window = _convolved_row(
+            weights,
+            limits,
+            x_columns,
+            first * STRIDE_H - PAD_H,
+            ROW_VECTORS,
+            R,
+            HEAD,
+            MAIN,
+            TAIL,
+            VECTOR,
+            slices,
+            vector_slices,
+            BLOCK_N,
+            BLOCK_Q,
+            BLOCK_K,
+            LAST_K,
+            OTHER_K,
+        )
+        first += 1
+    else:
+        window = tl.full((BLOCK_N, BLOCK_Q), -float("inf"), dtype=tl.float32)
+    for p in range(first, 2 * tl.minimum(first_row + POOL_ROWS, POOL_P)):
+        acc = _convolved_row(
+            weights,
+            limits,
+            x_columns,
+            p * STRIDE_H - PAD_H,
+            ROW_VECTORS,
+            R,
+            HEAD,
+            MAIN,
+            TAIL,
+            VECTOR,
+            slices,
+            vector_slices,
+            BLOCK_N,
+            BLOCK_Q,
+            BLOCK_K,
+            LAST_K,
+            OTHER_K,
+        )
         if ODD_P:
             acc = tl.where(p < P, acc, -float("inf"))
         window = _maximum(window, acc)

@@ -266,24 +266,27 @@ class StemWindowsConfig(Config, kind="stem windows", runs=StemProblem):
             return f"groups {conv.groups} and dilation {conv.dilation}, expected 1 and (1, 1)"
         if Windows.of(conv) is None:
             return f"windows of {conv.c_in} channels are not aligned to 4 bytes"
-        length = self.blocks(conv)[1] * self.block_k
+        full, last, other = self.slices(conv)
+        length = full * self.block_k + last + other
         if length > MAX_WINDOW and target is not None:
             return f"a filter has {length} elements, expected at most {MAX_WINDOW}"
         if conv.height * conv.width * conv.c_in > MAX_WINDOW_IMAGE:
             return f"an image has {conv.height * conv.width * conv.c_in} elements, expected at most {MAX_WINDOW_IMAGE}"
         return pixel_reason(conv.gemm_m + conv.batch * conv.out_height, self.block_q)
 
-    def blocks(self, conv: ConvProblem) -> tuple[int, int]:
-        """Slices of K that are copied as vectors, and all."""
+    def slices(self, conv: ConvProblem) -> tuple[int, int, int]:
+        """How K is cut: slices of block_k of what is copied in vectors, the length of one for its rest, and of one for
+        all else; 0 where nothing is left."""
         windows = Windows.of(conv)
         assert windows is not None
-        vectors = -(-conv.kernel[0] * windows.main // self.block_k)
-        return vectors, vectors - (-conv.kernel[0] * (windows.head + windows.tail) // self.block_k)
+        full, rest = divmod(conv.kernel[0] * windows.main, self.block_k)
+        return full, _slice(rest), _slice(conv.kernel[0] * (windows.head + windows.tail))
 
     def shared_memory(self, problem: StemProblem) -> int:
-        vectors, blocks = self.blocks(problem.conv)
-        pipeline = self.num_stages * vectors * self.block_k * self.block_q
-        weights = blocks * self.block_k * self.block_n
+        full, last, other = self.slices(problem.conv)
+        vectors = full * self.block_k + last
+        pipeline = self.num_stages * vectors * self.block_q
+        weights = (vectors + other) * self.block_n
         return (pipeline + weights) * problem.dtype.itemsize + self.block_q * self.block_n * 4
 
     def accumulators(self, problem: StemProblem) -> int:
@@ -293,7 +296,7 @@ class StemWindowsConfig(Config, kind="stem windows", runs=StemProblem):
         conv, tensor, windows = problem.conv, Operand(problem.dtype), Windows.of(problem.conv)
         assert windows is not None
         n, c_out, pool_p, pool_q = problem.out_shape
-        vectors, blocks = self.blocks(conv)
+        _, last, other = self.slices(conv)
         launch = KernelLaunch(
             kernel="stem_windows._conv2d_windows_bias_relu_maxpool_kernel",
             problem=problem,
@@ -319,12 +322,14 @@ class StemWindowsConfig(Config, kind="stem windows", runs=StemProblem):
                 "FIRST_COLUMN": windows.head - conv.padding[1] * conv.c_in,
                 "ODD_P": conv.out_height % 2 == 1,
                 "ODD_Q": conv.out_width % 2 == 1,
-                "K_BLOCKS": blocks,
-                "VECTOR_BLOCKS": vectors,
                 "BLOCK_N": self.block_n,
                 "BLOCK_Q": self.block_q,
                 "BLOCK_K": self.block_k,
+                "LAST_K": last,
+                "OTHER_K": other,
                 "POOL_ROWS": self.pool_rows,
+                # In registers; later matrix instructions than HMMA read them from shared memory.
+                "KEEP_WEIGHTS": target is None or target.matrix_instruction(self.block_n) == "HMMA",
                 "USE_PDL": uses_pdl(target),
             },
             grid=(
@@ -335,6 +340,11 @@ class StemWindowsConfig(Config, kind="stem windows", runs=StemProblem):
             options=launch_options(self.num_warps, self.num_stages, target),
         )
         return (launch,)
+
+
+def _slice(length: int) -> int:
+    """The shortest slice of K that holds so many elements; none of 0."""
+    return max(MIN_BLOCK, 1 << (length - 1).bit_length()) if length else 0
 
 
 def _starts(problem: StemProblem, target: Target, parts: Sequence[Config]) -> list[Config]:
@@ -365,8 +375,8 @@ def _windows_config(problem: StemProblem, target: Target) -> StemWindowsConfig |
         waves = -(-programs // (target.multiprocessors * (128 // config.block_q)))
         return max(-(-programs // target.multiprocessors), 2 * waves) * size, programs
 
-    sizes = itertools.product((64, 32), range(1, pool_height + 1))
-    configs = [StemWindowsConfig(q, block_n, 16, rows, block_n // 16, num_stages=3) for q, rows in sizes]
+    sizes = itertools.product((32,), range(1, pool_height + 1))
+    configs = [StemWindowsConfig(q, block_n, 128, rows, block_n // 16, num_stages=3) for q, rows in sizes]
     fitting = [config for config in configs if config.unsupported_reason(problem, target) is None]
     if problem.dtype == torch.float32 or not fitting:
         return None

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.configs.config import MIN_BLOCK, Config, KernelLaunch, Operand, launch_options, uses_pdl
+from kernels.configs.config import MIN_BLOCK, Config, KernelLaunch, Operand, launch_options, partial_sum_bytes, uses_pdl
 from kernels.configs.heuristic import rule
 from kernels.configs.targets import Target
 from kernels.operators.checks import check_dimensions, check_tensors, check_vector
@@ -82,8 +82,14 @@ class MeanLinear(Arguments[T]):
     def bound(self: "MeanLinear[Tensor]", pre: Tensor, rounding: Rounding) -> Bound:
         mean, squared_weight = self.x.mean((2, 3)), self.weight.square()
         carried = mean_variance(self.x, [2, 3]) + rounding.of(mean)
-        variance = rounding.sum(F.linear(mean.square(), squared_weight), self.bias.square(), squared_weight.shape[1])
+        variance = rounding.sum(
+            pre, F.linear(mean.square(), squared_weight), self.bias.square(), squared_weight.shape[1]
+        )
         return bound_of(variance + F.linear(carried, squared_weight) + rounding.of(pre), pre)
+
+    def shared(self: "MeanLinear[Tensor]", pull: Tensor, rounding: Rounding) -> Tensor:
+        carried = mean_variance(self.x, [2, 3]) + rounding.of(self.x.mean((2, 3)))
+        return ((pull @ self.weight).square() * carried).sum()
 
 
 mean_linear = register(MeanLinear[Tensor])
@@ -176,7 +182,8 @@ class HeadConfig(Config, kind="head", runs=HeadProblem):
         weights = self._stages(problem) * self.block_k * self.block_n * size
         # The sums over pixels change layout, then the means are an operand and the tile changes layout.
         means = 4 * max(self.images, _PIXELS_PER_STEP) * self.block_k
-        return weights + max(means, rows * self.block_k * size + 4 * rows * self.block_n)
+        partials = partial_sum_bytes(self.images * self.block_n, -(-problem.c_in // self.block_k))
+        return max(weights + max(means, rows * self.block_k * size + 4 * rows * self.block_n), partials)
 
     def accumulators(self, problem: HeadProblem) -> int:
         return max(self.images, MIN_BLOCK) * self.block_n // (32 * self.num_warps)

@@ -105,6 +105,10 @@ class Arguments(Generic[T]):
     def bound(self, pre: Tensor, rounding: Rounding) -> Bound:
         """What rounding explains of the error; `pre` is the exact value of `before_activation`."""
 
+    def shared(self, pull: Tensor, rounding: Rounding) -> Tensor | float:
+        """The variance that what is rounded inside gives sum(pull * y): many values of y share each such rounding."""
+        return 0.0
+
 
 OPERATORS: dict[str, type[Arguments[Any]]] = {}
 

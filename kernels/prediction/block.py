@@ -375,6 +375,13 @@ class Block:
 
     def _least(self, i: Instruction, ops: Sequence[Operand], guard: Value) -> None:
         """Minimum, or maximum where the predicate is false; VIADDMNMX adds the first two before."""
+        if "U64" in i.modifiers or "S64" in i.modifiers:  # of pairs; behind the predicate stands that of a longer chain
+            output, a, b = (o for o in ops if not o.is_predicate)
+            pairs, least = [self._pair(a), self._pair(b)], self._predicate(ops[-2])
+            known = None not in map(_known, pairs) and isinstance(least, bool)
+            pair = (np.minimum(*pairs) if least else np.maximum(*pairs)) if known else None
+            self._put_pair(output.register, int(pair) if isinstance(pair, np.integer) else pair, guard)
+            return
         words, least = [self._word(o) for o in ops[1:] if not o.is_predicate], self._predicate(ops[-1])
         value: Value = None
         if None not in map(_known, words) and isinstance(least, bool):

@@ -37,8 +37,8 @@ class PictureInputs:
     def __len__(self) -> int:
         return len(self.pictures)
 
-    def batches(self, size: int) -> Iterator[NDArray[np.float32]]:
-        """All inputs in order, [n, C, H, W], `size` at a time; no more than that is held in memory."""
+    def batches(self, size: int) -> Iterator[NDArray]:
+        """All inputs in order, `size` at a time; no more than that is held in memory."""
         for start in range(0, len(self), size):
             chosen = self.pictures[start : start + size]
             yield self.preprocessing([open_picture(p) if isinstance(p, Path) else Image.fromarray(p) for p in chosen])

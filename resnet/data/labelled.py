@@ -58,8 +58,8 @@ class LabelledImages:
         chosen = pictures[indices] if isinstance(pictures, np.ndarray) else tuple(pictures[i] for i in indices)
         return replace(self, labels=self.labels[indices], pictures=chosen)
 
-    def inputs(self, indices: Sequence[int], preprocessing: Preprocessing) -> NDArray[np.float32]:
-        """The network's inputs for some of the pictures, [n, C, H, W]."""
+    def inputs(self, indices: Sequence[int], preprocessing: Preprocessing) -> NDArray:
+        """The network's inputs for some of the pictures, as `preprocessing` makes them."""
         return preprocessing([self.picture(index) for index in indices])
 
 
@@ -77,7 +77,7 @@ class LabelledInputs:
     def __len__(self) -> int:
         return len(self.pictures)
 
-    def batches(self, size: int) -> Iterator[tuple[NDArray[np.float32], NDArray]]:
+    def batches(self, size: int) -> Iterator[tuple[NDArray, NDArray]]:
         """Inputs and labels of all pictures in order, `size` at a time; no more than that is held in memory."""
         for start in range(0, len(self), size):
             indices = range(start, min(start + size, len(self)))

@@ -31,11 +31,14 @@ _FIXED = {"interpolation": "bilinear", "scale": "x / 255", "layout": "NCHW"}
 class Preprocessing:
     """Scale a picture until it covers `resize`, cut `size` from its middle, then (x / 255 - mean) / std.
 
+    What is so described is the whole way; the last step is left to the network's file where that takes bytes.
+
     Attributes:
         size: height and width of the input in pixels.
         resize: height and width that the scaled picture covers, touching in one of them; at least `size`.
         mean: per channel: one for grey pictures, three for RGB.
         std: per channel, above 0, and like the means within what float32 inputs can show.
+        as_bytes: whether inputs are bytes [N, H, W, C], to be normalised behind; no part of the description.
 
     Raises:
         ResNetError: values that describe no preprocessing.
@@ -45,6 +48,7 @@ class Preprocessing:
     resize: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    as_bytes: bool = False
 
     def __post_init__(self) -> None:
         if min(self.size) < 1 or any(r < s for r, s in zip(self.resize, self.size, strict=True)):
@@ -60,6 +64,12 @@ class Preprocessing:
     @property
     def channels(self) -> int:
         return len(self.mean)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of an input: (C, H, W), or (H, W, C) of bytes."""
+        height, width = self.size
+        return (height, width, self.channels) if self.as_bytes else (self.channels, height, width)
 
     def at(self, size: tuple[int, int]) -> Preprocessing:
         """The same for inputs of another height and width, cut out of the same part of the picture."""
@@ -92,9 +102,10 @@ class Preprocessing:
         normalised = (scaled - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         return np.ascontiguousarray(normalised.transpose(0, 3, 1, 2))
 
-    def __call__(self, pictures: Sequence[Image.Image]) -> NDArray[np.float32]:
-        """Pictures of any size and mode -> [N, C, H, W]."""
-        return self.normalise(np.stack([self.pixels(picture) for picture in pictures]))
+    def __call__(self, pictures: Sequence[Image.Image]) -> NDArray:
+        """Pictures of any size and mode -> inputs: [N, C, H, W] float32, or bytes [N, H, W, C]."""
+        pixels = np.stack([self.pixels(picture) for picture in pictures])
+        return pixels if self.as_bytes else self.normalise(pixels)
 
     def to_json(self) -> dict[str, Any]:
         return {

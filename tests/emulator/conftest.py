@@ -10,8 +10,8 @@ from torch import Tensor
 
 from kernels.configs.config import KernelLaunch
 from kernels.configs.targets import Target
-from kernels.operators.registry import Arguments
 from kernels.emulator.block import UnknownInstruction
+from kernels.operators.registry import Arguments
 from tests.emulator.compiling import Compiler
 from tests.emulator.running import Emulation, emulate
 

@@ -25,15 +25,15 @@ from export.benchmark.workload import fused_workload
 from kernels.configs.config import Config, KernelLaunch
 from kernels.configs.selection import select_config
 from kernels.configs.targets import TARGETS, Target
+from kernels.emulator.block import UnknownInstruction
+from kernels.emulator.traffic import new_traffic
 from kernels.operators.conv2d_conv1x1_bias_act import PairConfig
 from kernels.oracle import make_inputs, oracle, p1_failures
 from kernels.plan import plan
 from kernels.problems import Problem
 from resnet.models import MODELS, create_model
-from kernels.emulator.block import UnknownInstruction
 from tests.emulator.compiling import Compiler
 from tests.emulator.running import emulate
-from kernels.emulator.traffic import new_traffic
 
 _EXECUTED = ("sm_87", "sm_90", "sm_120", "sm_110", "sm_121")
 
@@ -56,11 +56,12 @@ def launches(network_problems: Sequence[Problem], target: Target) -> Iterator[tu
             yield problem, config
 
 
-def sample(launch: KernelLaunch) -> list[int] | None:
-    """The first, middle and last tile, with all the blocks that split its sum; all of what a later launch reads."""
-    blocks, splits = math.prod(launch.grid), launch.scalars.get("SPLIT_K", 1)
-    tiles = sorted({0, blocks // splits // 2, blocks // splits - 1})
-    return None if launch.output != "y" else [tile * splits + split for tile in tiles for split in range(splits)]
+def sample(launch: KernelLaunch) -> list[int]:
+    """The first, middle and last tile's blocks: all that share its sum."""
+    splits, shares = (launch.scalars.get(name, 1) for name in ("SPLIT_K", "SHARES"))
+    tiles = math.prod(launch.grid) // splits
+    first = [tile // shares * splits * shares + tile % shares for tile in sorted({0, tiles // 2, tiles - 1})]
+    return [block + split * shares for block in first for split in range(splits)]
 
 
 @dataclass
@@ -83,8 +84,9 @@ def execute(problem: Problem, config: Config, target: Target, compiler: Compiler
     except BrokenProcessPool:
         compiler.restart()
         return Outcome(unknown=f"Triton does not compile for {target.name}")
-    pre, sigma = oracle(problem, inputs)
-    faults = p1_failures(found.y[found.written], problem, inputs, (pre[found.written], sigma[found.written]))
+    (pre, sigma), faults = oracle(problem, inputs), ["nothing written"]
+    if found.written.any():
+        faults = p1_failures(found.y[found.written], problem, inputs, (pre[found.written], sigma[found.written]))
     requests = [counts for (space, _, _), counts in traffic.items() if space == "global"]
     sectors = sum(c["sectors"] for c in requests) / max(1, sum(c["ideal"] for c in requests))
     blocks, grid = sum(launch.blocks for launch in found.ran), sum(launch.grid for launch in found.ran)

@@ -15,15 +15,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.configs.config import KernelLaunch
 from kernels.configs.targets import Target
-from kernels.launch import Workspace, launch_arguments
-from kernels.operators.registry import Arguments
 from kernels.emulator.boxes import TensorMap
-from tests.emulator.compiling import Compiled, Compiler
 from kernels.emulator.launch import execute
 from kernels.emulator.memory import Memory
 from kernels.emulator.program import Program, parse
 from kernels.emulator.traffic import Traffic
 from kernels.emulator.values import Array
+from kernels.launch import Workspace, launch_arguments
+from kernels.operators.registry import Arguments
+from tests.emulator.compiling import Compiled, Compiler
 
 _POISON = 0xFF  # NaN in every type: what memory holds that nobody has written
 

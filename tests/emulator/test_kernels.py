@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
 
+import kernels.jit
 from kernels.configs.config import Config
 from kernels.configs.heuristic import heuristic_config
 from kernels.configs.targets import TARGETS, Target
@@ -19,7 +22,7 @@ from kernels.problems import Problem
 from tests.effort import TIMES
 from tests.emulator.conftest import Run
 from tests.kernels.cases import CASES, DTYPES, ODD, SMALL
-from tests.kernels.families import FAMILIES, GATHERED, family
+from tests.kernels.families import FAMILIES, GATHERED, device_of, family
 from tests.kernels.whole_numbers import expected_of, integers
 
 EXECUTED = ("sm_87", "sm_90", "sm_120")
@@ -39,11 +42,10 @@ def cells() -> Iterator[tuple[str, str, str]]:
 
 
 def launched(name: str, dtype: torch.dtype, target: str) -> tuple[Problem, Config, Target]:
-    """A persistent kernel goes round its loop only where blocks are more than multiprocessors."""
-    few = replace(TARGETS[target], multiprocessors=2) if "persistent" in name else TARGETS[target]
-    found = family(name, dtype, few)
+    device = device_of(name, target)
+    found = family(name, dtype, device)
     assert found is not None
-    return *found, few
+    return *found, device
 
 
 def on_targets(names: list[str]) -> list[tuple[str, str]]:
@@ -56,6 +58,13 @@ def assert_right(problem: Problem, config: Config, target: Target, run: Run) -> 
     found = run(plan(problem, config, target), target, inputs)
     assert found.defects == []
     assert p1_failures(found.y, problem, inputs) == []
+
+
+def test_every_kernel_is_executed() -> None:
+    files = {path.stem: path.read_text() for path in Path(kernels.jit.__file__).parent.glob("*.py")}
+    every = {f"{file}.{name}" for file, text in files.items() for name in re.findall(r"def (_\w+_kernel)\(\n", text)}
+    found = (launched(name, torch.float16, "sm_90") for name in FAMILIES)
+    assert {launch.kernel for one in found for launch in plan(*one)} == every
 
 
 @pytest.mark.parametrize(("name", "target", "dtype"), [*cells()])

@@ -45,7 +45,7 @@ def write(path: Path, name: str = "first", **facts: Any) -> Path:
         "model": {},
         "precision": "fp16",
         "batch": {"min": 1, "opt": 4, "max": 8},
-        "inputs": [{"name": "input", "shape": ["batch", 3, 4, 4]}],
+        "inputs": [{"name": "input", "shape": ["batch", 3, 4, 4], "dtype": "float32"}],
         "outputs": [{"name": "output", "shape": ["batch", 3]}],
         "kept": [],
         "engines": {},

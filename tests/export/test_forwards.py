@@ -246,7 +246,9 @@ def test_models_and_examples_that_are_something_else(images: Tensor) -> None:
         fuse(scripted, images)
     with pytest.raises(ExportError, match="weight holds no values yet: call the model on an example"):
         fuse(nn.Sequential(nn.LazyConv2d(4, 3)).eval(), images)
-    with pytest.raises(ExportError, match=r"got .* torch.uint8: give it as the model is fed"):
+    with pytest.raises(
+        ExportError, match=r"torch.uint8: give it as the model is fed, .*; ExportConfig.input='uint8' is"
+    ):
         fuse(network(lambda x, m: x).eval(), images.to(torch.uint8))
 
 

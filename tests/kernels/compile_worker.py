@@ -52,7 +52,7 @@ LAUNCHES: dict[str, tuple[Problem, Config]] = {
     "bottleneck-projection": (ONE_OF_EACH["bottleneck-projection"], FUSED),
     "bottleneck-boxes": (ONE_OF_EACH["bottleneck-projection"], replace(FUSED, box=(1, 8, 8))),
     "stem": (ONE_OF_EACH["stem"], StemConfig(32, 64, 32, 2, 4, 2)),
-    "stem-windows": (STEM_CASES["resnet-even"], StemWindowsConfig(32, 64, 16, 2, 4, 3)),
+    "stem-windows": (STEM_CASES["resnet-even"], StemWindowsConfig(32, 64, 128, 2, 4, 3)),
     "head": (ONE_OF_EACH["head"], HeadConfig(16, 64, 32, 4)),
 }
 

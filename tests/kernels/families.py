@@ -10,13 +10,14 @@ from kernels.configs.config import Config
 from kernels.configs.convolution import ConvConfig
 from kernels.configs.selection import select_config
 from kernels.configs.targets import TARGETS, Target
+from kernels.operators.conv2d_bias_relu_maxpool import StemConfig, StemWindowsConfig
 from kernels.operators.conv2d_conv1x1_bias_act import BottleneckConfig, PairConfig
 from kernels.operators.mean_linear import HeadConfig, HeadProblem
 from kernels.problems import Problem
-from tests.kernels.cases import ONE_OF_EACH, SMALL
+from tests.kernels.cases import ONE_OF_EACH, SMALL, STEM_CASES
 
 GATHERED = ConvConfig(64, 32, 32, 4, 3)
-BOXES = replace(GATHERED, box=(1, 8, 8))
+BOXES = ConvConfig(64, 64, 32, 4, 3, box=(1, 8, 8))  # of 64 filters: fewer are no rows for sm_90's tensor cores
 FUSED = BottleneckConfig(64, 32, 32, 4, 2)
 WIDE = replace(SMALL, c_in=64)
 DEEP = replace(SMALL, c_in=256, height=3, width=4)
@@ -31,7 +32,7 @@ FAMILIES: dict[str, tuple[Problem, Config | None]] = {
     "gathered-projection": (ONE_OF_EACH["projection"], GATHERED),
     "boxes": (SMALL, BOXES),
     "boxes-wide-slices": (WIDE, replace(BOXES, block_k=64)),
-    "boxes-dense": (replace(SMALL, kernel=(1, 1), padding=(0, 0)), replace(BOXES, box=(1, 1, 64))),
+    "boxes-dense": (replace(SMALL, kernel=(1, 1), padding=(0, 0)), replace(BOXES, block_n=32, box=(1, 1, 64))),
     "boxes-persistent": (replace(SMALL, batch=4), replace(BOXES, programs_per_sm=1)),
     "boxes-split": (SMALL, replace(BOXES, split_k=3)),
     "boxes-slices-of-128": (DEEP, ConvConfig(64, 64, 128, 4, 2, box=(4, 4, 4))),
@@ -40,7 +41,8 @@ FAMILIES: dict[str, tuple[Problem, Config | None]] = {
     "bottleneck-projection": (ONE_OF_EACH["bottleneck-projection"], FUSED),
     "bottleneck-boxes": (ONE_OF_EACH["bottleneck-projection"], replace(FUSED, box=(1, 8, 8))),
     "pair": (ONE_OF_EACH["bottleneck-residual"], PairConfig(GATHERED, replace(GATHERED, split_k=2))),
-    "stem": (ONE_OF_EACH["stem"], None),
+    "stem": (ONE_OF_EACH["stem"], StemConfig(32, 64, 32, 2, 4, 2)),
+    "stem-windows": (STEM_CASES["resnet-even"].with_batch(1), StemWindowsConfig(32, 64, 32, 2, 4, 2)),
     "head": (HEAD, None),
     "head-shares": (HEAD, HeadConfig(4, 16, 16, 4, shares=2)),
 }
@@ -53,3 +55,8 @@ def family(name: str, dtype: torch.dtype, target: Target | None) -> tuple[Proble
     if config is None:
         config = select_config(problem, target or TARGETS["sm_90"])
     return (problem, config) if config.unsupported_reason(problem, target) is None else None
+
+
+def device_of(name: str, target: str) -> Target:
+    """A target; for a persistent kernel, which goes round only where blocks are more than multiprocessors, with few."""
+    return replace(TARGETS[target], multiprocessors=2) if "persistent" in name else TARGETS[target]

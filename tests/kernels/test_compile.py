@@ -145,7 +145,7 @@ GOOD = {
     "boxes": kernel_of(PROBLEM, BOXES, **BOXED),
     "bottleneck": kernel_of(BOTTLENECK, BottleneckConfig(128, 64, 64, 4, 2)),
     "stem": kernel_of(STEM, StemConfig(64, 64, 32, 2, 4, 2), async_copies={}),
-    "windows": kernel_of(STEM, StemWindowsConfig(64, 64, 16, 2, 4, 3), global_loads={2: 8}, async_copies={4: 36}),
+    "windows": kernel_of(STEM, StemWindowsConfig(32, 64, 128, 2, 4, 3), global_loads={2: 80}, async_copies={4: 36}),
     "head": kernel_of(
         HeadProblem(8, 2048, 7, 7, 1000), HeadConfig(16, 64, 32, 4),
         tensor_core_ops={"HMMA": 8}, global_loads={16: 4}, async_copies={},

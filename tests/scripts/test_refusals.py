@@ -23,6 +23,8 @@ REFUSED = {
     "export --image-size big": "expected H or HxW in pixels, got 'big'",
     "export --image-size 2000000x2000000": "expected at most 32768 pixels",
     "export --num-classes 0": "got 0",
+    "export --input uint8 --in-channels 4": "--input uint8: expected a model for pictures of 1 or 3 channels, got 4",
+    "export --input int8": "argument --input: invalid choice: 'int8'",
     "export --weights ''": "expected a",
     "export --weights corrupt.pt": "corrupt.pt",
     "export --images corrupt.pt": "expected a picture",

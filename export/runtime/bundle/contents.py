@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from export.base.batch import Batch
+from export.base.batch import FLOAT32, UINT8, Batch
 from export.base.errors import ExportError
 from export.base.precision import FORMATS, Precision
 from export.runtime.bundle.folder import FORMAT, read_verified
@@ -29,6 +29,7 @@ class Bundle:
         precision: of weights and activations.
         batch: the batch sizes its artefacts accept.
         inputs: name -> shape without the batch, in order.
+        dtype: of all inputs: FLOAT32, or UINT8 for pictures as bytes [N, H, W, C], which its files normalise.
         outputs: name -> shape, in order.
         kinds: name of an output -> what it is, of those of which the manifest says it.
         engines: those it lists.
@@ -41,6 +42,7 @@ class Bundle:
     precision: Precision
     batch: Batch
     inputs: Mapping[str, tuple[int, ...]]
+    dtype: str
     outputs: Mapping[str, tuple[int | str, ...]]
     kinds: Mapping[str, OutputKind] = field(repr=False)
     engines: tuple[Engine, ...] = field(repr=False)
@@ -73,7 +75,7 @@ class Bundle:
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        """(C, H, W) of its one input; raises ExportError where it takes several, which are no one picture."""
+        """(C, H, W) of its one input, or (H, W, C) of bytes; raises ExportError where it takes several."""
         if len(self.inputs) > 1:
             given = " and ".join(f"{name} [N, {', '.join(map(str, shape))}]" for name, shape in self.inputs.items())
             raise ExportError(f"{self.path} takes {given}: expected a bundle with one input, a picture")
@@ -94,7 +96,7 @@ class Bundle:
         return record
 
     def check_input(self, shape: tuple[int, ...]) -> None:
-        """Raises ExportError where (C, H, W) is not the shape of an input."""
+        """Raises ExportError where a picture's inputs have another shape than `image_shape`."""
         if shape != self.image_shape:
             raise ExportError(f"{self.path} takes inputs of shape {list(self.image_shape)}: its preprocessing makes "
                               f"{list(shape)}")  # fmt: skip
@@ -125,6 +127,7 @@ def open_bundle(path: str | Path) -> Bundle:
             precision=precision,
             batch=Batch(minimum=_whole(batch["min"]), optimum=_whole(batch["opt"]), maximum=_whole(batch["max"])),
             inputs=_inputs(manifest["inputs"]),
+            dtype=_dtype(manifest["inputs"]),
             outputs=outputs,
             kinds={str(o["name"]): _kind(o["kind"], o["why"]) for o in manifest["outputs"] if "kind" in o},
             engines=tuple(_engine(name, facts, contents, precision) for name, facts in manifest["engines"].items()),
@@ -141,6 +144,14 @@ def _inputs(entries: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, ...]]:
     if not found or len(found) != len(entries) or min(ranks) < 1 or (len(found) == 1 and ranks != [3]):
         raise ValueError(f"expected [N, C, H, W], or several inputs [N, ...] of different names, got {entries!r:.80}")
     return found
+
+
+def _dtype(entries: Sequence[Mapping[str, Any]]) -> str:
+    """Of all inputs."""
+    types = {str(entry["dtype"]) for entry in entries}
+    if types not in ({FLOAT32}, {UINT8}):
+        raise ValueError(f"expected inputs of type {FLOAT32} or {UINT8}, got {', '.join(sorted(types)):.80}")
+    return types.pop()
 
 
 def _kind(kind: object, why: object) -> OutputKind:

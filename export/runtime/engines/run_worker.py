@@ -25,6 +25,7 @@ _TYPES = {
     "INT64": np.int64,
     "BOOL": np.bool_,
 }
+_INPUTS = ("FLOAT", "UINT8")  # float32 of a network, bytes of pictures
 
 
 class DeviceEngine:
@@ -57,10 +58,10 @@ class DeviceEngine:
             raise ExportError(f"the engine has {', '.join(every)}: expected {expected}")
 
     def infer(self, inputs: Inputs) -> Arrays:
-        """Run one batch: {input name: [N, ...] float32} -> {output name: array}, float32 or wider.
+        """Run one batch: {input name: [N, ...]} -> {output name: array}, float32 or wider.
 
         Raises:
-            ExportError: the engine does not take these shapes, or the device fails.
+            ExportError: the engine does not take these types or shapes, or the device fails.
         """
         shape = self._prepared(inputs)
         shape.load(inputs)
@@ -98,6 +99,10 @@ class DeviceEngine:
     def _prepared(self, inputs: Inputs) -> _Shape:
         """What the shapes of `inputs` need: those of one batch at a time, since memory is short where engines run."""
         for name, x in inputs.items():
+            kind = self._engine.get_tensor_dtype(name).name
+            if kind not in _INPUTS or x.dtype != _TYPES[kind]:
+                wanted = " or ".join(f"{known} for {np.dtype(_TYPES[known])}" for known in _INPUTS)
+                raise ExportError(f"the engine's {name} is {kind}, got {x.dtype}: expected {wanted}")
             smallest, _, largest = (tuple(shape) for shape in self._engine.get_tensor_profile_shape(name, 0))
             if len(x.shape) != len(smallest) or not all(
                 low <= size <= high for low, size, high in zip(smallest, x.shape, largest, strict=True)
@@ -189,8 +194,8 @@ class _Shape:
 
     def _allocate(self, name: str) -> None:
         kind = self._engine.get_tensor_dtype(name).name
-        if kind not in _TYPES or (name in self.shapes and kind != "FLOAT"):
-            raise ExportError(f"the engine's {name} is {kind}: expected FLOAT, or for outputs {', '.join(_TYPES)}")
+        if kind not in _TYPES:
+            raise ExportError(f"the engine's {name} is {kind}: expected {', '.join(_TYPES)}")
         array: NDArray = np.zeros(tuple(self._context.get_tensor_shape(name)), _TYPES[kind])
         self._arrays[name] = array
         self._memory[name] = int(checked(self._cuda.cudaMalloc(max(1, array.nbytes))))

@@ -44,7 +44,7 @@ class EngineRunner(TimedRunner):
         self._child.__exit__(*error)
 
     def load(self, x: NDArray) -> None:
-        """`x` is float32 and contiguous: its way to the device is not part of what `time` says."""
+        """`x` is of the engine's type and contiguous: its way to the device is not part of what `time` says."""
         (name,) = self.interface.inputs
         self._inputs: Inputs = {name: x}
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from export.base.batch import Arrays, Batch, named, run_in_batches
 from export.base.errors import ExportError
+from export.base.normalisation import Normalisation
 from export.base.progress import Progress, sparsely
 from export.runtime.runner import Runner
 
@@ -29,7 +30,10 @@ class Labelled(Protocol):
     def __len__(self) -> int: ...
 
     def batches(self, size: int) -> Iterator[tuple[NDArray, NDArray]]:
-        """All inputs [n, C, H, W] float32 and labels [n] in order, n at most `size`; the same in every call."""
+        """All inputs and labels [n] in order, n at most `size`; the same in every call.
+
+        Inputs are [n, C, H, W] float32, of a bundle that takes bytes [n, H, W, C].
+        """
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,7 @@ def measure(
 
     Args:
         form: see `Accuracy`, as are `runtime` and `precision`.
-        infer: [n, C, H, W] -> outputs by name, the logits first.
+        infer: inputs of `labelled` -> outputs by name, the logits first.
         labelled: what to show it.
         indices: from `class_indices`.
         size: how many inputs are held at a time.
@@ -190,6 +194,7 @@ class Meter:
         logits: Sequence[int | str],
         batch: Batch,
         progress: Progress,
+        normalisation: Normalisation | None,
     ) -> None:
         """Nothing is measured yet.
 
@@ -199,11 +204,12 @@ class Meter:
             logits: the shape of the output.
             batch: the batch sizes that the forms accept.
             progress: called with what is being done.
+            normalisation: as in `Interface.fed`, of forms that do not take what `labelled` gives.
 
         Raises:
             ExportError: the labels do not fit the output.
         """
-        self._labelled, self._batch, self._progress = labelled, batch, progress
+        self._labelled, self._batch, self._progress, self._normalisation = labelled, batch, progress, normalisation
         self._indices: NDArray[np.int64] = class_indices(labelled.classes, classes, class_count(logits))
         self.measured: list[Accuracy] = []
 
@@ -217,9 +223,9 @@ class Meter:
 
     def _run(self, runner: Runner, precision: str, progress: Progress) -> Accuracy:
         def infer(images: NDArray) -> Arrays:
-            return run_in_batches(
-                runner.infer, named(images, runner.interface.inputs), self._batch, self._batch.maximum
-            )
+            given = named(images, runner.interface.inputs)
+            inputs = runner.interface.fed(given, self._normalisation)
+            return run_in_batches(runner.infer, inputs, self._batch, self._batch.maximum)
 
         say = sparsely(progress)
 

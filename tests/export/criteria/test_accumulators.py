@@ -19,7 +19,7 @@ from export.lowering.runners import OnnxRuntimeRunner, ProgramRunner
 from export.runtime.parity.checks import OperatorChecks
 from export.runtime.runner import Runner
 from tests.export.criteria.mutants import CONV
-from tests.export.networks import BATCH
+from tests.export.networks import BATCH, Called
 
 CHANNELS = 512  # 4608 products in a sum, as in the last stage of ResNet-18 and 50
 NAMES = ("output",)
@@ -109,3 +109,36 @@ def test_tiles_summed_in_16_bits_are_refused(program: FusedProgram, images: Tens
     tiles = partial(summed, partial(in_tiles, p.dtype), step)
     (check,) = checks_of(program, ProgramRunner(program, p, NAMES, operators={CONV: tiles}), images, precision).checks
     assert not check
+
+
+def head() -> nn.Module:
+    """A mean and a layer whose classes differ little: what rounding the mean costs one of them, it costs all."""
+    linear = nn.Linear(64, 1000)
+    linear.weight.data = torch.rand(64) + 0.05 * torch.randn(1000, 64)
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear)
+
+
+def widening() -> nn.Module:
+    """A 3x3 of few channels, widened to many: each of its values is rounded, and read by all of those."""
+    wide = nn.Conv2d(4, 512, 1)
+    wide.weight.data = torch.rand(4, 1, 1) + 0.05 * torch.randn(512, 4, 1, 1)
+    return nn.Sequential(nn.Conv2d(64, 4, 3, bias=False), nn.ReLU(), wide)
+
+
+def faint() -> nn.Module:
+    """A block that adds little but a constant to its shortcut: all values of a channel are rounded alike."""
+    branch = nn.Conv2d(64, 64, 1)
+    branch.weight.data /= 4000
+    return Called(lambda x, m: F.relu(x + m.branch(x)), branch=branch)
+
+
+@pytest.mark.parametrize("network", [head, widening, faint])
+def test_a_rounding_that_results_share_is_one_draw(network: Callable[[], nn.Module]) -> None:
+    p = PRECISIONS["fp16"]
+    for seed in range(4):
+        torch.manual_seed(seed)
+        images = 2 + 2 * torch.rand(2, 64, 8, 8)  # of one power of two
+        program = fuse(network().eval(), images, BATCH)
+        assert len(program.coverage.fused) == 1
+        (check,) = checks_of(program, ProgramRunner(program, p, NAMES), images, "fp16").checks
+        assert check, check.reason

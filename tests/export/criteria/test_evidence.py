@@ -65,6 +65,13 @@ def squeezed(x: Tensor, m: Any, hidden: float) -> Tensor:
     return torch.sigmoid(m.excite(F.relu(m.squeeze(x.mean((2, 3), keepdim=True)) + hidden)))
 
 
+def squeezed_twice(x: Tensor, m: Any) -> Tensor:
+    """Two paths, of which one is off throughout."""
+    pooled = (x.mean((2, 3), True), -9.0), (x.amax((2, 3), True), 3.0)
+    off, on = (F.conv2d(F.relu(m.squeeze(y) + hidden), m.excite.weight) for y, hidden in pooled)
+    return torch.sigmoid(off + on)
+
+
 def attended(x: Tensor, m: Any) -> Tensor:
     return torch.sigmoid(m.space(torch.cat((x.amax(1, keepdim=True), x.mean(1, keepdim=True)), 1)))
 
@@ -104,6 +111,7 @@ RIGHT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "anchors beside it": (lambda: head(4, with_anchors), "scores or values"),
     "gate that is on": (lambda: gated(lambda x, m: squeezed(x, m, 3.0)), "scores or values"),
     "gate that is off": (lambda: gated(lambda x, m: squeezed(x, m, -9.0)), "scores or values"),
+    "gate of two paths": (lambda: gated(squeezed_twice), "scores or values"),
     "attention": (lambda: gated(attended), "scores or values"),
     "frozen BatchNorm": (frozen, "scores or values"),
     "converted BatchNorm": (converted, "scores or values"),
@@ -131,7 +139,7 @@ def test_right_networks_are_good_evidence(name: str, pictures: dict[str, Tensor]
     assert "rounding error" in " ".join(found.lines) or name == "class of every pixel"
 
 
-NOT_SEEN = ("gate that is on", "gate that is off", "depth map", "class of every pixel")
+NOT_SEEN = ("gate that is on", "gate that is off", "gate of two paths", "depth map", "class of every pixel")
 
 
 def dead_branch() -> nn.Module:

@@ -34,6 +34,7 @@ MESSAGES = {
     "lower EngineConfig.workspace_mib, ExportConfig.batch or EngineConfig.optimization_level, or": (
         "lower --workspace, --batch or --optimization-level, or"
     ),
+    "normalised; ExportConfig.input='uint8' is for": "normalised; --input uint8 is for",
     "EngineConfig.dla_core=2: this device has": "--dla 2: this device has",
     "ExportConfig.batch=8, got ExportConfig.batch=1:8:32": "--batch 8, got --batch 1:8:32",
     "give export_bundle(calibration=...)": "give --calibration DIR",

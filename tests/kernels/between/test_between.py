@@ -96,7 +96,8 @@ def test_elementwise(case: str) -> None:
 
 
 def pool(x: Tensor, out: tuple[int, int], kernel: tuple[int, int], **settings: Any) -> PoolProblem:
-    return PoolProblem(*x.shape, *out, kernel, dtype=x.dtype, **settings)
+    n, c, height, width = x.shape
+    return PoolProblem(n, c, height, width, *out, kernel, dtype=x.dtype, **settings)
 
 
 X = (2, 20, 9, 11)

@@ -59,12 +59,27 @@ def test_k_is_split_only_where_blocks_are_few() -> None:
     assert -(-slices // few.split_k) * (few.split_k - 1) < slices, "a program without a slice"
 
 
+def test_the_tile_with_the_least_work_is_chosen() -> None:
+    """Where L2 is waited for, the largest; 98 of 128x128 for 132 multiprocessors are no more work than 196 halves."""
+    target = TARGETS["sm_90"]
+    wide, deep = (ConvProblem(32, c, size, size, c // 2, (1, 1), relu=True) for c, size in ((256, 56), (512, 28)))
+    few = ConvProblem(32, 1024, 14, 14, 256, (1, 1), relu=True)
+    configs = [heuristic_config(problem, target) for problem in (wide, deep, few)]
+    assert [(c.block_m, c.block_n, c.split_k) for c in configs if isinstance(c, ConvConfig)] == [
+        (256, 128, 1), (256, 128, 1), (128, 128, 1),
+    ]  # fmt: skip
+    pair = next(p for p in NETWORKS["resnet50"](32) if isinstance(p, BottleneckProblem) and p.has_residual)
+    fused = heuristic_config(pair, target)
+    assert isinstance(fused, BottleneckConfig) and (fused.block_m, fused.num_warps) == (256, 8)
+
+
 def test_three_of_four_rows_exist_at_batch_1_on_few_multiprocessors() -> None:
     target = TARGETS["sm_87"]
     for problem in {problem for network in NETWORKS.values() for problem in network(1)}:
         for launch in heuristic_config(problem, target).launches(problem, target):
             conv, config = getattr(launch.problem, "convolution", None), launch.config
             if isinstance(config, BoxedConfig):
+                assert isinstance(conv, ConvProblem)
                 assert conv.gemm_m >= 0.75 * -(-conv.gemm_m // config.block_m) * config.block_m, launch.problem
 
 

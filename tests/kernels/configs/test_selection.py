@@ -31,7 +31,7 @@ CONFIGS: dict[str, Config] = {
     "bottleneck": BottleneckConfig(64, 64, 32, 4, 2, box=(1, 8, 8)),
     "pair": PairConfig(CONV, ConvConfig(16, 16, 16, 1, 1, box=(1, 1, 16))),
     "stem": StemConfig(64, 64, 32, 2, 4, 2),
-    "stem windows": StemWindowsConfig(32, 64, 16, 2, 4, 3),
+    "stem windows": StemWindowsConfig(32, 64, 128, 2, 4, 3),
     "head": HeadConfig(16, 64, 32, 4),
 }
 

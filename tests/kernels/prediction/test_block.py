@@ -39,6 +39,19 @@ def test_a_loop_runs_as_often_as_its_counter_says() -> None:
     assert found.matrix_cycles == 7 * 8 <= found.cycles
 
 
+def test_a_loop_of_64_bits_runs_as_often_as_its_counter_says() -> None:
+    """As for sm_120: once at least, whatever its end."""
+    way = (
+        "MOV R1, RZ",
+        "MOV R3, RZ",
+        "MOV R2, c[0x0][0x160]",
+        "IMNMX.U64 PT, PT, R4, R2, 0x2, !PT, !PT",
+        "CS2R R6, SRZ",
+    )
+    loop = (".L_x_0:", "IADD.64 R6, R6, 0x1", "ISETP.NE.U64.AND P0, PT, R6, R4, PT", "@P0 BRA `(.L_x_0)")
+    assert [trace(*way, *loop, constants={0x160: n}).issued["IADD.64"] for n in (0, 2, 5)] == [2, 2, 5]
+
+
 @pytest.mark.parametrize(
     ("first", "message"),
     [("LDG.E R0, [R2.64]", "goes back on what is not known"), ("MOV R0, 0x7fffffff", "not ended after")],

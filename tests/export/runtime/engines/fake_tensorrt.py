@@ -37,10 +37,14 @@ def plan(
     behaviour: str = "",
     outputs: dict[str, str] | None = None,
     inputs: dict[str, tuple[int, ...]] | None = None,
+    kind: str = "FLOAT",
 ) -> bytes:
-    """A plan for inputs [N, 3, 4, 4]; `behaviour`: `crash`, `fails`, `silent` (writes nothing) or `no context`."""
+    """A plan for inputs [N, 3, 4, 4] of a `kind`.
+
+    `behaviour`: `crash`, `fails`, `silent` (writes nothing) or `no context`.
+    """
     record = {"batch": [smallest, largest], "behaviour": behaviour, "outputs": outputs or {"output": "FLOAT"}}
-    return json.dumps({**record, "inputs": inputs or {"input": (3, 4, 4)}}).encode()
+    return json.dumps({**record, "inputs": inputs or {"input": (3, 4, 4)}, "kind": kind}).encode()
 
 
 def images(count: int, seed: int = 0) -> NDArray[np.float32]:
@@ -77,7 +81,7 @@ class ICudaEngine:
         return TensorIOMode.INPUT if name in self._record["inputs"] else TensorIOMode.OUTPUT
 
     def get_tensor_dtype(self, name: str) -> DataType:
-        return getattr(DataType, self._record["outputs"].get(name, "FLOAT"))
+        return getattr(DataType, self._record["outputs"].get(name, self._record["kind"]))
 
     def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
         assert profile == 0
@@ -124,7 +128,8 @@ class IExecutionContext:
         return next(iter(self._shapes.values()))[:2]
 
     def _run(self) -> None:
-        found = [present.view(self._addresses[n], np.dtype(np.float32), s) for n, s in self._shapes.items()]
+        kind = np.dtype({"FLOAT": np.float32, "UINT8": np.uint8}[self._record["kind"]])
+        found = [present.view(self._addresses[n], kind, s) for n, s in self._shapes.items()]
         total = sum(x.sum(axis=tuple(range(2, x.ndim))) for x in found)
         for name, kind in self._record["outputs"].items():
             dtype = {"FLOAT": np.float32, "HALF": np.float16, "INT64": np.int64}[kind]

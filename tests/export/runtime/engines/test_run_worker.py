@@ -81,6 +81,17 @@ def test_several_inputs_are_put_in_place_by_name() -> None:
         assert not cuda.memory
 
 
+def test_bytes_reach_an_engine_of_bytes_and_no_other() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 4), np.uint8)
+    with device() as cuda:
+        found = loaded(plan(kind="UINT8")).infer({"input": pixels})["output"]
+        np.testing.assert_array_equal(found, pixels.sum(axis=(2, 3)))
+        assert sorted(buffer.nbytes for buffer in cuda.memory.values()) == [24, 96]
+        for kind, given in (("UINT8", images(2)), ("FLOAT", pixels), ("HALF", images(2))):
+            with pytest.raises(ExportError, match=f"input is {kind}, got {given.dtype}: expected FLOAT for float32 or"):
+                loaded(plan(kind=kind)).infer({"input": given})
+
+
 def test_runs_are_timed_behind_runs_that_do_not_count() -> None:
     with device() as cuda:
         engine = loaded(plan())

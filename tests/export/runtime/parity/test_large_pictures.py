@@ -30,7 +30,7 @@ FP16 = PRECISIONS["fp16"]
 )
 def test_how_many_pictures_are_computed_on_together(size: tuple[int, int], run: int, shown: int) -> None:
     inputs: dict[str, NDArray] = {"input": np.broadcast_to(np.float32(0), (16, 1, *size))}
-    assert at_once(inputs) == run
+    assert at_once(inputs) == at_once({"input": np.broadcast_to(np.uint8(0), (16, *size, 3))}) == run
     with patch("export.base.batch.np.resize", lambda x, shape: np.broadcast_to(np.float32(0), shape)):
         assert len(operator_inputs(inputs, Batch(1, 8, 32))["input"]) == shown
         assert len(operator_inputs(inputs, Batch(8, 8, 8))["input"]) == 8  # it takes no fewer
