@@ -671,7 +671,7 @@ File read_file(Bytes content) {
 // -------------------------------------------------------------------------------------------------------------- driver
 
 using Address = uint64_t;  // of the GPU
-struct LaunchAttribute {
+struct alignas(8) LaunchAttribute {
   int id;
   char padding[4];
   union {
@@ -950,7 +950,7 @@ void *ke_context::record(const Table &table) {
 void ke_context::launch(const Launch &launch) {
   const Driver &driver = engine->driver;
   const Kernel &kernel = engine->plan.kernels[launch.kernel];
-  struct alignas(64) Value {
+  struct alignas(kDescriptorBytes) Value {  // a tensor map wants 64; the headers of CUDA 13 say 128
     uint8_t bytes[kDescriptorBytes];
   };
   std::vector<Value> values;

@@ -277,8 +277,10 @@ class KernelEngine:
         rank, shape = len(tensor.shape), tensor.shape[::-1]
         strides = [stride * item for stride in tensor.strides[-2::-1]]
         outermost = shape[-1] * (strides[-1] if strides else item)
-        room = (ctypes.c_uint64 * (3 * DESCRIPTOR_BYTES // 16))()
-        words = (ctypes.c_uint64 * (DESCRIPTOR_BYTES // 8)).from_buffer(room, -ctypes.addressof(room) % 64)
+        room = (ctypes.c_uint64 * (2 * DESCRIPTOR_BYTES // 8))()
+        # It wants 64 bytes of alignment; the headers of CUDA 13 say 128.
+        start = -ctypes.addressof(room) % DESCRIPTOR_BYTES
+        words = (ctypes.c_uint64 * (DESCRIPTOR_BYTES // 8)).from_buffer(room, start)
         status = self._encode(
             ctypes.addressof(words),
             _TENSOR_MAP_TYPES[tensor.dtype],

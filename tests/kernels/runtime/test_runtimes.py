@@ -188,6 +188,19 @@ def test_what_is_planted_in_a_plan_is_refused(place: Tiny, name: str) -> None:
         assert "CUDA_ERROR_" in wrong and "export it again" in wrong
 
 
+def test_a_fault_of_a_kernel_is_one_line_in_cpp_too(place: Tiny, cpp: Cpp) -> None:
+    """And the process ends in order, though the driver refuses everything from then on."""
+    _, edit, _ = PLANTED["a null pointer"]
+    plan, tensors = unpacked((place.tiny / "sm_87.kernels").read_bytes())
+    edit(plan["batches"]["3"])
+    engine = place.folder / "planted.kernels"
+    engine.write_bytes(packed(plan, tensors))
+    with place.device("sm_87") as device:
+        _, wrong = cpp.run(device, engine, 3)
+    words = "a kernel left its memory; check the bundle with verify.py, export it again"
+    assert wrong == f"3: the GPU's driver refuses to finish: CUDA_ERROR_ILLEGAL_ADDRESS: {words}"
+
+
 @pytest.mark.mutant
 def test_a_wait_that_is_missing_in_the_code_is_refused(place: Tiny) -> None:
     """Kernels that may start early and do not wait for the one before: what `pdl` must not say of such code."""
