@@ -37,7 +37,7 @@ _BINARY = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KernelCall:
     """One problem on tensors of the meta device.
 
@@ -95,6 +95,15 @@ def storage_of(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+@dataclass(frozen=True)
+class _Open:
+    """An element-wise call that one which reads its result may still become part of."""
+
+    call: KernelCall
+    tensors: Mapping[str, Tensor]
+    settings: Mapping[str, Any]
+
+
 class _Walk(fx.Interpreter):
     """Runs a graph on the meta device and notes what has to be computed."""
 
@@ -109,6 +118,7 @@ class _Walk(fx.Interpreter):
         self.tensors: dict[str, Tensor] = {}
         self.weights: dict[int, Tensor] = {}
         self.refused: list[str] = []
+        self._open: dict[int, _Open] = {}
         self._node: fx.Node
 
     def run_node(self, n: fx.Node) -> Any:
@@ -153,8 +163,8 @@ class _Walk(fx.Interpreter):
         a = _named(target, args, kwargs)
         activation = _activation(target, a)
         if activation is not None:
-            y = _empty(result.shape, result.dtype)
-            return self._elementwise({"a": a["self"], "y": y}, **activation)
+            tensors, settings = self._absorbed(a["self"]) or ({"a": a["self"]}, {})
+            return self._elementwise({**tensors, "y": _empty(result.shape, result.dtype)}, **settings, **activation)
         if target in _BINARY and a.get("alpha", 1) == 1 and not a.get("rounding_mode"):
             return self._binary(_BINARY[target], a["self"], a["other"], result)
         if target is aten.prelu.default:
@@ -211,7 +221,18 @@ class _Walk(fx.Interpreter):
         except ValueError:
             return None
         self._call(problem, {name: _whole(tensor) for name, tensor in tensors.items()})
+        if "activation" not in settings:
+            self._open[storage_of(tensors["y"])] = _Open(self.calls[-1], tensors, settings)
         return tensors["y"]
+
+    def _absorbed(self, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """(tensors, settings) of the element-wise call that computes x for this node alone, which is taken back."""
+        found = self._open.get(storage_of(x))
+        readers = [n.users for n in self._node.all_input_nodes if self.env.get(n) is x]
+        if found is None or found.tensors["y"] is not x or [len(users) for users in readers] != [1]:
+            return None
+        self.calls.remove(found.call)
+        return {name: tensor for name, tensor in found.tensors.items() if name != "y"}, dict(found.settings)
 
     def _copied(self, x: Tensor, y: Tensor) -> Tensor:
         """y, which gets the values of x; where no kernel can, that is noted."""
@@ -222,8 +243,18 @@ class _Walk(fx.Interpreter):
     def _binary(self, operation: str, left: Any, right: Any, result: Tensor) -> Tensor | None:
         tensors = {"a": left, "y": _empty(result.shape, result.dtype)}
         if isinstance(right, Tensor):
+            for one, other in ((left, right), (right, left)):
+                if operation == "add" and one is not other and self._is_product(one, result):
+                    factors, settings = self._absorbed(one) or ({}, {})
+                    if factors:
+                        return self._elementwise({**factors, "c": other, "y": tensors["y"]}, **settings)
             return self._elementwise({**tensors, "b": right}, operation=operation)
         return self._elementwise(tensors, operation=operation, number=float(right))
+
+    def _is_product(self, x: Any, result: Tensor) -> bool:
+        """Whether x is a product of two tensors to which a third can be added by the same kernel."""
+        found = self._open.get(storage_of(x)) if isinstance(x, Tensor) and x.shape == result.shape else None
+        return found is not None and found.settings.get("operation") == "multiply" and "c" not in found.tensors
 
     def _cat(self, a: dict[str, Any], result: Tensor) -> Tensor | None:
         y, first, axis = _empty(result.shape, result.dtype), 0, a["dim"] % result.dim()

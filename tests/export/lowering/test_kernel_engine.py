@@ -15,13 +15,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from export import Batch, ExportError, fuse
+from export import Batch, fuse
 from export.base.precision import PRECISIONS
 from export.criteria.kernel_blocks import emulated_rung
 from export.criteria.operators import check_operators
 from export.fusion.program import FusedProgram
 from export.lowering import kernel_code
-from export.lowering.kernel_calls import kernel_calls
 from export.lowering.kernel_cover import _worthwhile, batch_sizes
 from export.lowering.kernel_emulation import run_whole
 from export.lowering.kernel_engine import KernelEngine, Schedule, Step, lower_kernels
@@ -225,13 +224,6 @@ def test_machine_code_is_kept(
     kept[0].write_text(json.dumps({**record, "cubin": record["cubin"][::-1]}))  # damaged: compiled again
     assert lower_kernels(program, HALF, TARGETS["sm_87"], SIZES).content == engine.content
     assert json.loads(kept[0].read_text())["cubin"] == record["cubin"]
-
-
-def test_an_operator_without_a_kernel_is_named(cache: Path) -> None:
-    softmax = zoo.of_trunk(lambda x, m: x.mean((2, 3)).softmax(1))
-    program = fuse(softmax.eval(), torch.zeros(1, 3, 16, 16), Batch(1, 1, 1))
-    with pytest.raises(ExportError, match=r"^no kernel computes softmax \(softmax\w*\)$"):
-        kernel_calls(program, program.at(HALF), HALF, 1)
 
 
 def test_sizes_of_a_range() -> None:
