@@ -275,8 +275,8 @@ class Reader {
            {"target", "precision", "driver", "compilers", "inputs", "outputs", "weights", "kernels", "batches"});
     const Json &compilers = object(value["compilers"], "compilers", {"triton", "ptxas"});
     for (const char *name : {"triton", "ptxas"}) text(compilers[name], std::string("compilers.") + name);
-    plan.inputs = tensors(value["inputs"], "inputs");
-    plan.outputs = tensors(value["outputs"], "outputs");
+    plan.inputs = tensors(value["inputs"], "inputs", {"float32", "uint8"});
+    plan.outputs = tensors(value["outputs"], "outputs", {"float32"});
     plan.weights = weights(value["weights"], &plan.weights_bytes);
     const Json &kernels = list(value["kernels"], "kernels", 1);
     for (size_t i = 0; i < kernels.size(); i++) plan.kernels.push_back(kernel(kernels[i], at("kernels", i)));
@@ -354,7 +354,7 @@ class Reader {
     return found;
   }
 
-  static std::vector<Tensor> tensors(const Json &value, const std::string &key) {
+  static std::vector<Tensor> tensors(const Json &value, const std::string &key, const std::set<std::string> &dtypes) {
     std::vector<Tensor> found;
     std::set<std::string> names;
     list(value, key, 1);
@@ -369,9 +369,9 @@ class Reader {
       }
       if (elements > kMost) expected(where + ".shape", "at most " + std::to_string(kMost) + " elements");
       tensor.name = text(value[i]["name"], where + ".name");
-      tensor.dtype = one_of(value[i]["dtype"], where + ".dtype", {"float32"});
+      tensor.dtype = one_of(value[i]["dtype"], where + ".dtype", dtypes);
       tensor.layout = one_of(value[i]["layout"], where + ".layout", {"NCHW", "NHWC", ""});
-      tensor.row_bytes = 4 * int64_t(elements);
+      tensor.row_bytes = (tensor.dtype == "uint8" ? 1 : 4) * int64_t(elements);
       if (!names.insert(tensor.name).second) expected(key, "different names");
       found.push_back(std::move(tensor));
     }

@@ -6,7 +6,7 @@ No function throws, and none keeps state outside of what it is given.
 Threads: an engine holds the weights and may be used by any thread; a context holds one run's memory and serves one caller
 at a time (a second one waits). Runs of different contexts may overlap. An engine outlives its contexts.
 
-Values are float32, rows in the order of the images, contiguous: inputs [N, ...] as `ke_input` says, outputs likewise. */
+Values are contiguous, one row per image: inputs [N, ...] float32 or bytes, as `ke_input` says; outputs float32. */
 
 #ifndef KERNEL_ENGINE_H
 #define KERNEL_ENGINE_H
@@ -39,7 +39,7 @@ typedef struct {
 /* An input or output. Its strings and its shape live as long as the engine. */
 typedef struct {
   const char *name;
-  const char *dtype;    /* "float32" */
+  const char *dtype;    /* "float32", of an input also "uint8" */
   const char *layout;   /* "NCHW", "NHWC", or "" where it is no image */
   const int64_t *shape; /* of one image, without the batch */
   int rank;

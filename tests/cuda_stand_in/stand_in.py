@@ -119,7 +119,7 @@ class StandIn:
         self.environment = {**os.environ, "CUDA_STAND_IN": str(folder), "LD_LIBRARY_PATH": str(driver)}
         self.environment["PYTHONPATH"] = str(ROOT)
         self.defects: list[str] = []
-        self.launches = 0
+        self.launches, self._end = 0, 0
         self.left: int | None = None
         self._folder, self._version, self._empty, self._size = folder, version, empty, memory
         number = int(target.removeprefix("sm_"))
@@ -188,6 +188,7 @@ class StandIn:
         elif kind == "allocated":
             self.left = None
             self._memory.access[cells], self._memory.written[cells] = 2, False
+            self._end = max(self._end, start + size + 1)
             self._memory._names.append((start, start + size, f"allocation of {size}"))
         elif kind == "freed":
             self._memory.access[cells] = 0
@@ -198,7 +199,7 @@ class StandIn:
     def _launch(self, file: str, symbol: str, numbers: list[int], data: bytes) -> int:
         program, memory = self._programs[file, symbol], self._memory
         *grid, shared, dependent = numbers
-        memory.writer[:] = 0
+        memory.writer[: self._end // 2] = 0
         memory.atomics.clear()
         memory.known.clear()
         parameters = np.frombuffer(data, np.uint8).copy()

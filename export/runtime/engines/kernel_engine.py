@@ -111,7 +111,7 @@ class KernelEngine:
             raise
 
     def infer(self, inputs: Inputs) -> Arrays:
-        """Run one batch: {input name: [N, ...] float32} -> {output name: [N, ...] float32}.
+        """Run one batch: {input name: [N, ...]}, float32 or bytes as the plan says -> {output name: [N, ...] float32}.
 
         Raises:
             ExportError: the engine has no table for so many, or the device fails.
@@ -312,11 +312,10 @@ class KernelEngine:
         for tensor in self._plan.outputs:
             self._fill(arena + table.outputs[tensor.name], _POISON, size * tensor.row_bytes)
         for tensor in self._plan.inputs:
-            x = np.ascontiguousarray(inputs[tensor.name], np.float32)
-            if x.shape != (count, *tensor.shape):
-                raise ExportError(
-                    f"the engine takes {tensor.name} of shape [N, *{list(tensor.shape)}], got {list(x.shape)}"
-                )
+            x = np.ascontiguousarray(inputs[tensor.name])
+            if x.shape != (count, *tensor.shape) or x.dtype != tensor.dtype:
+                wanted = f"{tensor.dtype} [N, *{list(tensor.shape)}]"
+                raise ExportError(f"the engine takes {tensor.name} as {wanted}, got {x.dtype} {list(x.shape)}")
             address = arena + table.inputs[tensor.name]
             checked(cuda.cuMemcpyHtoDAsync(address, x.ctypes.data, x.nbytes, self._stream))
             self._fill(address + x.nbytes, 0, size * tensor.row_bytes - x.nbytes)

@@ -13,7 +13,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+ITEM_BYTES = {"uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4}
+_DESCRIBED = ("float16", "bfloat16", "float32")  # types of what is loaded in boxes
+_GIVEN = {"inputs": ("float32", "uint8"), "outputs": ("float32",)}
 LAYOUTS = ("NCHW", "NHWC", "")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 PARAMETERS = ("pointer", "i32", "i64", *(f"descriptor:{rank}" for rank in range(1, 6)))
@@ -314,19 +316,19 @@ class _Reader:
         return tuple(read(entry, f"{key}[{index}]") for index, entry in enumerate(_list(self._value[key], key, least)))
 
     def _tensors(self, key: str) -> tuple[Tensor, ...]:
-        found: tuple[Tensor, ...] = self._each(key, self._tensor)
+        found: tuple[Tensor, ...] = self._each(key, lambda entry, where: self._tensor(entry, where, _GIVEN[key]))
         if len({tensor.name for tensor in found}) != len(found):
             _fail(key, "different names", [tensor.name for tensor in found])
         return found
 
-    def _tensor(self, value: Any, where: str) -> Tensor:
+    def _tensor(self, value: Any, where: str, dtypes: Sequence[str]) -> Tensor:
         value = _object(value, where, ("name", "dtype", "shape", "layout"))
         shape = tuple(_number(n, f"{where}.shape", 1, 2**31 - 1) for n in _list(value["shape"], f"{where}.shape", 0, 8))
         if math.prod(shape) > _MOST:
             _fail(f"{where}.shape", f"at most {_MOST} elements", list(shape))
         return Tensor(
             name=_text(value["name"], f"{where}.name"),
-            dtype=_one_of(value["dtype"], f"{where}.dtype", ("float32",)),
+            dtype=_one_of(value["dtype"], f"{where}.dtype", dtypes),
             shape=shape,
             layout=_one_of(value["layout"], f"{where}.layout", LAYOUTS),
         )
@@ -433,7 +435,7 @@ class _Reader:
     def _descriptor(self, value: Any, where: str, rank: int, spaces: Mapping[str, int]) -> Descriptor:
         value = _object(value, where, ("base", "dtype", "shape", "strides", "box", "swizzle"))
         base = self._pointer(value["base"], f"{where}.base", spaces)
-        dtype = _one_of(value["dtype"], f"{where}.dtype", tuple(ITEM_BYTES))
+        dtype = _one_of(value["dtype"], f"{where}.dtype", _DESCRIBED)
         item, swizzle = ITEM_BYTES[dtype], _number(value["swizzle"], f"{where}.swizzle", 0, 3)
         shape, strides, box = (_list(value[key], f"{where}.{key}", rank, rank) for key in ("shape", "strides", "box"))
         for axis in range(rank):

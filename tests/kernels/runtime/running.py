@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.children import run
-from tests.cuda_stand_in.building import build_driver, build_program, build_runtime, needed
+from tests.cuda_stand_in.building import Machine, build_driver, build_program, build_runtime, needed
 from tests.cuda_stand_in.files import CLASSES, images
 from tests.cuda_stand_in.stand_in import ROOT, Code, StandIn, emulator
 from tests.export.digits import without_torch
@@ -82,8 +82,8 @@ def _finished(done: Any, folder: Path) -> tuple[Values, str]:
 class Cpp:
     """The C++ runtime, and the program that exercises it, for a machine."""
 
-    def __init__(self, folder: Path, place: Place, machine: Any) -> None:
-        self.folder, self.place, self.machine = folder, place, machine
+    def __init__(self, folder: Path, machine: Machine) -> None:
+        self.folder, self.machine = folder, machine
         for command in machine.runner[:1]:
             needed(command)
         self.library = build_runtime(folder, machine)

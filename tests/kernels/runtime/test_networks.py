@@ -13,7 +13,6 @@ from export import Batch
 from export.base.precision import PRECISIONS
 from export.lowering.kernel_engine import lower_kernels
 from kernels.configs.targets import TARGETS
-from tests.cuda_stand_in.building import HOST
 from tests.cuda_stand_in.stand_in import Code
 from tests.export.digits import fused
 from tests.kernels.runtime.running import Cpp, Place
@@ -22,11 +21,6 @@ from tests.kernels.runtime.running import Cpp, Place
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return Place(tmp_path_factory.mktemp("stand-in"))
-
-
-@pytest.fixture(scope="module")
-def cpp(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Cpp:
-    return Cpp(tmp_path_factory.mktemp("x86-64"), place, HOST)
 
 
 @pytest.mark.parametrize(("target", "precision"), [("sm_87", "fp16"), ("sm_90", "bf16")])

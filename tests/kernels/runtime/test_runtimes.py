@@ -20,7 +20,7 @@ from torch import nn
 from export import Batch, ExportConfig, export_bundle
 from export.runtime.engines.kernel_file import file_name
 from tests.children import run
-from tests.cuda_stand_in.building import AARCH64, HOST, RUNTIME, needed
+from tests.cuda_stand_in.building import AARCH64, RUNTIME, needed
 from tests.cuda_stand_in.files import (
     CLASSES,
     HIDDEN,
@@ -56,11 +56,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return Tiny(tmp_path_factory.mktemp("stand-in"))
 
 
-@pytest.fixture(scope="module")
-def cpp(place: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Cpp:
-    return Cpp(tmp_path_factory.mktemp("x86-64"), place, HOST)
-
-
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_python_runtime_computes_the_network(place: Tiny, target: str) -> None:
     """Every count of images, one batch size after another, as the kernels' own rounding explains; nothing is left."""
@@ -83,7 +78,7 @@ def test_the_cpp_runtime_gives_the_same_bits(place: Tiny, cpp: Cpp, target: str)
 
 def test_the_cpp_runtime_on_aarch64_gives_the_same_bits(place: Tiny, tmp_path: Path) -> None:
     """The library of a Jetson's machine, run by an emulator of its instructions."""
-    cpp, engine = Cpp(tmp_path, place, AARCH64), place.tiny / "sm_87.kernels"
+    cpp, engine = Cpp(tmp_path, AARCH64), place.tiny / "sm_87.kernels"
     with place.device("sm_87") as device:
         expected, _ = place.python(device, engine, 3, 2)
         found, wrong = cpp.run(device, engine, 3, 2)
@@ -274,7 +269,7 @@ def test_a_file_that_is_not_sound_is_refused_alike(cpp: Cpp) -> None:
     assert not differ
 
 
-def test_a_program_finds_the_runtime_by_cmake(cpp: Cpp, tmp_path: Path) -> None:
+def test_a_program_finds_the_runtime_by_cmake(place: Tiny, tmp_path: Path) -> None:
     """find_package of what was installed, the example, and how large the library is."""
     cmake, strip = needed("cmake"), needed("strip")
     prefix, user = tmp_path / "prefix", tmp_path / "user"
@@ -297,8 +292,6 @@ def test_a_program_finds_the_runtime_by_cmake(cpp: Cpp, tmp_path: Path) -> None:
     done = run([strip, "-o", tmp_path / "stripped.so", library])
     assert not done.returncode and (tmp_path / "stripped.so").stat().st_size <= 500_000
     images(1).tofile(tmp_path / "image.f32")
-    place = cpp.place
-    assert isinstance(place, Tiny)
     with place.device("sm_87") as device:
         example = [user / "build" / "classify", place.tiny / "sm_87.kernels", tmp_path / "image.f32"]
         done = run(example, env=device.environment)
@@ -307,14 +300,14 @@ def test_a_program_finds_the_runtime_by_cmake(cpp: Cpp, tmp_path: Path) -> None:
 
 
 def test_the_host_is_busy_for_microseconds(place: Tiny, cpp: Cpp, record_property: Callable[[str, Any], None]) -> None:
-    """Kernels that do nothing, so that what is left is the runtime's own: generous, as machines of tests are busy."""
+    """With kernels and a driver that do next to nothing, by the processor's clock: the rest is the runtime's own."""
     with place.device("sm_87", empty=True) as device:
         device.environment["LD_LIBRARY_PATH"] = str(place.driver)
-        done = cpp(device, "time", place.tiny / "sm_87.kernels", "20000")
+        done = cpp(device, "time", place.tiny / "sm_87.kernels", "10000")
     assert not done.returncode, done.stderr
     record_property("host", done.stdout.strip())
-    _, opened, _, _, _, call = done.stdout.split()
-    assert float(call) < 50 and float(opened) < 1
+    measured = dict(zip(*[iter(done.stdout.split())] * 2, strict=True))
+    assert float(measured["call"]) < 10 and float(measured["worked"]) < 1
 
 
 def test_the_guide_is_right(cpp: Cpp) -> None:

@@ -64,7 +64,11 @@ def test_a_device_is_refused_that_is_not_the_plan_s() -> None:
 
 
 def test_batches_and_parameters() -> None:
-    plan = read_kernel_file(by_hand()).plan
+    stated, tensors = unpacked(by_hand())
+    plan = read_kernel_file(packed(stated, tensors)).plan
+    assert plan.inputs[0].row_bytes == 4 * 64
+    stated["inputs"][0].update(dtype="uint8", layout="NHWC", shape=[8, 8, 1])
+    assert read_kernel_file(packed(stated, tensors)).plan.inputs[0].row_bytes == 64
     assert [plan.batch_for(count) for count in (1, 2, 3, 4, 20, 21)] == [1, 3, 3, 20, 20, None]
     assert parameter_bytes(["pointer", "i32", "i32"]) == 32
     assert parameter_bytes(["i32", "descriptor:2"]) == 64 + 128 + 8 + 16 + 16
