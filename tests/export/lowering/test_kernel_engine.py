@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from export import Batch, fuse
+from export.base.normalisation import Normalisation
 from export.base.precision import PRECISIONS
 from export.criteria.kernel_blocks import emulated_rung
 from export.criteria.operators import check_operators
@@ -104,6 +105,21 @@ def test_a_smaller_batch_has_its_own_table(engine: KernelEngine, inputs: Mapping
         assert not defects
         for name, y in alone.items():
             np.testing.assert_array_equal(y[0], both[name][row])
+
+
+def test_bytes_are_normalised_by_the_first_launch(
+    program: FusedProgram, engine: KernelEngine, inputs: Mapping[str, Any]
+) -> None:
+    normalisation = Normalisation((0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
+    pixels = np.random.default_rng(0).integers(0, 256, (2, SIDE, SIDE, 3), np.uint8)
+    taking = lower_kernels(program, HALF, TARGETS["sm_87"], SIZES, normalisation)
+    (given,) = read_kernel_file(taking.content).plan.inputs
+    assert (given.dtype, given.layout, given.shape) == ("uint8", "NHWC", (SIDE, SIDE, 3))
+    found, defects, _ = run_whole(taking, 2, {"input": pixels})
+    expected, _, _ = run_whole(engine, 2, {"input": normalisation(pixels)})
+    assert not defects
+    for name, y in found.items():
+        np.testing.assert_array_equal(y, expected[name])
 
 
 def test_the_reader_takes_the_file(engine: KernelEngine) -> None:
