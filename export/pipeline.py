@@ -205,7 +205,7 @@ def export_bundle(
         for engine in engines:
             files[engine.flavour.file_name] = engine.plan
             files[engine.flavour.layers_name] = (json.dumps(engine.layers, indent=1) + "\n").encode()
-        kernels = build_kernels(targets, program, job.config, skipped, progress)
+        kernels = build_kernels(targets, program, job.config, skipped, progress, normalisation)
         files |= {engine.name: engine.content for engine in kernels}
         report, references = _compare(job, program, forms, engines, kernels, kinds)
         if meter is not None:
@@ -455,9 +455,9 @@ def _prove(engine: KernelEngine, job: _Job, interface: Interface, progress: Prog
         from export.criteria.kernel_blocks import emulated_rung  # imports Triton, as whatever made the engine has
 
         progress(f"emulate blocks of {engine.name}")
-        return emulated_rung(engine, job.inputs, job.batch)
+        return emulated_rung(engine, job.given, job.batch)
     progress(f"run {engine.name}")
-    return attempt(_runner(engine, interface), "", job.precision, job.inputs, job.batch)
+    return attempt(_runner(engine, interface), "", job.precision, job.given, job.batch)
 
 
 def _runner(engine: KernelEngine, interface: Interface) -> KernelRunner:
@@ -473,9 +473,6 @@ def choose_targets(config: ExportConfig, skipped: dict[str, str]) -> list[Target
         ExportError: Triton is not installed, or not one that compiles for an architecture that was asked for.
     """
     if not config.kernels:
-        return []
-    if config.input == UINT8:
-        skipped["kernel"] = "kernel engines take float32, got ExportConfig.input='uint8'"
         return []
     try:
         from kernels.compile import version_reason
@@ -503,6 +500,7 @@ def build_kernels(
     config: ExportConfig,
     skipped: dict[str, str],
     progress: Progress,
+    normalisation: Normalisation | None = None,
 ) -> list[KernelEngine]:
     """A kernel engine for each architecture for which the network can have one; `skipped` gets why one cannot."""
     engines = []
@@ -511,7 +509,8 @@ def build_kernels(
 
         progress(f"compile the kernels for {target.name}")
         try:
-            engines.append(lower_kernels(program, PRECISIONS[config.precision], target, config.batch))
+            precision = PRECISIONS[config.precision]
+            engines.append(lower_kernels(program, precision, target, config.batch, normalisation))
         except ExportError as error:
             skipped[f"{target.name} kernel"] = str(error)
     return engines

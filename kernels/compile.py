@@ -37,7 +37,13 @@ from kernels.prediction.floor import Floor, predicted_floor
 from kernels.prediction.sass import parse
 from kernels.problems import ConvProblem, Problem
 
-_TRITON_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32"}
+_TRITON_DTYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.uint8: "u8",
+}
 # A convolution that every target and every kind of load takes.
 _PROBE = ConvProblem(8, 128, 14, 14, 128, (1, 1), relu=True)
 # One SASS instruction: address comment, optional predicate, then the opcode with its dotted modifiers.

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from export.base.errors import ExportError
+from export.base.normalisation import Normalisation
 from export.base.precision import Precision
 from export.fusion.capture import plain_torch
 from export.fusion.nodes import FUSED_OPERATORS, aten, input_nodes, module_path, moves_data, schema_name
@@ -37,7 +38,7 @@ _BINARY = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KernelCall:
     """One problem on tensors of the meta device.
 
@@ -59,7 +60,7 @@ class Calls:
 
     Attributes:
         calls: in order.
-        inputs, outputs: by name, float32 and contiguous.
+        inputs, outputs: by name, contiguous; float32, inputs also of bytes.
         values: name of a node -> the tensor that it holds; it may be a view of another's.
         weights: storage -> the constant that it holds, as dense memory.
     """
@@ -71,13 +72,21 @@ class Calls:
     weights: Mapping[int, Tensor]
 
 
-def kernel_calls(program: FusedProgram, graph_module: fx.GraphModule, precision: Precision, batch: int) -> Calls:
+def kernel_calls(
+    program: FusedProgram,
+    graph_module: fx.GraphModule,
+    precision: Precision,
+    batch: int,
+    normalisation: Normalisation | None = None,
+) -> Calls:
     """The calls of `graph_module`, which is `program.at(precision)`, for one batch size.
+
+    With a normalisation the inputs are pictures as bytes, [N, H, W, C], and it is the first call.
 
     Raises:
         ExportError: it has operators that no kernel computes; names them.
     """
-    walk = _Walk(graph_module, precision, batch)
+    walk = _Walk(graph_module, precision, batch, normalisation)
     with plain_torch():
         outputs = returned_tensors(graph_module, walk.run(*program.inputs))
         names = output_names(graph_module)
@@ -95,12 +104,23 @@ def storage_of(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+@dataclass(frozen=True)
+class _Open:
+    """An element-wise call that one which reads its result may still become part of."""
+
+    call: KernelCall
+    tensors: Mapping[str, Tensor]
+    settings: Mapping[str, Any]
+
+
 class _Walk(fx.Interpreter):
     """Runs a graph on the meta device and notes what has to be computed."""
 
-    def __init__(self, graph_module: fx.GraphModule, precision: Precision, batch: int) -> None:
+    def __init__(
+        self, graph_module: fx.GraphModule, precision: Precision, batch: int, normalisation: Normalisation | None
+    ) -> None:
         super().__init__(graph_module, garbage_collect_values=False)
-        self._dtype, self._batch = precision.dtype, batch
+        self._dtype, self._batch, self._normalisation = precision.dtype, batch, normalisation
         self._inputs = {str(node.target): (name, node) for name, node in input_nodes(graph_module).items()}
         self._constants: dict[str, Tensor] = {}
         self._zeros: dict[tuple[int, torch.dtype], Tensor] = {}
@@ -109,6 +129,7 @@ class _Walk(fx.Interpreter):
         self.tensors: dict[str, Tensor] = {}
         self.weights: dict[int, Tensor] = {}
         self.refused: list[str] = []
+        self._open: dict[int, _Open] = {}
         self._node: fx.Node
 
     def run_node(self, n: fx.Node) -> Any:
@@ -121,9 +142,22 @@ class _Walk(fx.Interpreter):
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         name, node = self._inputs[str(target)]
         shape = (self._batch, *(int(size) for size in node.meta["val"].shape[1:]))
-        x = self.inputs[name] = torch.empty(shape, device="meta")
         super().placeholder(target, args, kwargs)
+        if self._normalisation is not None:
+            return self._normalised(name, shape, self._normalisation)
+        x = self.inputs[name] = torch.empty(shape, device="meta")
         return x if self._dtype == x.dtype else self._copied(x, _empty(x.shape, self._dtype))
+
+    def _normalised(self, name: str, shape: Sequence[int], normalisation: Normalisation) -> Tensor:
+        n, c, height, width = shape
+        pixels = self.inputs[name] = torch.empty((n, height, width, c), dtype=torch.uint8, device="meta")
+        mean, std = (
+            self._constant(torch.tensor(values, dtype=torch.float32).reshape(c, 1, 1))
+            for values in (normalisation.mean, normalisation.std)
+        )
+        y = _empty(shape, self._dtype)
+        self._elementwise({"a": pixels.permute(0, 3, 1, 2), "b": mean, "c": std, "y": y}, operation="normalise")
+        return y
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().get_attr(target, args, kwargs)
@@ -153,8 +187,8 @@ class _Walk(fx.Interpreter):
         a = _named(target, args, kwargs)
         activation = _activation(target, a)
         if activation is not None:
-            y = _empty(result.shape, result.dtype)
-            return self._elementwise({"a": a["self"], "y": y}, **activation)
+            tensors, settings = self._absorbed(a["self"]) or ({"a": a["self"]}, {})
+            return self._elementwise({**tensors, "y": _empty(result.shape, result.dtype)}, **settings, **activation)
         if target in _BINARY and a.get("alpha", 1) == 1 and not a.get("rounding_mode"):
             return self._binary(_BINARY[target], a["self"], a["other"], result)
         if target is aten.prelu.default:
@@ -204,14 +238,26 @@ class _Walk(fx.Interpreter):
         return self._copied(x, _empty(x.shape, x.dtype))
 
     def _elementwise(self, tensors: Mapping[str, Tensor], **settings: Any) -> Tensor | None:
-        if not all(tensor.dtype in KERNEL_DTYPES for tensor in tensors.values()):
+        dtypes = (*KERNEL_DTYPES, torch.uint8) if settings.get("operation") == "normalise" else KERNEL_DTYPES
+        if not all(tensor.dtype in dtypes for tensor in tensors.values()):
             return None
         try:
             problem = ElementwiseProblem.of(tensors, **settings)
         except ValueError:
             return None
         self._call(problem, {name: _whole(tensor) for name, tensor in tensors.items()})
+        if "activation" not in settings and settings.get("operation") != "normalise":
+            self._open[storage_of(tensors["y"])] = _Open(self.calls[-1], tensors, settings)
         return tensors["y"]
+
+    def _absorbed(self, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """(tensors, settings) of the element-wise call that computes x for this node alone, which is taken back."""
+        found = self._open.get(storage_of(x))
+        readers = [n.users for n in self._node.all_input_nodes if self.env.get(n) is x]
+        if found is None or found.tensors["y"] is not x or [len(users) for users in readers] != [1]:
+            return None
+        self.calls.remove(found.call)
+        return {name: tensor for name, tensor in found.tensors.items() if name != "y"}, dict(found.settings)
 
     def _copied(self, x: Tensor, y: Tensor) -> Tensor:
         """y, which gets the values of x; where no kernel can, that is noted."""
@@ -222,8 +268,18 @@ class _Walk(fx.Interpreter):
     def _binary(self, operation: str, left: Any, right: Any, result: Tensor) -> Tensor | None:
         tensors = {"a": left, "y": _empty(result.shape, result.dtype)}
         if isinstance(right, Tensor):
+            for one, other in ((left, right), (right, left)):
+                if operation == "add" and one is not other and self._is_product(one, result):
+                    factors, settings = self._absorbed(one) or ({}, {})
+                    if factors:
+                        return self._elementwise({**factors, "c": other, "y": tensors["y"]}, **settings)
             return self._elementwise({**tensors, "b": right}, operation=operation)
         return self._elementwise(tensors, operation=operation, number=float(right))
+
+    def _is_product(self, x: Any, result: Tensor) -> bool:
+        """Whether x is a product of two tensors to which a third can be added by the same kernel."""
+        found = self._open.get(storage_of(x)) if isinstance(x, Tensor) and x.shape == result.shape else None
+        return found is not None and found.settings.get("operation") == "multiply" and "c" not in found.tensors
 
     def _cat(self, a: dict[str, Any], result: Tensor) -> Tensor | None:
         y, first, axis = _empty(result.shape, result.dtype), 0, a["dim"] % result.dim()

@@ -125,8 +125,8 @@ class _Device:
             name, writable = places[place][0], places[place][0] in _WRITTEN
             address = self._addresses[place] = self.memory.allocate(name, content, writable, written is None)
             if written is not None:
-                _, cells, _ = self.memory.offsets(np.arange(address, address + content.size - 1, 2), 2, writable)
-                self.memory.written[cells[:, 0]] = written[: 2 * len(cells) : 2]
+                _, cells, _ = self.memory.offsets(np.arange(address, address + content.size, 2), 2, writable)
+                self.memory.written[cells[:, 0]] = written[::2]
             if writable:
                 self._back.append((address, content, written))
 
@@ -229,7 +229,7 @@ class Activations:
     def of(cls, schedule: Schedule, inputs: Inputs) -> Activations:
         found = cls(schedule)
         for name, x in schedule.calls.inputs.items():
-            found.held[storage_of(x)] = torch.from_numpy(np.ascontiguousarray(inputs[name], np.float32)).reshape(-1)
+            found.held[storage_of(x)] = torch.from_numpy(np.ascontiguousarray(inputs[name])).to(x.dtype).reshape(-1)
         for storage, value in schedule.calls.weights.items():
             found.held[storage] = value.as_strided((value.numel(),), (1,), 0)
         return found

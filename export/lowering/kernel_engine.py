@@ -18,6 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from export.base.batch import Batch
+from export.base.normalisation import Normalisation
 from export.base.precision import Precision
 from export.fusion.program import FusedProgram
 from export.lowering.arena import ALIGNMENT, Arena, Buffer, plan_arena
@@ -127,8 +128,14 @@ class KernelEngine:
         }
 
 
-def lower_kernels(program: FusedProgram, precision: Precision, target: Target, batch: Batch) -> KernelEngine:
-    """Compile a program for a target and lay it out for every batch size.
+def lower_kernels(
+    program: FusedProgram,
+    precision: Precision,
+    target: Target,
+    batch: Batch,
+    normalisation: Normalisation | None = None,
+) -> KernelEngine:
+    """Compile a program for a target and lay it out for every batch size; with a normalisation it takes bytes.
 
     Raises:
         ExportError: it has an operator that no kernel computes, a problem that no configuration runs, or a kernel that
@@ -136,7 +143,7 @@ def lower_kernels(program: FusedProgram, precision: Precision, target: Target, b
     """
     started = time.perf_counter()
     graph_module = program.at(precision)
-    calls = {size: kernel_calls(program, graph_module, precision, size) for size in batch_sizes(batch)}
+    calls = {size: kernel_calls(program, graph_module, precision, size, normalisation) for size in batch_sizes(batch)}
     covered = cover({size: [c.problem for c in found.calls] for size, found in calls.items()}, batch, target)
     weights = _Weights()
     launched = {size: _launches(found, size, covered, target) for size, found in calls.items()}
@@ -216,8 +223,13 @@ def _container(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> by
 
 
 def _interface(name: str, tensor: Tensor) -> dict[str, Any]:
-    layout = "NCHW" if tensor.dim() == 4 else ""
-    return {"name": name, "dtype": "float32", "shape": [*tensor.shape[1:]], "layout": layout}
+    layout = "" if tensor.dim() != 4 else "NHWC" if tensor.dtype == torch.uint8 else "NCHW"
+    return {
+        "name": name,
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "shape": [*tensor.shape[1:]],
+        "layout": layout,
+    }
 
 
 def _kernel(code: Code, target: Target) -> dict[str, Any]:

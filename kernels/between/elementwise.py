@@ -15,7 +15,7 @@ from kernels.operators.activations import Activation
 from kernels.problems import Problem, Shapes, dtype_word
 from kernels.rounding import UNIT_ROUNDOFF, Rounding
 
-OPERATIONS = ("copy", "add", "subtract", "multiply", "divide", "prelu")
+OPERATIONS = ("copy", "add", "subtract", "multiply", "divide", "prelu", "normalise")
 AXES = 4
 _NAMES = ("a", "b", "c", "y")
 _BLOCK = 1024  # elements of a program: 16 bytes of a 16-bit type per thread
@@ -39,7 +39,8 @@ class ElementwiseProblem:
     Attributes:
         sizes: of four axes, the outermost first.
         a, y, b, c: how they lie; a stride is 0 along an axis over which an operand is the same.
-        operation: one of OPERATIONS; prelu is a where a > 0, else a * b.
+        operation: one of OPERATIONS; prelu is a where a > 0, else a * b; normalise is (a / 255 - b) / c, of bytes and
+            float32, and c is not added.
         activation: as the fused operators have it, or "relu".
         vector: elements of which every image has a whole number of: as many are loaded at once.
     """
@@ -98,8 +99,14 @@ class ElementwiseProblem:
             "multiply": lambda: a * b,
             "divide": lambda: a / b,
             "prelu": lambda: torch.where(a > 0, a, a * b),
+            "normalise": lambda: a,
         }[self.operation]()
         rounding = Rounding(UNIT_ROUNDOFF[self.dtype], dtype=torch.float64)
+        if self.operation == "normalise" and self.c is not None:
+            scaled, centred, std = a / 255, a / 255 - b, view("c", self.c)
+            pre = centred / std
+            steps = (scaled.square() + centred.square()) / std.square() + pre.square()
+            return pre, (UNIT_ROUNDOFF[torch.float32] ** 2 * steps + rounding.of(pre)).sqrt(), pre
         variance = (UNIT_ROUNDOFF[torch.float32] * pre).square() if self.operation != "copy" else torch.zeros_like(pre)
         if self.c is not None:
             pre = pre + view("c", self.c)

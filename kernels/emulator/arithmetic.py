@@ -197,7 +197,9 @@ def _cvt_two(block: Block, i: Instruction, mask: Array | None) -> None:
     block.set(i.args[0], np.stack([low, high], 1), i.parts[2], mask)
 
 
-@instruction(rf"cvt\.{_INT_8}\.{_INT_8}|cvt\.rn\.(b?f16|f32)\.(f32|[su](16|32))|cvt\.f32\.b?f16|cvt\.rzi\.[su]32\.f32")
+@instruction(
+    rf"cvt\.{_INT_8}\.{_INT_8}|cvt\.rn\.(b?f16|f32)\.(f32|[su](8|16|32))|cvt\.f32\.b?f16|cvt\.rzi\.[su]32\.f32"
+)
 def _cvt(block: Block, i: Instruction, mask: Array | None) -> None:
     to, source = i.parts[-2:]
     value = block.get(i.args[1], source)

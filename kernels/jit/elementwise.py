@@ -54,8 +54,9 @@ def _elementwise_kernel(
 ):
     """y = act(op(a, b) + c) of COUNT * MULTIPLE elements, numbered along axes of which the last have D1, D2 and D3.
 
-    Computed in float32, rounded once by the cast on the store. Without b_ptr, b is NUMBER; without c_ptr, c is 0. A
-    stride is 0 along axes over which an operand is the same. Grid: (blocks of elements).
+    With OP "normalise" it is (a / 255 - b) / c, of bytes. Computed in float32, rounded once by the cast on the store.
+    Without b_ptr, b is NUMBER; without c_ptr, c is 0. A stride is 0 along axes over which an operand is the same.
+    Grid: (blocks of elements).
     """
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < COUNT * MULTIPLE
@@ -77,11 +78,14 @@ def _elementwise_kernel(
         value = value * b
     elif OP == "divide":
         value = value / b
+    elif OP == "normalise":
+        c = tl.load(c_ptr + _offsets(i0, i1, i2, i3, C0, C1, C2, C3, C_AT), mask=mask, other=1.0)
+        value = tl.div_rn(tl.div_rn(value, 255.0) - b, c)
     elif OP == "prelu":
         value = tl.where(value > 0, value, value * b)
     else:
         tl.static_assert(OP == "copy")
-    if c_ptr is not None:
+    if c_ptr is not None and OP != "normalise":
         value += tl.load(c_ptr + _offsets(i0, i1, i2, i3, C0, C1, C2, C3, C_AT), mask=mask, other=0.0).to(tl.float32)
     _let_next_kernel_start(USE_PDL)
     if ACTIVATION == "relu":

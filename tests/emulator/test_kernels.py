@@ -28,13 +28,17 @@ from tests.kernels.whole_numbers import expected_of, integers
 EXECUTED = ("sm_87", "sm_90", "sm_120")
 
 
+def targets_of(name: str) -> list[str]:
+    return [target for target in EXECUTED if family(name, torch.float16, TARGETS[target])]
+
+
 def cells() -> Iterator[tuple[str, str, str]]:
     """(family, target, dtype): every family on every target that runs it and in every dtype, not in all pairs of them.
 
     With more effort, in all.
     """
     for first, name in enumerate(FAMILIES):
-        targets = [target for target in EXECUTED if family(name, torch.float16, TARGETS[target])]
+        targets = targets_of(name)
         spread = [(targets[k % len(targets)], [*DTYPES][(first + k) % 3]) for k in range(3)]
         for target, dtype in spread if TIMES == 1 else product(targets, DTYPES):
             if family(name, DTYPES[dtype], TARGETS[target]):
@@ -60,7 +64,8 @@ def assert_right(problem: Problem, config: Config, target: Target, run: Run) -> 
     assert p1_failures(found.y, problem, inputs) == []
 
 
-def test_every_kernel_is_executed() -> None:
+def test_every_kernel_and_way_of_running_is_executed_in_every_type() -> None:
+    assert {(name, dtype) for name, _, dtype in cells()} == {*product(FAMILIES, DTYPES)}
     files = {path.stem: path.read_text() for path in Path(kernels.jit.__file__).parent.glob("*.py")}
     every = {f"{file}.{name}" for file, text in files.items() for name in re.findall(r"def (_\w+_kernel)\(\n", text)}
     found = (launched(name, torch.float16, "sm_90") for name in FAMILIES)
@@ -86,10 +91,10 @@ def test_activations(activation: str, target: str, run: Run) -> None:
     assert_right(replace(SMALL, relu=False, activation=activation), GATHERED, TARGETS[target], run)
 
 
-@pytest.mark.parametrize(
-    ("name", "target"),
-    [*product(["gathered", "gathered-split", "bottleneck"], EXECUTED), *product(["boxes"], EXECUTED[1:])],
-)
+WARPS = [(name, targets_of(name)[k % len(targets_of(name))]) for k, name in enumerate(FAMILIES) if name != "pair"]
+
+
+@pytest.mark.parametrize(("name", "target"), WARPS)
 def test_warps_do_not_change_a_bit(name: str, target: str, run: Run) -> None:
     """Each accumulator adds up in the same order on 4 and on 8, of random numbers too."""
     problem, config, device = launched(name, torch.float16, target)

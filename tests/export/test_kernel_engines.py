@@ -60,7 +60,6 @@ def test_without_a_kernel_the_other_forms_ship(tmp_path: Path) -> None:
 
 ELSEWHERE: dict[str, tuple[dict[str, Any], str]] = {
     "auto without a GPU": ({"kernels": ("auto",)}, "there is no GPU here: name architectures"),
-    "bytes": ({"kernels": ("sm_87",), "input": "uint8"}, "kernel engines take float32"),
 }
 
 

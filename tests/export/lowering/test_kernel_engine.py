@@ -15,13 +15,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from export import Batch, ExportError, fuse
+from export import Batch, fuse
+from export.base.normalisation import Normalisation
 from export.base.precision import PRECISIONS
 from export.criteria.kernel_blocks import emulated_rung
 from export.criteria.operators import check_operators
 from export.fusion.program import FusedProgram
 from export.lowering import kernel_code
-from export.lowering.kernel_calls import kernel_calls
 from export.lowering.kernel_cover import _worthwhile, batch_sizes
 from export.lowering.kernel_emulation import run_whole
 from export.lowering.kernel_engine import KernelEngine, Schedule, Step, lower_kernels
@@ -105,6 +105,21 @@ def test_a_smaller_batch_has_its_own_table(engine: KernelEngine, inputs: Mapping
         assert not defects
         for name, y in alone.items():
             np.testing.assert_array_equal(y[0], both[name][row])
+
+
+def test_bytes_are_normalised_by_the_first_launch(
+    program: FusedProgram, engine: KernelEngine, inputs: Mapping[str, Any]
+) -> None:
+    normalisation = Normalisation((0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
+    pixels = np.random.default_rng(0).integers(0, 256, (2, SIDE, SIDE, 3), np.uint8)
+    taking = lower_kernels(program, HALF, TARGETS["sm_87"], SIZES, normalisation)
+    (given,) = read_kernel_file(taking.content).plan.inputs
+    assert (given.dtype, given.layout, given.shape) == ("uint8", "NHWC", (SIDE, SIDE, 3))
+    found, defects, _ = run_whole(taking, 2, {"input": pixels})
+    expected, _, _ = run_whole(engine, 2, {"input": normalisation(pixels)})
+    assert not defects
+    for name, y in found.items():
+        np.testing.assert_array_equal(y, expected[name])
 
 
 def test_the_reader_takes_the_file(engine: KernelEngine) -> None:
@@ -225,13 +240,6 @@ def test_machine_code_is_kept(
     kept[0].write_text(json.dumps({**record, "cubin": record["cubin"][::-1]}))  # damaged: compiled again
     assert lower_kernels(program, HALF, TARGETS["sm_87"], SIZES).content == engine.content
     assert json.loads(kept[0].read_text())["cubin"] == record["cubin"]
-
-
-def test_an_operator_without_a_kernel_is_named(cache: Path) -> None:
-    softmax = zoo.of_trunk(lambda x, m: x.mean((2, 3)).softmax(1))
-    program = fuse(softmax.eval(), torch.zeros(1, 3, 16, 16), Batch(1, 1, 1))
-    with pytest.raises(ExportError, match=r"^no kernel computes softmax \(softmax\w*\)$"):
-        kernel_calls(program, program.at(HALF), HALF, 1)
 
 
 def test_sizes_of_a_range() -> None:

@@ -60,6 +60,12 @@ ELEMENTWISE: dict[str, tuple[Callable[[], dict[str, Tensor]], dict[str, Any], Ca
         lambda: {"a": picture(2, 6, 3, 3), "b": torch.randn(6, 1, 1), "y": picture(2, 6, 3, 3)},
         {"operation": "divide"}, lambda a, b: a / b,
     ),
+    "bytes to normalised pixels": (
+        lambda: {"a": torch.randint(0, 256, (2, 5, 3, 3), dtype=torch.uint8).permute(0, 3, 1, 2),
+                 "b": torch.tensor([0.4, 0.5, 0.6]).reshape(3, 1, 1),
+                 "c": torch.tensor([0.2, 0.3, 0.25]).reshape(3, 1, 1), "y": picture(2, 3, 5, 3)},
+        {"operation": "normalise"}, lambda a, b, c: (a / 255 - b) / c,
+    ),
     "prelu": (
         lambda: {"a": picture(2, 6, 3, 3), "b": picture(1, 6, 1, 1), "y": picture(2, 6, 3, 3)},
         {"operation": "prelu"}, lambda a, b: F.prelu(a, b.flatten()),
