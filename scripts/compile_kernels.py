@@ -1,8 +1,13 @@
-"""Compile every kernel of a model ahead of time, for GPUs that need not be here, and judge the machine code."""
+"""Compile every kernel of a model ahead of time, for GPUs that need not be here, and judge the machine code.
+
+The predicted floor of a kernel is a time that it cannot fall below on the target's usual board; nothing is measured.
+"""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import inspect
 import json
 import os
 import sys
@@ -24,6 +29,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32, 128], metavar="N", help="default 1 8 32 128")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp16", help="default fp16")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument(
+        "--list-targets", action="store_true", help="which of them the installed Triton serves, tried out"
+    )
+    parser.add_argument("--alternatives", action="store_true", help="predict the configurations next to each one too")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON to a file too")
+    parser.add_argument(
+        "--compare", type=Path, metavar="FILE", help="an --output of another build, beside this one's floors"
+    )
     return parser.parse_args(argv)
 
 
@@ -38,7 +51,7 @@ with importing("compile"):
     from export import ExportError, fuse
     from export.benchmark.workload import fused_workload
     from export.terminal.console import Progress, print_table
-    from kernels.configs.targets import TARGETS
+    from kernels.configs.targets import REFUSED, TARGETS
     from kernels.problems import Problem
     from resnet.errors import ResNetError
     from resnet.models import MODELS, create_model
@@ -54,24 +67,74 @@ def main(argv: list[str] | None = None) -> int:
 
 def compile_kernels(args: argparse.Namespace) -> int:
     """Compile and show what was found; the exit code, which is 1 where a kernel is at fault."""
-    targets = args.targets or list(TARGETS)
-    for target in targets:
-        if target not in TARGETS:
-            raise ExportError(f"--targets: expected some of {', '.join(TARGETS)}, got {target!r}")
+    targets = targets_of(args)
+    if args.list_targets:
+        return list_targets(targets, args.json)
+    before = read_build(args.compare) if args.compare else None
+    if args.output and (args.output.is_dir() or not args.output.absolute().parent.is_dir()):
+        raise ExportError(f"--output: expected a file in a folder that exists, got {args.output}")
     with Progress() as progress:
         problems = [problem for name in args.model for problem in problems_of(name, args, progress)]
         kernels, launches = compile_for(targets, problems, progress)
     faulty = [kernel for kernel in kernels if kernel["faults"]]
+    found = {"passed": not faulty, "predictor": predictor(), "kernels": kernels, "launches": launches}
+    if args.output:
+        args.output.write_text(json.dumps(found) + "\n")
     if args.json:
-        print(json.dumps({"passed": not faulty, "kernels": kernels, "launches": launches}))
+        print(json.dumps(found))
         return 1 if faulty else 0
     for target in targets:
         print_kernels(target, [kernel for kernel in kernels if kernel["target"] == target])
     print_launches(targets, launches)
+    if args.alternatives:
+        print_alternatives(targets, [problem for _, _, problem in problems])
+    if before is not None:
+        print_comparison(before, found)
     for kernel in faulty:
         print(f"{kernel['target']} {kernel['problem']}: {'; '.join(kernel['faults'])}")
     print(f"{len(kernels)} kernels for {len(targets)} targets: {len(faulty) or 'none'} at fault")
     return 1 if faulty else 0
+
+
+def targets_of(args: argparse.Namespace) -> list[str]:
+    """Those asked for; by default all that the installed Triton serves."""
+    for target in args.targets or ():
+        if target in REFUSED:
+            raise ExportError(f"--targets: {target} is not served: {REFUSED[target]}")
+        if target not in TARGETS:
+            raise ExportError(f"--targets: expected some of {', '.join(TARGETS)}, got {target!r}")
+    try:
+        from kernels.compile import version_reason
+    except ModuleNotFoundError as error:
+        raise ExportError(f"no package {error.name}, expected triton: Linux only") from error
+
+    reasons = {target: version_reason(TARGETS[target]) for target in args.targets or TARGETS}
+    if args.list_targets:
+        return [*reasons]
+    if args.targets and any(reasons.values()):
+        raise ExportError("--targets: " + "; ".join(reason for reason in reasons.values() if reason))
+    return [target for target, reason in reasons.items() if reason is None]
+
+
+def list_targets(targets: list[str], as_json: bool) -> int:
+    """Which targets the installed Triton serves, each tried in a process of its own; the exit code."""
+    import triton
+
+    from kernels.compile import unserved_reason
+
+    with Progress() as progress:
+        reasons = {}
+        for target in targets:
+            progress(f"try {target}")
+            reasons[target] = unserved_reason(TARGETS[target])
+    if as_json:
+        print(json.dumps({"triton": triton.__version__, "unserved": reasons}))
+        return 0
+    table = Table("target", "board", f"Triton {triton.__version__}", box=box.SIMPLE_HEAD)
+    for target, reason in reasons.items():
+        table.add_row(target, TARGETS[target].board, reason or "yes")
+    print_table(table, WIDTH)
+    return 0
 
 
 Problems = list[tuple[str, int, Problem]]
@@ -109,21 +172,116 @@ def compile_for(
                 select_config(problem, TARGETS[name])
     except ValueError as error:  # a batch that no kernel can number, or a tuned table that is damaged
         raise ExportError(str(error)) from error
-    kernels = compile_problems({TARGETS[name]: distinct for name in targets}, progress)
-    launches: Counter[tuple[str, str, int]] = Counter()
+    kernels = compile_problems({TARGETS[name]: distinct for name in targets}, progress, floors=True)
+    floors = {
+        (kernel["target"], problem, json.dumps(kernel["config"])): floor["floor_us"]
+        for kernel in kernels
+        for problem, floor in zip(kernel["problems"], kernel["floors"], strict=True)
+    }
+    counts: Counter[tuple[str, str, int]] = Counter()
+    floor_us: Counter[tuple[str, str, int]] = Counter()
     for name in targets:
         for model, batch, problem in problems:
-            launches[name, model, batch] += len(plan(problem, select_config(problem, TARGETS[name]), TARGETS[name]))
+            for launch in plan(problem, select_config(problem, TARGETS[name]), TARGETS[name]):
+                counts[name, model, batch] += 1
+                config = json.dumps(launch.config.to_json())
+                floor_us[name, model, batch] += floors[name, launch.problem.key, config]
     keys = ("target", "model", "batch")
-    return kernels, [{**dict(zip(keys, key, strict=True)), "launches": n} for key, n in launches.items()]
+    return kernels, [
+        {**dict(zip(keys, key, strict=True)), "launches": n, "floor_us": round(floor_us[key], 3)}
+        for key, n in counts.items()
+    ]
+
+
+def predictor() -> str:
+    """Names what predicts: floors of two builds can be compared where it is the same."""
+    from kernels.configs import targets
+    from kernels.prediction import block, floor, sass, words
+
+    text = "".join(inspect.getsource(module) for module in (targets, sass, words, block, floor))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def read_build(path: Path) -> dict[str, Any]:
+    """What another build's --output holds.
+
+    Raises:
+        ExportError: it is no such file, or its floors are another predictor's.
+    """
+    try:
+        build: dict[str, Any] = json.loads(path.read_text())
+        theirs = build["predictor"]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ExportError(f"--compare: expected a file written by --output, {path}: {error!r}") from error
+    if theirs != predictor():
+        raise ExportError(
+            f"--compare: {path} was predicted by {theirs}, expected {predictor()}: "
+            "write it again with kernels/prediction and kernels/configs/targets.py of this build"
+        )
+    return build
+
+
+def print_comparison(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Predicted floors of two builds: of each problem, where either is above the other, and of whole networks."""
+    ours, theirs = problem_floors(now), problem_floors(before)
+    table = Table("target", "problem", title="predicted floors, us", box=box.SIMPLE_HEAD)
+    for heading in ("before", "now", "ratio"):
+        table.add_column(heading, justify="right")
+    table.add_column("bound by")
+    for (target, problem), floors in ours.items():
+        old = theirs.get((target, problem))
+        if old is None:
+            continue
+        before_us, now_us = (sum(floor["floor_us"] for floor in build) for build in (old, floors))
+        bound = " + ".join(floor["bound_by"] for floor in floors)
+        row = (f"{before_us:.2f}", f"{now_us:.2f}", f"{now_us / before_us:.2f}")
+        table.add_row(target, problem, *row, bound, style="red" if now_us > 1.001 * before_us else "")
+    print_table(table, WIDTH)
+    table = Table("target", "network", title="predicted floors of a forward pass, us", box=box.SIMPLE_HEAD)
+    for heading in ("before", "now", "ratio"):
+        table.add_column(heading, justify="right")
+    totals = {(e["target"], e["model"], e["batch"]): e["floor_us"] for e in before["launches"]}
+    for entry in now["launches"]:
+        old_us = totals.get((entry["target"], entry["model"], entry["batch"]))
+        if old_us is not None:
+            row = (f"{old_us:.1f}", f"{entry['floor_us']:.1f}", f"{entry['floor_us'] / old_us:.2f}")
+            table.add_row(entry["target"], f"{entry['model']} batch {entry['batch']}", *row)
+    print_table(table, WIDTH)
+
+
+def print_alternatives(targets: list[str], problems: list[Problem]) -> None:
+    """The predicted floor of each problem's configuration beside the best of those one decision away."""
+    from kernels.compile import alternatives
+
+    table = Table("target", "problem", "best beside it", title="predicted floors, us", box=box.SIMPLE_HEAD)
+    for heading in ("chosen", "best", "ratio"):
+        table.add_column(heading, justify="right")
+    for target in targets:
+        for problem in dict.fromkeys(problems):
+            tried = alternatives(problem, TARGETS[target])
+            chosen, (config, best) = tried[0][1], min(tried, key=lambda entry: entry[1])
+            words = "" if best == chosen else describe_config(config.to_json())
+            row = (f"{1e6 * chosen:.2f}", f"{1e6 * best:.2f}", f"{chosen / best:.2f}")
+            table.add_row(target, problem.key, words, *row)
+    print_table(table, WIDTH)
+
+
+def problem_floors(build: dict[str, Any]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """The floors of the kernels that run a problem, one after the other, by target and problem."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for kernel in build["kernels"]:
+        for whole, floor in zip(kernel["wholes"], kernel["floors"], strict=True):
+            found.setdefault((kernel["target"], whole), []).append(floor)
+    return found
 
 
 def print_kernels(target: str, kernels: list[dict[str, Any]]) -> None:
     table = Table(title=f"{target}, {TARGETS[target].shared_memory} bytes of shared memory", box=box.SIMPLE_HEAD)
     table.add_column("kernel")
     table.add_column("config")
-    for heading in ("registers", "stack", "shared", "tensor-core ops", "loads"):
+    for heading in ("registers", "stack", "shared", "tensor-core ops", "loads", "floor us"):
         table.add_column(heading, justify="right")
+    table.add_column("bound by")
     table.add_column("")
     for kernel in kernels:
         operations = " ".join(f"{count} {name}" for name, count in kernel["tensor_core_ops"].items())
@@ -136,6 +294,8 @@ def print_kernels(target: str, kernels: list[dict[str, Any]]) -> None:
             str(kernel["shared_bytes"]),
             operations,
             describe_loads(kernel),
+            f"{kernel['floors'][0]['floor_us']:.2f}",
+            kernel["floors"][0]["bound_by"],
             "FAULT" if kernel["faults"] else "ok",
             style="red" if kernel["faults"] else "",
         )
@@ -154,6 +314,8 @@ def print_launches(targets: list[str], launches: list[dict[str, Any]]) -> None:
 
 def describe_config(config: dict[str, Any]) -> str:
     """Tile, warps and stages, and what is not the default, in a few words."""
+    if "first" in config:
+        return " and ".join(describe_config(config[half]) for half in ("first", "second"))
     sides = [config[name] for name in ("block_m", "block_q", "block_n", "block_k") if name in config]
     words = ["x".join(map(str, sides)), f"{config['num_warps']} warps"]
     if "num_stages" in config:

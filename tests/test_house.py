@@ -22,6 +22,7 @@ _RUNTIME = (
 _OPERATORS = ("kernels.problems", "kernels.rounding", "kernels.operators")
 _LOWER = ("export.fusion", *_RUNTIME, "export.base", "kernels", *_OPERATORS)
 _KERNELS = ("kernels.plan", "kernels.configs", "kernels.jit", "kernels.problems")
+_FLOORS = ("kernels.configs", "kernels.problems")
 _STATES = ("resnet.weights", "resnet.model_card", "resnet.initialise")
 _NETWORKS = ("resnet.models", "resnet.data", "resnet.errors")
 RULE: dict[str, tuple[str, ...]] = {
@@ -36,7 +37,8 @@ RULE: dict[str, tuple[str, ...]] = {
     **{room: (*_RUNTIME[index + 1 :], "export.base") for index, room in enumerate(_RUNTIME)},
     "export.base": (),
     "kernels": ("kernels.operators",),
-    "kernels.compile": _KERNELS,
+    "kernels.compile": (*_KERNELS, "kernels.prediction"),
+    "kernels.prediction": _FLOORS,
     "kernels.launch": (*_KERNELS, "kernels.operators"),
     "kernels.plan": _KERNELS[1:],
     "kernels.configs": ("kernels.problems",),

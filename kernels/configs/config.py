@@ -25,6 +25,8 @@ MAX_ACCUMULATORS_PER_THREAD = 64
 # TMA: pixels per axis of one box, and the barriers that each pipeline stage keeps in shared memory.
 MAX_BOX = 256
 BARRIER_BYTES = 1024
+# Of a split K: what the last program has on its way to shared memory at a time, if that is more than one tile.
+PARTIAL_SUM_BYTES = 32768
 
 Box = tuple[int, int, int]
 
@@ -183,6 +185,11 @@ def launch_options(num_warps: int, num_stages: int, target: Target | None) -> di
     """Contraction to FMA is asked for by name: its default differs between Triton versions."""
     options: dict[str, int | bool] = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
     return {**options, "launch_pdl": True} if uses_pdl(target) else options
+
+
+def partial_sum_bytes(tile: int, splits: int) -> int:
+    """Shared memory in which `splits` partial tiles of so many elements arrive."""
+    return 4 * tile * max(1, min(splits, PARTIAL_SUM_BYTES // (4 * tile)))
 
 
 def uses_pdl(target: Target | None) -> bool:

@@ -18,6 +18,7 @@ from kernels.configs.config import (
     conv_k_blocks,
     k_blocks,
     launch_options,
+    partial_sum_bytes,
     pixel_reason,
     uses_pdl,
 )
@@ -69,7 +70,7 @@ class ConvConfig(BoxedConfig, kind="conv", runs=ConvProblem):
     """One way to launch a ConvProblem.
 
     Attributes:
-        split_k: programs that share one tile's reduction.
+        split_k: blocks that share one tile's reduction.
         programs_per_sm: with a box, how many persistent programs a multiprocessor gets; 0 is one program per block.
     """
 
@@ -84,8 +85,6 @@ class ConvConfig(BoxedConfig, kind="conv", runs=ConvProblem):
             return f"{problem.groups} groups beside a projection, expected 1"
         if self.split_k > slices:
             return f"split_k is {self.split_k}, expected at most the {slices} slices"
-        if self.box is not None and self.split_k > 1:
-            return f"split_k is {self.split_k} with a box, expected 1"
         if self.box is not None and problem.projection is not None and problem.projection.c_in % self.block_k:
             return f"{problem.projection.c_in} projected channels, expected a multiple of block_k {self.block_k}"
         return self.box_reason(problem, target)
@@ -93,8 +92,8 @@ class ConvConfig(BoxedConfig, kind="conv", runs=ConvProblem):
     def shared_memory(self, problem: ConvProblem) -> int:
         size = problem.dtype.itemsize
         pipeline = self.num_stages * (self.block_m + self.block_n) * self.block_k * size
-        # Partial sums change layout in float32.
-        epilogue = self.block_m * self.block_n * (4 if self.split_k > 1 else size)
+        tile = self.block_m * self.block_n
+        epilogue = partial_sum_bytes(tile, self.split_k) if self.split_k > 1 else tile * size
         if self.box is None:
             return max(pipeline, epilogue)
         # Boxes of the projection are loaded while those of the convolution are still in place.
@@ -105,9 +104,8 @@ class ConvConfig(BoxedConfig, kind="conv", runs=ConvProblem):
 
     def changes(self, problem: ConvProblem) -> Iterator[Config]:
         yield from super().changes(problem)
-        if self.box is None:
-            yield from self._resized(problem, "split_k", self.split_k * 2, self.split_k // 2)
-        else:
+        yield from self._resized(problem, "split_k", self.split_k * 2, self.split_k // 2)
+        if self.box is not None:
             for programs in {0, 1, 2} - {self.programs_per_sm}:
                 yield replace(self, programs_per_sm=programs)
 
@@ -168,6 +166,8 @@ class ConvConfig(BoxedConfig, kind="conv", runs=ConvProblem):
         weight_block = Operand(problem.dtype, (self.block_n, self.block_k), "filters")
         blocks = -(-problem.c_out // self.block_n) * boxes((n, p, q), box)
         programs = self.programs_per_sm * (target.multiprocessors if target is not None else 1)
+        tiles = blocks if self.split_k > 1 else 0
+        blocks *= self.split_k
         projection = problem.projection
         return KernelLaunch(
             kernel="box_gemm._conv2d_boxes_kernel",
@@ -181,6 +181,8 @@ class ConvConfig(BoxedConfig, kind="conv", runs=ConvProblem):
                 "slope_ptr": tensor if problem.activation == "prelu" else None,
                 "shortcut_desc": replace(x_block, step=projection.stride) if projection else None,
                 "shortcut_weight_desc": weight_block if projection else None,
+                "partials_ptr": Operand(torch.float32) if self.split_k > 1 else None,
+                "counters_ptr": Operand(torch.int32) if self.split_k > 1 else None,
                 "y_ptr": tensor,
             },
             scalars={
@@ -202,10 +204,13 @@ class ConvConfig(BoxedConfig, kind="conv", runs=ConvProblem):
                 **tile(box),
                 "BLOCK_N": self.block_n,
                 "BLOCK_K": self.block_k,
+                "SPLIT_K": self.split_k,
                 "USE_PDL": uses_pdl(target),
             },
             grid=(min(blocks, programs) if programs else blocks,),
             options=launch_options(self.num_warps, self.num_stages, target),
+            tiles=tiles,
+            partials=tiles * self.split_k * self.block_m * self.block_n,
         )
 
 

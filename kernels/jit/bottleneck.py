@@ -11,6 +11,7 @@ import triton.language as tl
 from kernels.jit.parts import (
     _accumulate_boxes,
     _accumulate_gathered,
+    _bias,
     _bias_residual_act_store,
     _biased,
     _box_corner,
@@ -89,10 +90,14 @@ def _conv2d_conv1x1_kernel(
     mask_mid = offs_mid < C_MID
 
     _wait_for_previous_kernel(USE_PDL)
-    acc = tl.zeros((BLOCK_M, BLOCK_MID), dtype=tl.float32)
+    bias = _bias(bias_ptr, offs_mid, mask_mid)
     if USE_BOXES:
-        acc = _accumulate_boxes(acc, x, weight, n0, p0 - PAD_H, q0 - PAD_W, 0, C_IN, R, S, BLOCK_M, BLOCK_K)
+        acc = tl.zeros((BLOCK_MID, BLOCK_M), dtype=tl.float32)
+        acc = _accumulate_boxes(
+            acc, x, weight, n0, p0 - PAD_H, q0 - PAD_W, 0, 0, K_BLOCKS, C_IN, R, S, BLOCK_M, BLOCK_K
+        ).T
     else:
+        acc = tl.zeros((BLOCK_M, BLOCK_MID), dtype=tl.float32)
         acc = _accumulate_gathered(
             acc,
             x,
@@ -118,8 +123,9 @@ def _conv2d_conv1x1_kernel(
             DILATION_H,
             DILATION_W,
             BLOCK_K,
+            C_MID == BLOCK_MID,
         )
-    hidden = _relu(_biased(acc, bias_ptr, offs_mid, mask_mid))
+    hidden = _relu(_biased(acc, bias))
     if BLOCK_MID > C_MID:  # beyond the channels an infinity of x met weights of 0: NaN
         hidden = tl.where(mask_mid[None, :], hidden, 0.0)
     hidden = hidden.to(y_ptr.dtype.element_ty)
@@ -129,6 +135,7 @@ def _conv2d_conv1x1_kernel(
     for block_n in range(0, tl.cdiv(C_OUT, BLOCK_N)):
         offs_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
         mask_n = offs_n < C_OUT
+        expand_bias = _bias(expand_bias_ptr, offs_n, mask_n)
         columns = expand_weight_ptr + offs_n.to(tl.int64) * C_MID
         expand_tile = tl.load(columns[None, :] + offs_mid[:, None], mask=mask_mid[:, None] & mask_n[None, :], other=0.0)
         y_tile = tl.dot(hidden, expand_tile, input_precision="ieee")
@@ -158,10 +165,11 @@ def _conv2d_conv1x1_kernel(
                 1,
                 1,
                 BLOCK_K,
+                C_OUT % BLOCK_N == 0,
             )
         _bias_residual_act_store(
             y_tile,
-            expand_bias_ptr,
+            expand_bias,
             residual_ptr,
             None,
             y_ptr,

@@ -1,7 +1,8 @@
 """Convolution of stride 1 as an implicit GEMM over TMA boxes: sm_90 and newer.
 
 One row block is a box of TILE_N images x TILE_P rows x TILE_Q columns of output pixels; under each tap it is a box of
-x of the same shape, shifted. A dense 1x1 convolution is passed as one image of one row: a plain GEMM.
+x of the same shape, shifted. A dense 1x1 convolution is passed as one image of one row: a plain GEMM. Where boxes are
+few, K is split between programs as in implicit_gemm.py.
 """
 
 # mypy: allow-untyped-defs
@@ -11,11 +12,13 @@ import triton.language as tl
 
 from kernels.jit.parts import (
     _accumulate_boxes,
+    _bias,
     _bias_residual_act_store,
     _box_corner,
     _box_pixels,
     _let_next_kernel_start,
     _pixel_offset,
+    _sum_of_splits,
     _wait_for_previous_kernel,
 )
 
@@ -29,6 +32,8 @@ def _conv2d_boxes_kernel(
     slope_ptr,
     shortcut_desc,
     shortcut_weight_desc,
+    partials_ptr,
+    counters_ptr,
     y_ptr,
     N,
     P,
@@ -50,6 +55,7 @@ def _conv2d_boxes_kernel(
     TILE_Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
     """y[n,p,q,o] = act(sum over r,s,c of x[n, p + r - PAD_H, q + s - PAD_W, c] * weight[o,r,s,c]
@@ -62,10 +68,20 @@ def _conv2d_boxes_kernel(
     blocks_n = tl.cdiv(C_OUT, BLOCK_N)
     boxes = tl.cdiv(N, TILE_N) * tl.cdiv(P, TILE_P) * tl.cdiv(Q, TILE_Q)
     _wait_for_previous_kernel(USE_PDL)
-    for block in tl.range(tl.program_id(0), boxes * blocks_n, tl.num_programs(0)):
-        n0, p0, q0 = _box_corner(block // blocks_n, P, Q, TILE_N, TILE_P, TILE_Q)
-        first_column = block % blocks_n * BLOCK_N
-        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    slices: tl.constexpr = R * S * (C_IN // BLOCK_K)
+    slices_s: tl.constexpr = C_S // BLOCK_K if HAS_PROJECTION else 0
+    slices_per_split: tl.constexpr = tl.cdiv(slices + slices_s, SPLIT_K)
+    for block in tl.range(tl.program_id(0), boxes * blocks_n * SPLIT_K, tl.num_programs(0)):
+        tile = block // SPLIT_K
+        split = block % SPLIT_K
+        n0, p0, q0 = _box_corner(tile // blocks_n, P, Q, TILE_N, TILE_P, TILE_Q)
+        first_column = tile % blocks_n * BLOCK_N
+        offs_n = first_column + tl.arange(0, BLOCK_N)
+        bias = _bias(bias_ptr, offs_n, offs_n < C_OUT)
+        # The projection's slices are numbered after the convolution's.
+        first = split * slices_per_split
+        last = first + slices_per_split
+        acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
         acc = _accumulate_boxes(
             acc,
             x_desc,
@@ -74,6 +90,8 @@ def _conv2d_boxes_kernel(
             p0 - PAD_H,
             q0 - PAD_W,
             first_column,
+            0 if SPLIT_K == 1 else first,
+            slices if SPLIT_K == 1 else tl.minimum(last, slices),
             C_IN,
             R,
             S,
@@ -89,6 +107,8 @@ def _conv2d_boxes_kernel(
                 p0,
                 q0,
                 first_column,
+                0 if SPLIT_K == 1 else tl.maximum(first - slices, 0),
+                slices_s if SPLIT_K == 1 else tl.minimum(last - slices, slices_s),
                 C_S,
                 1,
                 1,
@@ -99,11 +119,16 @@ def _conv2d_boxes_kernel(
 
         n, p, q = _box_pixels(n0, p0, q0, TILE_N, TILE_P, TILE_Q)
         mask_m = (n < N) & (p < P) & (q < Q)
-        offs_n = first_column + tl.arange(0, BLOCK_N)
+        acc = acc.T
+        if SPLIT_K > 1:
+            acc, holds_sum = _sum_of_splits(
+                acc, partials_ptr, counters_ptr, tile, split, mask_m, first_column, C_OUT, SPLIT_K, BLOCK_M, BLOCK_N
+            )
+            mask_m &= n < tl.where(holds_sum, N, 0)
         offs_y = _pixel_offset(n, p, q, P, Q, C_OUT)
         _bias_residual_act_store(
             acc,
-            bias_ptr,
+            bias,
             residual_ptr,
             slope_ptr,
             y_ptr,

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from kernels.jit.parts import (
     _accumulate_gathered,
+    _bias,
     _bias_residual_act_store,
     _let_next_kernel_start,
     _pixels,
@@ -83,9 +84,11 @@ def _conv2d_gathered_kernel(
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < M
     n, p, q = _pixels(offs_m, P, Q)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    lane_n = tl.arange(0, BLOCK_N)
+    offs_n = pid_n * BLOCK_N + lane_n
     mask_n = offs_n < C_OUT
-    offs_o = group * C_OUT + offs_n
+    first_column = group * C_OUT + pid_n * BLOCK_N
+    offs_o = first_column + lane_n
 
     # The projection's slices are numbered after the convolution's.
     blocks_per_split: tl.constexpr = tl.cdiv(K_BLOCKS + K_BLOCKS_S, SPLIT_K)
@@ -93,16 +96,17 @@ def _conv2d_gathered_kernel(
     last = K_BLOCKS + K_BLOCKS_S if SPLIT_K == 1 else first + blocks_per_split
 
     _wait_for_previous_kernel(USE_PDL)
+    bias = _bias(bias_ptr, offs_o, mask_n)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     acc = _accumulate_gathered(
         acc,
         x_ptr + group * C_IN,
-        weight_ptr,
+        weight_ptr + first_column.to(tl.int64) * (R * S * C_IN),
         n,
         p,
         q,
         mask_m,
-        offs_o,
+        lane_n,
         mask_n,
         H,
         W,
@@ -119,17 +123,18 @@ def _conv2d_gathered_kernel(
         DILATION_H,
         DILATION_W,
         BLOCK_K,
+        C_OUT % BLOCK_N == 0,
     )
     if HAS_PROJECTION:
         acc = _accumulate_gathered(
             acc,
             shortcut_ptr,
-            shortcut_weight_ptr,
+            shortcut_weight_ptr + first_column.to(tl.int64) * C_S,
             n,
             p,
             q,
             mask_m,
-            offs_o,
+            lane_n,
             mask_n,
             H_S,
             W_S,
@@ -146,17 +151,20 @@ def _conv2d_gathered_kernel(
             1,
             1,
             BLOCK_K,
+            C_OUT % BLOCK_N == 0,
         )
     _let_next_kernel_start(USE_PDL)
 
     if SPLIT_K > 1:
         index = group * (blocks_m * blocks_n) + tile
-        acc, holds_sum = _sum_of_splits(acc, partials_ptr, counters_ptr, index, split, SPLIT_K, BLOCK_M, BLOCK_N)
+        acc, holds_sum = _sum_of_splits(
+            acc, partials_ptr, counters_ptr, index, split, mask_m, pid_n * BLOCK_N, C_OUT, SPLIT_K, BLOCK_M, BLOCK_N
+        )
         mask_m = offs_m < tl.where(holds_sum, M, 0)
     offs_y = offs_m.to(tl.int64) * (GROUPS * C_OUT)
     _bias_residual_act_store(
         acc,
-        bias_ptr,
+        bias,
         residual_ptr,
         slope_ptr,
         y_ptr,

@@ -33,8 +33,10 @@ def _swizzled_block(pid, blocks_m, blocks_n):
 @triton.jit
 def _pixels(offs_m, P, Q):
     """(n, p, q) of the output pixels offs_m."""
-    row = offs_m // Q
-    return row // P, row % P, offs_m % Q
+    pixel = offs_m.to(tl.uint32)  # dividing signed numbers costs half as much again
+    row = pixel // Q.to(tl.uint32)
+    n = row // P.to(tl.uint32)
+    return n.to(tl.int32), (row - n * P).to(tl.int32), (pixel - row * Q).to(tl.int32)
 
 
 @triton.jit
@@ -60,25 +62,20 @@ def _pixel_offset(n, h, w, H, W, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def _k_slice(k_block, TAPS: tl.constexpr, C_IN: tl.constexpr, BLOCK_K: tl.constexpr):
-    """(k, tap, channel, mask) of the k_block-th slice of BLOCK_K reduction indices; tap = r * S + s.
+def _taps_inside(
+    h, w, mask_m, H, W, R: tl.constexpr, S: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr
+):
+    """Bit r * S + s of each row of the tile: whether it has that tap, and the tap lies inside the image. R * S < 32.
 
-    Where a tap has fewer channels than a slice is long, the whole of K is cut into slices: no lane is wasted.
-    Otherwise a slice stays inside one tap, so the tap is the same in every lane and costs scalar arithmetic only.
+    h and w are the pixel under tap (0, 0); as an unsigned number one left of or above the image is beyond it.
     """
-    lane = tl.arange(0, BLOCK_K)
-    if TAPS > 1 and C_IN < BLOCK_K:
-        offs_k = k_block * BLOCK_K + lane
-        tap = offs_k // C_IN
-        offs_c = offs_k % C_IN
-        mask_k = offs_k < TAPS * C_IN
-    else:
-        blocks_per_tap: tl.constexpr = tl.cdiv(C_IN, BLOCK_K)
-        tap = tl.full([BLOCK_K], k_block // blocks_per_tap, tl.int32)
-        offs_c = k_block % blocks_per_tap * BLOCK_K + lane
-        offs_k = tap * C_IN + offs_c
-        mask_k = offs_c < C_IN
-    return offs_k, tap, offs_c, mask_k
+    in_row = tl.zeros_like(w)
+    for s in tl.static_range(S):
+        in_row |= tl.where((w + s * DILATION_W).to(tl.uint32) < W.to(tl.uint32), 1 << s, 0)
+    inside = tl.zeros_like(h)
+    for r in tl.static_range(R):
+        inside |= tl.where((h + r * DILATION_H).to(tl.uint32) < H.to(tl.uint32), in_row << (r * S), 0)
+    return tl.where(mask_m, inside, 0)
 
 
 @triton.jit
@@ -107,34 +104,84 @@ def _accumulate_gathered(
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    ALL_COLUMNS: tl.constexpr = False,
 ):
     """acc + sum over K slices [first_k_block, last_k_block) of x[n, h, w, c] * weight[offs_n, r, s, c].
 
-    x_ptr points to the first channel of the group. Pixels outside the image and masked lanes are loaded as 0.
+    x_ptr points to the first channel of the group. Pixels outside the image and masked lanes are loaded as 0; with
+    ALL_COLUMNS mask_n is true everywhere.
+
+    Where a tap has fewer channels than a slice is long, the whole of K is cut into slices: no lane is wasted, and each
+    has its own tap. Otherwise a slice stays inside one tap: addresses and masks of the tile are computed once, before
+    the loop, and a slice only moves the pointer and picks its tap's bit of the mask.
     """
     h = p * STRIDE_H - PAD_H
     w = q * STRIDE_W - PAD_W
-    x_rows = x_ptr + _pixel_offset(n, h, w, H, W, GROUPS * C_IN)
-    weight_columns = weight_ptr + offs_n.to(tl.int64) * (R * S * C_IN)
-    for k_block in range(first_k_block, last_k_block):
-        offs_k, tap, offs_c, mask_k = _k_slice(k_block, R * S, C_IN, BLOCK_K)
-        tap_h = tap // S * DILATION_H
-        tap_w = tap % S * DILATION_W
-
-        x_mask = mask_m[:, None] & mask_k[None, :]
-        if PAD_H > 0:
-            rows = h[:, None] + tap_h[None, :]
-            x_mask &= (rows >= 0) & (rows < H)
-        if PAD_W > 0:
-            columns = w[:, None] + tap_w[None, :]
-            x_mask &= (columns >= 0) & (columns < W)
-        x_offsets = (tap_h.to(tl.int64) * W + tap_w) * (GROUPS * C_IN) + offs_c
-        x_tile = tl.load(x_rows[:, None] + x_offsets[None, :], mask=x_mask, other=0.0)
-
-        weight_mask = mask_k[:, None] & mask_n[None, :]
-        weight_tile = tl.load(weight_columns[None, :] + offs_k[:, None], mask=weight_mask, other=0.0)
-
-        acc = tl.dot(x_tile, weight_tile, acc, input_precision="ieee")
+    x_rows = _pixel_offset(n, h, w, H, W, GROUPS * C_IN)[:, None]
+    weight_columns = (offs_n.to(tl.int64) * (R * S * C_IN))[None, :]
+    if R * S > 1 and C_IN < BLOCK_K:
+        for k_block in range(first_k_block, last_k_block):
+            offs_k = k_block * BLOCK_K + tl.arange(0, BLOCK_K)
+            mask_k = offs_k < R * S * C_IN
+            tap = offs_k // C_IN
+            tap_h = tap // S * DILATION_H
+            tap_w = tap % S * DILATION_W
+            x_mask = mask_m[:, None] & mask_k[None, :]
+            if PAD_H > 0:
+                rows = h[:, None] + tap_h[None, :]
+                x_mask &= (rows >= 0) & (rows < H)
+            if PAD_W > 0:
+                columns = w[:, None] + tap_w[None, :]
+                x_mask &= (columns >= 0) & (columns < W)
+            x_offsets = (tap_h.to(tl.int64) * W + tap_w) * (GROUPS * C_IN) + offs_k % C_IN
+            x_tile = tl.load(x_ptr + x_rows + x_offsets[None, :], mask=x_mask, other=0.0)
+            weight_mask = mask_k[:, None] & mask_n[None, :]
+            weight_tile = tl.load(weight_ptr + weight_columns + offs_k[:, None], mask=weight_mask, other=0.0)
+            acc = tl.dot(x_tile, weight_tile, acc, input_precision="ieee")
+    else:
+        # 64 channels are one 128-byte line of a pixel: the parts of a longer slice share their rows' addresses.
+        PART: tl.constexpr = min(BLOCK_K, 64)
+        blocks_per_tap: tl.constexpr = tl.cdiv(C_IN, BLOCK_K)
+        padded: tl.constexpr = PAD_H > 0 or PAD_W > 0
+        lane = tl.arange(0, PART)
+        x_tile_offsets = x_rows + lane[None, :]
+        weight_tile_offsets = weight_columns + lane[:, None]
+        if padded and R * S < 32:
+            inside = _taps_inside(h, w, mask_m, H, W, R, S, DILATION_H, DILATION_W)
+        for k_block in range(first_k_block, last_k_block):
+            if R * S == 1:
+                tap = 0
+                channel = k_block * BLOCK_K
+                x_slice = x_ptr + channel
+            else:
+                tap = k_block // blocks_per_tap
+                channel = k_block % blocks_per_tap * BLOCK_K
+                pixel = (tap // S * DILATION_H).to(tl.int64) * W + tap % S * DILATION_W
+                x_slice = x_ptr + pixel * (GROUPS * C_IN) + channel
+            weight_slice = weight_ptr + (tap * C_IN + channel)
+            if not padded:
+                mask_x = mask_m
+            elif R * S < 32:
+                mask_x = (inside & (1 << tap)) != 0
+            else:
+                rows = (h + tap // S * DILATION_H).to(tl.uint32)
+                columns = (w + tap % S * DILATION_W).to(tl.uint32)
+                mask_x = mask_m & (rows < H.to(tl.uint32)) & (columns < W.to(tl.uint32))
+            for part in tl.static_range(BLOCK_K // PART):
+                x_pointers = x_slice + part * PART + x_tile_offsets
+                weight_pointers = weight_slice + part * PART + weight_tile_offsets
+                if C_IN % BLOCK_K == 0:
+                    x_tile = tl.load(x_pointers, mask=mask_x[:, None], other=0.0)
+                else:
+                    mask_k = channel + part * PART + lane < C_IN
+                    x_tile = tl.load(x_pointers, mask=mask_x[:, None] & mask_k[None, :], other=0.0)
+                if C_IN % BLOCK_K == 0 and ALL_COLUMNS:
+                    weight_tile = tl.load(weight_pointers)
+                elif C_IN % BLOCK_K == 0:
+                    weight_tile = tl.load(weight_pointers, mask=mask_n[None, :], other=0.0)
+                else:
+                    weight_tile = tl.load(weight_pointers, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+                acc = tl.dot(x_tile, weight_tile, acc, input_precision="ieee")
     return acc
 
 
@@ -147,25 +194,91 @@ def _accumulate_boxes(
     h,
     w,
     first_column,
+    first_k_block,
+    last_k_block,
     C_IN: tl.constexpr,
     R: tl.constexpr,
     S: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """acc + the convolution of stride 1 of one box of pixels, whose tap (0, 0) is the box of x at (n, h, w).
+    """acc + K slices [first_k_block, last_k_block) of the convolution of stride 1 of one box of pixels.
 
-    x_desc loads boxes of TILE_N x TILE_P x TILE_Q pixels and BLOCK_K channels, weight_desc BLOCK_N filters and BLOCK_K
-    of their elements; both load 0 outside the tensor, which is the padding. C_IN is a multiple of BLOCK_K.
+    acc has a row per filter and a column per pixel. The box of x under tap (0, 0) is at (n, h, w). x_desc loads boxes
+    of TILE_N x TILE_P x TILE_Q pixels and BLOCK_K channels, weight_desc BLOCK_N filters and BLOCK_K of their elements;
+    both load 0 outside the tensor, which is the padding. C_IN is a multiple of BLOCK_K.
+
+    The box is the second operand, since WGMMA always reads that one from shared memory; as the first, Triton would
+    pass a tile that is reshaped through registers.
     """
     blocks_per_tap: tl.constexpr = C_IN // BLOCK_K
-    for k_block in range(0, R * S * blocks_per_tap):
+    for k_block in range(first_k_block, last_k_block):
         tap = k_block // blocks_per_tap
         channel = k_block % blocks_per_tap * BLOCK_K
         x_tile = x_desc.load([n, h + tap // S, w + tap % S, channel]).reshape(BLOCK_M, BLOCK_K)
         weight_tile = weight_desc.load([first_column, k_block * BLOCK_K])
-        acc = tl.dot(x_tile, weight_tile.T, acc, input_precision="ieee")
+        acc = tl.dot(weight_tile, x_tile.T, acc, input_precision="ieee")
     return acc
+
+
+@triton.jit
+def _store_partial(pointer, acc, mask_m, offs_n, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Store a partial tile, but for rows outside mask_m and columns from N on: a row's first four of every eight
+    columns, then its other fours.
+
+    A thread holds four or eight columns of a row and moves four at a time: in both cases those of its neighbours lie
+    beside them, and no sector is touched twice.
+    """
+    column = tl.arange(0, BLOCK_N)
+    column = column // 4 % 2 * (BLOCK_N // 2) + column // 8 * 4 + column % 4
+    offsets = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + column[None, :]
+    # In whole fours: what lies beyond N is not used.
+    tl.store(pointer + offsets, acc, mask=mask_m[:, None] & (offs_n < tl.cdiv(N, 4) * 4)[None, :])
+
+
+@triton.jit
+def _arrived_last(counters_ptr, tile, SPLIT_K: tl.constexpr):
+    """Whether the other SPLIT_K - 1 programs of the tile have arrived; the last leaves its counter at 0, as found."""
+    tl.debug_barrier()  # all that this program stores is written before it counts as arrived
+    last = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel", scope="gpu") == SPLIT_K - 1
+    tl.store(counters_ptr + tile, 0, mask=last)
+    return last
+
+
+@triton.jit
+def _sum_of_partials(
+    partials,
+    mask_m,
+    first_column,
+    is_last,
+    N: tl.constexpr,
+    ALL_COLUMNS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The sum of SPLIT_K partial tiles, the first at `partials`, in their order; 0 if not `is_last`.
+
+    Rows outside mask_m are the first row once more, which costs no access to memory; with ALL_COLUMNS no tile has
+    columns from N on.
+    """
+    # As they lie in memory, [BLOCK_M, 2, BLOCK_N // 2], and as many on their way to shared memory as
+    # config.PARTIAL_SUM_BYTES hold; of small ones, registers hold enough.
+    IN_FLIGHT: tl.constexpr = max(1, min(SPLIT_K, 8192 // (BLOCK_M * BLOCK_N)))
+    STAGES: tl.constexpr = 1 if BLOCK_M * BLOCK_N <= 1024 else IN_FLIGHT + 1
+    half, lane = tl.arange(0, 2), tl.arange(0, BLOCK_N // 2)
+    row = tl.where(mask_m, tl.arange(0, BLOCK_M), 0)
+    offsets = row[:, None, None] * BLOCK_N + (half[:, None] * (BLOCK_N // 2) + lane[None, :])[None, :, :]
+    column = first_column + half[:, None] * 4 + (lane // 4 * 8 + lane % 4)[None, :]
+    total = tl.zeros((BLOCK_M, 2, BLOCK_N // 2), dtype=tl.float32)
+    for split in tl.range(0, tl.where(is_last, SPLIT_K, 0), num_stages=STAGES):
+        pointers = partials + split * (BLOCK_M * BLOCK_N) + offsets
+        if ALL_COLUMNS:
+            total += tl.load(pointers, cache_modifier=".cg")
+        else:
+            there = (column < tl.cdiv(N, 4) * 4)[None, :, :]
+            total += tl.load(pointers, mask=there, other=0.0, cache_modifier=".cg")
+    return total.reshape(BLOCK_M, 2, BLOCK_N // 8, 4).permute(0, 2, 1, 3).reshape(BLOCK_M, BLOCK_N)
 
 
 @triton.jit
@@ -175,6 +288,9 @@ def _sum_of_splits(
     counters_ptr,
     tile,
     split,
+    mask_m,
+    first_column,
+    N: tl.constexpr,
     SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -182,25 +298,26 @@ def _sum_of_splits(
     """(sum of the SPLIT_K partial tiles, whether this program is the one that holds it).
 
     Every program stores its partial tile; the last to arrive adds them up, always in the order of the splits, so the
-    sum does not depend on who came last. It leaves the tile's counter at 0, as it was found.
+    sum does not depend on who came last. Of rows outside mask_m and columns from N on nothing is stored.
     """
-    offsets = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     partials = partials_ptr + tile.to(tl.int64) * (SPLIT_K * BLOCK_M * BLOCK_N)
-    tl.store(partials + split * (BLOCK_M * BLOCK_N) + offsets, acc)
-    tl.debug_barrier()  # the whole tile is written before the program counts as arrived
-    arrived = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel", scope="gpu")
-    last = arrived == SPLIT_K - 1
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for other in range(0, tl.where(last, SPLIT_K, 0)):
-        total += tl.load(partials + other * (BLOCK_M * BLOCK_N) + offsets, cache_modifier=".cg")
-    tl.store(counters_ptr + tile, 0, mask=last)
+    offs_n = first_column + tl.arange(0, BLOCK_N)
+    _store_partial(partials + split * (BLOCK_M * BLOCK_N), acc, mask_m, offs_n, N, BLOCK_M, BLOCK_N)
+    last = _arrived_last(counters_ptr, tile, SPLIT_K)
+    total = _sum_of_partials(partials, mask_m, first_column, last, N, N % BLOCK_N == 0, SPLIT_K, BLOCK_M, BLOCK_N)
     return total, last
 
 
 @triton.jit
-def _biased(acc, bias_ptr, offs_c, mask_c):
-    """acc + bias, in float32; offs_c is the channel of each column."""
-    return acc + tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
+def _bias(bias_ptr, offs_c, mask_c):
+    """The bias of the channels offs_c; loaded before the products, since nothing after them would cover its way."""
+    return tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0)
+
+
+@triton.jit
+def _biased(acc, bias):
+    """acc + bias, in float32; bias is that of each column."""
+    return acc + bias.to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -245,7 +362,7 @@ def _activated(value, slope_ptr, offs_c, mask_c, ACTIVATION: tl.constexpr, NEGAT
 @triton.jit
 def _bias_residual_act_store(
     acc,
-    bias_ptr,
+    bias,
     residual_ptr,
     slope_ptr,
     y_ptr,
@@ -262,7 +379,7 @@ def _bias_residual_act_store(
 
     offs_y is the int64 offset of channel 0 of each row, offs_c the channel of each column.
     """
-    acc = _biased(acc, bias_ptr, offs_c, mask_c)
+    acc = _biased(acc, bias)
     offsets = offs_y[:, None] + offs_c[None, :]
     mask = mask_m[:, None] & mask_c[None, :]
     if HAS_RESIDUAL:

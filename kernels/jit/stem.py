@@ -11,6 +11,7 @@ import triton.language as tl
 
 from kernels.jit.parts import (
     _accumulate_gathered,
+    _bias,
     _biased,
     _let_next_kernel_start,
     _pixel_offset,
@@ -28,7 +29,7 @@ def _maximum(a, b):
 def _activated_row(
     x_ptr,
     weight_ptr,
-    bias_ptr,
+    bias,
     n,
     row,
     columns,
@@ -83,7 +84,7 @@ def _activated_row(
         1,
         BLOCK_K,
     )
-    return tl.where(inside[:, None], _relu(_biased(acc, bias_ptr, offs_n, mask_n)), 0.0)
+    return tl.where(inside[:, None], _relu(_biased(acc, bias)), 0.0)
 
 
 @triton.jit(do_not_specialize=["H", "W", "P", "Q", "POOL_P", "POOL_Q"])
@@ -131,12 +132,13 @@ def _conv2d_bias_relu_maxpool_kernel(
     right = tl.minimum(lane + 1, BLOCK_Q // 2 - 1)[:, None] + tl.zeros((BLOCK_Q // 2, BLOCK_N), dtype=tl.int32)
 
     _wait_for_previous_kernel(USE_PDL)
+    bias = _bias(bias_ptr, offs_n, mask_n)
     above = tl.zeros((BLOCK_Q, BLOCK_N), dtype=tl.float32)
     for i in range(0, 2 * POOL_ROWS + 1):
         current = _activated_row(
             x_ptr,
             weight_ptr,
-            bias_ptr,
+            bias,
             n,
             2 * first_row - 1 + i,
             columns,

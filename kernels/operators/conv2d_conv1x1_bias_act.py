@@ -44,8 +44,12 @@ from kernels.rounding import Bound, Rounding, bound_of
 
 # Rows of a fused bottleneck and its warps, largest first; 64 accumulators per thread at most.
 _BOTTLENECK_ROWS = ((128, 4), (128, 8), (64, 4), (64, 8), (32, 4), (32, 8))
+# On WGMMA before these: half as many programs read the weights, for which L2 is what they wait for.
+_MANY_ROWS = ((256, 8), (256, 16))
 # Columns, K slice and stages of a fused bottleneck, the deepest pipeline that fits first.
 _BOTTLENECK_SLICES = ((64, 64, 3), (64, 64, 2), (64, 32, 3), (64, 32, 2), (32, 32, 2))
+# On WGMMA before these: a projection's pixels are read again for every block of columns.
+_PROJECTION_SLICES = ((128, 64, 3), (128, 64, 2))
 # Wider than this, the first convolution's tile leaves too few rows per program to reuse its weights.
 _WIDEST_BOTTLENECK = 256
 
@@ -384,17 +388,24 @@ def _fused_config(problem: BottleneckProblem, target: Target) -> BottleneckConfi
     if problem.dtype == torch.float32 or problem.first.groups > 1 or mid > _WIDEST_BOTTLENECK:
         return None
     fewest_rows = 64 if target.has_wgmma else 32
-    for block_m, num_warps in _BOTTLENECK_ROWS:
+    rows = (*_MANY_ROWS, *_BOTTLENECK_ROWS) if target.has_wgmma else _BOTTLENECK_ROWS
+    wide = target.has_wgmma and problem.projection is not None
+    slices = (*_PROJECTION_SLICES, *_BOTTLENECK_SLICES) if wide else _BOTTLENECK_SLICES
+    most = 2 * GATHERED_PER_THREAD if target.has_wgmma else GATHERED_PER_THREAD
+    short = not target.has_tma and problem.projection is not None  # longer slices of three operands spill
+    for block_m, num_warps in rows:
         if block_m < fewest_rows or block_m * mid > 64 * 32 * num_warps or block_m * mid <= 16 * 32 * num_warps:
             continue
         # Each program reads all the weights: half the multiprocessors at least must share that work.
         if 2 * -(-problem.first.gemm_m // block_m) < target.multiprocessors:
             continue
         for box in (box_of(problem.first, block_m), None):
-            for block_n, block_k, num_stages in _BOTTLENECK_SLICES:
+            for block_n, block_k, num_stages in slices:
+                if short and num_warps == 8 and block_k > 32:
+                    continue
                 config = BottleneckConfig(block_m, block_n, block_k, num_warps, num_stages, box=box)
-                spills = box is None and block_m * block_n > GATHERED_PER_THREAD * 32 * num_warps
-                if not spills and config.unsupported_reason(problem, target) is None:
+                gathered = block_m * block_n > most * 32 * num_warps or num_warps > 8  # too many to keep
+                if not (box is None and gathered) and config.unsupported_reason(problem, target) is None:
                     return config
     return None
 

@@ -3,7 +3,7 @@
 y = mean(x, pixels) @ weight.T + bias
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.configs.config import MIN_BLOCK, Config, KernelLaunch, Operand, launch_options, uses_pdl
+from kernels.configs.config import MIN_BLOCK, Config, KernelLaunch, Operand, launch_options, partial_sum_bytes, uses_pdl
 from kernels.configs.heuristic import rule
 from kernels.configs.targets import Target
 from kernels.operators.checks import check_dimensions, check_tensors, check_vector
@@ -19,8 +19,12 @@ from kernels.operators.registry import Arguments, T, accumulation_dtype, registe
 from kernels.problems import Problem, Shapes, dtype_word
 from kernels.rounding import Bound, Rounding, bound_of, mean_variance
 
-# Pixels whose channels one step of the mean adds up: more in flight, more registers.
-_PIXELS_PER_STEP = 4
+# Pixels of all its images together whose channels a program adds up in one step: more in flight, more registers.
+_PIXELS_PER_STEP = 64
+# Images of one program: the rows of a tensor core's instruction.
+_MOST_IMAGES = 16
+# Blocks of classes of one program: its sum of the partial sums is as long.
+_MOST_STEPS = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,28 +154,58 @@ class HeadProblem:
 
 @dataclass(frozen=True)
 class HeadConfig(Config, kind="head", runs=HeadProblem):
-    """block_m images by block_k channels per program, block_n classes at a time."""
+    """One way to launch a HeadProblem.
 
-    block_m: int
+    Attributes:
+        images: of one program, of which there need not be as many as a tile has rows.
+        block_n: classes of one step.
+        block_k: channels of one program.
+        shares: programs that share the classes of the same images and channels: each reads those again.
+    """
+
+    images: int
     block_n: int
     block_k: int
     num_warps: int
+    shares: int = 1
 
     def problem_reason(self, problem: HeadProblem, target: Target | None) -> str | None:
+        blocks = -(-problem.c_out // self.block_n)
+        if self.images < 1 or self.images & (self.images - 1):
+            return f"images is {self.images}, expected a power of two"
+        if not 1 <= self.shares <= blocks:
+            return f"shares is {self.shares}, expected 1 to the {blocks} blocks of classes"
         return None
 
     def shared_memory(self, problem: HeadProblem) -> int:
-        operands = self.block_m * self.block_k + self.block_k * self.block_n
-        return operands * problem.dtype.itemsize + 4 * self.block_m * self.block_n
+        rows, size = max(self.images, MIN_BLOCK), problem.dtype.itemsize
+        weights = self._stages(problem) * self.block_k * self.block_n * size
+        # The sums over pixels change layout, then the means are an operand and the tile changes layout.
+        means = 4 * max(self.images, _PIXELS_PER_STEP) * self.block_k
+        partials = partial_sum_bytes(self.images * self.block_n, -(-problem.c_in // self.block_k))
+        return max(weights + max(means, rows * self.block_k * size + 4 * rows * self.block_n), partials)
 
     def accumulators(self, problem: HeadProblem) -> int:
-        return self.block_m * self.block_n // (32 * self.num_warps)
+        return max(self.images, MIN_BLOCK) * self.block_n // (32 * self.num_warps)
+
+    def changes(self, problem: HeadProblem) -> Iterator[Config]:
+        yield from super().changes(problem)
+        yield from self._resized(problem, "images", self.images * 2, self.images // 2)
+        yield from self._resized(problem, "shares", self.shares * 2, self.shares // 2)
+
+    def _steps(self, problem: HeadProblem) -> int:
+        blocks_n = -(-problem.c_out // self.block_n)
+        return -(-blocks_n // self.shares)
+
+    def _stages(self, problem: HeadProblem) -> int:
+        return min(3, self._steps(problem))
 
     def launches(self, problem: HeadProblem, target: Target | None) -> tuple[KernelLaunch, ...]:
         tensor = Operand(problem.dtype)
-        blocks_m = -(-problem.batch // self.block_m)
+        blocks_m = -(-problem.batch // self.images)
         splits = -(-problem.c_in // self.block_k)
-        tiles = blocks_m * -(-problem.c_out // self.block_n)
+        steps = self._steps(problem)
+        shares = -(-problem.c_out // (steps * self.block_n))
         launch = KernelLaunch(
             kernel="head._mean_linear_kernel",
             problem=problem,
@@ -189,24 +223,46 @@ class HeadConfig(Config, kind="head", runs=HeadProblem):
                 "PIXELS": problem.height * problem.width,
                 "C_IN": problem.c_in,
                 "C_OUT": problem.c_out,
-                "BLOCK_M": self.block_m,
+                "BLOCK_M": self.images,
                 "BLOCK_N": self.block_n,
                 "BLOCK_K": self.block_k,
-                "BLOCK_P": _PIXELS_PER_STEP,
+                "BLOCK_P": max(1, _PIXELS_PER_STEP // self.images),
+                "N_BLOCKS": steps,
+                "SHARES": shares,
                 "SPLIT_K": splits,
                 "USE_PDL": uses_pdl(target),
             },
-            grid=(blocks_m * splits,),
-            options=launch_options(self.num_warps, 1, target),
-            tiles=tiles,
-            partials=tiles * splits * self.block_m * self.block_n,
+            grid=(blocks_m * splits * shares,),
+            options=launch_options(self.num_warps, self._stages(problem), target),
+            tiles=blocks_m * shares,
+            partials=blocks_m * shares * steps * splits * self.images * self.block_n,
         )
         return (launch,)
 
 
 @rule(HeadProblem)
 def _head_config(problem: HeadProblem, target: Target) -> HeadConfig:
-    # Few images: many programs of few channels each. Many images: fewer partial sums.
-    block_k = 32 if problem.batch <= 16 else 128
-    widest = max(MIN_BLOCK, 1 << (problem.c_in - 1).bit_length())
-    return HeadConfig(block_m=16, block_n=64, block_k=min(block_k, widest), num_warps=4)
+    half = problem.dtype != torch.float32
+    images = min(_MOST_IMAGES, _power_of_two(problem.batch))
+    blocks_m = -(-problem.batch // images)
+    # 16 splits, in float32 32: each still has weights enough, and there are few partial sums.
+    block_k = min(128 if half else 64, max(32, _power_of_two(-(-problem.c_in // 16))))
+    block_k = min(block_k, max(MIN_BLOCK, _power_of_two(problem.c_in)))
+    # Where there is room for all programs at once, the weights of each are under way in registers before its means are
+    # known, and its features are read again by every share: little beside the weights. Else step by step through
+    # shared memory, and the more images there are, the fewer shares read them.
+    block_n = min(256, max(MIN_BLOCK, _power_of_two(problem.c_out)))
+    shares = -(-problem.c_out // block_n)
+    in_registers = blocks_m == 1 or blocks_m * shares * -(-problem.c_in // block_k) <= target.multiprocessors
+    if not (half and in_registers):
+        block_n = min(64, block_n)
+        blocks_n = -(-problem.c_out // block_n)
+        most = 4 if blocks_m == 1 else 2 if blocks_m <= 8 else 1
+        shares = min(blocks_n, max(most, -(-blocks_n // _MOST_STEPS)))
+    num_warps = 8 if not half or block_n * block_k > 8192 else 4  # float32 spills in fewer registers per tile
+    return HeadConfig(images, block_n, block_k, num_warps, shares)
+
+
+def _power_of_two(size: int) -> int:
+    """The smallest that reaches `size`."""
+    return 1 << (size - 1).bit_length()

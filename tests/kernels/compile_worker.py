@@ -5,6 +5,7 @@ again.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,17 +18,18 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.compile import code_key, compile_problems, kernel_signature
+from kernels.compile import code_key, compile_kernel, compile_problems, kernel_signature, unserved_reason
 from kernels.configs.config import Config, KernelLaunch, Operand
 from kernels.configs.convolution import ConvConfig
-from kernels.configs.targets import TARGETS
-from kernels.operators.conv2d_bias_relu_maxpool import StemConfig
+from kernels.configs.selection import select_config
+from kernels.configs.targets import TARGETS, Target
+from kernels.operators.conv2d_bias_relu_maxpool import StemConfig, StemWindowsConfig
 from kernels.operators.conv2d_conv1x1_bias_act import BottleneckConfig
 from kernels.operators.mean_linear import HeadConfig
 from kernels.oracle import make_inputs
 from kernels.plan import kernel_of, plan
-from kernels.problems import Problem
-from tests.kernels.cases import ONE_OF_EACH, SMALL
+from kernels.problems import ConvProblem, Problem
+from tests.kernels.cases import ONE_OF_EACH, SMALL, STEM_CASES
 from tests.kernels.launching import run
 from tests.kernels.networks import hardest_problems
 
@@ -50,8 +52,17 @@ LAUNCHES: dict[str, tuple[Problem, Config]] = {
     "bottleneck-projection": (ONE_OF_EACH["bottleneck-projection"], FUSED),
     "bottleneck-boxes": (ONE_OF_EACH["bottleneck-projection"], replace(FUSED, box=(1, 8, 8))),
     "stem": (ONE_OF_EACH["stem"], StemConfig(32, 64, 32, 2, 4, 2)),
+    "stem-windows": (STEM_CASES["resnet-even"], StemWindowsConfig(32, 64, 128, 2, 4, 3)),
     "head": (ONE_OF_EACH["head"], HeadConfig(16, 64, 32, 4)),
 }
+
+
+# Those that share neither instructions nor limits with another: sm_100 is a larger sm_110, sm_121 a smaller sm_120.
+COMPILED = [TARGETS[name] for name in ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_110", "sm_120")]
+# One block: what goes to and from it can be told beforehand.
+ONE_TILE = ConvProblem(1, 64, 8, 8, 64, (3, 3), padding=(1, 1), relu=True)
+TILE = ConvConfig(64, 64, 32, 4, 2)
+UNSERVED = (TARGETS["sm_100"], TARGETS["sm_121"], Target("sm_75", 75, 64 * 1024, 40), Target("sm_99", 99, 99 * 1024, 1))
 
 
 def launch_of(problem: Problem, config: Config) -> KernelLaunch:
@@ -115,6 +126,50 @@ def tile_offsets(launch: KernelLaunch) -> dict[str, list[str]]:
     return {name: sorted(types) for name, types in found.items()}
 
 
+def products(compiled: list[dict[str, Any]]) -> dict[str, tuple[int, int, int]]:
+    """By kernel: FLOPs that its problem needs, that its tiles have, and that its machine code was seen to do."""
+    launches = {
+        (target.name, launch.problem.key, json.dumps(launch.config.to_json())): launch
+        for target in COMPILED
+        for problem in hardest_problems(target)
+        for launch in plan(problem, select_config(problem, target), target)
+        if problem.dtype != torch.float32  # which no tensor core multiplies
+    }
+    found = {}
+    for kernel in compiled:
+        launch = launches.get((kernel["target"], kernel["problem"], json.dumps(kernel["config"])))
+        if launch is not None:
+            key = f"{kernel['target']} {kernel['kernel']} {kernel['problem']}"
+            found[key] = launch.problem.flops, flops_of_tiles(launch), kernel["floors"][0]["matrix_flops"]
+    return found
+
+
+def flops_of_tiles(launch: KernelLaunch) -> int:
+    """Of all blocks, if each does what the one in the middle does; 0 where that is not simply told."""
+    s = launch.scalars
+    if "SPLIT_K" in s and "R" in s:
+        slices, splits = s["K_BLOCKS"] + s["K_BLOCKS_S"], s["SPLIT_K"]
+        of_one = -(-slices // splits)
+        first = launch.grid[0] // 2 % splits * of_one
+        depth, rows = max(0, min(of_one, slices - first)), s["BLOCK_M"]
+    elif launch.kernel.startswith("box_gemm"):
+        depth, rows = (s["R"] * s["S"] * s["C_IN"] + s["C_S"]) // s["BLOCK_K"], s["TILE_N"] * s["TILE_P"] * s["TILE_Q"]
+    else:
+        return 0
+    return 2 * math.prod(launch.grid) * rows * s["BLOCK_N"] * s["BLOCK_K"] * depth
+
+
+def traffic() -> dict[str, int]:
+    """Bytes between L2 and one block that is all of a convolution."""
+    configs = {"sm_87": TILE, "sm_90": TILE, "sm_120": TILE, "sm_90 boxes": replace(TILE, box=(1, 8, 8))}
+    found = {}
+    for name, config in configs.items():
+        target = TARGETS[name.split()[0]]
+        (launch,) = plan(ONE_TILE, config, target)
+        found[name] = compile_kernel(launch, target).floor().l2_bytes
+    return found
+
+
 def refusal() -> str:
     """What the launcher says of tensors on a CPU, where there is no interpreter to run them."""
     try:
@@ -124,6 +179,7 @@ def refusal() -> str:
 
 
 def main() -> None:
+    compiled = compile_problems({target: hardest_problems(target) for target in COMPILED}, floors=True)
     launches = {name: launch_of(problem, config) for name, (problem, config) in LAUNCHES.items()}
     larger = replace(SMALL, batch=7, height=9, width=30)
     report = {
@@ -133,7 +189,10 @@ def main() -> None:
         "codes_of_other_run_time_sizes": len({code_key(launch_of(problem, GATHERED)) for problem in (SMALL, larger)}),
         "codes_of_all_launches": len({code_key(launch) for launch in launches.values()}),
         "refusal": refusal(),
-        "compiled": compile_problems({target: hardest_problems(target) for target in TARGETS.values()}),
+        "compiled": compiled,
+        "products": products(compiled),
+        "traffic": traffic(),
+        "unserved": {target.name: unserved_reason(target) for target in UNSERVED},
     }
     print(json.dumps(report))
 

@@ -13,7 +13,7 @@ import kernels.launch
 from kernels.configs.config import Config
 from kernels.configs.convolution import ConvConfig
 from kernels.launch import Workspace, target_of
-from kernels.operators.conv2d_bias_relu_maxpool import StemConfig, StemProblem
+from kernels.operators.conv2d_bias_relu_maxpool import StemConfig, StemProblem, StemWindowsConfig
 from kernels.operators.conv2d_conv1x1_bias_act import BottleneckConfig, BottleneckProblem
 from kernels.operators.mean_linear import HeadConfig, HeadProblem
 from kernels.operators.registry import Arguments
@@ -42,7 +42,11 @@ def quick_config(problem: Problem) -> Config:
     if isinstance(problem, StemProblem):
         height, width = problem.out_shape[2:]
         columns = power_of_two(2 * width + 2, 128)
-        return StemConfig(columns, power_of_two(conv.c_out, 512), block_k, min(height, 4), num_warps=4, num_stages=2)
+        sizes = (columns, power_of_two(conv.c_out, 512), block_k, min(height, 4), 4, 2)
+        windows = StemWindowsConfig(*sizes)  # where they are aligned; float32 always is, and takes the other
+        if problem.dtype == torch.float32 or windows.unsupported_reason(problem, None):
+            return StemConfig(*sizes)
+        return windows
     rows = power_of_two(conv.gemm_m, 256)
     if isinstance(problem, BottleneckProblem):
         return BottleneckConfig(rows, power_of_two(problem.c_out, 512), block_k, num_warps=4, num_stages=2)

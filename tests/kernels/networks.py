@@ -11,6 +11,7 @@ from export.base.precision import PRECISIONS
 from export.benchmark.workload import fused_workload
 from kernels.configs.selection import select_config
 from kernels.configs.targets import Target
+from kernels.operators.conv2d_bias_relu_maxpool import StemProblem
 from kernels.problems import ConvProblem, Problem
 from resnet.models import create_model
 
@@ -40,6 +41,7 @@ EXTRA: dict[str, Problem] = {
     "1x1-residual-fp32": ConvProblem(
         8, 64, 56, 56, 256, (1, 1), dtype=torch.float32, has_residual=True, relu=True
     ),
+    "stem-odd-width": StemProblem(ConvProblem(8, 3, 223, 223, 64, (7, 7), (2, 2), (3, 3), relu=True)),
     "7x7-unfused": ConvProblem(8, 3, 224, 224, 64, (7, 7), (2, 2), (3, 3), relu=True),
 }  # fmt: skip
 
@@ -59,7 +61,7 @@ def hardest_problems(target: Target) -> list[Problem]:
             loop = (s.get("R", 1) > 1, s.get("GROUPS", 1) > 1, s.get("SPLIT_K", 1) > 1, s.get("HAS_PROJECTION"))
             loads = (launch.uses_boxes, problem.loads_are_vectors, problem.dtype)
             key = (launch.kernel, tile, launch.options["num_warps"], loop, loads)
-            needs = (s.get("HAS_RESIDUAL", False), s.get("R", 1) * s["C_IN"])
+            needs = (s.get("HAS_RESIDUAL", False), s.get("R", 1) * s.get("C_IN", s.get("MAIN", 0)))
             if key not in hardest or needs > hardest[key][0]:
                 hardest[key] = needs, launch.problem
     return [problem for _, problem in hardest.values()]

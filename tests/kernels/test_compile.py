@@ -18,7 +18,7 @@ from kernels.configs.config import Config
 from kernels.configs.convolution import ConvConfig
 from kernels.configs.targets import TARGETS
 from kernels.jit.implicit_gemm import _conv2d_gathered_kernel
-from kernels.operators.conv2d_bias_relu_maxpool import StemConfig, StemProblem
+from kernels.operators.conv2d_bias_relu_maxpool import StemConfig, StemProblem, StemWindowsConfig
 from kernels.operators.conv2d_conv1x1_bias_act import BottleneckConfig, BottleneckProblem
 from kernels.operators.mean_linear import HeadConfig, HeadProblem
 from kernels.plan import plan
@@ -43,7 +43,10 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 KERNELS = {name for path in JIT_FILES for name in re.findall(r"def (_\w+_kernel)\(\n", path.read_text())}
 
 
-@pytest.mark.parametrize("target", TARGETS)
+COMPILED = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_110", "sm_120")
+
+
+@pytest.mark.parametrize("target", COMPILED)
 def test_networks_compile_to_good_code(target: str, report: dict[str, Any]) -> None:
     """No spills, shared memory within its limit and its estimate, tensor cores, wide loads; every kernel there is."""
     compiled, problems = [kernel for kernel in report["compiled"] if kernel["target"] == target], []
@@ -58,6 +61,27 @@ def test_networks_compile_to_good_code(target: str, report: dict[str, Any]) -> N
     names = {kernel["kernel"] for kernel in compiled}
     assert names == (KERNELS if TARGETS[target].has_tma else KERNELS - {"_conv2d_boxes_kernel"})
     assert len(compiled) > 25
+
+
+def test_loops_are_followed_as_often_as_they_run(report: dict[str, Any]) -> None:
+    """Of every kernel, seen in its machine code: the products of all its tiles, no iteration more or less."""
+    assert len(report["products"]) > 25 * len(COMPILED)
+    for kernel, (needed, of_tiles, seen) in report["products"].items():
+        assert seen == of_tiles if of_tiles else seen >= needed, kernel
+
+
+def test_addresses_and_masks_are_followed(report: dict[str, Any]) -> None:
+    """A 3x3 convolution in one block: the pixels under each tap, 64 channels each, filters, bias and result."""
+    under_taps = (7 + 8 + 7) ** 2
+    gathered = 128 * (under_taps + 9 * 64 + 1 + 64)
+    boxes = 128 * (9 * 64 + 9 * 64 + 1 + 64)
+    assert report["traffic"] == dict.fromkeys(("sm_87", "sm_90", "sm_120"), gathered) | {"sm_90 boxes": boxes}
+
+
+def test_what_triton_does_not_serve_is_said_and_not_compiled(report: dict[str, Any]) -> None:
+    unserved = report["unserved"]
+    assert [name for name, reason in unserved.items() if reason is None] == ["sm_100", "sm_121"]
+    assert "no HMMA" in unserved["sm_75"] and "Triton" in unserved["sm_99"]
 
 
 def test_cpu_tensors_without_the_interpreter_are_refused(report: dict[str, Any]) -> None:
@@ -114,11 +138,14 @@ GOOD = {
     "unaligned-channels": kernel_of(replace(PROBLEM, c_in=3), CONFIG, async_copies={}),
     "single-slice": kernel_of(POINTWISE, CONFIG, global_loads={4: 8, 16: 12}, async_copies={}),
     "32-rows": kernel_of(PROBLEM, replace(CONFIG, block_m=32), tensor_core_ops={"HMMA": 64}),
+    "no-products": kernel_of(PROBLEM, CONFIG, tensor_core_ops={}, multiplies=False),
+    "tensor-memory": kernel_of(PROBLEM, CONFIG, target=TARGETS["sm_110"], tensor_core_ops={"UTCHMMA": 8}),
     "previous-target": kernel_of(PROBLEM, CONFIG, target=TARGETS["sm_80"], tensor_core_ops={"HMMA": 64}),
     "tile-too-small-for-16-bytes": kernel_of(PROBLEM, ConvConfig(64, 16, 32, 4, 3), async_copies={8: 4, 16: 36}),
     "boxes": kernel_of(PROBLEM, BOXES, **BOXED),
     "bottleneck": kernel_of(BOTTLENECK, BottleneckConfig(128, 64, 64, 4, 2)),
     "stem": kernel_of(STEM, StemConfig(64, 64, 32, 2, 4, 2), async_copies={}),
+    "windows": kernel_of(STEM, StemWindowsConfig(32, 64, 128, 2, 4, 3), global_loads={2: 80}, async_copies={4: 36}),
     "head": kernel_of(
         HeadProblem(8, 2048, 7, 7, 1000), HeadConfig(16, 64, 32, 4),
         tensor_core_ops={"HMMA": 8}, global_loads={16: 4}, async_copies={},
@@ -131,12 +158,15 @@ FAULTY = {
     "no-tensor-cores": (replace(GOOD["conv"], tensor_core_ops={}), "no HGMMA"),
     "previous-tensor-cores": (replace(GOOD["conv"], tensor_core_ops={"HMMA": 64}), "no HGMMA"),
     "previous-tensor-cores-of-boxes": (replace(GOOD["boxes"], tensor_core_ops={"HMMA": 64}), "no HGMMA"),
+    "hopper-instructions-on-thor": (replace(GOOD["conv"], target=TARGETS["sm_110"]), "no UTCHMMA"),
     "hopper-instructions-elsewhere": (replace(GOOD["conv"], target=TARGETS["sm_80"]), "no HMMA"),
     "head-without-tensor-cores": (replace(GOOD["head"], tensor_core_ops={}), "no HMMA"),
     "some-narrow-copies": (replace(GOOD["conv"], async_copies={8: 4, 16: 36}), "expected copies of 16 bytes"),
     "no-copies": (replace(GOOD["conv"], async_copies={}), "expected copies of 16 bytes"),
     "narrow-copies-of-a-bottleneck": (replace(GOOD["bottleneck"], async_copies={8: 36}), "expected copies of 16"),
     "narrow-loads-of-a-single-slice": (replace(GOOD["single-slice"], global_loads={8: 12}), "loads {8: 12}"),
+    "no-copies-of-windows": (replace(GOOD["windows"], async_copies={}), "expected copies of 4 bytes"),
+    "windows-on-previous-tensor-cores": (replace(GOOD["windows"], tensor_core_ops={"HMMA": 80}), "no HGMMA"),
     "boxes-without-tma": (replace(GOOD["boxes"], box_loads=0), "no TMA load"),
 }  # fmt: skip
 

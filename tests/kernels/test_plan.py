@@ -8,7 +8,7 @@ from kernels.configs.config import Config
 from kernels.configs.convolution import ConvConfig
 from kernels.configs.heuristic import heuristic_config
 from kernels.configs.targets import TARGETS, Target
-from kernels.operators.conv2d_bias_relu_maxpool import StemConfig
+from kernels.operators.conv2d_bias_relu_maxpool import StemConfig, StemWindowsConfig
 from kernels.operators.conv2d_conv1x1_bias_act import BottleneckConfig
 from kernels.operators.mean_linear import HeadConfig
 from kernels.plan import kernel_of, plan
@@ -47,8 +47,12 @@ GRIDS: dict[str, tuple[Problem, Config, tuple[int, ...], int]] = {
     # 2 images of 5x6 pooled pixels, 64 channels: 3 strips of 2 rows, one strip of 7 columns, 4 blocks of channels.
     "stem": (STEM_CASES["resnet-odd"], StemConfig(16, 16, 16, 2, 4, 2), (6, 1, 4), 0),
     "stem-strips": (STEM_CASES["wide-image"], StemConfig(16, 64, 16, 2, 4, 2), (1, 6, 1), 0),
+    # 2 images of 4x5 pooled pixels, next to each other: 2 strips of 7 columns, 2 strips of rows, 4 blocks of channels.
+    "stem-windows": (STEM_CASES["resnet-even"], StemWindowsConfig(16, 16, 16, 2, 1, 2), (2, 2, 4), 0),
     # 17 images, 64 channels, 10 classes: 2 blocks of images by 4 splits.
     "head": (HEAD_CASES["resnet20"], HeadConfig(16, 16, 16, 4), (8,), 2),
+    # 5 images in 2 blocks, 16 splits of channels, 16 blocks of classes: 7 shares would be 3 each, and so are 6.
+    "head-shares": (HEAD_CASES["resnet18"], HeadConfig(4, 64, 32, 8, shares=7), (192,), 12),
 }  # fmt: skip
 
 
@@ -58,7 +62,7 @@ def test_the_grid_covers_the_output(name: str) -> None:
     (launch,) = plan(problem, config, None)
     assert (launch.grid, launch.tiles) == (grid, tiles)
     splits = launch.scalars.get("SPLIT_K", 1)
-    block = launch.scalars.get("BLOCK_M", 0) * launch.scalars["BLOCK_N"]
+    block = launch.scalars.get("BLOCK_M", 0) * launch.scalars["BLOCK_N"] * launch.scalars.get("N_BLOCKS", 1)
     assert launch.partials == tiles * splits * block
 
 

@@ -9,7 +9,7 @@ import torch
 from kernels.configs.config import Config, conv_k_blocks, k_blocks
 from kernels.configs.convolution import ConvConfig
 from kernels.configs.targets import TARGETS
-from kernels.operators.conv2d_bias_relu_maxpool import StemConfig, StemProblem
+from kernels.operators.conv2d_bias_relu_maxpool import StemConfig, StemProblem, StemWindowsConfig, Windows
 from kernels.operators.conv2d_conv1x1_bias_act import BottleneckConfig, BottleneckProblem, PairConfig
 from kernels.operators.mean_linear import HeadConfig, HeadProblem
 from kernels.problems import ConvProblem, Problem, Projection
@@ -28,6 +28,7 @@ SQUARES = replace(GATHERED, box=(2, 8, 8))
 FUSED = BottleneckConfig(128, 64, 64, 4, 2)
 PAIR = PairConfig(GATHERED, GATHERED)
 STRIPS = StemConfig(64, 64, 32, 2, 4, 2)
+WINDOWS = StemWindowsConfig(32, 64, 128, 2, 4, 3)
 MEANS = HeadConfig(16, 64, 32, 4)
 
 REFUSED: dict[str, tuple[Problem, Config, str]] = {
@@ -55,7 +56,6 @@ REFUSED: dict[str, tuple[Problem, Config, str]] = {
         PADDED, replace(GATHERED, split_k=19), "split_k is 19, expected at most the 18 slices",
     ),
     "split_k-over-slices-of-a-projection": (PROJECTED, replace(GATHERED, split_k=7), "expected at most the 6 slices"),
-    "box-split": (PADDED, replace(SQUARES, split_k=2), "split_k is 2 with a box, expected 1"),
     "box-projected-channels": (
         replace(PROJECTED, projection=Projection(40, 56, 56, (1, 1))), BOXES,
         "40 projected channels, expected a multiple of block_k 32",
@@ -79,12 +79,25 @@ REFUSED: dict[str, tuple[Problem, Config, str]] = {
     "pair-second": (BOTTLENECK, replace(PAIR, second=replace(GATHERED, split_k=3)), "at most the 2 slices"),
     "stem-groups": (StemProblem(replace(STEM.conv, c_in=4, groups=2)), STRIPS, r"groups 2 and dilation \(1, 1\)"),
     "stem-dilation": (StemProblem(replace(STEM.conv, dilation=(2, 1))), STRIPS, r"groups 1 and dilation \(2, 1\)"),
+    "windows-groups": (StemProblem(replace(STEM.conv, c_in=4, groups=2)), WINDOWS, r"groups 2 and dilation \(1, 1\)"),
+    "windows-of-an-odd-width": (
+        StemProblem(replace(STEM.conv, width=223)), WINDOWS, "windows of 3 channels are not aligned to 4 bytes",
+    ),
+    "windows-of-an-odd-step": (StemProblem(replace(STEM.conv, stride=(2, 1))), WINDOWS, "are not aligned to 4 bytes"),
+    "windows-too-long": (
+        StemProblem(replace(STEM.conv, c_in=32, kernel=(3, 3))), WINDOWS, "288 elements, expected at most 256",
+    ),
+    "windows-of-a-huge-image": (
+        StemProblem(replace(STEM.conv, height=2**15, width=2**15)), WINDOWS, "an image has 3221225472 elements",
+    ),
     "accumulators": (CONV, replace(GATHERED, block_m=256), "128 accumulators per thread, expected at most 64"),
     "bottleneck-accumulators": (
         replace(BOTTLENECK, first=replace(BOTTLENECK.first, c_out=65)), FUSED, "128 accumulators per thread",
     ),
     "stem-accumulators": (STEM, replace(STRIPS, block_q=256), "128 accumulators per thread"),
-    "head-accumulators": (HEAD, replace(MEANS, block_m=256), "128 accumulators per thread"),
+    "head-images": (HEAD, replace(MEANS, images=12), "images is 12, expected a power of two"),
+    "head-shares": (HEAD, replace(MEANS, shares=17), "shares is 17, expected 1 to the 16 blocks of classes"),
+    "head-accumulators": (HEAD, replace(MEANS, images=256), "128 accumulators per thread"),
     "shared-memory": (
         CONV, replace(GATHERED, num_stages=20), "up to 245760 bytes of shared memory, expected at most 232448 on sm_90",
     ),
@@ -124,6 +137,7 @@ def test_shared_memory_bound_counts_the_largest_phase() -> None:
     shallow = replace(GATHERED, block_n=256, block_k=16, num_stages=1)
     assert shallow.shared_memory(CONV) == 128 * 256 * 2
     assert (replace(shallow, split_k=2)).shared_memory(CONV) == 128 * 256 * 4
+    assert replace(shallow, block_m=32, block_n=32, split_k=2).shared_memory(CONV) == 2 * 32 * 32 * 4
     assert BOXES.shared_memory(CONV) == 1024 + pipeline
     assert GATHERED.shared_memory(PROJECTED) == pipeline
     assert BOXES.shared_memory(PROJECTED) == 1024 + 2 * pipeline + 128 * 64 * 2
@@ -134,5 +148,35 @@ def test_shared_memory_bound_counts_the_largest_phase() -> None:
     assert wide.shared_memory(BOTTLENECK_PROJECTED) == 2 * (128 * 64 + 64 * 64 + (128 + 64) * 64)
     assert (replace(FUSED, box=(2, 8, 8))).shared_memory(BOTTLENECK) == 2 * (128 + 64) * 64 * 2 + 32768 + 1024
     assert STRIPS.shared_memory(STEM) == 64 * 64 * 4
+    # K is 7 times 20 in vectors, in a slice of 128 and one of 16, and 7 others.
+    assert WINDOWS.shared_memory(STEM) == (3 * 144 * 32 + 160 * 64) * 2 + 32 * 64 * 4
     assert (replace(STRIPS, num_stages=4)).shared_memory(STEM) == 4 * (64 + 64) * 32 * 2
-    assert MEANS.shared_memory(HEAD) == 2 * (16 * 32 + 32 * 64) + 4 * 16 * 64
+    assert MEANS.shared_memory(HEAD) == 8 * 16 * 64 * 4, "as many partial sums as fit into 32 KiB"
+    one_step = replace(MEANS, images=1, block_n=256, shares=4)
+    assert one_step.shared_memory(HEAD) == 2 * (16 * 32 + 32 * 256) + 4 * 16 * 256
+
+
+def windows(
+    c_in: int, width: int, kernel: int, stride: int, padding: int, dtype: torch.dtype = torch.float16
+) -> Windows | None:
+    conv = replace(STEM.conv, c_in=c_in, width=width, dtype=dtype)
+    return Windows.of(replace(conv, kernel=(3, kernel), stride=(1, stride), padding=(0, padding)))
+
+
+def test_a_window_is_copied_in_the_largest_vectors_that_all_windows_are_aligned_to() -> None:
+    """Of (vector, head, main, tail): the vectors start at the same place in every window, and none begins before it."""
+    assert windows(3, 224, 7, 2, 3) == Windows(2, 1, 20, 0)
+    assert windows(3, 224, 3, 2, 0) == Windows(2, 0, 8, 1)
+    assert windows(4, 224, 7, 2, 3) == Windows(4, 0, 28, 0)
+    assert windows(8, 31, 3, 1, 1) == Windows(8, 0, 24, 0)
+    assert windows(1, 224, 7, 2, 3) == Windows(2, 1, 6, 0)
+    assert windows(3, 223, 7, 1, 3, torch.float32) == Windows(1, 0, 21, 0)
+    assert windows(3, 223, 7, 2, 3) is windows(3, 224, 7, 1, 3) is windows(1, 224, 1, 2, 0) is None
+
+
+def test_k_of_windows_is_cut_into_whole_slices_and_a_short_last_one() -> None:
+    assert WINDOWS.slices(STEM.conv) == (1, 16, 16)
+    assert replace(WINDOWS, block_k=16).slices(STEM.conv) == (8, 16, 16)
+    assert WINDOWS.slices(replace(STEM.conv, c_in=4)) == (1, 128, 0)
+    assert WINDOWS.slices(replace(STEM.conv, c_in=4, padding=(3, 2), stride=(2, 1))) == (1, 128, 0)
+    assert WINDOWS.slices(replace(STEM.conv, kernel=(2, 2), padding=(0, 0))) == (0, 16, 0)

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from kernels.configs.config import conv_k_blocks
-from kernels.configs.convolution import ConvConfig, box_of
+from kernels.configs.convolution import BoxedConfig, ConvConfig, box_of
 from kernels.configs.heuristic import heuristic_config
 from kernels.configs.targets import TARGETS, Target
 from kernels.operators.conv2d_conv1x1_bias_act import BottleneckConfig, BottleneckProblem, PairConfig
+from kernels.operators.mean_linear import HeadConfig, HeadProblem
+from kernels.plan import plan
 from kernels.problems import ConvProblem, Problem, Projection
 from tests.kernels.cases import CASES, DTYPES
 from tests.kernels.networks import EXTRA, NETWORKS
@@ -41,7 +43,8 @@ def test_every_chosen_config_is_supported_and_fits(target: Target) -> None:
             assert isinstance(conv, ConvProblem)
             assert chosen.block_n < 2 * max(16, conv.gemm_n), conv
             if dtype != torch.float32:
-                assert not target.has_wgmma or (chosen.block_m >= 64 and chosen.num_warps % 4 == 0), conv
+                rows = chosen.block_n if chosen.box else chosen.block_m
+                assert not target.has_wgmma or (rows >= 64 and chosen.num_warps % 4 == 0), conv
                 assert conv.gemm_k < 64 or conv_k_blocks(conv, chosen.block_k)[0] > 1, conv
 
 
@@ -50,8 +53,49 @@ def test_k_is_split_only_where_blocks_are_few() -> None:
     last = ConvProblem(1, 512, 7, 7, 512, (3, 3), padding=(1, 1), relu=True)
     few, many = heuristic_config(last, target), heuristic_config(replace(last, batch=128), target)
     assert isinstance(few, ConvConfig) and isinstance(many, ConvConfig)
-    assert few.split_k > 1 and few.box is None
+    assert few.split_k > 1 and few.box is not None
     assert many.split_k == 1 and many.box is not None
+    slices = sum(conv_k_blocks(last, few.block_k))
+    assert -(-slices // few.split_k) * (few.split_k - 1) < slices, "a program without a slice"
+
+
+def test_the_tile_with_the_least_work_is_chosen() -> None:
+    """Where L2 is waited for, the largest; 98 of 128x128 for 132 multiprocessors are no more work than 196 halves."""
+    target = TARGETS["sm_90"]
+    wide, deep = (ConvProblem(32, c, size, size, c // 2, (1, 1), relu=True) for c, size in ((256, 56), (512, 28)))
+    few = ConvProblem(32, 1024, 14, 14, 256, (1, 1), relu=True)
+    configs = [heuristic_config(problem, target) for problem in (wide, deep, few)]
+    assert [(c.block_m, c.block_n, c.split_k) for c in configs if isinstance(c, ConvConfig)] == [
+        (256, 128, 1), (256, 128, 1), (128, 128, 1),
+    ]  # fmt: skip
+    pair = next(p for p in NETWORKS["resnet50"](32) if isinstance(p, BottleneckProblem) and p.has_residual)
+    fused = heuristic_config(pair, target)
+    assert isinstance(fused, BottleneckConfig) and (fused.block_m, fused.num_warps) == (256, 8)
+
+
+def test_three_of_four_rows_exist_at_batch_1_on_few_multiprocessors() -> None:
+    target = TARGETS["sm_87"]
+    for problem in {problem for network in NETWORKS.values() for problem in network(1)}:
+        for launch in heuristic_config(problem, target).launches(problem, target):
+            conv, config = getattr(launch.problem, "convolution", None), launch.config
+            if isinstance(config, BoxedConfig):
+                assert isinstance(conv, ConvProblem)
+                assert conv.gemm_m >= 0.75 * -(-conv.gemm_m // config.block_m) * config.block_m, launch.problem
+
+
+def test_a_head_reads_its_features_again_only_where_images_are_few() -> None:
+    """At batch 1 that is little beside the weights, which wait in registers; the partial sums are much less."""
+    target, problem = TARGETS["sm_90"], HeadProblem(1, 2048, 7, 7, 1000)
+    shares = []
+    for batch in (1, 32, 128, 256):
+        config = heuristic_config(replace(problem, batch=batch), target)
+        assert isinstance(config, HeadConfig)
+        shares.append(config.shares)
+    assert shares == [4, 4, 2, 1]
+    (launch,) = plan(problem, heuristic_config(problem, target), target)
+    moved = 4 * problem.activation_bytes + problem.weight_bytes + 2 * 4 * launch.partials
+    assert moved < 1.25 * (problem.activation_bytes + problem.weight_bytes)
+    assert launch.scalars["N_BLOCKS"] == 1
 
 
 def test_boxes_and_fusion_are_chosen_where_they_can_be() -> None:

@@ -16,7 +16,7 @@ from kernels.configs.convolution import ConvConfig
 from kernels.configs.heuristic import heuristic_config
 from kernels.configs.selection import select_config, tuned_table
 from kernels.configs.targets import TARGETS
-from kernels.operators.conv2d_bias_relu_maxpool import StemConfig, StemProblem
+from kernels.operators.conv2d_bias_relu_maxpool import StemConfig, StemProblem, StemWindowsConfig
 from kernels.operators.conv2d_conv1x1_bias_act import BottleneckConfig, PairConfig
 from kernels.operators.mean_linear import HeadConfig
 from kernels.problems import Problem, Projection
@@ -31,6 +31,7 @@ CONFIGS: dict[str, Config] = {
     "bottleneck": BottleneckConfig(64, 64, 32, 4, 2, box=(1, 8, 8)),
     "pair": PairConfig(CONV, ConvConfig(16, 16, 16, 1, 1, box=(1, 1, 16))),
     "stem": StemConfig(64, 64, 32, 2, 4, 2),
+    "stem windows": StemWindowsConfig(32, 64, 128, 2, 4, 3),
     "head": HeadConfig(16, 64, 32, 4),
 }
 

@@ -7,7 +7,8 @@ import torch
 
 from kernels.configs.config import Config
 from kernels.configs.convolution import ConvConfig
-from kernels.operators.conv2d_bias_relu_maxpool import StemConfig
+from kernels.operators.conv2d_bias_relu_maxpool import StemConfig, StemProblem, StemWindowsConfig
+from kernels.operators.mean_linear import HeadConfig, HeadProblem
 from kernels.problems import Problem
 from tests.kernels.cases import (
     CASES,
@@ -33,7 +34,10 @@ def boxed(n: int, p: int, q: int, block_n: int = 32, block_k: int = 16, programs
     return ConvConfig(n * p * q, block_n, block_k, 4, 2, box=(n, p, q), programs_per_sm=programs_per_sm)
 
 
+HEAD = HeadProblem(5, 70, 5, 7, 33)
+WINDOWS = StemWindowsConfig(32, 64, 32, 2, 4, 2)
 DENSE = replace(SMALL, kernel=(1, 1), padding=(0, 0))
+DEEP = replace(SMALL, c_in=256, height=3, width=4)
 # "small" has 2 images of 6x7 pixels, 32 channels in and 40 out.
 LAUNCHES: dict[str, tuple[Problem, Config]] = {
     # 14 rows of blocks: more than share their weights.
@@ -48,6 +52,15 @@ LAUNCHES: dict[str, tuple[Problem, Config]] = {
     "split-groups-2": (ODD_CASES["groups-2"], split(4)),
     "split-slice-each": (PROJECTION_CASES["even-image"], split(21)),
     "split-tails-everywhere": (PROJECTION_CASES["tails-everywhere"], split(11)),
+    # A slice of 128 channels is loaded in two parts; 36 taps do not fit one word of masks.
+    "slices-of-128": (DEEP, ConvConfig(16, 32, 128, 4, 2)),
+    "slices-of-128-channels-left": (replace(DEEP, c_in=200), ConvConfig(16, 32, 128, 4, 2)),
+    "kernel-6x6": (replace(SMALL, c_in=16, kernel=(6, 6), padding=(3, 2)), ConvConfig(32, 64, 16, 4, 2)),
+    "boxes-slices-of-128": (DEEP, boxed(2, 2, 4, 64, 128)),
+    "boxes-split-last-gets-2-slices": (SMALL, replace(boxed(1, 4, 8), split_k=4)),
+    "boxes-split-last-gets-none": (SMALL, replace(boxed(1, 4, 8), split_k=7)),
+    "boxes-split-dense-persistent": (DENSE, replace(boxed(1, 1, 32, programs_per_sm=3), split_k=2)),
+    "boxes-split-over-projection": (PROJECTION_CASES["even-image"], replace(boxed(2, 4, 4), split_k=8)),
     "boxes-dense": (DENSE, boxed(1, 1, 64)),
     "boxes-dense-persistent": (DENSE, boxed(1, 1, 64, programs_per_sm=1)),
     "boxes-tail-in-n": (replace(SMALL, batch=5), boxed(2, 2, 8)),
@@ -75,6 +88,17 @@ LAUNCHES: dict[str, tuple[Problem, Config]] = {
     "stem-8-rows": (STEM_CASES["resnet-odd"].with_batch(1), StemConfig(16, 64, 64, 8, 4, 2)),
     "stem-6-strips": (STEM_CASES["wide-image"], StemConfig(16, 64, 64, 1, 4, 2)),
     "stem-3-strips": (STEM_CASES["wide-image"], StemConfig(32, 32, 128, 2, 4, 2)),
+    # 33 classes in blocks of 16: two programs of two blocks each, the last of which has none.
+    "head-one-image": (HEAD, HeadConfig(1, 64, 32, 8)),
+    "head-4-images-2-shares": (HEAD, HeadConfig(4, 16, 16, 4, shares=2)),
+    "head-32-images-3-shares": (HEAD, HeadConfig(32, 16, 128, 4, shares=3)),
+    # Windows of several images in one strip, 2 images of 5 pooled columns and one strip to a row of 7; blocks of 4 and
+    # 3 pooled rows; K across slices; of float32, where every element is a vector.
+    "windows-strip-per-row": (STEM_CASES["resnet-even"], StemWindowsConfig(16, 64, 16, 1, 4, 2)),
+    "windows-3-rows": (STEM_CASES["resnet-even"], StemWindowsConfig(32, 32, 64, 3, 4, 2)),
+    "windows-odd-sizes": (StemProblem(replace(STEM_CASES["resnet-odd"].conv, height=17, width=22)), WINDOWS),
+    "windows-fp32": (STEM_CASES["resnet-odd"].with_dtype(torch.float32), WINDOWS),
+    "windows-heads-and-tails": (StemProblem(replace(STEM_CASES["resnet-even"].conv, padding=(3, 2))), WINDOWS),
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 import kernels.jit
-from kernels.jit.parts import _pixel_offset, _pixels, _swizzled_block
+from kernels.jit.parts import _pixel_offset, _pixels, _sum_of_splits, _swizzled_block
 
 JIT_FILES = sorted(Path(kernels.jit.__file__).parent.glob("*.py"))
 
@@ -74,3 +74,42 @@ def test_the_swizzle_visits_every_block_once(blocks: tuple[int, int], device: to
     _swizzle_kernel[(blocks_m * blocks_n,)](out, blocks_m, blocks_n)
     assert sorted(out.tolist()) == [[m, n] for m in range(blocks_m) for n in range(blocks_n)]
     assert out[:8].tolist() == [[m, 0] for m in range(8)] or blocks_m < 8
+
+
+@triton.jit
+def _split_kernel(partials_ptr, counters_ptr, out_ptr, tile, rows, N: tl.constexpr, SIZE: tl.constexpr):
+    """The sum over 3 splits of 1 + split times each element's number, from 1 on; -1 from a program without it."""
+    lane, split = tl.arange(0, SIZE), tl.program_id(0)
+    place = lane[:, None] * SIZE + lane[None, :]
+    acc = (1 + place) * (1.0 + split)
+    total, last = _sum_of_splits(acc, partials_ptr, counters_ptr, tile, split, lane < rows, 0, N, 3, SIZE, SIZE)
+    tl.store(out_ptr + split * SIZE * SIZE + place, tl.where(last, total, -1.0))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(32, 32), (5, 10)])
+def test_partial_sums_fill_whole_sectors_and_nothing_beyond_the_output(
+    rows: int, columns: int, device: torch.device
+) -> None:
+    size, tile = 32, 2
+    partials = torch.full((4, 3, size * size), torch.nan, device=device)
+    counters = torch.zeros(4, dtype=torch.int32, device=device)
+    out = torch.empty(3, size, size, device=device)
+    _split_kernel[(3,)](partials, counters, out, tile, rows, columns, size)
+    number = torch.arange(1.0, size * size + 1).view(size, size)
+    (total,) = (found for found in out.cpu() if not bool((found == -1).all()))
+    assert torch.equal(total[:rows, :columns], 6 * number[:rows, :columns]) and not counters.any()
+
+    partials = partials.cpu()
+    written, moved = partials.isfinite(), -(-columns // 4) * 4  # in whole fours
+    assert int(written.sum()) == 3 * rows * moved, "other tiles"
+    first = partials[tile, 0]
+    assert sorted(first[first.isfinite()].tolist()) == number[:rows, :moved].flatten().tolist()
+    assert all(torch.equal(partials[tile, split].nan_to_num(), (1 + split) * first.nan_to_num()) for split in (1, 2))
+    if columns < size:
+        return
+    where = first.argsort().view(size, size)  # of each element
+    for held in (4, 8):  # columns of a thread, which moves 4 of them at a time
+        for fours in where.reshape(-1, held // 4, 4).unbind(1):
+            assert bool((fours == fours[:, :1] + torch.arange(4)).all()) and not (fours[:, 0] % 4).any()
+            for warp in fours.split(32):
+                assert len((warp // 8).unique()) == warp.numel() // 8, "sectors of 8 that one request touches"
