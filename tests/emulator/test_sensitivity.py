@@ -71,6 +71,7 @@ PLANTED: dict[str, tuple[str, str, Edit, str]] = {
     "scope of an atomic": ("gathered-split", "sm_90", edited(ATOMIC, "atom.global.cta.acq_rel"), "another block wrote"),
     "barrier before the arrival": ("gathered-split", "sm_87", without_barrier_before_arrival, "another block wrote"),
     "fence before wgmma": ("gathered", "sm_90", removed(FENCE), "no fence.proxy.async"),
+    "fence of registers": ("gathered", "sm_90", removed(r"wgmma\.fence\.sync\.aligned;"), "since the last wgmma.fence"),
     "fence before a TMA load": ("boxes-persistent", "sm_90", removed(FENCE, -1), "no fence.proxy.async"),
     "wait for a TMA load": ("boxes", "sm_90", removed(MBARRIER_WAIT), "under"),
     "bytes of a TMA load": (
