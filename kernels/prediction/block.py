@@ -244,6 +244,14 @@ class Block:
         else:
             self._put(ops[0].register, self._word(ops[1]), guard)
 
+    def _half_constants(self, i: Instruction, ops: Sequence[Operand], guard: Value) -> None:
+        """HFMA2 of zero: how constants are moved without an integer unit, two halves, the upper one first."""
+        if ops[1].register != "RZ" or ops[2].register != "RZ" or len(ops) < 5:
+            self._forget(i, guard)
+            return
+        upper, lower = (int(np.float16(o.text).view(np.uint16)) for o in ops[3:5])
+        self._put(ops[0].register, upper << 16 | lower, guard)
+
     def _clear(self, i: Instruction, ops: Sequence[Operand], guard: Value) -> None:
         value = 0 if ops[1].register in ZERO else None
         self._put(ops[0].register, value, guard)
@@ -598,6 +606,7 @@ def _known(value: Value) -> bool | None:
 
 _HANDLERS: dict[str, Any] = {
     **dict.fromkeys(("MOV", "R2UR"), Block._move),
+    "HFMA2": Block._half_constants,
     "CS2R": Block._clear,
     **dict.fromkeys(("S2R", "S2UR"), Block._read_special),
     **dict.fromkeys(("LDC", "LDCU", "ULDC"), Block._load_constant),
