@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: export test test-faults lint clean
+.PHONY: export test test-faults test-kernels lint clean
 
 export: .venv/.installed
 	$(BIN)/python scripts/export.py --fp16
@@ -14,6 +14,12 @@ test-faults: .venv/.installed
 	TEST_TIMES=10 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal \
 		tests/faults tests/kernels/operators/test_properties.py tests/kernels/operators/test_quantize_linear_properties.py \
 		tests/export/test_zoo.py
+
+# What the compiler makes of the kernels, executed in an emulator: each way of running on each target in each type, then
+# of every network's launches the first, middle and last blocks.
+test-kernels: .venv/.installed
+	TEST_TIMES=10 $(BIN)/python -m pytest tests/emulator
+	$(BIN)/python -m tests.emulator.networks
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

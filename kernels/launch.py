@@ -125,6 +125,12 @@ def _run(
 
 def _launch(launch: KernelLaunch, values: dict[str, Tensor], workspace: Workspace) -> None:
     """One launch on tensors by name, among which its output is or from now on will be."""
+    arguments = launch_arguments(launch, values, workspace)
+    kernel_of(launch)[launch.grid](**arguments, **launch.scalars, **launch.options)
+
+
+def launch_arguments(launch: KernelLaunch, values: dict[str, Tensor], workspace: Workspace) -> dict[str, Any]:
+    """The tensors and descriptors that a launch passes, in order; its output is in `values` from now on."""
     names = launch.tensors or {}
     x = values[names.get("x", "x")]
     if launch.output not in values:
@@ -143,8 +149,7 @@ def _launch(launch: KernelLaunch, values: dict[str, Tensor], workspace: Workspac
         if operand is not None and tensor is not None and operand.block is not None:
             view = _blocks_view(operand, tensor)
             arguments[parameter] = TensorDescriptor(tensor, [*view.shape], [*view.stride()], [*operand.block])
-    ordered = {parameter: arguments[parameter] for parameter in launch.operands}
-    kernel_of(launch)[launch.grid](**ordered, **launch.scalars, **launch.options)
+    return {parameter: arguments[parameter] for parameter in launch.operands}
 
 
 def _blocks_view(operand: Operand, tensor: Tensor) -> Tensor:

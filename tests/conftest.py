@@ -61,7 +61,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """How often the judge was wrong, of the tests that ran."""
+    """How often the judge was wrong, of the tests that ran; how much of the compiled kernels they executed."""
     for marker, (wrong, what) in RATES.items():
         failed, passed = (
             sum(marker in report.keywords for report in terminalreporter.stats.get(outcome, []))
@@ -69,6 +69,24 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         )
         if failed + passed:
             terminalreporter.write_line(f"{wrong}: {failed} of {failed + passed} {what}")
+    _write_emulated(terminalreporter)
+
+
+def _write_emulated(terminalreporter: pytest.TerminalReporter) -> None:
+    """By target, what tests/emulator/conftest.py noted: (target, code, blocks) and (target, what)."""
+    reports = (report for found in terminalreporter.stats.values() for report in found)
+    called = [report for report in reports if getattr(report, "when", "") == "call"]
+    noted = [(name, *value) for report in called for name, value in report.user_properties if "emulated" in name]
+    for target in sorted({entry[1] for entry in noted}):
+        ran, unknown = (
+            [rest for name, where, *rest in noted if (name, where) == (kind, target)]
+            for kind in ("emulated", "not emulated")
+        )
+        blocks, kernels = sum(count for _, count in ran), len({code for code, _ in ran})
+        skipped = len({what for (what,) in unknown})
+        terminalreporter.write_line(
+            f"emulator: {target}: {blocks} blocks of {kernels} compiled kernels executed, {skipped} kernels not"
+        )
 
 
 @pytest.fixture(scope="session", autouse=True)

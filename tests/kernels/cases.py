@@ -191,3 +191,6 @@ ONE_OF_EACH: dict[str, Problem] = {
     "stem": STEM_CASES["c_out-40"],
     "head": HEAD_CASES["70-channels"],
 }
+# Those of CASES that no rule of thumb fits.
+ODD = ("conv c_in-13-1x1", "conv depthwise-multiplier-2", "conv dilation-2", "conv kernel-5x2-stride-1x3",
+       "projection tails-everywhere", "bottleneck tails-everywhere", "stem 13-20-3x3-no-padding")  # fmt: skip
