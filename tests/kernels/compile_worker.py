@@ -86,8 +86,8 @@ def signature_derived_by_triton(launch: KernelLaunch) -> tuple[Any, Any, Any]:
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     operands = {name: argument(operand) for name, operand in launch.operands.items()}
     bound, specialization, _ = binder(**operands, **launch.scalars, **launch.options)
-    _, types, constants, attributes = kernel._pack_args(backend, launch.options, bound, specialization, launch.options)
-    return types, constants, {path: value for path, value in attributes.items() if value}
+    _, *derived = kernel._pack_args(backend, launch.options, bound, specialization, launch.options)
+    return tuple(derived)
 
 
 def disagreement(launch: KernelLaunch) -> list[str]:
