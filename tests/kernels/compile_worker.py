@@ -147,15 +147,14 @@ def products(compiled: list[dict[str, Any]]) -> dict[str, tuple[int, int, int]]:
 def flops_of_tiles(launch: KernelLaunch) -> int:
     """Of all blocks, if each does what the one in the middle does; 0 where that is not simply told."""
     s = launch.scalars
-    if "SPLIT_K" in s and "R" in s:
-        slices, splits = s["K_BLOCKS"] + s["K_BLOCKS_S"], s["SPLIT_K"]
-        of_one = -(-slices // splits)
-        first = launch.grid[0] // 2 % splits * of_one
-        depth, rows = max(0, min(of_one, slices - first)), s["BLOCK_M"]
-    elif launch.kernel.startswith("box_gemm"):
-        depth, rows = (s["R"] * s["S"] * s["C_IN"] + s["C_S"]) // s["BLOCK_K"], s["TILE_N"] * s["TILE_P"] * s["TILE_Q"]
+    if launch.kernel.startswith("box_gemm"):
+        slices, rows = (s["R"] * s["S"] * s["C_IN"] + s["C_S"]) // s["BLOCK_K"], s["TILE_N"] * s["TILE_P"] * s["TILE_Q"]
+    elif "SPLIT_K" in s and "R" in s:
+        slices, rows = s["K_BLOCKS"] + s["K_BLOCKS_S"], s["BLOCK_M"]
     else:
         return 0
+    of_one = -(-slices // s["SPLIT_K"])
+    depth = max(0, min(of_one, slices - launch.grid[0] // 2 % s["SPLIT_K"] * of_one))
     return 2 * math.prod(launch.grid) * rows * s["BLOCK_N"] * s["BLOCK_K"] * depth
 
 
