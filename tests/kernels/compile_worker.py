@@ -116,13 +116,16 @@ def tile_offsets(launch: KernelLaunch) -> dict[str, list[str]]:
     roots: dict[str, str] = {}
     found: dict[str, set[str]] = {}
     step = re.compile(
-        r"%(\w+) = tt\.(?:addptr|splat|broadcast|expand_dims) %(\w+).* : .*?(?:, tensor<(?:\d+x)+(i\d+)>)?(?: loc.*)?$",
-        re.MULTILINE,
+        r"%(\w+) = tt\.(?:addptr|splat|broadcast|expand_dims) %(\w+).* : .*?(?:, tensor<(?:\d+x)+(i\d+)>)?(?: loc.*)?$"
     )
-    for result, operand, offsets in step.findall(first_stage(launch)):
-        roots[result] = roots.get(operand, operand)
-        if offsets:
-            found.setdefault(roots[result], set()).add(offsets)
+    carried = re.compile(r"%(\w+) = %(\w+)[,)]")  # by a loop, from one iteration to the next
+    for line in first_stage(launch).splitlines():
+        if "iter_args(" in line:
+            roots |= {result: roots.get(operand, operand) for result, operand in carried.findall(line)}
+        for result, operand, offsets in step.findall(line):
+            roots[result] = roots.get(operand, operand)
+            if offsets:
+                found.setdefault(roots[result], set()).add(offsets)
     return {name: sorted(types) for name, types in found.items()}
 
 
