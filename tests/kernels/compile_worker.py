@@ -119,8 +119,11 @@ def tile_offsets(launch: KernelLaunch) -> dict[str, list[str]]:
         r"%(\w+) = tt\.(?:addptr|splat|broadcast|expand_dims) %(\w+).* : .*?(?:, tensor<(?:\d+x)+(i\d+)>)?(?: loc.*)?$",
         re.MULTILINE,
     )
-    for result, operand, offsets in step.findall(first_stage(launch)):
-        roots[result] = roots.get(operand, operand)
+    text = first_stage(launch)
+    carried = dict(re.findall(r"%(\w+) = %(\w+)(?=[,)])", text))  # from one iteration of a loop to the next
+    for result, operand, offsets in step.findall(text):
+        first = carried.get(operand, operand)
+        roots[result] = roots.get(first, first)
         if offsets:
             found.setdefault(roots[result], set()).add(offsets)
     return {name: sorted(types) for name, types in found.items()}
@@ -147,15 +150,15 @@ def products(compiled: list[dict[str, Any]]) -> dict[str, tuple[int, int, int]]:
 def flops_of_tiles(launch: KernelLaunch) -> int:
     """Of all blocks, if each does what the one in the middle does; 0 where that is not simply told."""
     s = launch.scalars
-    if "SPLIT_K" in s and "R" in s:
-        slices, splits = s["K_BLOCKS"] + s["K_BLOCKS_S"], s["SPLIT_K"]
-        of_one = -(-slices // splits)
-        first = launch.grid[0] // 2 % splits * of_one
-        depth, rows = max(0, min(of_one, slices - first)), s["BLOCK_M"]
+    if launch.kernel.startswith("implicit_gemm"):
+        slices, rows = s["K_BLOCKS"] + s["K_BLOCKS_S"], s["BLOCK_M"]
     elif launch.kernel.startswith("box_gemm"):
-        depth, rows = (s["R"] * s["S"] * s["C_IN"] + s["C_S"]) // s["BLOCK_K"], s["TILE_N"] * s["TILE_P"] * s["TILE_Q"]
+        slices, rows = (s["R"] * s["S"] * s["C_IN"] + s["C_S"]) // s["BLOCK_K"], s["TILE_N"] * s["TILE_P"] * s["TILE_Q"]
     else:
         return 0
+    of_one = -(-slices // s["SPLIT_K"])
+    first = launch.grid[0] // 2 % s["SPLIT_K"] * of_one
+    depth = max(0, min(of_one, slices - first))
     return 2 * math.prod(launch.grid) * rows * s["BLOCK_N"] * s["BLOCK_K"] * depth
 
 
