@@ -108,7 +108,7 @@ class CompiledKernel:
             "registers": self.registers,
             "stack_bytes": self.stack_bytes,
             "shared_bytes": self.shared_bytes,
-            "shared_bound": self.launch.config.shared_memory(self.launch.problem),
+            "shared_bound": self.launch.config.shared_memory(self.launch.problem) + self.target.barrier_bytes,
             "shared_limit": self.target.shared_memory,
             "tensor_core_ops": dict(self.tensor_core_ops),
             "global_loads": {str(width): count for width, count in self.global_loads.items()},

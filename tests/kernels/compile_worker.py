@@ -116,16 +116,16 @@ def tile_offsets(launch: KernelLaunch) -> dict[str, list[str]]:
     roots: dict[str, str] = {}
     found: dict[str, set[str]] = {}
     step = re.compile(
-        r"%(\w+) = tt\.(?:addptr|splat|broadcast|expand_dims) %(\w+).* : .*?(?:, tensor<(?:\d+x)+(i\d+)>)?(?: loc.*)?$",
-        re.MULTILINE,
+        r"%(\w+) = tt\.(?:addptr|splat|broadcast|expand_dims) %(\w+).* : .*?(?:, tensor<(?:\d+x)+(i\d+)>)?(?: loc.*)?$"
     )
-    text = first_stage(launch)
-    carried = dict(re.findall(r"%(\w+) = %(\w+)(?=[,)])", text))  # from one iteration of a loop to the next
-    for result, operand, offsets in step.findall(text):
-        first = carried.get(operand, operand)
-        roots[result] = roots.get(first, first)
-        if offsets:
-            found.setdefault(roots[result], set()).add(offsets)
+    carried = re.compile(r"%(\w+) = %(\w+)[,)]")  # by a loop, from one iteration to the next
+    for line in first_stage(launch).splitlines():
+        if "iter_args(" in line:
+            roots |= {result: roots.get(operand, operand) for result, operand in carried.findall(line)}
+        for result, operand, offsets in step.findall(line):
+            roots[result] = roots.get(operand, operand)
+            if offsets:
+                found.setdefault(roots[result], set()).add(offsets)
     return {name: sorted(types) for name, types in found.items()}
 
 
@@ -150,15 +150,14 @@ def products(compiled: list[dict[str, Any]]) -> dict[str, tuple[int, int, int]]:
 def flops_of_tiles(launch: KernelLaunch) -> int:
     """Of all blocks, if each does what the one in the middle does; 0 where that is not simply told."""
     s = launch.scalars
-    if launch.kernel.startswith("implicit_gemm"):
-        slices, rows = s["K_BLOCKS"] + s["K_BLOCKS_S"], s["BLOCK_M"]
-    elif launch.kernel.startswith("box_gemm"):
+    if launch.kernel.startswith("box_gemm"):
         slices, rows = (s["R"] * s["S"] * s["C_IN"] + s["C_S"]) // s["BLOCK_K"], s["TILE_N"] * s["TILE_P"] * s["TILE_Q"]
+    elif "SPLIT_K" in s and "R" in s:
+        slices, rows = s["K_BLOCKS"] + s["K_BLOCKS_S"], s["BLOCK_M"]
     else:
         return 0
     of_one = -(-slices // s["SPLIT_K"])
-    first = launch.grid[0] // 2 % s["SPLIT_K"] * of_one
-    depth = max(0, min(of_one, slices - first))
+    depth = max(0, min(of_one, slices - launch.grid[0] // 2 % s["SPLIT_K"] * of_one))
     return 2 * math.prod(launch.grid) * rows * s["BLOCK_N"] * s["BLOCK_K"] * depth
 
 

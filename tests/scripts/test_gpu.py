@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -132,6 +133,15 @@ def test_a_step_without_time_is_not_begun(run: Callable[..., Any]) -> None:
     assert record["passed"] is False and "command" in record["steps"][1]
 
 
+@pytest.fixture
+def _interruptible() -> Iterator[None]:
+    """Also where whoever started the tests had them ignore it, as a shell does in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 def test_whoever_stops_it_keeps_the_record_and_leaves_no_step_running(run: Callable[..., Any], tmp_path: Path) -> None:
     stops = "import os, time; open('child', 'w').write(str(os.getpid())); os.kill(os.getppid(), 2); time.sleep(600)"
     with pytest.raises(KeyboardInterrupt):
