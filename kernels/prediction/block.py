@@ -146,10 +146,18 @@ class Block:
             guard = both(guard, self._predicate(operand))
         if guard is None and to <= at:
             raise ValueError(f"{i.opcode} to {i.label} goes back on what is not known")
-        taken = guard is not None and (some(guard) if to <= at else every(guard))
+        taken = guard is not None and (some(guard) if to <= at or self._multiplies_there(at, to) else every(guard))
         if taken and i.name == "CALL":
             self._returns.append(at + 1)
         return to if taken else at + 1
+
+    def _multiplies_there(self, at: int, to: int) -> bool:
+        """Whether a branch forward goes to the half of an if and else that has the products, the work of one warp."""
+        before = self.code.instructions[to - 1]
+        if before.name != "BRA" or before.guard is not None or len(before.operands) > 1 or not before.label:
+            return False
+        here, there = slice(at + 1, to), slice(to, self.code.labels[before.label])
+        return [any("MMA" in i.name for i in self.code.instructions[half]) for half in (here, there)] == [False, True]
 
     # What is read and written.
 
