@@ -44,6 +44,7 @@ _TRITON_DTYPES = {
     torch.int32: "i32",
     torch.uint8: "u8",
 }
+_INSTALLED = tuple(int(part) for part in triton.__version__.split(".")[:2])
 # A convolution that every target and every kind of load takes.
 _PROBE = ConvProblem(8, 128, 14, 14, 128, (1, 1), relu=True)
 # One SASS instruction: address comment, optional predicate, then the opcode with its dotted modifiers.
@@ -117,7 +118,7 @@ class CompiledKernel:
             "registers": self.registers,
             "stack_bytes": self.stack_bytes,
             "shared_bytes": self.shared_bytes,
-            "shared_bound": self.launch.config.shared_memory(self.launch.problem),
+            "shared_bound": self.launch.config.shared_memory(self.launch.problem) + self.target.barrier_bytes,
             "shared_limit": self.target.shared_memory,
             "tensor_core_ops": dict(self.tensor_core_ops),
             "global_loads": {str(width): count for width, count in self.global_loads.items()},
@@ -271,8 +272,7 @@ def unserved_reason(target: Target) -> str | None:
 
 def version_reason(target: Target) -> str | None:
     """Why the installed Triton is not one that compiles for a target, known without trying; None if it is."""
-    installed = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if installed >= target.oldest_triton:
+    if target.oldest_triton <= _INSTALLED:
         return None
     oldest = ".".join(map(str, target.oldest_triton))
     return f"{target.name}: Triton {triton.__version__} does not compile for it, expected {oldest} or newer"
@@ -314,6 +314,8 @@ def kernel_signature(
 ) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list[list[Any]]]]:
     """(types, constants, attributes) of the kernel's parameters as Triton's JIT derives them from the launch.
 
+    They are what its cache goes by: a launch finds there what was compiled ahead.
+
     Raises:
         RuntimeError: Triton's interpreter is on, so there is nothing to compile.
     """
@@ -343,6 +345,9 @@ def _signature(
             types[name], constants[name] = "constexpr", launch.scalars[name]
         else:
             types[name] = "i32"
+        # Triton names what is constant as having no attributes, 3.6 only where it is a word.
+        if types[name] == "constexpr" and (_INSTALLED > (3, 6) or isinstance(constants[name], str)):
+            attributes[(parameter.num,)] = []
     return types, constants, attributes
 
 

@@ -7,6 +7,7 @@ import datetime
 import json
 import logging
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=DEFAULTS, help="default cuda where there is a GPU, else cpu")
     parser.add_argument("--precision", choices=PRECISIONS, help="default fp32 on a CPU, fp16 on a GPU and for --floors")
     parser.add_argument("--batch", nargs="+", type=int, metavar="N", help="default 1 8 on a CPU, 1 8 32 128 on a GPU")
+    parser.add_argument(
+        "--providers", nargs="+", default=[], metavar="NAME", help="those whose names begin so, and eager; default all"
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--floors", action="store_true", help="count FLOPs, bytes and kernels per level of fusion instead"
@@ -51,6 +55,7 @@ with importing("benchmark"):
 
     from export import ExportError
     from export.base.machine import describe_machine
+    from export.benchmark.candidates import PROVIDERS
     from export.benchmark.compare import CALIBRATION_SEED, compare_on
     from export.benchmark.export_step import time_export_step
     from export.benchmark.floors import count_floors
@@ -58,6 +63,7 @@ with importing("benchmark"):
     from export.sample_inputs import crops, photographs
     from export.terminal.benchmark_tables import print_comparison, print_export_step, print_floors
     from export.terminal.console import Progress
+    from resnet.data.files import write_atomically
     from resnet.errors import ResNetError
     from resnet.initialise import initialise
     from resnet.models import MODELS, create_model
@@ -71,24 +77,21 @@ def main(argv: list[str] | None = None) -> int:
 
 def benchmark(args: argparse.Namespace) -> int:
     """Measure, write and show what the arguments ask for; the exit code."""
-    measure, show = compare, print_comparison
+    measure: Callable[..., Iterable[Result]] = compare
+    show = print_comparison
     if args.floors:
         measure, show = floors, print_floors
     elif args.export_step:
         measure, show = export_step, print_export_step
     check_arguments(args)
+    results: list[Result] = []
     with Progress() as progress:
-        results = [result for name in args.model for result in measure(name, args, progress)]
-    passed = all(row.get("status") != "failed" for result in results for row in result["rows"])
-    record = {
-        "date": datetime.date.today().isoformat(),
-        "command": args.command,
-        "machine": describe_machine(torch.cuda.get_device_name() if torch.cuda.is_available() else None),
-        "passed": passed,
-        "results": results,
-    }
-    if args.output:
-        args.output.write_text(in_flags(json.dumps(record, indent=2)) + "\n")
+        for name in args.model:
+            for result in measure(name, args, progress):
+                results.append(result)
+                record = record_of(args, results)
+                if args.output:  # after each: who is interrupted keeps what was found
+                    write_atomically(args.output, f"{in_flags(json.dumps(record, indent=2))}\n".encode())
     if args.json:
         print(in_flags(json.dumps(record)))
     else:
@@ -96,7 +99,18 @@ def benchmark(args: argparse.Namespace) -> int:
         if args.output:
             print(f"{args.output} written")
         print(last_line)
-    return 0 if passed else 1
+    return 0 if record["passed"] else 1
+
+
+def record_of(args: argparse.Namespace, results: list[Result]) -> dict[str, Any]:
+    """What was measured, and where, for JSON."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "command": args.command,
+        "machine": describe_machine(torch.cuda.get_device_name() if torch.cuda.is_available() else None),
+        "passed": all(row.get("status") != "failed" for result in results for row in result["rows"]),
+        "results": results,
+    }
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -105,12 +119,14 @@ def check_arguments(args: argparse.Namespace) -> None:
         for name in args.model:
             create_model(name)
     instead = "--floors" if args.floors else "--export-step" if args.export_step else ""
-    unused = ["device", "batch"] if args.floors else ["device", "batch", "precision"]
-    given = [f"--{name}" for name in unused if getattr(args, name) is not None]
+    unused = ["device", "batch", "providers", *([] if args.floors else ["precision"])]
+    given = [f"--{name}" for name in unused if getattr(args, name)]
     if instead and given:
         raise ExportError(f"{instead} does not take {', '.join(given)}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ExportError("--device cuda: no NVIDIA GPU here; expected --device cpu, or --floors, which needs none")
+    if unknown := [name for name in args.providers if name not in PROVIDERS]:
+        raise ExportError(f"--providers: expected some of {', '.join(PROVIDERS)}, got {unknown[0]!r}")
     if args.batch and min(args.batch) < 1:
         raise ExportError(f"--batch: expected whole numbers of at least 1, got {min(args.batch)}")
     if args.output and (args.output.is_dir() or not args.output.absolute().parent.is_dir()):
@@ -132,13 +148,13 @@ def photographs_for(name: str, count: int, seed: int = 0) -> Tensor:
     return crops(photographs(), count, 3, (size, size), seed)
 
 
-def compare(name: str, args: argparse.Namespace, progress: Progress) -> list[Result]:
+def compare(name: str, args: argparse.Namespace, progress: Progress) -> Iterator[Result]:
     """One result per batch size: every provider checked, and timed if it is right."""
     progress(f"initialise {name}")
     model, images = seeded_model(name), photographs_for(name, PARITY_IMAGES)
     draw, precision = partial(photographs_for, name), PRECISIONS[args.precision]
-    results = compare_on(args.device, model, images, draw, precision, args.batch, progress)
-    return [{"model": name, "weights": "UNTRAINED: seed 0", **result} for result in results]
+    for result in compare_on(args.device, model, images, draw, precision, args.batch, progress, args.providers):
+        yield {"model": name, "weights": "UNTRAINED: seed 0", **result}
 
 
 def floors(name: str, args: argparse.Namespace, progress: Progress) -> list[Result]:

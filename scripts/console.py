@@ -17,6 +17,7 @@ SUMMARIES = {
     "train": "train a model, or compare trainings",
     "compile": "compile every kernel of a model ahead of time",
     "tune": "find the fastest launch configurations on this machine's GPU",
+    "gpu": "prove every kernel and network on this machine's GPU and time them",
 }
 
 

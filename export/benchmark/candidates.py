@@ -17,7 +17,7 @@ from export.base.precision import INT8, PRECISIONS, Precision
 from export.benchmark.runners import CompiledRunner, FusedRunner, GraphRunner, ModuleRunner
 from export.criteria.references import run_references, run_simulations
 from export.fusion.capture import eager_copy
-from export.fusion.passes import DEFAULT_LEVEL
+from export.fusion.passes import DEFAULT_LEVEL, LEVELS
 from export.fusion.program import FusedProgram, output_names
 from export.lowering.onnx_file import lower_onnx
 from export.quantisation.scheme import CPU
@@ -28,6 +28,8 @@ from export.runtime.parity.ladder import ENGINE_FACTOR, References
 from export.runtime.runner import Interface, TimedRunner
 
 COMPILED = "torch.compile"
+# What the names of candidates begin with.
+PROVIDERS = ("eager", COMPILED, "onnxruntime", "ours", *(f"ours {level}" for level in LEVELS), *FLAVOURS)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -42,7 +42,8 @@ def compare_on(
     precision: Precision,
     batches: Sequence[int],
     progress: Progress,
-) -> list[dict[str, Any]]:
+    providers: Sequence[str] = (),
+) -> Iterator[dict[str, Any]]:
     """Check and time every way of running a model that a device has.
 
     Args:
@@ -53,28 +54,44 @@ def compare_on(
         precision: what they compute in.
         batches: images per run.
         progress: called with the name of each step as it begins.
+        providers: those whose names begin with one of these, beside the eager model; all where there are none.
 
-    Returns:
-        One record per batch size, for JSON.
+    Yields:
+        A record per batch size, for JSON.
     """
     cuda, largest = device == "cuda", max(batches)
-    levels = LEVELS if cuda else (DEFAULT_LEVEL, QUANTISED_LEVEL)
-    programs = fused_at(levels, model, images, Batch(1, min(8, largest), largest), progress)
+    levels = {"b", QUANTISED_LEVEL, DEFAULT_LEVEL}  # b: what an eager model and a compiler do is counted from it
+    if cuda:
+        levels |= {level for level in LEVELS if _wanted(f"ours {level}", providers)}
+    programs = fused_at(sorted(levels), model, images, Batch(1, min(8, largest), largest), progress)
     progress("run the eager model in float64")
     subject = Subject.of(model, programs, precision, images)
     on_device = _on_cuda if cuda else _on_cpu
-    return on_device(subject, draw, batches, progress)
+    yield from on_device(subject, draw, batches, progress, providers)
+
+
+def _wanted(name: str, providers: Sequence[str]) -> bool:
+    return not providers or name.startswith(tuple(providers))
+
+
+def _among(candidates: Sequence[Candidate], providers: Sequence[str]) -> list[Candidate]:
+    """Those asked for, and the first, which all are compared with."""
+    return [candidate for candidate in candidates if candidate is candidates[0] or _wanted(candidate.name, providers)]
 
 
 def _on_cuda(
-    subject: Subject, draw: Callable[[int, int], Tensor], batches: Sequence[int], progress: Progress
-) -> list[dict[str, Any]]:
+    subject: Subject,
+    draw: Callable[[int, int], Tensor],
+    batches: Sequence[int],
+    progress: Progress,
+    providers: Sequence[str],
+) -> Iterator[dict[str, Any]]:
     # For all alike: cuDNN looks for its fastest algorithm, and float32 means float32.
     torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False
     progress("measure the ceilings of the device")
     precision, ceilings = subject.precision, measure_ceilings(subject.precision)
     facts = {"peak_tflops": ceilings.flops / 1e12, "bandwidth_gb_s": ceilings.bandwidth / 1e9}
-    candidates, results = cuda_candidates(subject), []
+    candidates = _among(cuda_candidates(subject), providers)
     for batch in batches:
         inputs = [
             draw(batch, seed).to("cuda", precision.dtype, memory_format=torch.channels_last) for seed in INPUT_SEEDS
@@ -82,21 +99,23 @@ def _on_cuda(
         works = workloads(subject.programs, precision, batch)
         floors = {level: floor_seconds(found, ceilings) for level, found in works.items()}
         rows = compare_candidates(candidates, subject, batch, inputs, CUDA_CLOCK, progress)
-        results.append(_result("cuda", precision, facts, batch, describe(rows, batch, floors)))
-    return results
+        yield _result("cuda", precision, facts, batch, describe(rows, batch, floors))
 
 
 def _on_cpu(
-    subject: Subject, draw: Callable[[int, int], Tensor], batches: Sequence[int], progress: Progress
-) -> list[dict[str, Any]]:
+    subject: Subject,
+    draw: Callable[[int, int], Tensor],
+    batches: Sequence[int],
+    progress: Progress,
+    providers: Sequence[str],
+) -> Iterator[dict[str, Any]]:
     progress("calibrate 8 bits")
     quantised, threads = _quantised(subject.programs[QUANTISED_LEVEL], draw, progress), torch.get_num_threads()
-    candidates, results = [*cpu_candidates(subject, threads), int8_candidate(subject, quantised, threads)], []
+    candidates = _among([*cpu_candidates(subject, threads), int8_candidate(subject, quantised, threads)], providers)
     for batch in batches:
         inputs = [draw(batch, seed) for seed in INPUT_SEEDS]
         rows = compare_candidates(candidates, subject, batch, inputs, CPU_CLOCK, progress)
-        results.append(_result("cpu", subject.precision, {"threads": threads}, batch, describe(rows, batch, {})))
-    return results
+        yield _result("cpu", subject.precision, {"threads": threads}, batch, describe(rows, batch, {}))
 
 
 def _quantised(program: FusedProgram, draw: Callable[[int, int], Tensor], progress: Progress) -> FusedProgram:

@@ -24,7 +24,7 @@ _COLUMNS = {
     "x compile": ("times_compiled", ".2f"),
     "error ratio": ("error_ratio", ".2f"),
 }
-_CUDA_COLUMNS = {
+CUDA_COLUMNS = {
     **{heading: _COLUMNS[heading] for heading in ("median ms", "20 %", "80 %")},
     "img/s": ("images_per_second", ",.0f"),
     **{heading: _COLUMNS[heading] for heading in ("x eager", "x compile")},
@@ -77,7 +77,7 @@ def print_comparison(record: Mapping[str, Any]) -> str:
 
 def _print_rows(result: Mapping[str, Any]) -> None:
     title = f"{result['model']}, {result['precision']}, batch {result['batch']}, {result['device']}"
-    columns = _CUDA_COLUMNS if result["device"] == "cuda" else _COLUMNS
+    columns = CUDA_COLUMNS if result["device"] == "cuda" else _COLUMNS
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("provider")
     for heading in columns:

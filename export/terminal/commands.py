@@ -17,6 +17,7 @@ SCRIPTS = {
     "train": "train.py",
     "compile": "compile_kernels.py",
     "tune": "tune.py",
+    "gpu": "gpu.py",
 }
 
 

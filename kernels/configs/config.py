@@ -110,7 +110,7 @@ class Config:
         accumulators = self.accumulators(problem)
         if accumulators > MAX_ACCUMULATORS_PER_THREAD:
             return f"{accumulators} accumulators per thread, expected at most {MAX_ACCUMULATORS_PER_THREAD}"
-        shared = self.shared_memory(problem)
+        shared = self.shared_memory(problem) + target.barrier_bytes
         if shared > target.shared_memory:
             return f"up to {shared} bytes of shared memory, expected at most {target.shared_memory} on {target.name}"
         return None

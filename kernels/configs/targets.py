@@ -64,6 +64,11 @@ class Target:
         return newest if rows >= 64 else "HMMA"
 
     @property
+    def barrier_bytes(self) -> int:
+        """Of a block's shared memory, what the barriers of products in tensor memory may take."""
+        return 1024 if 100 <= self.capability < 120 else 0
+
+    @property
     def has_tma(self) -> bool:
         return self.capability >= 90
 

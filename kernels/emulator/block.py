@@ -96,6 +96,7 @@ class Block:
         self.box_loads: list[BoxLoad] = []
         self.wgmmas: list[Wgmma] = []  # not committed
         self.wgmma_groups: list[list[Wgmma]] = []
+        self.fenced: dict[int, Array] = {}  # what registers held at the last wgmma.fence, by identity
         self.current = program.code[0]
 
     def _all(self, value: int) -> Array:

@@ -145,10 +145,10 @@ def _fence(block: Block, i: Instruction, mask: Array | None) -> None:
 def _load(block: Block, i: Instruction, mask: Array | None) -> None:
     source = i.args[1]
     assert isinstance(source, Address)
-    places, barriers = block.addresses(i.args[0]), block.addresses(i.args[2])
+    descriptors, places, barriers = (block.addresses(arg) for arg in (source, i.args[0], i.args[2]))
     corners = np.stack([block.get(coordinate, "s32") for coordinate in reversed(source.coordinates)], 1)
     for thread in block.selected(mask):
-        start = int(block.registers[source.base][thread])
+        start = int(descriptors[thread])
         try:
             described = TensorMap.unpack(block.parameters[start : start + 128].tobytes())
         except ValueError:

@@ -108,8 +108,12 @@ def _wgmma(block: Block, i: Instruction, mask: Array | None) -> None:
     block.shared.read_by_wgmma(cells)
     under_way = {r for group in (*block.wgmma_groups, block.wgmmas) for one in group for r in one.registers}
     before = None if under_way & {*registers} else [block.bits(r, 4) for r in registers]
+    used = (*(registers if accumulates.any() else ()), *(left if isinstance(left, tuple) else ()))
+    if any(id(block.registers.get(r)) not in block.fenced for r in used):
+        block.defect("wgmma uses registers written since the last wgmma.fence")
     marker = np.full(block.threads, UNDEFINED & 0xFFFFFFFF, np.uint32)
     held = {r: block.registers[r] for r in left} if isinstance(left, tuple) else {}
+    block.fenced[id(marker)] = marker
     for r in registers:
         block.registers[r] = marker
     block.wgmmas.append(
@@ -145,8 +149,9 @@ def _matrix(block: Block, operand: Operand, rows: int, transposed: bool) -> Arra
 
 @instruction(r"wgmma\.fence\.sync\.aligned")
 def _fence_registers(block: Block, i: Instruction, mask: Array | None) -> None:
-    """Registers are always in order here; that nobody touches those of a wgmma under way is checked at its end."""
+    """Until the next, a wgmma may use what registers hold now, if moved to others too, or as wgmmas leave them."""
     block.require_all(mask)
+    block.fenced = {id(value): value for value in block.registers.values()}
 
 
 @instruction(r"wgmma\.commit_group\.sync\.aligned")
@@ -189,4 +194,4 @@ def _finish(block: Block, one: Wgmma) -> None:
     for register, value in zip(one.registers, results, strict=True):
         if block.registers[register] is not one.marker:
             block.defect("accumulator of a wgmma under way is written", register)
-        block.registers[register] = value
+        block.registers[register] = block.fenced[id(value)] = value

@@ -139,8 +139,10 @@ def _accumulate_gathered(
             weight_tile = tl.load(weight_ptr + weight_columns + offs_k[:, None], mask=weight_mask, other=0.0)
             acc = tl.dot(x_tile, weight_tile, acc, input_precision="ieee")
     else:
-        # 64 channels are one 128-byte line of a pixel: the parts of a longer slice share their rows' addresses.
-        PART: tl.constexpr = min(BLOCK_K, 64)
+        # 64 channels are one 128-byte line of a pixel: the parts of a longer slice share their rows' addresses. Where
+        # one product follows another, Triton divides rows alone between warps, 16 each; of fewer than 64 rows some
+        # would be computed twice.
+        PART: tl.constexpr = min(BLOCK_K, 64) if acc.shape[0] >= 64 else BLOCK_K
         blocks_per_tap: tl.constexpr = tl.cdiv(C_IN, BLOCK_K)
         padded: tl.constexpr = PAD_H > 0 or PAD_W > 0
         lane = tl.arange(0, PART)

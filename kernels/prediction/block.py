@@ -146,10 +146,18 @@ class Block:
             guard = both(guard, self._predicate(operand))
         if guard is None and to <= at:
             raise ValueError(f"{i.opcode} to {i.label} goes back on what is not known")
-        taken = guard is not None and (some(guard) if to <= at else every(guard))
+        taken = guard is not None and (some(guard) if to <= at or self._multiplies_there(at, to) else every(guard))
         if taken and i.name == "CALL":
             self._returns.append(at + 1)
         return to if taken else at + 1
+
+    def _multiplies_there(self, at: int, to: int) -> bool:
+        """Whether a branch forward goes to the half of an if and else that has the products, the work of one warp."""
+        before = self.code.instructions[to - 1]
+        if before.name != "BRA" or before.guard is not None or len(before.operands) > 1 or not before.label:
+            return False
+        here, there = slice(at + 1, to), slice(to, self.code.labels[before.label])
+        return [any("MMA" in i.name for i in self.code.instructions[half]) for half in (here, there)] == [False, True]
 
     # What is read and written.
 
@@ -243,6 +251,14 @@ class Block:
             self._put_pair(ops[0].register, self._pair(ops[1]), guard)
         else:
             self._put(ops[0].register, self._word(ops[1]), guard)
+
+    def _half_constants(self, i: Instruction, ops: Sequence[Operand], guard: Value) -> None:
+        """HFMA2 of zero: how constants are moved without an integer unit, two halves, the upper one first."""
+        if ops[1].register != "RZ" or ops[2].register != "RZ" or len(ops) < 5:
+            self._forget(i, guard)
+            return
+        upper, lower = (int(np.float16(o.text).view(np.uint16)) for o in ops[3:5])
+        self._put(ops[0].register, upper << 16 | lower, guard)
 
     def _clear(self, i: Instruction, ops: Sequence[Operand], guard: Value) -> None:
         value = 0 if ops[1].register in ZERO else None
@@ -598,6 +614,7 @@ def _known(value: Value) -> bool | None:
 
 _HANDLERS: dict[str, Any] = {
     **dict.fromkeys(("MOV", "R2UR"), Block._move),
+    "HFMA2": Block._half_constants,
     "CS2R": Block._clear,
     **dict.fromkeys(("S2R", "S2UR"), Block._read_special),
     **dict.fromkeys(("LDC", "LDCU", "ULDC"), Block._load_constant),

@@ -166,7 +166,12 @@ def _trace(code: Code, launch: KernelLaunch, target: Target, constants: Mapping[
     x, y, z = (*launch.grid, 1, 1)[:3]
     threads = 32 * int(launch.options["num_warps"])
     middle = (x // 2, y // 2, z // 2)
-    return Block(code, threads, middle, constants, arrival, lambda name: tensor_flops_per_cycle(name, target)).run()
+    block = Block(code, threads, middle, constants, arrival, lambda name: tensor_flops_per_cycle(name, target))
+    try:
+        return block.run()
+    except ValueError as error:
+        what = f"{launch.kernel} of {launch.problem.key} as {launch.config} for {target.name}"
+        raise ValueError(f"{what}: {error}") from error
 
 
 def _arithmetic_cycles(trace: Trace, target: Target) -> float:

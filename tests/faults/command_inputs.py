@@ -30,7 +30,8 @@ from tests.scripts.loading import load_script
 WORK = {
     "export": ("export_bundle", "initialise", "download"),
     "train": ("train_once", "run_experiment"),
-    "tune": ("tune_models",),
+    "tune": ("tune_models", "time_as_is"),
+    "gpu": ("run_in_child",),
     "benchmark": ("compare", "floors", "export_step"),
     "compile_kernels": ("fuse", "compile_for"),
     "evaluate": ("import_ray",),

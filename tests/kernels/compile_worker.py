@@ -86,8 +86,8 @@ def signature_derived_by_triton(launch: KernelLaunch) -> tuple[Any, Any, Any]:
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     operands = {name: argument(operand) for name, operand in launch.operands.items()}
     bound, specialization, _ = binder(**operands, **launch.scalars, **launch.options)
-    _, types, constants, attributes = kernel._pack_args(backend, launch.options, bound, specialization, launch.options)
-    return types, constants, {path: value for path, value in attributes.items() if value}
+    _, *derived = kernel._pack_args(backend, launch.options, bound, specialization, launch.options)
+    return tuple(derived)
 
 
 def disagreement(launch: KernelLaunch) -> list[str]:
@@ -116,13 +116,16 @@ def tile_offsets(launch: KernelLaunch) -> dict[str, list[str]]:
     roots: dict[str, str] = {}
     found: dict[str, set[str]] = {}
     step = re.compile(
-        r"%(\w+) = tt\.(?:addptr|splat|broadcast|expand_dims) %(\w+).* : .*?(?:, tensor<(?:\d+x)+(i\d+)>)?(?: loc.*)?$",
-        re.MULTILINE,
+        r"%(\w+) = tt\.(?:addptr|splat|broadcast|expand_dims) %(\w+).* : .*?(?:, tensor<(?:\d+x)+(i\d+)>)?(?: loc.*)?$"
     )
-    for result, operand, offsets in step.findall(first_stage(launch)):
-        roots[result] = roots.get(operand, operand)
-        if offsets:
-            found.setdefault(roots[result], set()).add(offsets)
+    carried = re.compile(r"%(\w+) = %(\w+)[,)]")  # by a loop, from one iteration to the next
+    for line in first_stage(launch).splitlines():
+        if "iter_args(" in line:
+            roots |= {result: roots.get(operand, operand) for result, operand in carried.findall(line)}
+        for result, operand, offsets in step.findall(line):
+            roots[result] = roots.get(operand, operand)
+            if offsets:
+                found.setdefault(roots[result], set()).add(offsets)
     return {name: sorted(types) for name, types in found.items()}
 
 
@@ -147,15 +150,14 @@ def products(compiled: list[dict[str, Any]]) -> dict[str, tuple[int, int, int]]:
 def flops_of_tiles(launch: KernelLaunch) -> int:
     """Of all blocks, if each does what the one in the middle does; 0 where that is not simply told."""
     s = launch.scalars
-    if "SPLIT_K" in s and "R" in s:
-        slices, splits = s["K_BLOCKS"] + s["K_BLOCKS_S"], s["SPLIT_K"]
-        of_one = -(-slices // splits)
-        first = launch.grid[0] // 2 % splits * of_one
-        depth, rows = max(0, min(of_one, slices - first)), s["BLOCK_M"]
-    elif launch.kernel.startswith("box_gemm"):
-        depth, rows = (s["R"] * s["S"] * s["C_IN"] + s["C_S"]) // s["BLOCK_K"], s["TILE_N"] * s["TILE_P"] * s["TILE_Q"]
+    if launch.kernel.startswith("box_gemm"):
+        slices, rows = (s["R"] * s["S"] * s["C_IN"] + s["C_S"]) // s["BLOCK_K"], s["TILE_N"] * s["TILE_P"] * s["TILE_Q"]
+    elif "SPLIT_K" in s and "R" in s:
+        slices, rows = s["K_BLOCKS"] + s["K_BLOCKS_S"], s["BLOCK_M"]
     else:
         return 0
+    of_one = -(-slices // s["SPLIT_K"])
+    depth = max(0, min(of_one, slices - launch.grid[0] // 2 % s["SPLIT_K"] * of_one))
     return 2 * math.prod(launch.grid) * rows * s["BLOCK_N"] * s["BLOCK_K"] * depth
 
 

@@ -19,8 +19,8 @@ from export import Batch, ExportError, fuse
 from export.base.machine import describe_machine
 from export.base.precision import PRECISIONS
 from export.benchmark import compare, export_step, timing
-from export.benchmark.candidates import Candidate, Subject, cpu_candidates, cuda_candidates
-from export.benchmark.compare import Row, compare_candidates, describe
+from export.benchmark.candidates import PROVIDERS, Candidate, Subject, cpu_candidates, cuda_candidates
+from export.benchmark.compare import Row, compare_candidates, compare_on, describe
 from export.benchmark.roofline import Ceilings, floor_seconds
 from export.benchmark.runners import ModuleRunner
 from export.benchmark.timing import Clock, cpu_turn, cuda_turn, measure
@@ -33,7 +33,8 @@ from resnet.models import create_model
 from tests.scripts.loading import load_script, run_here
 
 QUICK = Clock(cpu_turn, rounds=2, seconds=1e-6)
-FACTOR = PRECISIONS["fp32"].network_factor
+FP32 = PRECISIONS["fp32"]
+FACTOR = FP32.network_factor
 
 
 IMAGES = crops(photographs(), 8, 3, (32, 32))
@@ -219,6 +220,22 @@ def test_floors(capsys: pytest.CaptureFixture[str]) -> None:
     assert "34.6" in capsys.readouterr().out
 
 
+def test_providers_are_asked_for_by_the_beginning_of_their_names(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    candidates = cpu_candidates(subject, 1)
+    assert all(c.name.startswith(PROVIDERS) for c in candidates)
+    assert compare._among(candidates, ()) == candidates
+    found = [c.name for c in compare._among(candidates, ("torch.compile", "onnxruntime"))]
+    assert found == ["eager", "torch.compile", "onnxruntime, plain export", "onnxruntime, our file"]
+    fused = Mock(side_effect=InterruptedError)
+    monkeypatch.setattr(compare, "fused_at", fused)
+    for providers, levels in ((("ours c1",), ["b", "c1", "c3"]), ((), [*LEVELS]), (("eager",), ["b", "c3"])):
+        with pytest.raises(InterruptedError):
+            next(compare_on("cuda", subject.model, IMAGES, Mock(), FP32, [1], lambda step: None, providers))
+        assert fused.call_args.args[0] == levels
+
+
 COMMAND = ["--model", "resnet8", "--device", "cpu", "--batch", "2"]
 
 
@@ -265,6 +282,16 @@ def test_a_wrong_provider_is_exit_1_and_named_last(tmp_path: Path, monkeypatch: 
     *_, last = process.stdout.splitlines()
     assert "hasty: failed: error is" in process.stdout
     assert last.startswith("FAILED") and last.endswith("hasty; do not deploy that")
+
+
+def test_what_was_measured_before_it_is_interrupted_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def results(*_: Any) -> Iterator[dict[str, Any]]:
+        yield RESULT | {"rows": [EAGER]}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(load_script("benchmark"), "compare", results)
+    assert run_here("benchmark", *COMMAND, "--output", tmp_path / "result.json").returncode == 130
+    assert json.loads((tmp_path / "result.json").read_text())["results"] == [RESULT | {"rows": [EAGER]}]
 
 
 def test_a_busy_machine_is_told_so() -> None:

@@ -64,6 +64,8 @@ REFUSED = {
     "benchmark --floors --batch 8": "--floors does not take --batch",
     "benchmark --export-step --precision fp16": "--export-step does not take --precision",
     "benchmark --floors --output no/where.json": "expected a file in a folder that exists",
+    "benchmark --providers resnet8": "--providers: expected some of eager, torch.compile, ",
+    "benchmark --floors --providers eager": "--floors does not take --providers",
     "benchmark --device cuda": "no NVIDIA GPU here; expected --device cpu",
     "train --data nowhere": "nowhere: expected digits, a folder of class folders or an archive",
     "train --epochs 0": "epochs must be at least 1, got 0",

@@ -52,6 +52,11 @@ def test_a_loop_of_64_bits_runs_as_often_as_its_counter_says() -> None:
     assert [trace(*way, *loop, constants={0x160: n}).issued["IADD.64"] for n in (0, 2, 5)] == [2, 2, 5]
 
 
+def test_a_loop_counter_that_begins_as_two_halves_is_known() -> None:
+    way = ("HFMA2.MMA R0, -RZ, RZ, 0, 1.78813934326171875e-07", *LOOP[1:])
+    assert trace(*way).issued["HMMA.16816.F32"] == 3
+
+
 @pytest.mark.parametrize(
     ("first", "message"),
     [("LDG.E R0, [R2.64]", "goes back on what is not known"), ("MOV R0, 0x7fffffff", "not ended after")],
