@@ -347,7 +347,7 @@ def _signature(
             types[name] = "i32"
         # Triton names what is constant as having no attributes, 3.6 only where it is a word.
         if types[name] == "constexpr" and (_INSTALLED > (3, 6) or isinstance(constants[name], str)):
-            attributes[(parameter.num,)] = []
+            attributes[(number,)] = []
     return types, constants, attributes
 
 
