@@ -135,7 +135,9 @@ def _boxed_config(problem: ConvProblem, target: Target) -> ConvConfig | None:
     """Through TMA, where the target has it and the problem is one for it."""
     if problem.dtype == torch.float32 or problem.gemm_n < 64:
         return None
-    tiles = _fitting(problem, (*_LARGE_BOX_TILES, *_BOX_TILES) if target.has_wgmma else _BOX_TILES)
+    # Of HMMA's rows, 16 are enough.
+    small = ((32, 32, 4),) if target.matrix_instruction(64) == "HMMA" else ()
+    tiles = _fitting(problem, (*_LARGE_BOX_TILES, *_BOX_TILES) if target.has_wgmma else (*_BOX_TILES, *small))
     configs = [
         ConvConfig(block_m, block_n, _block_k(problem), num_warps, 2, box_of(problem, block_m))
         for block_m, block_n, num_warps in tiles

@@ -387,7 +387,9 @@ class Block:
         self._put(ops[1].register, combine(negation(result), other), guard)
 
     def _select(self, i: Instruction, ops: Sequence[Operand], guard: Value) -> None:
-        self._put(ops[0].register, chosen(self._predicate(ops[3]), self._word(ops[1]), self._word(ops[2])), guard)
+        wide = "64" in i.modifiers
+        values = [self._pair(o) if wide else self._word(o) for o in ops[1:3]]
+        (self._put_pair if wide else self._put)(ops[0].register, chosen(self._predicate(ops[3]), *values), guard)
 
     def _least(self, i: Instruction, ops: Sequence[Operand], guard: Value) -> None:
         """Minimum, or maximum where the predicate is false; VIADDMNMX adds the first two before."""

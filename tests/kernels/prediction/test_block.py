@@ -46,7 +46,8 @@ def test_a_loop_of_64_bits_runs_as_often_as_its_counter_says() -> None:
         "MOV R3, RZ",
         "MOV R2, c[0x0][0x160]",
         "IMNMX.U64 PT, PT, R4, R2, 0x2, !PT, !PT",
-        "CS2R R6, SRZ",
+        "MOV R7, 0x7",
+        "SEL.64 R6, RZ, 0x9, PT",
     )
     loop = (".L_x_0:", "IADD.64 R6, R6, 0x1", "ISETP.NE.U64.AND P0, PT, R6, R4, PT", "@P0 BRA `(.L_x_0)")
     assert [trace(*way, *loop, constants={0x160: n}).issued["IADD.64"] for n in (0, 2, 5)] == [2, 2, 5]
@@ -76,6 +77,16 @@ def test_the_last_to_arrive_takes_its_own_way() -> None:
         "@P0 BRA `(.L_x_1)", "FADD R1, R1, R2", ".L_x_1:",
     )  # fmt: skip
     assert [trace(*way, arrival=arrival).issued["FADD"] for arrival in (0, 3)] == [0, 1]
+
+
+def test_the_way_of_the_warp_that_multiplies_is_followed() -> None:
+    """As for sm_110: the first of two warps, in the half that a branch goes to."""
+    way = (
+        "S2R R3, SR_TID.X", "ISETP.LT.U32.AND P0, PT, R3, 0x20, PT", "@P0 BRA `(.L_x_0)", "FADD R1, R1, R2",
+        "BRA `(.L_x_1)", ".L_x_0:", "{}", ".L_x_1:",
+    )  # fmt: skip
+    issued = [trace(*(line.format(last) for line in way)).issued for last in (LOOP[2], "MOV R4, RZ")]
+    assert issued[0]["HMMA.16816.F32"] == 1 and issued[1]["FADD"] == 1
 
 
 ADDRESS = ("S2R R0, SR_TID.X", "MOV R8, RZ", "MOV R9, 0x1", "IMAD.WIDE.U32 R2, R0, {step}, R8")
