@@ -24,20 +24,25 @@ _MODES = {1: "L", 3: "RGB"}  # Pillow's names of the same
 _LARGEST = 1e6  # deviations are above its inverse; NaN and Inf fail the comparison too
 MOST_PIXELS = 2**15  # of a side
 _LONGEST = 200  # what lies outside the middle is scaled too, in memory
-_FIXED = {"interpolation": "bilinear", "scale": "x / 255", "layout": "NCHW"}
+_FIXED = {"scale": "x / 255", "layout": "NCHW"}
+# Each averages over all that a pixel of the smaller picture covers, but for the nearest pixel, which stands for it.
+INTERPOLATIONS = {kind.name.lower(): kind for kind in Image.Resampling}
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Scale a picture until it covers `resize`, cut `size` from its middle, then (x / 255 - mean) / std.
+    """Scale a picture, cut `size` from its middle, then (x / 255 - mean) / std.
 
     What is so described is the whole way; the last step is left to the network's file where that takes bytes.
 
     Attributes:
         size: height and width of the input in pixels.
-        resize: height and width that the scaled picture covers, touching in one of them; at least `size`.
+        resize: height and width that the scaled picture covers, touching in one of them, or has; at least `size`.
         mean: per channel: one for grey pictures, three for RGB.
         std: per channel, above 0, and like the means within what float32 inputs can show.
+        interpolation: a key of INTERPOLATIONS, as Pillow computes it.
+        keep_aspect: whether the scaled picture has the proportions of the given one and covers `resize`; else it has
+            that size.
         as_bytes: whether inputs are bytes [N, H, W, C], to be normalised behind; no part of the description.
 
     Raises:
@@ -48,18 +53,44 @@ class Preprocessing:
     resize: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    interpolation: str = "bilinear"
+    keep_aspect: bool = True
     as_bytes: bool = False
 
     def __post_init__(self) -> None:
         if min(self.size) < 1 or any(r < s for r, s in zip(self.resize, self.size, strict=True)):
-            raise ResNetError(f"expected a size of at least 1x1 and a resize that covers it, got {self}")
+            raise ResNetError(f"expected a size of at least 1x1 and a resize that covers it, "
+                f"got size {self.size} and resize {self.resize}")  # fmt: skip
         if max(self.resize) > MOST_PIXELS:
-            raise ResNetError(f"expected sizes of at most {MOST_PIXELS} pixels, got {self}")
+            raise ResNetError(f"expected sizes of at most {MOST_PIXELS} pixels, got {self.resize}")
         if len(self.mean) not in _COLOURS or len(self.std) != len(self.mean):
             raise ResNetError(f"expected mean and std of 1 or 3 channels, got {self.mean} and {self.std}")
         sound = all(abs(m) < _LARGEST for m in self.mean) and all(1 / _LARGEST < s < _LARGEST for s in self.std)
         if not sound:
             raise ResNetError(f"expected finite means and positive deviations, got {self.mean} and {self.std}")
+        if self.interpolation not in INTERPOLATIONS:
+            known = ", ".join(INTERPOLATIONS)
+            raise ResNetError(f"expected an interpolation of {known}, got {self.interpolation!r:.80}")
+
+    def __str__(self) -> str:
+        """In one line, for a person."""
+        (height, width), (cover_height, cover_width) = self.size, self.resize
+        how = f"{self.interpolation}, {'averaging' if self.antialias else 'without averaging'} where it shrinks"
+        cover = f"{cover_height}x{cover_width}"
+        if not self.keep_aspect:
+            scaled = f"scaled to {cover} whatever its proportions"
+        elif cover_height == cover_width:
+            scaled = f"shorter side scaled to {cover_height}"
+        else:
+            scaled = f"scaled until it covers {cover}"
+        cut = "" if self.resize == self.size and not self.keep_aspect else f", middle {height}x{width} cut out"
+        mean, std = (" ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
+        return f"{_COLOURS[self.channels]}, {scaled} ({how}){cut}, mean {mean} and std {std} of x / 255"
+
+    @property
+    def antialias(self) -> bool:
+        """Whether a picture that shrinks is averaged, as by Pillow, or sampled, as by OpenCV's INTER_LINEAR."""
+        return self.interpolation != "nearest"
 
     @property
     def channels(self) -> int:
@@ -85,14 +116,19 @@ class Preprocessing:
         picture = eight_bits(picture).convert(_MODES[self.channels])
         (height, width), (cover_height, cover_width) = self.size, self.resize
         # The side that touches gets its exact length, the other is rounded down.
-        if picture.width * cover_height <= picture.height * cover_width:
+        if not self.keep_aspect:
+            scaled = (cover_width, cover_height)
+        elif picture.width * cover_height <= picture.height * cover_width:
             scaled = (cover_width, cover_width * picture.height // picture.width)
         else:
             scaled = (cover_height * picture.width // picture.height, cover_height)
         if max(scaled) > _LONGEST * max(cover_height, cover_width):
             raise ResNetError(f"expected a picture at most {_LONGEST} times as long as wide, got {picture.size}")
         if picture.size != scaled:
-            picture = picture.resize(scaled, Image.Resampling.BILINEAR)
+            # Rows first, then columns: at once, Pillow 13 begins with the columns where more of the height goes than
+            # twice what goes of the width, and every version before it with the rows; the results differ by levels.
+            kind = INTERPOLATIONS[self.interpolation]
+            picture = picture.resize((scaled[0], picture.height), kind).resize(scaled, kind)
         left, top = round((picture.width - width) / 2), round((picture.height - height) / 2)
         return np.asarray(picture.crop((left, top, left + width, top + height))).reshape(height, width, self.channels)
 
@@ -114,12 +150,15 @@ class Preprocessing:
             "size": list(self.size),
             "mean": list(self.mean),
             "std": list(self.std),
+            "interpolation": self.interpolation,
+            "antialias": self.antialias,
+            "keep_aspect": self.keep_aspect,
             **_FIXED,
         }
 
     @classmethod
     def from_json(cls, record: object) -> Preprocessing:
-        """The inverse of `to_json`.
+        """The inverse of `to_json`; a record need not say `antialias` and `keep_aspect`.
 
         Raises:
             ResNetError: not such a record, or one with steps that this version does not know.
@@ -130,10 +169,11 @@ class Preprocessing:
             (height, width), (cover_height, cover_width) = record["size"], record["resize"]
             size, resize = (int(height), int(width)), (int(cover_height), int(cover_width))
             mean, std = (tuple(float(value) for value in record[key]) for key in ("mean", "std"))
-            description = cls(size, resize, mean, std)
+            keep_aspect = record.get("keep_aspect", True)
+            description = cls(size, resize, mean, std, record["interpolation"], bool(keep_aspect))
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ResNetError(f"expected the description of a preprocessing, got {record!r:.200} ({error})") from error
-        if description.to_json() != record:
+        if description.to_json() != {"antialias": description.antialias, "keep_aspect": keep_aspect, **record}:
             raise ResNetError(f"unknown steps in the preprocessing {record!r:.200}, expected {description.to_json()}")
         return description
 

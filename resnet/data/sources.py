@@ -24,7 +24,7 @@ _TEST_SHARE = 0.2  # of a source that comes without a test part
 _VALIDATION_SHARE = 0.1  # of what there is to train on, where the source has no validation part
 _SPLIT_SEED = 0
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}
-_PARTS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
+PARTS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
 _STATISTICS_PICTURES = 2000
 _SMALL = 64  # pixels; pictures from here on are photographs to `suggest_size` and `suggest_preprocessing`
 
@@ -70,6 +70,11 @@ def open_test(source: str, trained_on: Collection[str] = ()) -> LabelledImages:
     if source == "digits" or parts["train"].name in trained_on:
         return open_splits(source).test
     return parts.get("validation", parts["train"])
+
+
+def holds_pictures(folder: Path) -> bool:
+    """Whether a file in it, at whatever depth, is a picture by its name."""
+    return any(path.suffix.lower() in PICTURE_SUFFIXES for path in folder.rglob("*"))
 
 
 def suggest_size(data: LabelledImages, designed: int) -> int:
@@ -154,7 +159,7 @@ def _digits() -> LabelledImages:
 
 def _class_folders(root: Path) -> dict[str, LabelledImages]:
     folders = visible_folders(root)
-    parts = {_PARTS[folder.name]: folder for folder in folders if folder.name in _PARTS}
+    parts = {PARTS[folder.name]: folder for folder in folders if folder.name in PARTS}
     if not parts:
         return {"train": _labelled_folder(root, folders, None)}
     if len(parts) != len(folders) or "train" not in parts:

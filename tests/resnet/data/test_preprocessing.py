@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +14,12 @@ from PIL import Image
 from torch import Tensor
 
 from resnet.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, eight_bits, imagenet_preprocessing
+from resnet.data.presets import DIGITS
 from resnet.errors import ResNetError
+from resnet.model_card import read_model_card
 from tests.resnet.checks import refusal
 
+ROOT = Path(__file__).resolve().parents[3]
 STATISTICS = {"L": ((0.45,), (0.226,)), "RGB": (IMAGENET_MEAN, IMAGENET_STD)}
 
 
@@ -72,6 +77,27 @@ def test_oblong_inputs(case: str) -> None:
     assert np.array_equal(result, expected[top : top + height, left : left + width])
 
 
+# an interpolation, whether proportions stay, and what it comes to in a line
+WAYS = {
+    "nearest": (True, "shorter side scaled to 36 (nearest, without averaging where it shrinks), middle 24x32 cut out"),
+    "bicubic": (False, "scaled to 36x36 whatever its proportions (bicubic, averaging where it shrinks), middle 24x32"),
+    "lanczos": (True, "RGB, shorter side scaled to 36 (lanczos, averaging"),
+}
+
+
+@pytest.mark.parametrize("interpolation", WAYS)
+def test_the_interpolation_and_the_proportions_are_those_that_are_said(interpolation: str) -> None:
+    keep_aspect, said = WAYS[interpolation]
+    way = Preprocessing((24, 32), (36, 36), *STATISTICS["RGB"], interpolation, keep_aspect)
+    for shape, covering in {(90, 60): (54, 36), (50, 101): (36, 72), (20, 13): (55, 36)}.items():
+        kind, (width, height) = Image.Resampling[interpolation.upper()], covering if keep_aspect else (36, 36)
+        scaled = noise(*shape).resize((width, shape[1]), kind).resize((width, height), kind)
+        top, left = round((scaled.height - 24) / 2), round((scaled.width - 32) / 2)
+        expected = np.asarray(scaled)[top : top + 24, left : left + 32]
+        np.testing.assert_array_equal(way.pixels(noise(*shape)), expected)
+    assert said in str(way) and str(way).endswith("mean 0.485 0.456 0.406 and std 0.229 0.224 0.225 of x / 255")
+
+
 def test_sixteen_bits_are_scaled_not_clipped() -> None:
     values = np.array([[0, 255, 256, 40000, 65535]])
     for dtype in ("<u2", ">u2", "<i4"):
@@ -111,15 +137,20 @@ def test_json_says_every_step_and_comes_back() -> None:
     assert record == {
         **{"colour": "grey", "resize": [36, 36], "size": [32, 32], "mean": [0.45], "std": [0.226]},
         **{"interpolation": "bilinear", "scale": "x / 255", "layout": "NCHW"},
+        **{"antialias": True, "keep_aspect": True},
     }
-    oblong = Preprocessing((20, 28), (24, 32), (0.1, 0.2, 0.3), (1.0, 0.25, 1 / 3))
-    for preprocessing in (square(36, 32, "L"), square(256, 224), oblong):
+    oblong = Preprocessing((20, 28), (24, 32), (0.1, 0.2, 0.3), (1.0, 0.25, 1 / 3), "lanczos", keep_aspect=False)
+    nearest = replace(square(256, 224), interpolation="nearest")
+    assert nearest.to_json()["antialias"] is False
+    for preprocessing in (square(36, 32, "L"), square(256, 224), oblong, nearest):
         assert Preprocessing.from_json(json.loads(json.dumps(preprocessing.to_json()))) == preprocessing
 
 
 # changes to a sound record
 MALFORMED: tuple[dict[str, object], ...] = (
-    {"rotate": 90}, {"interpolation": "bicubic"}, {"layout": "NHWC"}, {"scale": "x / 127.5"}, {"colour": "BGR"},
+    {"rotate": 90}, {"interpolation": "cubic"}, {"interpolation": ["bilinear"]}, {"antialias": False},
+    {"interpolation": "nearest", "antialias": True}, {"keep_aspect": "no"}, {"layout": "NHWC"},
+    {"scale": "x / 127.5"}, {"colour": "BGR"},
     {"colour": "grey"}, {"size": 224}, {"size": [3, 224, 224]}, {"size": ["224", "224"]}, {"size": [223.5, 224]},
     {"size": [math.nan, 224]}, {"resize": [math.inf, 256]}, {"size": [0, 0]}, {"size": [224, 257]}, {"size": None},
     {"mean": 0.5}, {"mean": "abc"}, {"mean": ["0.5", "0.5", "0.5"]}, {"mean": [0.5, math.nan, 0.5]},
@@ -131,7 +162,15 @@ MALFORMED: tuple[dict[str, object], ...] = (
 
 SOUND = square(256, 224).to_json()
 RECORDS = [None, "resnet", [1, 2], {}, *(SOUND | change for change in MALFORMED)]
-RECORDS += [{key: value for key, value in SOUND.items() if key != missing} for missing in SOUND]
+LATER = ("antialias", "keep_aspect")  # which weights files written before do not say
+RECORDS += [{key: value for key, value in SOUND.items() if key != missing} for missing in SOUND if missing not in LATER]
+
+
+def test_what_older_weights_files_do_not_say() -> None:
+    older = {key: value for key, value in SOUND.items() if key not in LATER}
+    assert Preprocessing.from_json(older) == square(256, 224)
+    shipped = read_model_card(ROOT / "resnet" / "checkpoints" / "resnet20-digits.safetensors")
+    assert shipped is not None and shipped.preprocessing == DIGITS
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=[f"{index}" for index in range(len(RECORDS))])
