@@ -11,11 +11,11 @@ from export.base.precision import FORMATS, INT8
 from export.quantisation.methods import DEFAULT_METHOD, METHODS
 from export.runtime.engines.engine import FLAVOURS, Flavour, why_not_buildable
 from export.runtime.engines.options import DEFAULT_ENGINE, EngineConfig
-from export.runtime.parity.network import SCORES, VALUES
+from export.runtime.parity.network import PROBABILITIES, SCORES, VALUES
 from kernels.configs.targets import REFUSED, TARGETS
 
 AUTO = ("auto",)  # in place of the layers to keep: the fewest that do
-OUTPUTS = ("auto", SCORES, VALUES)
+OUTPUTS = ("auto", SCORES, PROBABILITIES, VALUES)
 INPUTS = (FLOAT32, UINT8)
 
 
@@ -33,7 +33,8 @@ class ExportConfig:
             float32 for CPUs. `auto`, which is AUTO here, finds the fewest with which the accuracy is retained.
         keep_fp32: fp16 and bf16 only; layers, or modules that hold them, to keep in float32. `auto` finds the fewest
             with which the network is equal to the eager model.
-        outputs: what the outputs are: `scores` of classes, whose top-1 may not change, `values`, or `auto` to find out.
+        outputs: what the outputs are: `scores` of classes, whose top-1 may not change, `values`, or `auto` to find out;
+            `probabilities` puts a softmax behind the scores, which are the model's only output.
         unverified: write a bundle, marked as such, where nothing is wrong but the evidence is too weak for a verdict.
         kernels: the architectures to make kernel engines for, of `kernels.configs.targets.TARGETS`; `auto`, which is
             AUTO here, is that of the GPU of this machine.

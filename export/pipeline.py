@@ -30,6 +30,7 @@ from export.fusion.capture import Example, check_model, describe_value
 from export.fusion.description import describe_graph
 from export.fusion.passes import DEFAULT_LEVEL, QUANTISED_LEVEL
 from export.fusion.program import Coverage, FusedProgram, fuse, output_names, output_nodes
+from export.fusion.unwrapping import with_softmax
 from export.lowering.runners import EagerRunner, ProgramRunner, cast
 from export.manifest import describe
 from export.mixed_precision import keep_float32, quantise_network
@@ -53,10 +54,10 @@ from export.runtime.parity.ladder import (
     operator_inputs,
     reference_rungs,
 )
-from export.runtime.parity.network import VALUES, OutputKind
+from export.runtime.parity.network import PROBABILITIES, VALUES, OutputKind
 from export.runtime.parity.rungs import ParityReport, Rung
 from export.runtime.runner import Interface
-from export.sample_inputs import byte_crops, crops, photographs
+from export.sample_inputs import PicturePreprocessing, byte_crops, crops, golden_picture, photographs
 from kernels.configs.targets import TARGETS, Target
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ class _Job:
     Attributes:
         given: what is compared on, as the artefacts take it, on the CPU; `labelled` and `calibration` are alike.
         normalisation: what the artefacts do to it; None where it is what the network computes with.
+        picture: the files of the golden picture; none where nobody said how a picture becomes an input.
         inputs: what the network computes with, float32.
     """
 
@@ -113,6 +115,7 @@ class _Job:
     config: ExportConfig
     given: Arrays
     normalisation: Normalisation | None
+    picture: Mapping[str, bytes]
     inputs: Inputs
     labelled: Labelled | None
     calibration: Pictures | None
@@ -138,6 +141,7 @@ def export_bundle(
     images: Example | None = None,
     labelled: Labelled | None = None,
     calibration: Pictures | None = None,
+    preprocessing: PicturePreprocessing | None = None,
     metadata: Mapping[str, Any] | None = None,
     command: str = "",
     progress: Progress = silent,
@@ -162,9 +166,11 @@ def export_bundle(
             form must keep 99 % of the eager model's. Only for a model with one input.
         calibration: int8 only; inputs whose activations set the scales, none of which accuracy is measured on; of
             several inputs its batches have them by name, as `InMemory` of a dictionary does.
+        preprocessing: from a picture to an input, as `resnet.data.preprocessing.Preprocessing` is; for the manifest,
+            and for a golden picture that applications can test theirs on. `ExportConfig.input="uint8"` writes its
+            `mean` and `std` into the files, and wants one that makes bytes. Of several inputs it is that of each.
         metadata: JSON-serialisable facts for the manifest, such as the model's name and its weights. `classes`, if
-            given, are the names of the logits, by which the classes of `labelled` are found. `preprocessing` holds
-            the `mean` and `std` that `ExportConfig.input="uint8"` writes into the files.
+            given, are the names of the logits, by which the classes of `labelled` are found.
         command: that made the bundle, for its report.
         progress: called with the name of each step as it begins.
 
@@ -173,17 +179,24 @@ def export_bundle(
     """
     started, output = time.perf_counter(), Path(output)
     config, metadata, named_example = config or ExportConfig(), metadata or {}, check_model(model, example)
-    normalisation = _normalisation(config, named_example, metadata)
+    if config.outputs == PROBABILITIES:
+        model = with_softmax(model)
+    if "preprocessing" in metadata:
+        raise ExportError("metadata['preprocessing']: expected it as export_bundle(preprocessing=...)")
+    record = None if preprocessing is None else preprocessing.to_json()
+    normalisation = _normalisation(config, named_example, record)
     given = _given(named_example, images, config.input)
+    picture = golden_picture(preprocessing, given[INPUT]) if preprocessing and list(given) == [INPUT] else {}
     job = _Job(
         model=model,
         config=config,
         given=given,
         normalisation=normalisation,
+        picture=picture,
         inputs=given if normalisation is None else normalisation.of(given),
         labelled=labelled,
         calibration=calibration,
-        metadata=metadata,
+        metadata=metadata if record is None else {**metadata, "preprocessing": record},
         command=command,
         progress=progress,
     )
@@ -215,7 +228,7 @@ def export_bundle(
             progress("write the bundle")
             manifest = describe(program, forms, engines, job.precision, job.metadata, report, kernels)
             files["parity.json"] = (json.dumps(report.to_json(), indent=2) + "\n").encode()
-            files[GOLDEN_FILE] = save_golden(replace(references, inputs=job.given))
+            files |= {GOLDEN_FILE: save_golden(replace(references, inputs=job.given)), **job.picture}
             graph = describe_graph(program.master)
             files[REPORT_FILE] = render(manifest, report.to_json(), file_entries(files), graph, command, skipped)
             publish(staging, output, files, manifest)
@@ -224,7 +237,7 @@ def export_bundle(
 
 
 def _normalisation(
-    config: ExportConfig, example: Mapping[str, Tensor], metadata: Mapping[str, Any]
+    config: ExportConfig, example: Mapping[str, Tensor], record: Mapping[str, Any] | None
 ) -> Normalisation | None:
     """What the artefacts are to do to bytes; None where they take what the model does.
 
@@ -237,9 +250,8 @@ def _normalisation(
     for name, x in example.items():
         if x.dim() != 4 or x.shape[1] not in CHANNELS:
             raise ExportError(f"{asked}: expected images of 1 or 3 channels, got {name} [N, *{list(x.shape[1:])}]")
-    record = metadata.get("preprocessing")
-    if not isinstance(record, Mapping):
-        wanted = "export_bundle(metadata={'preprocessing': {'mean': [...], 'std': [...]}})"
+    if record is None:
+        wanted = "export_bundle(preprocessing=...)"
         raise ExportError(f"{asked}: expected the mean and std that pictures are normalised by, give {wanted}")
     normalisation = Normalisation.from_json(record)
     for name, x in example.items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 if not __package__:  # a file that is run, not a module of the installed package
@@ -14,12 +13,14 @@ if not __package__:  # a file that is run, not a module of the installed package
 from export.terminal.command_line import Parser, importing, run_script
 from export.terminal.commands import program
 from export.terminal.flags import in_flags
+from export.terminal.picture_flags import add_preprocessing_flags, preprocessing_values
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("classify", __doc__)
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder written by export.py")
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="picture files")
+    add_preprocessing_flags(parser, "as the bundle says; where it does not, one of these has to")
     parser.add_argument("--json", action="store_true", help="the result as one JSON object on stdout")
     return parser.parse_args(argv)
 
@@ -35,7 +36,8 @@ with importing("classify"):
     from export.runtime.artefacts import Artefact, running_first
     from export.runtime.bundle.contents import Bundle, open_bundle
     from export.terminal.console import print_predictions
-    from resnet.data.preprocessing import Preprocessing, open_picture
+    from resnet.data.preprocessing import open_picture
+    from resnet.data.presets import Changes, Said
     from resnet.errors import ResNetError
 
 
@@ -51,13 +53,15 @@ def classify(args: argparse.Namespace) -> int:
     """Show the classes of every picture; the exit code."""
     bundle = open_bundle(args.bundle)
     names, count = bundle.classes, bundle.class_count
-    artefact, logits = run(bundle, args.images)  # which refuses another number of logits
+    said = Said(args.preprocessing, Changes(**preprocessing_values(args)))
+    artefact, scores = run(bundle, args.images, said)  # which refuses another number of scores
     labels = names or [f"class {i}" for i in range(count)]
-    for path, row in zip(args.images, logits, strict=True):
+    for path, row in zip(args.images, scores, strict=True):
         if not np.isfinite(row).all():
             sys.stderr.write(f"{program('classify')}: {path}: {artefact.file} returns NaN or Inf for this picture\n")
             return 1
-    results = [(str(path), most_probable(row)) for path, row in zip(args.images, logits, strict=True)]
+    found = scores.astype(np.float64) if bundle.probabilities else softmax(scores)
+    results = [(str(path), most_probable(row)) for path, row in zip(args.images, found, strict=True)]
     if args.json:
         records = [
             {
@@ -74,25 +78,29 @@ def classify(args: argparse.Namespace) -> int:
     return 0
 
 
-def run(bundle: Bundle, paths: list[Path]) -> tuple[Artefact, NDArray]:
-    """What ran, and the logits of each picture."""
-    preprocessing = replace(Preprocessing.from_json(bundle.preprocessing), as_bytes=bundle.dtype == UINT8)
+def run(bundle: Bundle, paths: list[Path], said: Said) -> tuple[Artefact, NDArray]:
+    """What ran, and the scores of each picture."""
+    preprocessing = said.of(bundle.preprocessing, bundle.image_shape, bundle.dtype == UINT8)
     bundle.check_input(preprocessing.shape)
-    size, logits = bundle.batch.maximum, []
+    size, scores = bundle.batch.maximum, []
     with running_first(bundle, lambda reason: print(in_flags(reason), file=sys.stderr)) as (artefact, infer):
         sys.stderr.write(f"{bundle.path / artefact.file} on {artefact.runtime}\n")
         if bundle.unverified:
             sys.stderr.write(in_flags(f"{bundle.path} is UNVERIFIED; it was exported with {bundle.unverified}\n"))
         for start in range(0, len(paths), size):
             outputs = infer(preprocessing([open_picture(path) for path in paths[start : start + size]]))
-            logits.append(next(iter(outputs.values())))
-    return artefact, np.concatenate(logits)
+            scores.append(next(iter(outputs.values())))
+    return artefact, np.concatenate(scores)
 
 
-def most_probable(logits: NDArray) -> list[tuple[int, float]]:
-    """The first classes by softmax, in float64, each with its probability."""
-    exponentials = np.exp(logits.astype(np.float64) - logits.max())
-    probabilities = exponentials / exponentials.sum()
+def softmax(logits: NDArray) -> NDArray[np.float64]:
+    """Of each row [N, classes], in float64."""
+    exponentials = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    return exponentials / exponentials.sum(axis=1, keepdims=True)
+
+
+def most_probable(probabilities: NDArray) -> list[tuple[int, float]]:
+    """The first classes, each with its probability."""
     order = np.argsort(-probabilities, kind="stable")[:TOP]
     return [(int(index), float(probabilities[index])) for index in order]
 

@@ -19,6 +19,7 @@ if not __package__:  # a file that is run, not a module of the installed package
 
 from export.terminal.command_line import Parser, importing, run_script
 from export.terminal.flags import in_flags
+from export.terminal.picture_flags import add_preprocessing_flags, preprocessing_values
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -33,6 +34,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="share the pictures among the machines of the Ray cluster in RAY_ADDRESS, or of one started here; BUNDLE "
         "and DATA must have the same absolute paths on all of them, as in a shared folder",
     )
+    add_preprocessing_flags(parser, "as the bundle says; where it does not, one of these has to")
     parser.add_argument("--json", action="store_true", help="the result as one JSON object on stdout")
     return parser.parse_args(argv)
 
@@ -52,7 +54,7 @@ with importing("evaluate"):
     from export.runtime.parity.accuracy import Accuracy, class_indices, measure
     from export.terminal.console import images_bar, print_evaluation
     from resnet.data.labelled import LabelledImages, LabelledInputs
-    from resnet.data.preprocessing import Preprocessing
+    from resnet.data.presets import Changes, Said
     from resnet.data.sources import open_test
     from resnet.errors import ResNetError
 
@@ -66,9 +68,9 @@ class Subject:
     indices: NDArray
 
     @classmethod
-    def of(cls, bundle: Bundle, data: LabelledImages) -> Subject:
+    def of(cls, bundle: Bundle, data: LabelledImages, said: Said) -> Subject:
         """Raises ExportError where the data does not fit the bundle."""
-        preprocessing = replace(Preprocessing.from_json(bundle.preprocessing), as_bytes=bundle.dtype == UINT8)
+        preprocessing = said.of(bundle.preprocessing, bundle.image_shape, bundle.dtype == UINT8)
         bundle.check_input(preprocessing.shape)
         try:
             indices = class_indices(data.classes, bundle.classes, bundle.class_count)
@@ -90,12 +92,13 @@ def evaluate(args: argparse.Namespace) -> int:
     named = [bundle.manifest["model"].get("data") for bundle in bundles]
     trained_on = {str(name) for name in named if name is not None}
     data = open_test(args.data, trained_on)
-    subjects = [Subject.of(bundle, data) for bundle in bundles]
+    said = Said(args.preprocessing, Changes(**preprocessing_values(args)))
+    subjects = [Subject.of(bundle, data, said) for bundle in bundles]
     for opened in bundles:
         if opened.unverified:
             why = f"{opened.path} is UNVERIFIED; it was exported with {opened.unverified}"
             sys.stderr.write(f"{in_flags(why)}\n")
-    measured, waiting = run(subjects, cluster_measure(ray, args.data, trained_on) if ray else measure_here)
+    measured, waiting = run(subjects, cluster_measure(ray, args.data, trained_on, said) if ray else measure_here)
     if args.json:
         records = [{"bundle": bundle, "artefact": file, **found.to_json()} for bundle, file, found in measured]
         skipped = [{"bundle": bundle, "artefact": file, "reason": reason} for bundle, file, reason in waiting]
@@ -161,7 +164,7 @@ def import_ray() -> Any:
     return ray
 
 
-def cluster_measure(ray: Any, data: str, trained_on: set[str]) -> Measure:
+def cluster_measure(ray: Any, data: str, trained_on: set[str], said: Said) -> Measure:
     """`measure_here`, with the batches shared among the machines of a cluster.
 
     One worker per machine, which uses all its cores; for an engine, one per GPU. The batches are those of
@@ -185,7 +188,15 @@ def cluster_measure(ray: Any, data: str, trained_on: set[str]) -> Measure:
             raise ExportError(f"expected a cluster with {'a GPU' if gpus else 'CPUs'}, got none")
         counts = ray.data.from_items(ranges).map_batches(
             Counter,
-            fn_constructor_args=(bundle.path.resolve(), artefact.file, source, trained_on, bundle.manifest, labels),
+            fn_constructor_args=(
+                bundle.path.resolve(),
+                artefact.file,
+                source,
+                trained_on,
+                said,
+                bundle.manifest,
+                labels,
+            ),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=workers),
             num_gpus=gpus,
@@ -210,10 +221,17 @@ class Counter:
     """Opens the bundle and the data on its machine, then counts what ranges of pictures get right."""
 
     def __init__(
-        self, path: Path, file: str, source: str, trained_on: set[str], manifest: Mapping[str, Any], labels: NDArray
+        self,
+        path: Path,
+        file: str,
+        source: str,
+        trained_on: set[str],
+        said: Said,
+        manifest: Mapping[str, Any],
+        labels: NDArray,
     ) -> None:
         """`manifest` and `labels` are the driver's: bundle and data must be the same on all machines."""
-        self._path, self._file, self._source, self._trained_on = path, file, source, trained_on
+        self._path, self._file, self._source, self._trained_on, self._said = path, file, source, trained_on, said
         self._manifest, self._labels = manifest, labels
         self._opened: tuple[Subject, Callable[[NDArray], Arrays], ExitStack] | None = None
 
@@ -236,7 +254,7 @@ class Counter:
     def _open(self) -> tuple[Subject, Callable[[NDArray], Arrays], ExitStack]:
         """What `measure` needs, and what keeps it open."""
         data = open_test(self._source, self._trained_on)
-        subject, stack = Subject.of(open_bundle(self._path), data), ExitStack()
+        subject, stack = Subject.of(open_bundle(self._path), data, self._said), ExitStack()
         same = {
             self._path: subject.bundle.manifest == self._manifest,
             self._source: np.array_equal(data.labels, self._labels),

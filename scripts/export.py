@@ -19,6 +19,7 @@ from export.runtime.engines.options import TARGETS, EngineConfig
 from export.terminal.command_line import Parser, importing, run_script
 from export.terminal.commands import typed
 from export.terminal.flags import in_flags
+from export.terminal.picture_flags import add_classes_flag, add_preprocessing_flags, parse_size, preprocessing_values
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -42,7 +43,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("fp32", "fp16", "bf16", "int8"):
         precision.add_argument(f"--{name}", dest="precision", action="store_const", const=name)
     parser.add_argument("--batch", default="1:8:32", metavar="MIN:OPT:MAX|N", help="default 1:8:32; N is static")
-    parser.add_argument("--image-size", metavar="H[xW]", help="default: the weights', else 224 or 32")
+    parser.add_argument(
+        "--image-size",
+        type=parse_size,
+        metavar="H[xW]",
+        help="of the input, cut out of the same part of a picture; default: the weights', else 224 or 32",
+    )
     parser.add_argument(
         "--input",
         choices=("float32", "uint8"),
@@ -61,11 +67,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "the driver alone; auto: that of the GPU here",
     )
     parser.add_argument("--images", nargs="+", metavar="PATH", help="pictures to compare on")
+    add_classes_flag(parser, "those of the weights, else the folders of --data or --calibration, one for each output")
     parser.add_argument(
         "--outputs",
-        choices=("scores", "values"),
+        choices=("scores", "probabilities", "values"),
         help="what the network returns: scores of classes, whose highest may not change, or values such as landmarks; "
-        "default: found out from labels, names of classes and the last operator",
+        "default: found out from labels, names of classes and the last operator; probabilities puts a softmax behind "
+        "the scores",
     )
     parser.add_argument(
         "--unverified",
@@ -101,6 +109,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="fp16 and bf16: layers, or modules with all their layers, to leave in float32; auto: the fewest with "
         "which the network is equal to the eager model",
     )
+    add_preprocessing_flags(parser, "that of the weights, else ImageNet's")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default build/<model>-<precision>")
     parser.add_argument("--json", action="store_true", help="the summary as one JSON object on stdout")
     return parser.parse_args(argv)
@@ -135,11 +144,11 @@ with importing("export"):
     from resnet.data.preprocessing import (
         IMAGENET_MEAN,
         IMAGENET_STD,
-        MOST_PIXELS,
         Preprocessing,
         imagenet_preprocessing,
         open_picture,
     )
+    from resnet.data.presets import Changes, folder_classes, open_preset, read_classes
     from resnet.data.sources import open_test
     from resnet.errors import ResNetError
     from resnet.initialise import initialise
@@ -166,7 +175,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def export(args: argparse.Namespace) -> int:
     """Export what the arguments describe and say what was found; the exit code, which is 1 for what is not equal."""
-    source = taking(args.input, describe_source(args, parse_size(args.image_size) if args.image_size else None))
+    source = taking(args.input, describe_source(args))
     with Progress() as progress:
         result = run(args, source, progress)
     summarise(args, source, result)
@@ -192,6 +201,7 @@ def run(args: argparse.Namespace, source: Source, progress: Progress) -> ExportR
     model = create_model(source.model, num_classes=source.num_classes, in_channels=source.in_channels)
     labelled = open_labelled(args, source)
     calibration = open_calibration_inputs(args, source, labelled)
+    classes = source.classes or folder_names(args, labelled, model)
     pictures = [open_picture(path).convert("RGB") for path in args.images or ()] or photographs()
 
     def cut(count: int, seed: int) -> Tensor:
@@ -207,8 +217,7 @@ def run(args: argparse.Namespace, source: Source, progress: Progress) -> ExportR
     metadata: dict[str, Any] = {
         "name": source.model,
         "trained": args.weights is not None,
-        "preprocessing": source.preprocessing and source.preprocessing.to_json(),
-        "classes": source.classes and list(source.classes),
+        "classes": classes and list(classes),
         "data": source.data or None,
     }
     if args.weights is not None:
@@ -233,6 +242,7 @@ def run(args: argparse.Namespace, source: Source, progress: Progress) -> ExportR
         images=images,
         labelled=labelled,
         calibration=calibration,
+        preprocessing=source.preprocessing,
         metadata=metadata,
         command=args.command,
         progress=progress,
@@ -264,8 +274,9 @@ class Source:
     """What is exported and what it is fed: from the flags, else from the card in the weights, else by default.
 
     Attributes:
-        size: height and width of the input in pixels.
         preprocessing: from a picture to the input; None where pictures do not have that many channels.
+        size: height and width of the input in pixels.
+        said_by: who said what the preprocessing is.
         classes: what the logits stand for; None where nobody said.
         data: what the weights were trained on, empty where nobody said.
     """
@@ -273,8 +284,9 @@ class Source:
     model: str
     num_classes: int | None
     in_channels: int
-    size: tuple[int, int]
     preprocessing: Preprocessing | None
+    size: tuple[int, int]
+    said_by: str
     classes: tuple[str, ...] | None = None
     data: str = ""
 
@@ -287,27 +299,57 @@ class Source:
         return self.preprocessing.std if self.preprocessing else IMAGENET_STD
 
 
-def describe_source(args: argparse.Namespace, size: tuple[int, int] | None) -> Source:
+def describe_source(args: argparse.Namespace) -> Source:
+    """A flag before what the weights say of themselves, before what nobody said."""
     own = args.weights not in (None, PRETRAINED)
     if args.weights_key is not None and not own:
         raise ExportError(f"--weights-key: for --weights PATH, got {args.weights or 'no weights'}")
     card = read_model_card(args.weights) if own else None
-    if card is None:
-        name, channels, classes = args.model or DEFAULT_MODEL, args.in_channels, args.num_classes
-        if own and args.model is None:
-            network = recognise_weights(args.weights, args.weights_key)
-            if network is not None and network.certain:
-                name = network.name
-                channels = network.in_channels if channels is None else channels
-                classes = network.num_classes if classes is None else classes
+    name, channels, count = args.model or DEFAULT_MODEL, args.in_channels, args.num_classes
+    if card is not None:
+        card.check(args.weights, args.model, args.num_classes, args.in_channels)
+        name, channels, count = card.model, card.preprocessing.channels, len(card.classes)
+    elif own and args.model is None:
+        network = recognise_weights(args.weights, args.weights_key)
+        if network is not None and network.certain:
+            name = network.name
+            channels = network.in_channels if channels is None else channels
+            count = network.num_classes if count is None else count
+    spec = MODELS.get(name)  # create_model refuses other names
+    designed, said_by = (spec.image_size if spec else 224,) * 2, "the weights"
+    base = card.preprocessing if card else None
+    suggested = None
+    if args.preprocessing is not None:
+        preset = open_preset(args.preprocessing, channels, base.size if base else designed)
+        base, suggested, said_by = preset.preprocessing, preset.classes, f"--preprocessing {args.preprocessing}"
+        channels = base.channels
+    elif base is None:
         channels = 3 if channels is None else channels
-        size = size or (MODELS[name].image_size if name in MODELS else 224,) * 2  # create_model refuses other names
-        preprocessing = imagenet_preprocessing(channels)
-        return Source(name, classes, channels, size, preprocessing and preprocessing.at(size))
-    card.check(args.weights, args.model, args.num_classes, args.in_channels)
-    preprocessing = card.preprocessing.at(size) if size else card.preprocessing
-    channels = preprocessing.channels
-    return Source(card.model, len(card.classes), channels, preprocessing.size, preprocessing, card.classes, card.data)
+        base = imagenet_preprocessing(channels)
+        base = base and base.at(designed)
+        said_by = "the published weights" if args.weights == PRETRAINED else "nobody: ImageNet's is assumed"
+    classes = card.classes if card else None
+    if args.classes is not None:
+        classes = read_classes(args.classes)
+        if count is None:
+            count = spec.num_classes if spec and args.weights == PRETRAINED else len(classes)
+        if len(classes) != count:
+            raise ExportError(f"{args.classes}: expected a name for each of {count} outputs, got {len(classes)} names")
+    elif classes is None and suggested is not None and len(suggested) == (count or (spec and spec.num_classes)):
+        classes = suggested
+    changes = Changes(**preprocessing_values(args))
+    size = args.image_size and (args.image_size[0], args.image_size[-1])
+    if base is None:
+        if changes.said:
+            raise ExportError(f"{changes.said[0]}: expected a model for pictures of 1 or 3 channels, got {channels}")
+        return Source(name, count, channels, None, size or designed, "", classes)
+    if size is not None and changes.crop not in (None, size):
+        raise ExportError("--image-size and --crop both say the size of the input: expected one of them")
+    preprocessing = changes.of(base.at(size) if size else base, fixed_size=size is not None)
+    if changes.said:
+        said_by = f"{in_flags(' '.join(changes.said))}, the rest by {said_by}"
+    data = card.data if card else ""
+    return Source(name, count, channels, preprocessing, preprocessing.size, said_by, classes, data)
 
 
 def taking(dtype: str, source: Source) -> Source:
@@ -346,6 +388,16 @@ def open_calibration_inputs(
     return open_calibration(name, source.preprocessing, [path for path in measured if isinstance(path, Path)])
 
 
+def folder_names(
+    args: argparse.Namespace, labelled: LabelledInputs | None, model: torch.nn.Module
+) -> tuple[str, ...] | None:
+    """What the folders of labelled pictures, or of those to calibrate on, are called, if there is one per output."""
+    count = len(model.get_parameter("fc.weight"))
+    if args.data is not None and labelled is not None and len(labelled.classes) == count:
+        return labelled.classes
+    return None if args.calibration is None else folder_classes(args.calibration, count)
+
+
 def spread(labelled: LabelledInputs, count: int) -> Tensor:
     """Inputs from all over a set, which may be sorted by class."""
     chosen = np.linspace(0, len(labelled) - 1, min(count, len(labelled))).astype(int).tolist()
@@ -365,19 +417,6 @@ def parse_batch(text: str) -> Batch:
     return Batch(sizes[0], sizes[len(sizes) // 2], sizes[-1])
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """`224` is square, `224x320` is height and width in pixels."""
-    try:
-        sizes = [int(part) for part in text.split("x")]
-    except ValueError:
-        sizes = []
-    if len(sizes) not in (1, 2) or min(sizes) < 1:
-        raise ExportError(f"--image-size: expected H or HxW in pixels, got {text!r}")
-    if max(sizes) > MOST_PIXELS:
-        raise ExportError(f"--image-size: expected at most {MOST_PIXELS} pixels, got {text!r}")
-    return sizes[0], sizes[-1]
-
-
 def summarise(args: argparse.Namespace, source: Source, result: ExportResult) -> None:
     """What was found and, last, what to do next."""
     coverage, report = result.coverage, result.report
@@ -387,6 +426,7 @@ def summarise(args: argparse.Namespace, source: Source, result: ExportResult) ->
             "trained": args.weights is not None,
             "precision": report.precision,
             "input": args.input,
+            "preprocessing": source.preprocessing and {**source.preprocessing.to_json(), "said_by": source.said_by},
             "output": str(result.output) if result.written else None,
             "fused": len(coverage.fused),
             "left": [operator.name for operator in coverage.left],
@@ -403,9 +443,9 @@ def summarise(args: argparse.Namespace, source: Source, result: ExportResult) ->
     for note in coverage.notes:
         print(note)
     if args.input == UINT8:
-        mean, std = (", ".join(f"{value:g}" for value in values) for values in (source.mean, source.std))
-        print("input: uint8 [N, H, W, C], bytes as a camera or decoder gives them")
-        print(f"normalised in the artefacts by mean {mean} and std {std}")
+        print("input: uint8 [N, H, W, C], bytes as a camera or decoder gives them, normalised in the artefacts")
+    if source.preprocessing is not None:
+        print(f"pictures: {source.preprocessing} (said by {source.said_by})")
     if report.kept:
         print(f"kept in float32: {', '.join(report.kept)}")
     for rung in report.rungs:

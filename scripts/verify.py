@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 if not __package__:  # a file that is run, not a module of the installed package
@@ -46,8 +48,13 @@ if __name__ == "__main__":
     parse_args()  # --help and a wrong flag are answered before the imports below, which take seconds
 
 with importing("verify"):
-    from export.base.errors import ExportError
+    import numpy as np
+
+    from export.base.batch import UINT8
+    from export.base.errors import ExportError, first_line
     from export.runtime.build import DeviceBuild, build_on_device
+    from export.runtime.bundle.contents import open_bundle
+    from export.runtime.bundle.golden import PICTURE_FILE, PICTURE_INPUT_FILE
     from export.runtime.bundle.signature import check_signature
     from export.runtime.engines.options import EngineConfig
     from export.runtime.parity.rungs import RUNG_HEADINGS, Rung
@@ -74,19 +81,64 @@ def verify(args: argparse.Namespace) -> int:
             rungs += [build.rung for build in builds]
         else:
             rungs = verify_bundle(args.bundle, progress)
-    passed = all(rungs)
+        pictures = check_picture(args.bundle)
+    passed = all(rungs) and (pictures is None or pictures.equal is not False)
     if args.json:
         built = [{"file": str(build.file), "origin": build.origin, "passed": bool(build)} for build in builds]
-        record = {"passed": passed, "rungs": [rung.to_json() for rung in rungs], "builds": built}
+        said = pictures and {"equal": pictures.equal, "found": pictures.found}
+        record = {"passed": passed, "rungs": [rung.to_json() for rung in rungs], "builds": built, "pictures": said}
         print(in_flags(json.dumps(record)))
         return 0 if passed else 1
     sizes = {str(build.file): build.size for build in builds}
     print_columns(RUNG_HEADINGS, [rung.cells(sizes.get(rung.file) or size(args.bundle, rung)) for rung in rungs])
+    if pictures is not None:
+        print(f"pictures: {pictures.found}")
     if args.build:
         say_built(args.bundle, rungs, builds)
     else:
         say_verified(args.bundle, rungs)
+    if pictures is not None and pictures.equal is False:
+        print(f"{args.bundle}: pictures are prepared in another way here; do not evaluate or classify with it")
     return 0 if passed else 1
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Whether the golden picture becomes its input here too, None where that cannot be tried; and what was found."""
+
+    equal: bool | None
+    found: str
+
+
+def check_picture(path: Path) -> Prepared | None:
+    """What this machine's Pillow and this project make of the golden picture; None where the bundle has none."""
+    if not (path / PICTURE_FILE).is_file():
+        return None
+    try:
+        import PIL
+        from PIL import Image
+
+        from resnet.data.preprocessing import Preprocessing
+    except ModuleNotFoundError as error:
+        return Prepared(None, f"not checked, {error.name} is not installed here: evaluate and classify need it")
+    bundle = open_bundle(path)
+    try:
+        preprocessing = replace(Preprocessing.from_json(bundle.preprocessing), as_bytes=bundle.dtype == UINT8)
+        expected = np.load(io.BytesIO(bundle.contents[PICTURE_INPUT_FILE]), allow_pickle=False)
+        with Image.open(io.BytesIO(bundle.contents[PICTURE_FILE])) as picture:
+            made = preprocessing([picture])
+    except (OSError, ValueError, SyntaxError, EOFError, KeyError, Image.DecompressionBombError) as error:
+        raise ExportError(
+            f"{path}: expected a golden picture and the input that it becomes ({first_line(error)})"
+        ) from error
+    if made.dtype == expected.dtype and np.array_equal(made, expected):
+        return Prepared(True, f"the golden picture becomes its input, bit for bit (Pillow {PIL.__version__})")
+    if (made.shape, made.dtype) != (expected.shape, expected.dtype):
+        found = f"{list(made.shape)} {made.dtype} and not {list(expected.shape)} {expected.dtype}"
+    else:
+        scale = np.ones(1) if bundle.dtype == UINT8 else 255 * np.array(preprocessing.std)[:, None, None]
+        found = f"up to {np.abs((made - expected.astype(np.float64)) * scale).max():.3g} of 255 levels off"
+    return Prepared(False, f"the golden picture becomes another input, {found} (Pillow {PIL.__version__})")
 
 
 def size(bundle: Path, rung: Rung) -> int:

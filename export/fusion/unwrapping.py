@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import enum
 from collections import OrderedDict
@@ -44,6 +45,27 @@ def inner_module(model: nn.Module) -> nn.Module:
     while type(model).__name__ in _WRAPPERS and type(model).__module__.startswith("torch."):
         model = getattr(model, _WRAPPERS[type(model).__name__])
     return model
+
+
+def with_softmax(model: nn.Module) -> nn.Module:
+    """The module with a softmax over the classes behind it; it shares all else with `model`, which is left as it was.
+
+    Raises:
+        ExportError: what the module returns is no [N, classes], said when it is called.
+    """
+    duplicate = copy.copy(unwrapped(model))
+    duplicate._forward_hooks = duplicate._forward_hooks.copy()
+    duplicate.register_forward_hook(_softmax)
+    return duplicate
+
+
+def _softmax(module: nn.Module, inputs: object, outputs: object) -> Tensor:
+    if not isinstance(outputs, Tensor) or outputs.dim() != 2 or outputs.shape[1] < 2:
+        found = f"of shape {list(outputs.shape)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
+        raise ExportError(
+            f"ExportConfig.outputs='probabilities': expected a model that returns [N, classes], got {found}"
+        )
+    return outputs.softmax(1)
 
 
 def plain_outputs(outputs: object) -> object:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from export import Batch, ExportConfig, ExportResult, FusedProgram, export_bundle, fuse
+from export.base.batch import UINT8
 from export.base.precision import PRECISIONS
 from export.base.progress import silent
 from export.forms import floating_forms
@@ -72,8 +74,16 @@ def write(program: FusedProgram, output: Path, precision: str = "fp32", metadata
 def export(
     model: nn.Module, images: Tensor, output: Path, metadata: Mapping[str, Any] = METADATA, **settings: Any
 ) -> ExportResult:
-    """An export without an engine in fp16, but for `settings`: fields of ExportConfig, and arguments of its own."""
-    arguments = {name: settings.pop(name) for name in ("labelled", "calibration", "progress") if name in settings}
+    """An export without an engine in fp16, but for `settings`: fields of ExportConfig, and arguments of its own.
+
+    Where `metadata` says how pictures are prepared they are so, as bytes for artefacts that take those.
+    """
+    own = ("labelled", "calibration", "preprocessing", "progress")
+    arguments = {name: settings.pop(name) for name in own if name in settings}
+    if "preprocessing" in metadata:
+        as_bytes = settings.get("input") == UINT8
+        arguments = {"preprocessing": replace(PREPROCESSING, as_bytes=as_bytes), **arguments}
+    metadata = {name: fact for name, fact in metadata.items() if name != "preprocessing"}
     config = ExportConfig(**{"precision": "fp16", "batch": BATCH, "engine": "none", **settings})
     return export_bundle(model, EXAMPLE, output, config, images=images, metadata=metadata, **arguments)
 

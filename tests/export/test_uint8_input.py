@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
+from PIL import Image
 from safetensors.numpy import load_file
 from torch import Tensor, nn
 
@@ -285,6 +286,19 @@ def test_both_normalisations_are_the_same_and_crops_are_those_of_floats() -> Non
         assert cut.dtype == torch.uint8 and cut.shape == (4, 20, 30, channels) and cut.float().std() > 30
 
 
+@dataclass(frozen=True)
+class Said:
+    """A preprocessing that says something of itself and prepares nothing."""
+
+    facts: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return self.facts
+
+    def __call__(self, pictures: Sequence[Image.Image]) -> NDArray:
+        raise AssertionError("no picture is prepared")
+
+
 def test_images_of_one_normalisation_by_name(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, names = Siamese(), ("left", "right")
@@ -303,8 +317,8 @@ def test_images_of_one_normalisation_by_name(tmp_path: Path) -> None:
         model.train()(**normalised({name: x.numpy() for name, x in views(32, 9).items()}))
     config = ExportConfig("fp16", Batch(1, 2, 4), "none", input=UINT8)
     example = {name: torch.zeros(1, 3, 32, 32) for name in names}
-    metadata = {"preprocessing": IMAGENET.to_json()}
-    result = export_bundle(model.eval(), example, tmp_path / "b", config, images=views(8, 1), metadata=metadata)
+    said = Said(IMAGENET.to_json())
+    result = export_bundle(model.eval(), example, tmp_path / "b", config, images=views(8, 1), preprocessing=said)
     assert result, result.report.verdict
     assert all(verify_bundle(result.output))
     given = {name: x.numpy() for name, x in views(3, 2).items()}
@@ -314,21 +328,25 @@ def test_images_of_one_normalisation_by_name(tmp_path: Path) -> None:
 
 
 def of(**facts: Any) -> dict[str, Any]:
-    return {"preprocessing": facts}
+    return {"preprocessing": Said(facts)}
 
 
-SIGNED = {"preprocessing": {**digits.PREPROCESSING.to_json(), "scale": "x / 127.5"}}
+SIGNED = {**digits.PREPROCESSING.to_json(), "scale": "x / 127.5"}
 PICTURES = torch.zeros(8, 16, 16, 1, dtype=torch.uint8)
 # what is given otherwise than it should be, and what is said
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown": (
-        {"metadata": {}},
-        r"ExportConfig.input='uint8': expected the mean and std .* give export_bundle\(metad",
+        {"preprocessing": None},
+        r"ExportConfig.input='uint8': expected the mean and std .* give export_bundle\(preprocessing",
     ),
-    "no deviation": ({"metadata": of(mean=[0.5])}, "expected mean and std by channel, got"),
-    "deviation of zero": ({"metadata": of(mean=[0.5], std=[0.0])}, "positive deviations"),
-    "another scale": ({"metadata": SIGNED}, "expected the scale x / 255, got 'x / 127.5'"),
-    "three for grey": ({"metadata": {"preprocessing": IMAGENET.to_json()}}, "mean and std of 1 channels for input"),
+    "no deviation": (of(mean=[0.5]), "expected mean and std by channel, got"),
+    "deviation of zero": (of(mean=[0.5], std=[0.0]), "positive deviations"),
+    "another scale": (of(**SIGNED), "expected the scale x / 255, got 'x / 127.5'"),
+    "three for grey": (of(**IMAGENET.to_json()), "mean and std of 1 channels for input"),
+    "prepared as floats": (
+        {"preprocessing": digits.PREPROCESSING},
+        r"a preprocessing that makes inputs \[N, \*\[16, 16, 1\]\] uint8, got \[1, 1, 16, 16\] float32",
+    ),
     "floats": ({"images": torch.zeros(8, 1, 16, 16)}, r"images of shape \[N, \*\[16, 16, 1\]\] of torch.uint8, got"),
     "float type": ({"images": PICTURES.float()}, r"of torch.uint8, got \[8, 16, 16, 1\] torch.float32"),
     "labelled floats": (
@@ -355,7 +373,7 @@ def test_what_is_not_bytes_or_not_known_is_refused_in_a_line(
 
 
 def test_other_channels_and_vectors_are_refused(tmp_path: Path) -> None:
-    metadata, config = {"preprocessing": IMAGENET.to_json()}, ExportConfig(input=UINT8)
+    said, config = Said(IMAGENET.to_json()), ExportConfig(input=UINT8)
     four = nn.Sequential(nn.Conv2d(4, 3, 3), nn.ReLU()).eval()
     two = {"image": torch.zeros(1, 3, 32, 32), "meta": torch.zeros(1, 6)}
     message = r"ExportConfig.input='uint8': expected images of 1 or 3 channels, got "
@@ -364,7 +382,9 @@ def test_other_channels_and_vectors_are_refused(tmp_path: Path) -> None:
         (Metadata().eval(), two, r"meta \[N, \*\[6\]\]"),
     ):
         with pytest.raises(ExportError, match=message + got):
-            export_bundle(model, example, tmp_path / "b", config, metadata=metadata)
+            export_bundle(model, example, tmp_path / "b", config, preprocessing=said)
+    with pytest.raises(ExportError, match=r"metadata\['preprocessing'\]: expected it as export_bundle\(pre"):
+        export_bundle(four, torch.zeros(1, 4, 8, 8), tmp_path / "b", metadata={"preprocessing": SIGNED})
 
 
 def test_from_the_command_line_to_a_device_with_few_packages(tmp_path: Path) -> None:
@@ -373,8 +393,12 @@ def test_from_the_command_line_to_a_device_with_few_packages(tmp_path: Path) -> 
     command = ("export", "--weights", shipped, "--fp16", "--input", "uint8", "--engine", "none", "--output", out)
     process = loading.run_here(*command)
     assert process.returncode == 0, process.stderr
-    assert "input: uint8 [N, H, W, C], bytes as a camera or decoder gives them" in process.stdout
-    assert "normalised in the artefacts by mean 0.3055 and std 0.3187" in process.stdout.splitlines()
+    lines = process.stdout.splitlines()
+    assert "input: uint8 [N, H, W, C], bytes as a camera or decoder gives them, normalised in the artefacts" in lines
+    assert any(
+        line.startswith("pictures: grey, ") and "mean 0.3055 and std 0.3187 of x / 255 (said by" in line
+        for line in lines
+    )
     (entry,) = json.loads((out / "manifest.json").read_text())["inputs"]
     assert entry["normalisation"]["mean"] == [0.3055] and entry["dtype"] == "uint8"
     process = loading.run("verify", out, cwd=tmp_path, **digits.without_torch(tmp_path / "few", "onnx", "rich", "PIL"))

@@ -60,7 +60,8 @@ GOOD: dict[str, tuple[str, ...]] = {
     "weights": ("weights.safetensors", "weights.pt"), "checkpoint": ("weights.safetensors", "weights.pt"),
     "output": ("new.safetensors", "new", "weights.safetensors"), "calibration": ("data", "digits"),
     "num_classes": ("10",), "in_channels": ("3",), "keep": ("conv1", "layer1", "auto"), "experiment": ("regularisers",),
-    "targets": ("sm_86", "sm_89"), "timing_cache": ("new.cache",),
+    "targets": ("sm_86", "sm_89"), "timing_cache": ("new.cache",), "preprocessing": ("imagenet", "digits"),
+    "mean": ("0.5",), "std": ("0.25",), "resize": ("16", "20x20"), "crop": ("16",), "interpolation": ("bicubic",),
 }  # fmt: skip
 NEAR = ("--mdoel", "--Fp16", "--f", "--", "-x", "--no-json", "--json=1", "--batch=", "-1")
 

@@ -17,9 +17,9 @@ from resnet.models import create_model
 
 SIZE = 16
 CONFIG = ExportConfig("fp32", (1, 2, 4), "none")
+PREPROCESSING = Preprocessing((SIZE, SIZE), (SIZE, SIZE), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 METADATA = {
     "name": "resnet8",
-    "preprocessing": Preprocessing((SIZE, SIZE), (SIZE, SIZE), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)).to_json(),
     "classes": [f"class {index}" for index in range(10)],
     "data": "nothing",
 }
@@ -68,7 +68,9 @@ def export_again(resnet8: nn.Module, images: Tensor) -> Callable[[Path], None]:
         with pytest.MonkeyPatch.context() as patch:
             for name, function in replacements.items():
                 patch.setattr(pipeline, name, function)
-            result = export_bundle(resnet8, images[:1], output, CONFIG, images=images, metadata=METADATA)
+            result = export_bundle(
+                resnet8, images[:1], output, CONFIG, images=images, preprocessing=PREPROCESSING, metadata=METADATA
+            )
         assert result, result.report.verdict
 
     return export

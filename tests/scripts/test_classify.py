@@ -59,7 +59,8 @@ def test_a_table_for_each_picture(bundle: Path, pictures: list[Path]) -> None:
 
 def test_softmax_in_float64() -> None:
     classify, eps = load_script("classify"), np.finfo(np.float64).eps
-    (first, p), (second, q), (third, r) = classify.most_probable(np.array([1000.0, 999.0, -1000.0], np.float32))
+    (row,) = classify.softmax(np.array([[1000.0, 999.0, -1000.0]], np.float32))
+    (first, p), (second, q), (third, r) = classify.most_probable(row)
     assert (first, second, third) == (0, 1, 2) and r == 0.0
     assert p == pytest.approx(1 / (1 + np.exp(-1.0)), rel=4 * eps) and p + q == pytest.approx(1.0, rel=4 * eps)
     assert len(classify.most_probable(np.zeros(9))) == 5 and len(classify.most_probable(np.zeros(2))) == 2
@@ -71,6 +72,17 @@ def test_without_names_a_class_has_its_number(bundle: Path, pictures: list[Path]
     assert all(found["label"] == f"class {found['class']}" for found in record["predictions"])
 
 
+def test_a_bundle_that_says_nothing_is_told(bundle: Path, pictures: list[Path], tmp_path: Path) -> None:
+    silent = digits.rewrite(bundle, tmp_path / "b", model(preprocessing=None))
+    flags = ("--mean", 0.31, "--std", 0.4, "--resize", "16x16")
+    told, own = (
+        run_here("classify", at, *pictures, "--json", *also).stdout for at, also in ((silent, flags), (bundle, ()))
+    )
+    assert told == own != run_here("classify", silent, *pictures, "--json", "--preprocessing", "imagenet").stdout
+    refused = refusal(run_here("classify", bundle, pictures[0], "--mean", 0.31))
+    assert refused == "--mean: it says itself how its pictures are prepared, expected nothing of that"
+
+
 def model(**facts: object) -> digits.Change:
     return lambda manifest, files: manifest["model"].update(facts)
 
@@ -79,7 +91,12 @@ NAN = digits.change_onnx(lambda network: change(network, "fc.bias", setting(0, l
 OBLONG = {**digits.PREPROCESSING.to_json(), "size": [8, 16]}
 # a change to a sound bundle, the exit code and what is said
 REFUSED: dict[str, tuple[digits.Change, int, str]] = {
-    "no preprocessing": (model(preprocessing=None), 2, "takes inputs of shape [1, 16, 16], not pictures"),
+    "no preprocessing": (
+        model(preprocessing=None),
+        2,
+        "its pictures are prepared: --preprocessing imagenet, or another",
+    ),
+    "no record": (model(preprocessing=[3]), 2, "takes inputs of shape [1, 16, 16]: expected those of pictures, and a"),
     "another preprocessing": (model(preprocessing={"size": 3}), 2, "expected the description of a preprocessing"),
     "pictures of another size": (model(preprocessing=OBLONG), 2, "[1, 16, 16]: its preprocessing makes [1, 8, 16]"),
     "too few names": (model(classes=["one", "two"]), 2, "expected the names of 10 classes, got 2"),

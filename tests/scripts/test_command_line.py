@@ -44,7 +44,8 @@ def test_the_accuracy_of_the_model_that_ships_survives_every_precision(precision
     summary = json.loads(process.stdout)
     assert (summary["model"], summary["trained"], summary["precision"]) == ("resnet20", True, precision)
     assert summary["passed"] is True and summary["fused"] == 20 and not summary["skipped"]
-    assert set(summary["files"]) == {"model.onnx", "parity.json", "golden.safetensors", "report.html"}
+    golden = {"golden.safetensors", "golden-picture.png", "golden-picture.npy"}
+    assert set(summary["files"]) == {"model.onnx", "parity.json", "report.html", *golden}
     before, *after = summary["accuracy"]
     assert (before["form"], before["precision"]) == ("eager", "fp32")
     assert before["images"] == 359 and before["top1"] >= 0.985

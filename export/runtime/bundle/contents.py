@@ -9,6 +9,7 @@ from typing import Any
 
 from export.base.batch import FLOAT32, UINT8, Batch
 from export.base.errors import ExportError
+from export.base.normalisation import CHANNELS
 from export.base.precision import FORMATS, Precision
 from export.runtime.bundle.folder import FORMAT, read_verified
 from export.runtime.engines.engine import FLAVOURS, Engine
@@ -68,6 +69,11 @@ class Bundle:
         return class_count(shape)
 
     @property
+    def probabilities(self) -> bool:
+        """Whether the first output is probabilities and not what a softmax would make some of."""
+        return self.kinds.get(next(iter(self.outputs)), OutputKind()).softmax
+
+    @property
     def classes(self) -> list[str] | None:
         """The names of the classes, None where the manifest has none; raises ExportError where they do not fit."""
         names = self.manifest["model"].get("classes")
@@ -83,16 +89,17 @@ class Bundle:
         return shape
 
     @property
-    def preprocessing(self) -> Mapping[str, Any]:
-        """How a picture becomes an input.
+    def preprocessing(self) -> Mapping[str, Any] | None:
+        """How a picture becomes an input; None where the manifest does not say.
 
         Raises:
-            ExportError: the manifest does not say; the model does not take pictures.
+            ExportError: it says something else; the model does not take one picture of 1 or 3 channels.
         """
         record, shape = self.manifest["model"].get("preprocessing"), self.image_shape
-        if not isinstance(record, Mapping):
-            raise ExportError(f"{self.path} takes inputs of shape {list(shape)}, not pictures: expected "
-                              f"a preprocessing in its manifest, got {record!r:.80}")  # fmt: skip
+        channels = shape[-1] if self.dtype == UINT8 else shape[0]
+        if channels not in CHANNELS or not (record is None or isinstance(record, Mapping)):
+            raise ExportError(f"{self.path} takes inputs of shape {list(shape)}: expected those of pictures, "
+                              f"and a preprocessing in its manifest, got {record!r:.80}")  # fmt: skip
         return record
 
     def check_input(self, shape: tuple[int, ...]) -> None:
@@ -129,7 +136,7 @@ def open_bundle(path: str | Path) -> Bundle:
             inputs=_inputs(manifest["inputs"]),
             dtype=_dtype(manifest["inputs"]),
             outputs=outputs,
-            kinds={str(o["name"]): _kind(o["kind"], o["why"]) for o in manifest["outputs"] if "kind" in o},
+            kinds={str(output["name"]): _kind(output) for output in manifest["outputs"] if "kind" in output},
             engines=tuple(_engine(name, facts, contents, precision) for name, facts in manifest["engines"].items()),
             kept=frozenset(map(str, manifest["kept"])),
         )
@@ -154,10 +161,13 @@ def _dtype(entries: Sequence[Mapping[str, Any]]) -> str:
     return types.pop()
 
 
-def _kind(kind: object, why: object) -> OutputKind:
+def _kind(output: Mapping[str, Any]) -> OutputKind:
+    kind, softmax = output["kind"], output.get("softmax", False)
     if kind not in (SCORES, VALUES, EITHER):
         raise ValueError(f"expected {SCORES}, {VALUES} or {EITHER!r} of an output, got {kind!r:.80}")
-    return OutputKind(str(kind), str(why))
+    if not isinstance(softmax, bool):
+        raise TypeError(f"expected true or false of a softmax, got {softmax!r:.80}")
+    return OutputKind(str(kind), str(output["why"]), softmax)
 
 
 def _whole(value: object) -> int:

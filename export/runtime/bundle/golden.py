@@ -11,6 +11,7 @@ from export.base.errors import ExportError, first_line
 from export.runtime.parity.ladder import References
 
 GOLDEN_FILE = "golden.safetensors"
+PICTURE_FILE, PICTURE_INPUT_FILE = "golden-picture.png", "golden-picture.npy"  # and the input that it becomes
 _ORACLE = "oracle"
 
 

@@ -25,6 +25,7 @@ _DECIDED_SHARE = 0.95
 _LARGEST_ERROR = 0.5  # beyond it an output of zeros would be as good: the precision does not represent the network
 _INTEGER_FLOOR = 1e-3  # share of integer values, such as an argmax per pixel, that a near tie may change
 SCORES, VALUES, EITHER = "scores", "values", "scores or values"
+PROBABILITIES = "probabilities"  # scores that are behind a softmax
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,15 @@ class OutputKind:
     Attributes:
         kind: SCORES, of which the highest decides; VALUES; or EITHER, where that is not known.
         why: how that was found out, in a few words; empty where nobody asked.
+        softmax: whether it is what a softmax returns: scores are probabilities.
     """
 
     kind: str = SCORES
     why: str = ""
+    softmax: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        return {"kind": self.kind, "why": self.why}
+        return {"kind": self.kind, "why": self.why, **({"softmax": True} if self.softmax else {})}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import pytest
 from export import ExportConfig, export_bundle
 from export.runtime.engines.options import EngineConfig
 from export.terminal.flags import FLAGS, in_flags
+from resnet.data.presets import Changes, open_preset
 from resnet.models import create_model
 from resnet.training.loop import train
 from resnet.training.settings import TrainingConfig
@@ -24,7 +25,10 @@ from tests.scripts.loading import load_script
 ROOT = Path(__file__).resolve().parents[3]
 NAMED = {
     named.__name__: named
-    for named in (ExportConfig, EngineConfig, TrainingConfig, export_bundle, create_model, load_weights, train)
+    for named in (
+        *(ExportConfig, EngineConfig, TrainingConfig, Changes, export_bundle, create_model, load_weights, open_preset),
+        train,
+    )
 }
 
 MESSAGES = {
@@ -66,7 +70,7 @@ def test_the_table_names_what_there_is(name: str) -> None:
 
 
 def test_every_setting_has_a_flag() -> None:
-    for owner in (ExportConfig, EngineConfig, TrainingConfig):
+    for owner in (ExportConfig, EngineConfig, TrainingConfig, Changes):
         names = {f"{owner.__name__}.{field.name}" for field in dataclasses.fields(owner)}
         assert names - FLAGS.keys() <= {"ExportConfig.engine_config"}
 
