@@ -47,7 +47,7 @@ def needed(command: str) -> str:
 
 
 @cache
-def _has_json(compiler: str) -> bool:
+def has_json(compiler: str) -> bool:
     return not run(
         [compiler, "-std=c++17", "-fsyntax-only", "-include", "nlohmann/json.hpp", "-x", "c++", "/dev/null"]
     ).returncode
@@ -63,7 +63,7 @@ def build_driver(folder: Path, machine: Machine = HOST) -> Path:
 def build_runtime(folder: Path, machine: Machine = HOST) -> Path:
     """The C++ runtime as a shared library in a folder; its path."""
     compiler, library = needed(machine.cpp), folder / "libkernel_engine.so"
-    if not _has_json(compiler):
+    if not has_json(compiler):
         pytest.skip("needs the header of nlohmann-json (Debian: nlohmann-json3-dev)")
     _build([compiler, "-std=c++17", "-O1", *_COMMON, "-shared", "-Wl,-soname,libkernel_engine.so",
             "-o", library, RUNTIME / "kernel_engine.cpp", "-ldl", "-lpthread"])  # fmt: skip
