@@ -136,6 +136,7 @@ with importing("export"):
 
     from export import Batch, ExportConfig, ExportError, ExportResult, export_bundle
     from export.base.batch import UINT8
+    from export.base.errors import printable
     from export.pipeline import PARITY_IMAGES
     from export.sample_inputs import byte_crops, crops, photographs
     from export.terminal.console import Progress, print_accuracy, print_quantisation, print_rungs
@@ -162,6 +163,7 @@ DEFAULT_MODEL = "resnet50"
 PRETRAINED = "pretrained"  # as a value of --weights: the published file of that model
 MOST_IMAGES = 2**31 - 1  # of a batch
 CALIBRATION_IMAGES = 16
+CLASSES_SHOWN = 5
 CALIBRATION_SEED = 1  # other crops than those the result is checked on
 
 
@@ -177,13 +179,15 @@ def export(args: argparse.Namespace) -> int:
     """Export what the arguments describe and say what was found; the exit code, which is 1 for what is not equal."""
     source = taking(args.input, describe_source(args))
     with Progress() as progress:
-        result = run(args, source, progress)
-    summarise(args, source, result)
+        result, classes = run(args, source, progress)
+    summarise(args, source, classes, result)
     return 0 if result else 1
 
 
-def run(args: argparse.Namespace, source: Source, progress: Progress) -> ExportResult:
-    """Make the model and export it."""
+def run(
+    args: argparse.Namespace, source: Source, progress: Progress
+) -> tuple[ExportResult, tuple[tuple[str, ...], str] | None]:
+    """Make the model and export it; with the names of its classes and who said them."""
     check_int8_arguments(args)
     config = ExportConfig(
         precision=args.precision,
@@ -202,6 +206,7 @@ def run(args: argparse.Namespace, source: Source, progress: Progress) -> ExportR
     labelled = open_labelled(args, source)
     calibration = open_calibration_inputs(args, source, labelled)
     classes = source.classes or folder_names(args, labelled, model)
+    said_by = source.classes_said_by if source.classes else "the folders of --data or --calibration"
     pictures = [open_picture(path).convert("RGB") for path in args.images or ()] or photographs()
 
     def cut(count: int, seed: int) -> Tensor:
@@ -234,7 +239,7 @@ def run(args: argparse.Namespace, source: Source, progress: Progress) -> ExportR
         progress("initialise: UNTRAINED, seeded weights with calibrated BatchNorm")
         initialise(model, cut(CALIBRATION_IMAGES, CALIBRATION_SEED))
         metadata["weights"] = "UNTRAINED: seed 0"
-    return export_bundle(
+    result = export_bundle(
         model.eval(),
         torch.zeros(1, source.in_channels, *source.size),
         args.output or Path("build") / f"{source.model}-{args.precision}",
@@ -247,6 +252,7 @@ def run(args: argparse.Namespace, source: Source, progress: Progress) -> ExportR
         command=args.command,
         progress=progress,
     )
+    return result, (classes, said_by) if classes else None
 
 
 def check_int8_arguments(args: argparse.Namespace) -> None:
@@ -278,6 +284,7 @@ class Source:
         size: height and width of the input in pixels.
         said_by: who said what the preprocessing is.
         classes: what the logits stand for; None where nobody said.
+        classes_said_by: who said that.
         data: what the weights were trained on, empty where nobody said.
     """
 
@@ -288,6 +295,7 @@ class Source:
     size: tuple[int, int]
     said_by: str
     classes: tuple[str, ...] | None = None
+    classes_said_by: str = ""
     data: str = ""
 
     @property
@@ -328,28 +336,28 @@ def describe_source(args: argparse.Namespace) -> Source:
         base = imagenet_preprocessing(channels)
         base = base and base.at(designed)
         said_by = "the published weights" if args.weights == PRETRAINED else "nobody: ImageNet's is assumed"
-    classes = card.classes if card else None
+    classes, named_by = card.classes if card else None, "the weights"
     if args.classes is not None:
-        classes = read_classes(args.classes)
+        classes, named_by = read_classes(args.classes), f"--classes {args.classes}"
         if count is None:
             count = spec.num_classes if spec and args.weights == PRETRAINED else len(classes)
         if len(classes) != count:
             raise ExportError(f"{args.classes}: expected a name for each of {count} outputs, got {len(classes)} names")
     elif classes is None and suggested is not None and len(suggested) == (count or (spec and spec.num_classes)):
-        classes = suggested
+        classes, named_by = suggested, f"--preprocessing {args.preprocessing}"
     changes = Changes(**preprocessing_values(args))
     size = args.image_size and (args.image_size[0], args.image_size[-1])
     if base is None:
         if changes.said:
             raise ExportError(f"{changes.said[0]}: expected a model for pictures of 1 or 3 channels, got {channels}")
-        return Source(name, count, channels, None, size or designed, "", classes)
+        return Source(name, count, channels, None, size or designed, "", classes, named_by)
     if size is not None and changes.crop not in (None, size):
         raise ExportError("--image-size and --crop both say the size of the input: expected one of them")
     preprocessing = changes.of(base.at(size) if size else base, fixed_size=size is not None)
     if changes.said:
         said_by = f"{in_flags(' '.join(changes.said))}, the rest by {said_by}"
     data = card.data if card else ""
-    return Source(name, count, channels, preprocessing, preprocessing.size, said_by, classes, data)
+    return Source(name, count, channels, preprocessing, preprocessing.size, said_by, classes, named_by, data)
 
 
 def taking(dtype: str, source: Source) -> Source:
@@ -417,8 +425,10 @@ def parse_batch(text: str) -> Batch:
     return Batch(sizes[0], sizes[len(sizes) // 2], sizes[-1])
 
 
-def summarise(args: argparse.Namespace, source: Source, result: ExportResult) -> None:
-    """What was found and, last, what to do next."""
+def summarise(
+    args: argparse.Namespace, source: Source, classes: tuple[tuple[str, ...], str] | None, result: ExportResult
+) -> None:
+    """What was found and, last, what to do next; `classes` with who said what they are called."""
     coverage, report = result.coverage, result.report
     if args.json:
         record = {
@@ -427,6 +437,7 @@ def summarise(args: argparse.Namespace, source: Source, result: ExportResult) ->
             "precision": report.precision,
             "input": args.input,
             "preprocessing": source.preprocessing and {**source.preprocessing.to_json(), "said_by": source.said_by},
+            "classes": classes and list(classes[0]),
             "output": str(result.output) if result.written else None,
             "fused": len(coverage.fused),
             "left": [operator.name for operator in coverage.left],
@@ -446,6 +457,10 @@ def summarise(args: argparse.Namespace, source: Source, result: ExportResult) ->
         print("input: uint8 [N, H, W, C], bytes as a camera or decoder gives them, normalised in the artefacts")
     if source.preprocessing is not None:
         print(f"pictures: {source.preprocessing} (said by {source.said_by})")
+    if classes is not None:
+        names, said_by = classes
+        more = ", ..." if len(names) > CLASSES_SHOWN else ""
+        print(f"classes: {len(names)}, {', '.join(map(printable, names[:CLASSES_SHOWN]))}{more} (said by {said_by})")
     if report.kept:
         print(f"kept in float32: {', '.join(report.kept)}")
     for rung in report.rungs:

@@ -67,6 +67,7 @@ def render(
         name=str(manifest["model"].get("name") or "network without a name"),
         untrained=_untrained(manifest["model"]),
         weights=_weights(manifest["model"]),
+        pictures=_pictures(manifest["model"]),
         classes=_classes(manifest["model"]),
         classes_shown=_CLASSES_SHOWN,
         mark_of=_mark(parity),
@@ -94,6 +95,15 @@ def _weights(model: Mapping[str, Any]) -> dict[str, str]:
     if isinstance(weights, Mapping):
         return {key: str(weights[key]) for key in ("file", "sha256") if key in weights}
     return {"file": str(weights)} if weights else {}
+
+
+def _pictures(model: Mapping[str, Any]) -> str:
+    """How they become inputs, each step by its name; empty where nobody said."""
+    record = model.get("preprocessing")
+    steps = record.items() if isinstance(record, Mapping) else ()
+    return ", ".join(
+        f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}" for name, value in steps
+    )
 
 
 def _classes(model: Mapping[str, Any]) -> list[str]:

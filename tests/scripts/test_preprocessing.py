@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,9 @@ from resnet.initialise import initialise
 from resnet.model_card import ModelCard, read_model_card
 from resnet.models import create_model
 from tests.export import digits
-from tests.scripts.loading import refusal, run_here
+from tests.scripts.loading import ROOT, refusal, run_here
 
+GUIDE = ROOT / "docs" / "deploy.md"
 NAMES = ("apple", "birch", "cedar", "daisy", "elder")
 MEAN, STD = (0.2, 0.55, 0.7), (0.3, 0.15, 0.4)
 PREPROCESSING = Preprocessing((24, 24), (28, 28), MEAN, STD, "bicubic")
@@ -102,7 +106,9 @@ def bundles(network: nn.Module, pictures: Path, tmp_path_factory: pytest.TempPat
     assert read_model_card(converted) == ModelCard("resnet8", PREPROCESSING, NAMES, "")
     again = run_here("export", "--weights", converted, "--engine", "none", "--batch", "1:4:8", "--output", folder / "f")
     assert again.returncode == 0, again.stderr + again.stdout
-    assert f"pictures: {PREPROCESSING} (said by the weights)" in again.stdout.splitlines()
+    lines = again.stdout.splitlines()
+    assert f"pictures: {PREPROCESSING} (said by the weights)" in lines
+    assert "classes: 5, apple, birch, cedar, daisy, elder (said by the weights)" in lines
     return folder / "u", folder / "f", said.stdout
 
 
@@ -114,6 +120,7 @@ def test_export_evaluate_and_classify_agree_with_training(
     assert (
         f"pictures: {PREPROCESSING} (said by {flags}, the rest by nobody: ImageNet's is assumed)" in said.splitlines()
     )
+    assert f"classes: 5, {', '.join(NAMES)} (said by the folders of --data or --calibration)" in said.splitlines()
     for bundle in (in_bytes, floats):
         facts = open_bundle(bundle).manifest["model"]
         assert facts["preprocessing"] == PREPROCESSING.to_json() and facts["classes"] == list(NAMES)
@@ -143,6 +150,17 @@ def test_a_picture_that_is_prepared_otherwise_is_seen(
             process = run_here("verify", bundle)
         assert process.returncode == 1 and "of 255 levels off (Pillow" in process.stdout
         assert process.stdout.splitlines()[-1].endswith("do not evaluate or classify with it")
+
+
+def test_the_guide_s_check_of_an_application(bundles: tuple[Path, Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes on training's own steps, and says how far off a sampled picture is."""
+    (block,) = re.findall(r"^```python\n(.*?golden-picture.*?)^```", GUIDE.read_text(), re.MULTILINE | re.DOTALL)
+    for bundle, as_bytes in zip(bundles[:2], (True, False), strict=True):
+        monkeypatch.chdir(bundle)
+        right = replace(PREPROCESSING, as_bytes=as_bytes)
+        for way in (right, replace(right, interpolation="nearest")):
+            with nullcontext() if way is right else pytest.raises(AssertionError, match=r"^up to \d\d of 255 levels"):
+                exec(compile(block, "deploy.md", "exec"), {"prepare": lambda picture, way=way: way([picture])})
 
 
 def npy(values: np.ndarray) -> bytes:
