@@ -149,11 +149,11 @@ with importing("export"):
         imagenet_preprocessing,
         open_picture,
     )
-    from resnet.data.presets import Changes, folder_classes, open_preset, read_classes
+    from resnet.data.presets import Changes, Preset, folder_classes, open_preset, read_classes
     from resnet.data.sources import open_test
     from resnet.errors import ResNetError
     from resnet.initialise import initialise
-    from resnet.model_card import read_model_card
+    from resnet.model_card import ModelCard, read_model_card
     from resnet.models import MODELS, create_model
     from resnet.pretrained import download
     from resnet.weights import load_weights, recognise_weights
@@ -324,40 +324,73 @@ def describe_source(args: argparse.Namespace) -> Source:
             channels = network.in_channels if channels is None else channels
             count = network.num_classes if count is None else count
     spec = MODELS.get(name)  # create_model refuses other names
-    designed, said_by = (spec.image_size if spec else 224,) * 2, "the weights"
-    base = card.preprocessing if card else None
-    suggested = None
-    if args.preprocessing is not None:
-        preset = open_preset(args.preprocessing, channels, base.size if base else designed)
-        base, suggested, said_by = preset.preprocessing, preset.classes, f"--preprocessing {args.preprocessing}"
-        channels = base.channels
-    elif base is None:
-        channels = 3 if channels is None else channels
-        base = imagenet_preprocessing(channels)
-        base = base and base.at(designed)
-        said_by = "the published weights" if args.weights == PRETRAINED else "nobody: ImageNet's is assumed"
-    classes, named_by = card.classes if card else None, "the weights"
-    if args.classes is not None:
-        classes, named_by = read_classes(args.classes), f"--classes {args.classes}"
-        if count is None:
-            count = spec.num_classes if spec and args.weights == PRETRAINED else len(classes)
-        if len(classes) != count:
-            raise ExportError(f"{args.classes}: expected a name for each of {count} outputs, got {len(classes)} names")
-    elif classes is None and suggested is not None and len(suggested) == (count or (spec and spec.num_classes)):
-        classes, named_by = suggested, f"--preprocessing {args.preprocessing}"
+    designed = (spec.image_size if spec else 224,) * 2
+    preset, said_by = described_pictures(args, card, channels, designed)
+    outputs = count
+    if count is None and spec is not None and (args.classes is None or args.weights == PRETRAINED):
+        outputs = spec.num_classes
+    classes, named_by = described_classes(args, card, preset, outputs)
+    if count is None and args.classes is not None and classes is not None:
+        count = len(classes)
     changes = Changes(**preprocessing_values(args))
     size = args.image_size and (args.image_size[0], args.image_size[-1])
-    if base is None:
+    if preset is None:
+        assert channels is not None
         if changes.said:
             raise ExportError(f"{changes.said[0]}: expected a model for pictures of 1 or 3 channels, got {channels}")
         return Source(name, count, channels, None, size or designed, "", classes, named_by)
     if size is not None and changes.crop not in (None, size):
         raise ExportError("--image-size and --crop both say the size of the input: expected one of them")
-    preprocessing = changes.of(base.at(size) if size else base, fixed_size=size is not None)
+    base = preset.preprocessing.at(size) if size else preset.preprocessing
+    preprocessing = changes.of(base, fixed_size=size is not None)
     if changes.said:
         said_by = f"{in_flags(' '.join(changes.said))}, the rest by {said_by}"
-    data = card.data if card else ""
+    channels, data = preprocessing.channels, card.data if card else ""
     return Source(name, count, channels, preprocessing, preprocessing.size, said_by, classes, named_by, data)
+
+
+def described_pictures(
+    args: argparse.Namespace, card: ModelCard | None, channels: int | None, designed: tuple[int, int]
+) -> tuple[Preset | None, str]:
+    """How pictures become inputs, without what is said value by value, and who said so; None where they cannot.
+
+    Args:
+        args: of the command line.
+        card: what the weights say of themselves.
+        channels: of the network, None where nobody said.
+        designed: height and width that the network was designed for.
+    """
+    if args.preprocessing is not None:
+        size = card.preprocessing.size if card else designed
+        return open_preset(args.preprocessing, channels, size), f"--preprocessing {args.preprocessing}"
+    if card is not None:
+        return Preset(card.preprocessing), "the weights"
+    imagenet = imagenet_preprocessing(3 if channels is None else channels)
+    said_by = "the published weights" if args.weights == PRETRAINED else "nobody: ImageNet's is assumed"
+    return None if imagenet is None else Preset(imagenet.at(designed)), said_by
+
+
+def described_classes(
+    args: argparse.Namespace, card: ModelCard | None, preset: Preset | None, count: int | None
+) -> tuple[tuple[str, ...] | None, str]:
+    """What the classes are called, and who said so; None where nobody did.
+
+    Args:
+        args: of the command line.
+        card: what the weights say of themselves.
+        preset: of the preprocessing, whose file may name classes of another network.
+        count: how many outputs there are, None where nobody said.
+    """
+    if args.classes is not None:
+        classes = read_classes(args.classes)
+        if count not in (None, len(classes)):
+            raise ExportError(f"{args.classes}: expected a name for each of {count} outputs, got {len(classes)} names")
+        return classes, f"--classes {args.classes}"
+    if card is not None:
+        return card.classes, "the weights"
+    if preset is not None and preset.classes is not None and len(preset.classes) == count:
+        return preset.classes, f"--preprocessing {args.preprocessing}"
+    return None, ""
 
 
 def taking(dtype: str, source: Source) -> Source:

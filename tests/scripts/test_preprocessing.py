@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from export import open_bundle
 from export.runtime.artefacts import running_first
-from resnet.data.preprocessing import Preprocessing
+from resnet.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from resnet.data.presets import DIGITS
 from resnet.initialise import initialise
 from resnet.model_card import ModelCard, read_model_card
 from resnet.models import create_model
 from tests.export import digits
-from tests.scripts.loading import ROOT, refusal, run_here
+from tests.scripts.loading import ROOT, load_script, refusal, run_here
 
 GUIDE = ROOT / "docs" / "deploy.md"
 NAMES = ("apple", "birch", "cedar", "daisy", "elder")
@@ -193,6 +194,46 @@ def test_a_golden_picture_that_is_none_is_refused(case: str, bundles: tuple[Path
         assert message in refusal(process)
     else:
         assert process.returncode == 1 and message in process.stdout
+
+
+HALF = {"mean": [0.5] * 3, "std": [0.25] * 3, "input_size": [3, 32, 32], "crop_pct": 1.0, "interpolation": "bilinear"}
+HALVED = Preprocessing((32, 32), (32, 32), (0.5,) * 3, (0.25,) * 3)
+ASSUMED = Preprocessing((32, 32), (37, 37), IMAGENET_MEAN, IMAGENET_STD)
+OTHERS = ("one", "two", "three", "four", "five")
+# flags -> what holds, who said it, the classes
+SAID: dict[str, tuple[Preprocessing, str, tuple[str, ...] | None]] = {
+    "--weights five.pth": (ASSUMED, "nobody: ImageNet's is assumed", None),
+    "--weights five.safetensors": (PREPROCESSING, "the weights", NAMES),
+    "--weights five.safetensors --image-size 12": (PREPROCESSING.at((12, 12)), "the weights", NAMES),
+    "--weights five.safetensors --preprocessing timm.json": (HALVED, "--preprocessing timm.json", NAMES),
+    "--weights five.pth --preprocessing timm.json": (HALVED, "--preprocessing timm.json", OTHERS),
+    "--weights five.safetensors --classes others.txt": (PREPROCESSING, "the weights", OTHERS),
+    "--weights five.safetensors --preprocessing timm.json --std 0.5 --crop 30": (
+        replace(HALVED, std=(0.5,) * 3, size=(30, 30)),
+        "--std --crop, the rest by --preprocessing timm.json",
+        NAMES,
+    ),
+    "--classes others.txt --preprocessing digits --model resnet8": (DIGITS, "--preprocessing digits", OTHERS),
+    "--preprocessing timm.json --num-classes 7": (HALVED, "--preprocessing timm.json", None),
+    "--weights pretrained --model resnet18": (
+        Preprocessing((224, 224), (256, 256), IMAGENET_MEAN, IMAGENET_STD),
+        "the published weights",
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("flags", SAID)
+def test_who_is_asked_first(flags: str, bundles: tuple[Path, Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flag, a preset, the weights' card, and ImageNet's where nobody says."""
+    monkeypatch.chdir(bundles[0].parent)
+    Path("timm.json").write_text(json.dumps({"num_classes": 5, "label_names": OTHERS, "pretrained_cfg": HALF}))
+    Path("others.txt").write_text("\n".join(OTHERS))
+    script, (preprocessing, said_by, classes) = load_script("export"), SAID[flags]
+    source = script.describe_source(script.parse_args(flags.split()))
+    assert (source.preprocessing, source.said_by, source.classes) == (preprocessing, said_by, classes)
+    assert (source.size, source.in_channels) == (preprocessing.size, preprocessing.channels)
+    assert classes is None or source.num_classes == 5
 
 
 REFUSED = {
