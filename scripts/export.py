@@ -7,6 +7,7 @@ import json
 import logging
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,7 @@ DEFAULT_MODEL = "resnet50"
 PRETRAINED = "pretrained"  # as a value of --weights: the published file of that model
 MOST_IMAGES = 2**31 - 1  # of a batch
 CALIBRATION_IMAGES = 16
-CLASSES_SHOWN = 5
+SHOWN_NAMES = 8  # of operators, or of classes, in one line
 CALIBRATION_SEED = 1  # other crops than those the result is checked on
 
 
@@ -458,6 +459,12 @@ def parse_batch(text: str) -> Batch:
     return Batch(sizes[0], sizes[len(sizes) // 2], sizes[-1])
 
 
+def some(names: Sequence[str]) -> str:
+    """The first few; all are in parity.json, classes in manifest.json."""
+    more = len(names) - SHOWN_NAMES
+    return ", ".join(names[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
 def summarise(
     args: argparse.Namespace, source: Source, classes: tuple[tuple[str, ...], str] | None, result: ExportResult
 ) -> None:
@@ -492,13 +499,15 @@ def summarise(
         print(f"pictures: {source.preprocessing} (said by {source.said_by})")
     if classes is not None:
         names, said_by = classes
-        more = ", ..." if len(names) > CLASSES_SHOWN else ""
-        print(f"classes: {len(names)}, {', '.join(map(printable, names[:CLASSES_SHOWN]))}{more} (said by {said_by})")
+        print(f"classes: {len(names)}, {some([*map(printable, names)])} (said by {said_by})")
     if report.kept:
         print(f"kept in float32: {', '.join(report.kept)}")
     for rung in report.rungs:
         if rung.operators is not None and rung.operators.unchecked:
-            print(f"{rung.name}: no operator criterion for {', '.join(rung.operators.unchecked)}")
+            lacking = (
+                "no operator criterion for" if rung.emulated is None else "instructions not known to the emulator in"
+            )
+            print(f"{rung.name}: {lacking} {some(rung.operators.unchecked)}")
     for name, reason in result.skipped.items():
         print(f"{name} engine not built: {in_flags(reason)}")
     if report.quantisation is not None:
