@@ -40,6 +40,8 @@ class ExportConfig:
             AUTO here, is that of the GPU of this machine.
         input: what the artefacts take: `float32`, what the model computes with, or `uint8`, pictures as bytes
             [N, H, W, C], which they normalise themselves by the mean and std of `metadata`'s preprocessing.
+        features: names of modules whose outputs the artefacts return in place of the model's, such as
+            ("layer2", "layer3", "layer4") for a detector's neck; none for the model's own.
     """
 
     precision: str
@@ -53,6 +55,7 @@ class ExportConfig:
     unverified: bool
     kernels: tuple[str, ...]
     input: str
+    features: tuple[str, ...]
 
     def __init__(
         self,
@@ -67,6 +70,7 @@ class ExportConfig:
         unverified: bool = False,
         kernels: Collection[str] = (),
         input: str = FLOAT32,
+        features: Collection[str] = (),
     ) -> None:
         """Raises ExportError for values that no export has, and for what another precision takes."""
         if precision not in FORMATS:
@@ -76,6 +80,8 @@ class ExportConfig:
             raise ExportError(f"expected a calibration method of {expected}, got {calibration_method!r}")
         if outputs not in OUTPUTS:
             raise ExportError(f"expected outputs of {', '.join(OUTPUTS)}, got {outputs!r}")
+        if outputs == PROBABILITIES and features:
+            raise ExportError(f"ExportConfig.outputs={outputs!r} is for the model's own output, got ExportConfig.features")
         if input not in INPUTS:
             raise ExportError(f"expected an input of {', '.join(INPUTS)}, got {input!r}")
         if engine not in ("auto", "none", *FLAVOURS):
@@ -92,6 +98,7 @@ class ExportConfig:
             "unverified": unverified,
             "kernels": _targets(kernels, precision),
             "input": input,
+            "features": _features(features),
         }
         for name, value in narrowed.items():
             object.__setattr__(self, name, value)
@@ -114,6 +121,15 @@ def _kept(name: str, layers: Collection[str], precision: str, precisions: Collec
     if set(AUTO) <= set(layers) and tuple(layers) != AUTO:
         raise ExportError(f"{field}: expected auto or names, got both: {' '.join(layers)}")
     return tuple(layers)
+
+
+def _features(names: Collection[str]) -> tuple[str, ...]:
+    """Raises ExportError for a string, which is no collection of names, and for a name that is given twice."""
+    if isinstance(names, str):
+        raise ExportError(f"ExportConfig.features: expected a tuple of names of modules, got {names!r}")
+    if len(set(names)) < len(names):
+        raise ExportError(f"ExportConfig.features: expected each module once, got {' '.join(names)}")
+    return tuple(names)
 
 
 def _targets(names: Collection[str], precision: str) -> tuple[str, ...]:

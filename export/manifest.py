@@ -11,6 +11,7 @@ import onnx
 from export.base.machine import installed_versions
 from export.base.precision import Precision
 from export.forms import Forms
+from export.fusion.features import strides
 from export.fusion.program import FusedProgram
 from export.runtime.bundle.folder import FORMAT
 from export.runtime.engines.engine import Engine
@@ -32,11 +33,12 @@ def describe(
 ) -> dict[str, Any]:
     """The manifest without its list of files. `metadata` goes under `model`: what only the caller knows.
 
-    Inputs that are bytes have their `layout` and the `normalisation` that the files do to them.
+    Inputs that are bytes have their `layout` and the `normalisation` that the files do to them; outputs that are maps
+    of the input have their `stride`, the pixels from one cell to the next in height and width.
     """
     file = forms.files[ONNX_FILE]
     model, normalisation = file.model, file.normalisation
-    graph = model.graph
+    graph, steps = model.graph, strides(program.source)
     taken = {} if normalisation is None else {"layout": "NHWC", "normalisation": normalisation.to_json()}
     return {
         "format": FORMAT,
@@ -44,7 +46,7 @@ def describe(
         "precision": precision.name,
         "batch": {"min": program.batch.minimum, "opt": program.batch.optimum, "max": program.batch.maximum},
         "inputs": [{**value_facts(value), **taken} for value in graph.input],
-        "outputs": [_output_facts(value, report) for value in graph.output],
+        "outputs": [_output_facts(value, report, steps) for value in graph.output],
         "verified": bool(report.evidence),
         "verdict": report.verdict,
         "opset": model.opset_import[0].version,
@@ -70,9 +72,12 @@ def describe(
     }
 
 
-def _output_facts(value: onnx.ValueInfoProto, report: ParityReport) -> dict[str, Any]:
+def _output_facts(
+    value: onnx.ValueInfoProto, report: ParityReport, steps: Mapping[str, tuple[int, int]]
+) -> dict[str, Any]:
     found = report.evidence.outputs.get(value.name)
-    return {**value_facts(value), **({} if found is None else found.kind.to_json())}
+    stride = {"stride": list(steps[value.name])} if value.name in steps else {}
+    return {**value_facts(value), **stride, **({} if found is None else found.kind.to_json())}
 
 
 def value_facts(value: onnx.ValueInfoProto) -> dict[str, Any]:

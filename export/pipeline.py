@@ -28,6 +28,7 @@ from export.criteria.references import run_references, run_simulations
 from export.forms import Forms, floating_forms
 from export.fusion.capture import Example, check_model, describe_value
 from export.fusion.description import describe_graph
+from export.fusion.features import strides, with_features
 from export.fusion.passes import DEFAULT_LEVEL, QUANTISED_LEVEL
 from export.fusion.program import Coverage, FusedProgram, fuse, output_names, output_nodes
 from export.fusion.unwrapping import with_softmax
@@ -82,6 +83,7 @@ class ExportResult:
         skipped: engine flavour, or `sm_87 kernel` -> why it was not built.
         files: name -> size in bytes of each file built.
         seconds: what the whole export took.
+        strides: name of an output that is a map -> pixels of the input from one cell to the next, (height, width).
     """
 
     output: Path
@@ -90,6 +92,7 @@ class ExportResult:
     skipped: Mapping[str, str]
     files: Mapping[str, int]
     seconds: float
+    strides: Mapping[str, tuple[int, int]]
 
     def __bool__(self) -> bool:
         return bool(self.report)
@@ -179,6 +182,8 @@ def export_bundle(
     """
     started, output = time.perf_counter(), Path(output)
     config, metadata, named_example = config or ExportConfig(), metadata or {}, check_model(model, example)
+    if config.features:
+        model = with_features(model, config.features)
     if config.outputs == PROBABILITIES:
         model = with_softmax(model)
     if "preprocessing" in metadata:
@@ -232,8 +237,8 @@ def export_bundle(
             graph = describe_graph(program.master)
             files[REPORT_FILE] = render(manifest, report.to_json(), file_entries(files), graph, command, skipped)
             publish(staging, output, files, manifest)
-    sizes = {name: len(content) for name, content in files.items()}
-    return ExportResult(output, report, program.coverage, skipped, sizes, time.perf_counter() - started)
+    sizes, seconds = {name: len(content) for name, content in files.items()}, time.perf_counter() - started
+    return ExportResult(output, report, program.coverage, skipped, sizes, seconds, strides(program.source))
 
 
 def _normalisation(
@@ -355,6 +360,11 @@ def _meter(job: _Job, program: FusedProgram) -> Meter | None:
     if job.labelled is None:
         return None
     logits: list[int | str] = ["batch", *(int(n) for n in output_nodes(program.source)[0].meta["val"].shape[1:])]
+    if job.config.features and len(logits) != 2:
+        raise ExportError(
+            f"labelled pictures are for class scores, got ExportConfig.features={job.config.features[0]!r} first, of "
+            f"shape {logits}: name the module that makes the scores before the others, or leave out the pictures"
+        )
     meter = Meter(job.labelled, job.metadata.get("classes"), logits, job.batch, job.progress, job.normalisation)
     names = output_names(program.graph_module)
     meter.measure(EagerRunner(job.model, torch.float32, names, program.inputs), "fp32")

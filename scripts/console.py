@@ -12,6 +12,7 @@ SUMMARIES = {
     "verify": "check a bundle again on this machine, or build its TensorRT engine here",
     "evaluate": "count how many labelled pictures the artefacts of some bundles get right",
     "classify": "name what is in some pictures",
+    "serve-config": "write what Triton Inference Server or DeepStream reads of a bundle",
     "convert": "write a checkpoint as .safetensors",
     "benchmark": "compare ways of running a model on this machine",
     "train": "train a model, or compare trainings",
@@ -27,7 +28,7 @@ def main() -> int:
     if command in ("-h", "--help"):
         print(f"usage: {CONSOLE_SCRIPT} COMMAND ...; {CONSOLE_SCRIPT} COMMAND --help lists its flags\n\n{__doc__}\n")
         for name, summary in SUMMARIES.items():
-            print(f"  {name:<10}  {summary}")
+            print(f"  {name:<12}  {summary}")
         return 0
     if command not in SCRIPTS:
         expected = ", ".join(SCRIPTS)

@@ -77,6 +77,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "the scores",
     )
     parser.add_argument(
+        "--features",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="return what these modules return, such as layer2 layer3 layer4, and not the network's own output: the "
+        "backbone of a detector or segmenter; with fc among them also the scores",
+    )
+    parser.add_argument(
         "--unverified",
         action="store_true",
         help="where nothing is wrong but the evidence is too weak for a verdict: write a bundle marked as such; the "
@@ -162,6 +170,7 @@ with importing("export"):
 
 DEFAULT_MODEL = "resnet50"
 PRETRAINED = "pretrained"  # as a value of --weights: the published file of that model
+SCORES = "fc"  # what every model of this project calls the layer that makes its scores
 MOST_IMAGES = 2**31 - 1  # of a batch
 CALIBRATION_IMAGES = 16
 SHOWN_NAMES = 8  # of operators, or of classes, in one line
@@ -198,13 +207,20 @@ def run(
         calibration_method=args.calibration_method or DEFAULT_METHOD,
         keep_fp16=args.keep_fp16,
         keep_fp32=args.keep_fp32,
-        outputs=args.outputs or ("scores" if args.weights == PRETRAINED else "auto"),
+        outputs=args.outputs or ("scores" if args.weights == PRETRAINED and not args.features else "auto"),
         unverified=args.unverified,
         kernels=args.kernels,
         input=args.input,
+        features=args.features,
     )
     model = create_model(source.model, num_classes=source.num_classes, in_channels=source.in_channels)
     labelled = open_labelled(args, source)
+    scored = not args.features or args.features[0] == SCORES
+    if args.data and not scored:
+        raise ExportError(
+            f"--data: expected class scores to measure, got --features {args.features[0]} first; "
+            f"--features {SCORES} {' '.join(args.features)} has them too"
+        )
     calibration = open_calibration_inputs(args, source, labelled)
     classes = source.classes or folder_names(args, labelled, model)
     said_by = source.classes_said_by if source.classes else "the folders of --data or --calibration"
@@ -246,7 +262,7 @@ def run(
         args.output or Path("build") / f"{source.model}-{args.precision}",
         config,
         images=images,
-        labelled=labelled,
+        labelled=labelled if scored else None,
         calibration=calibration,
         preprocessing=source.preprocessing,
         metadata=metadata,
@@ -482,6 +498,7 @@ def summarise(
             "fused": len(coverage.fused),
             "left": [operator.name for operator in coverage.left],
             "notes": list(coverage.notes),
+            "strides": {name: list(stride) for name, stride in result.strides.items()},
             "files": dict(result.files),
             "skipped": dict(result.skipped),
             "seconds": round(result.seconds, 1),
@@ -493,6 +510,8 @@ def summarise(
     print(f"{len(coverage.fused)} fused operators; left: {', '.join(op.name for op in coverage.left) or 'none'}")
     for note in coverage.notes:
         print(note)
+    for name, (height, width) in result.strides.items():
+        print(f"{name}: one cell for {height} x {width} pixels of the input")
     if args.input == UINT8:
         print("input: uint8 [N, H, W, C], bytes as a camera or decoder gives them, normalised in the artefacts")
     if source.preprocessing is not None:
@@ -514,6 +533,8 @@ def summarise(
         print_quantisation(report.quantisation)
     if report.accuracy:
         print_accuracy(report.accuracy)
+    elif args.features and args.features[0] != SCORES:
+        print(f"accuracy not measured: {args.features[0]} is no class scores; judge what is built on it")
     elif args.weights is not None or report.quantisation is not None:
         print("accuracy not measured: give labelled pictures with --data")
     for line in report.evidence.lines:

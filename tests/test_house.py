@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Room -> the rooms it may import, beside itself. A module's room is the longest of these names that it begins with.
 _RUNTIME = (
-    *("export.runtime.build", "export.runtime.verify", "export.runtime.artefacts", "export.runtime.engine_store"),
+    *("export.runtime.build", "export.runtime.verify", "export.runtime.serving"),
+    *("export.runtime.artefacts", "export.runtime.engine_store"),
     *("export.runtime.bundle", "export.runtime.engines", "export.runtime.parity"),
     *("export.runtime.onnx_session", "export.runtime.onnx_wire", "export.runtime.runner"),
 )

@@ -51,9 +51,18 @@ def plain_torch() -> Iterator[None]:
 
 
 def eager_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of `model` on the CPU in `dtype`, in eval mode; `model` itself is left as it was.
+    """A copy of `model` on the CPU in `dtype`, in eval mode, that returns what `plain_outputs` makes of its outputs.
 
-    It is the module inside torch.compile and DataParallel, and returns what `plain_outputs` makes of its outputs.
+    Raises:
+        ExportError: as `copied`.
+    """
+    duplicate = copied(model)
+    duplicate.register_forward_hook(lambda module, inputs, outputs: plain_outputs(outputs))
+    return duplicate.to(device="cpu", dtype=dtype)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy of the module inside torch.compile and DataParallel; `model` itself is left as it was.
 
     Raises:
         ExportError: the model cannot be copied, or is TorchScript.
@@ -77,8 +86,7 @@ def eager_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         for name, child in list(module.named_children()):
             if inner_module(child) is not child:
                 setattr(module, name, inner_module(child))
-    duplicate.register_forward_hook(lambda module, inputs, outputs: plain_outputs(outputs))
-    return duplicate.to(device="cpu", dtype=dtype)
+    return duplicate
 
 
 def _tensors(value: object) -> Iterator[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,8 @@ from export.fusion.nodes import (
 )
 from export.fusion.passes import DEFAULT_LEVEL, FOLDING, LEVELS
 from export.fusion.passes.fold_batchnorm import constant_channels
+
+_MODULE = re.compile(r"[A-Za-z_]\w*(\.\w+)+", re.ASCII)  # the name of a module within another
 
 
 @dataclass(frozen=True)
@@ -295,6 +298,8 @@ def leaf_names(outputs: object, inputs: Collection[str] = ()) -> list[str]:
         word = "_".join(words)
         if not path:
             word = "output"
+        elif len(path) == 1 and isinstance(path[0], pytree.MappingKey) and _MODULE.fullmatch(str(path[0].key)):
+            word = str(path[0].key)  # as `features` are called
         elif not word.isidentifier() or word in (INPUT, *inputs):
             word = f"output_{word}"
         names.append(next(name for name in variants(word) if name not in names and name not in inputs))

@@ -27,6 +27,7 @@ _FIELDS = {
 _EXTERNAL_DATA, _DATA_LOCATION = 13, 14
 _GRAPH, _VALUES = 7, (11, 12, 13)  # of the model; inputs, outputs and values between, of the graph
 _NAME, _TYPE, _TENSOR_TYPE, _SHAPE, _DIMENSION, _SIZE = 1, 2, 1, 2, 1, 1
+_UINT8, _FLOAT = b"\x08\x02", b"\x08\x01"  # the element type of a tensor type, as a field
 
 
 def refuse_external_data(content: bytes) -> None:
@@ -61,6 +62,23 @@ def value_shapes(content: bytes) -> dict[str, tuple[int | None, ...]]:
                         sizes = [_size(content, part) for part in _messages(content, shape, _DIMENSION)]
                         shapes[names[0]] = tuple(sizes)
     return shapes
+
+
+def with_float_inputs(content: bytes) -> bytes:
+    """A file of inputs that are bytes with inputs of float32, holding 0 to 255: its first step casts either to float32.
+
+    Raises:
+        ExportError: the bytes are no protocol buffer, or an input is of another type.
+    """
+    changed = bytearray(content)
+    for graph in _messages(content, (0, len(content)), _GRAPH):
+        for value in _messages(content, graph, _VALUES[0]):
+            for kind in _messages(content, value, _TYPE):
+                for start, _ in _messages(content, kind, _TENSOR_TYPE):
+                    if content[start : start + len(_UINT8)] != _UINT8:
+                        raise ExportError("expected an ONNX file whose inputs are bytes")
+                    changed[start : start + len(_FLOAT)] = _FLOAT
+    return bytes(changed)
 
 
 def _messages(content: bytes, message: tuple[int, int], *numbers: int) -> list[tuple[int, int]]:

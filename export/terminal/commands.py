@@ -12,6 +12,7 @@ SCRIPTS = {
     "verify": "verify.py",
     "evaluate": "evaluate.py",
     "classify": "classify.py",
+    "serve-config": "serve_config.py",
     "convert": "convert.py",
     "benchmark": "benchmark.py",
     "train": "train.py",

@@ -17,6 +17,7 @@ FLAGS = {
     "ExportConfig.keep_fp32": "--keep-fp32",
     "ExportConfig.outputs": "--outputs",
     "ExportConfig.input": "--input",
+    "ExportConfig.features": "--features",
     "ExportConfig.unverified": "--unverified",
     "EngineConfig.workspace_mib": "--workspace",
     "EngineConfig.optimization_level": "--optimization-level",

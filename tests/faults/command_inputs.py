@@ -37,6 +37,7 @@ WORK = {
     "evaluate": ("import_ray",),
     "verify": ("build_on_device",),
     "classify": (),
+    "serve_config": (),
     "convert": (),
 }
 VALUES = (

@@ -26,6 +26,7 @@ from export.quantisation import calibration_cache
 from export.runtime.bundle.folder import publish, read_verified, staged
 from export.runtime.engine_store import BuiltEngine, read_place, write_place
 from export.runtime.engines.engine import FLAVOURS, Engine
+from export.runtime.serving.folder import MARK, Served
 from resnet.data.labelled import Splits
 from resnet.data.preprocessing import Preprocessing
 from resnet.data.sources import open_splits, suggest_preprocessing
@@ -107,6 +108,20 @@ def read_engines(folder: Path) -> int | None:
     return version_of(plans, lambda version: [built.engine.plan for built in engines(version)]) if plans else None
 
 
+@cache
+def served(version: int, folder: Path) -> Served:
+    files = {"config.pbtxt": f"{MARK}\n{version}".encode(), "1/model.onnx": bytes([version]) * 300_000}
+    if version:
+        files |= {"labels.txt": b"cat\n", "1/model.plan": bytes([version]) * 99}
+    return Served(folder / "served", "config.pbtxt", files, r"config\.pbtxt|labels\.txt|1/model\.\w+", "")
+
+
+def read_served(folder: Path) -> int | None:
+    path = folder / "served"
+    found = {p.relative_to(path).as_posix(): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+    return version_of(found, lambda version: served(version, folder).files) if path.exists() else None
+
+
 def weights(version: int) -> dict[str, torch.Tensor]:
     return {"a": torch.full((20_000 + version,), float(version))}
 
@@ -183,6 +198,10 @@ WRITERS = {
     "engines": Writer(
         write_engines, read_engines, frozenset({"engines"}),
         refusal="{folder}/engines cannot be written: {reason}", busy=WRITING,
+    ),
+    "served": Writer(
+        lambda folder, version: served(version, folder).write(), read_served, frozenset({"served"}),
+        refusal="{folder}/served cannot be written: {reason}", busy=WRITING,
     ),
     "weights": Writer(
         lambda folder, version: save_weights(folder / "w.safetensors", weights(version), {}),

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,16 +30,41 @@ _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
 
+def check_replaceable(output: Path) -> None:
+    """Refuse a folder that holds anything but a bundle: what is replaced is deleted."""
+    names = names_in(output)
+    if not names:
+        return
+    try:
+        listed = _read_manifest(output)["files"].keys()
+    except ExportError as error:
+        raise ExportError(f"{output} exists and is not a bundle: choose another folder ({error})") from error
+    foreign = sorted(names - listed - {MANIFEST})
+    if foreign:
+        raise ExportError(f"{output} holds {foreign[0]}, which is not part of the bundle: choose another folder")
+
+
+def names_in(output: Path) -> set[str]:
+    """What a folder holds; nothing where there is none yet. Raises ExportError for what is no folder."""
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise ExportError(f"{output} exists and is not a folder: choose another folder")
+    return {path.name for path in output.iterdir()} if output.is_dir() else set()
+
+
 @contextmanager
-def staged(output: Path) -> Iterator[Path]:
-    """A private folder that becomes `output` by `publish`; removed where that was not called.
+def staged(output: Path, check: Callable[[Path], None] = check_replaceable) -> Iterator[Path]:
+    """A private folder that becomes `output` by `publish` or `place`; removed where neither was called.
+
+    Args:
+        output: the folder.
+        check: refuses one that must not be replaced.
 
     Raises:
         ExportError: `output` is something other than a bundle, its folder cannot be written, or another
             export is writing there.
     """
     output = output.absolute()
-    _check_replaceable(output)
+    check(output)
     with _locked(output):
         staging = output.parent / f".{output.name}.staging"
         shutil.rmtree(staging, ignore_errors=True)  # left by an export that was killed
@@ -84,13 +109,24 @@ def publish(staging: Path, output: Path, files: Mapping[str, bytes], manifest: M
     Raises:
         ExportError: the disk is full or the folder cannot be written; `output` is as it was.
     """
+    place(staging, output, {**files, MANIFEST: _manifest_bytes(files, manifest)})
+
+
+def place(
+    staging: Path, output: Path, files: Mapping[str, bytes], check: Callable[[Path], None] = check_replaceable
+) -> None:
+    """The same without a manifest; a name may lie in a folder, as `1/model.onnx` does.
+
+    Raises:
+        ExportError: as `publish`, and what `check` does.
+    """
     output = output.absolute()
     try:
         for name, content in files.items():
             _write(staging / name, content)
-        _write(staging / MANIFEST, _manifest_bytes(files, manifest))
-        _sync_folder(staging)
-        _check_replaceable(output)  # the folder may have changed while the export ran
+        for folder in {(staging / name).parent for name in files} | {staging}:
+            _sync_folder(folder)
+        check(output)  # the folder may have changed while the export ran
         _exchange(staging, output)
         _sync_folder(output.parent)
     except OSError as error:
@@ -185,23 +221,8 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _check_replaceable(output: Path) -> None:
-    """Refuse a folder that holds anything but a bundle: what is replaced is deleted."""
-    if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise ExportError(f"{output} exists and is not a folder: choose another folder")
-    names = {path.name for path in output.iterdir()} if output.is_dir() else set()
-    if not names:
-        return
-    try:
-        listed = _read_manifest(output)["files"].keys()
-    except ExportError as error:
-        raise ExportError(f"{output} exists and is not a bundle: choose another folder ({error})") from error
-    foreign = sorted(names - listed - {MANIFEST})
-    if foreign:
-        raise ExportError(f"{output} holds {foreign[0]}, which is not part of the bundle: choose another folder")
-
-
 def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(exist_ok=True)
     with path.open("xb") as stream:
         stream.write(content)
         stream.flush()

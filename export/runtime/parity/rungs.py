@@ -116,20 +116,26 @@ class Rung:
         if self.emulated is not None:
             record["emulated"] = dict(zip(("blocks", "of"), self.emulated, strict=True))
         if worst is not None:
-            record |= {
-                "error": finite(worst.error),
-                "eager_error": finite(worst.eager_error),
-                "ratio": finite(worst.ratio),
-                "limit": worst.limit,
-                "top1_agreement": worst.top1_agreement,
-                "decision": worst.decision,
-            }
+            record |= _network_facts(worst)
+        if len(self.outputs) > 1:
+            record["outputs"] = {name: _network_facts(check) for name, check in self.outputs.items()}
         if self.operators is not None:
             record["operators"] = {
                 "unchecked": list(self.operators.unchecked),
                 "checked": [check.to_json() for check in self.operators.checks],
             }
         return record
+
+
+def _network_facts(check: NetworkCheck) -> dict[str, Any]:
+    return {
+        "error": finite(check.error),
+        "eager_error": finite(check.eager_error),
+        "ratio": finite(check.ratio),
+        "limit": check.limit,
+        "top1_agreement": check.top1_agreement,
+        "decision": check.decision,
+    }
 
 
 @dataclass(frozen=True)
