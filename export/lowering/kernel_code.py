@@ -11,11 +11,9 @@ import os
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from export.base.errors import ExportError, first_line
 from export.base.private_cache import private_folder
 from kernels.configs.config import KernelLaunch
 from kernels.configs.targets import Target
+from kernels.workers import workers
 
 _LOG = logging.getLogger(__name__)
 # Of the children: no interpreter; and no lines of source in the machine code, which are half of its size.
@@ -107,8 +106,7 @@ def compile_codes(requests: Mapping[str, CodeRequest], target: Target) -> dict[s
     }
     codes = {name: code for name, code in found.items() if code is not None and name not in missing}
     if missing:
-        workers = min(os.cpu_count() or 1, len(missing))
-        with _environment(), ProcessPoolExecutor(max_workers=workers, mp_context=get_context("spawn")) as pool:
+        with _environment(), workers(len(missing)) as pool:
             futures = {name: pool.submit(_compile, request, target) for name, request in missing.items()}
             for name, future in futures.items():
                 what = f"{missing[name].launch.kernel} for {target.name}"
