@@ -19,7 +19,7 @@ from export.terminal.flags import in_flags
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("classify", __doc__)
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder written by export.py")
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="picture files")
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="picture files, or folders of them")
     parser.add_argument("--json", action="store_true", help="the result as one JSON object on stdout")
     return parser.parse_args(argv)
 
@@ -35,6 +35,7 @@ with importing("classify"):
     from export.runtime.artefacts import Artefact, running_first
     from export.runtime.bundle.contents import Bundle, open_bundle
     from export.terminal.console import print_predictions
+    from resnet.data.files import picture_files
     from resnet.data.preprocessing import Preprocessing, open_picture
     from resnet.errors import ResNetError
 
@@ -51,13 +52,14 @@ def classify(args: argparse.Namespace) -> int:
     """Show the classes of every picture; the exit code."""
     bundle = open_bundle(args.bundle)
     names, count = bundle.classes, bundle.class_count
-    artefact, logits = run(bundle, args.images)  # which refuses another number of logits
+    images = picture_files(args.images)
+    artefact, logits = run(bundle, images)  # which refuses another number of logits
     labels = names or [f"class {i}" for i in range(count)]
-    for path, row in zip(args.images, logits, strict=True):
+    for picture, row in zip(images, logits, strict=True):
         if not np.isfinite(row).all():
-            sys.stderr.write(f"{program('classify')}: {path}: {artefact.file} returns NaN or Inf for this picture\n")
+            sys.stderr.write(f"{program('classify')}: {picture}: {artefact.file} returns NaN or Inf for this picture\n")
             return 1
-    results = [(str(path), most_probable(row)) for path, row in zip(args.images, logits, strict=True)]
+    results = [(str(picture), most_probable(row)) for picture, row in zip(images, logits, strict=True)]
     if args.json:
         records = [
             {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import shlex
 import sys
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ if not __package__:  # a file that is run, not a module of the installed package
 
 from export.quantisation.methods import DEFAULT_METHOD, METHODS
 from export.runtime.engines.options import TARGETS, EngineConfig
-from export.terminal.command_line import Parser, importing, run_script
+from export.terminal.command_line import Parser, importing, run_script, show_log
 from export.terminal.commands import typed
 from export.terminal.flags import in_flags
 
@@ -60,7 +59,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="GPU architectures to compile this project's own kernels for, such as sm_87 (Orin): they run there with "
         "the driver alone; auto: that of the GPU here",
     )
-    parser.add_argument("--images", nargs="+", metavar="PATH", help="pictures to compare on")
+    parser.add_argument(
+        "--images", nargs="+", type=Path, metavar="PATH", help="pictures to compare on, or folders of them"
+    )
     parser.add_argument(
         "--outputs",
         choices=("scores", "values"),
@@ -131,6 +132,7 @@ with importing("export"):
     from export.sample_inputs import byte_crops, crops, photographs
     from export.terminal.console import Progress, print_accuracy, print_quantisation, print_rungs
     from resnet.data.calibration_pictures import PictureInputs, open_calibration
+    from resnet.data.files import picture_files
     from resnet.data.labelled import LabelledInputs
     from resnet.data.preprocessing import (
         IMAGENET_MEAN,
@@ -159,8 +161,7 @@ CALIBRATION_SEED = 1  # other crops than those the result is checked on
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     args.command = f"{typed('export')} {shlex.join(sys.argv[1:] if argv is None else argv)}".rstrip()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("resnet").setLevel(logging.INFO)
+    show_log(informing="resnet")
     return run_script("export", args, export, refusals=(ResNetError,))
 
 
@@ -192,7 +193,7 @@ def run(args: argparse.Namespace, source: Source, progress: Progress) -> ExportR
     model = create_model(source.model, num_classes=source.num_classes, in_channels=source.in_channels)
     labelled = open_labelled(args, source)
     calibration = open_calibration_inputs(args, source, labelled)
-    pictures = [open_picture(path).convert("RGB") for path in args.images or ()] or photographs()
+    pictures = [open_picture(path).convert("RGB") for path in picture_files(args.images or ())] or photographs()
 
     def cut(count: int, seed: int) -> Tensor:
         return crops(pictures, count, source.in_channels, source.size, seed, source.mean, source.std)

@@ -28,6 +28,8 @@ REFUSED = {
     "export --weights ''": "expected a",
     "export --weights corrupt.pt": "corrupt.pt",
     "export --images corrupt.pt": "expected a picture",
+    "export --images fp32": "fp32: expected pictures (.bmp, ",
+    "classify fp32 changed": "changed: expected pictures (.bmp, ",
     "export --model resnet20 --weights pretrained": "no published weights with a known sha256 for 'resnet20'",
     f"export --model resnet56 --weights {SHIPPED}": "holds weights for resnet20",
     "export --data digits": "give --weights",
