@@ -66,15 +66,11 @@ def test_codes(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 @pytest.fixture
 def _signals_as_at_a_terminal() -> Iterator[None]:
     """A shell starts its background jobs with SIGINT ignored, nohup with SIGHUP."""
-    defaults = {
-        signal.SIGINT: signal.default_int_handler,
-        signal.SIGTERM: signal.SIG_DFL,
-        signal.SIGHUP: signal.SIG_DFL,
-    }
-    before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGHUP, hangup)
 
 
 @pytest.mark.usefixtures("_signals_as_at_a_terminal")
