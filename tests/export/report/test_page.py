@@ -70,6 +70,8 @@ def test_every_form_is_in_the_table() -> None:
     assert eager == ["✓ eager", "torch 2.13", "fp16", "", *measured, "", "3578", "equal"]
     assert fused == ["✓ fused", "torch 2.13", "fp16", "2/2", *measured, "", "12.3", "equal"]
     assert onnx[-3:] == ["51.1 MB", "12.3", "equal, no verdict on top-1"]
+    heads = page_of(facts()).one("table", within="rungs").one("tbody").all("th")
+    assert [head.attrib["data-verdict"] for head in heads] == [row[-1] for row in (eager, fused, onnx, engine)]
     not_run = "not run: no NVIDIA GPU here"
     assert engine == ["\u2013 tensorrt-rtx", "tensorrt-rtx", "fp16", *[""] * 6, "1.2 MB", "", not_run]
 
