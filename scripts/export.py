@@ -8,16 +8,22 @@ import shlex
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 if not __package__:  # a file that is run, not a module of the installed package
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be this file
 
+from export.base.errors import ExportError
 from export.quantisation.methods import DEFAULT_METHOD, METHODS
 from export.runtime.engines.options import TARGETS, EngineConfig
 from export.terminal.command_line import Parser, importing, run_script, show_log
 from export.terminal.commands import typed
 from export.terminal.flags import in_flags
+from resnet.errors import ResNetError
+
+if TYPE_CHECKING:
+    from export.base.batch import Batch
+    from export.config import ExportConfig
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -118,17 +124,106 @@ def add_engine_arguments(parser: Parser) -> None:
     parser.add_argument("--dla", type=int, metavar="CORE", help="the deep-learning accelerator of a Jetson Orin")
 
 
-if __name__ == "__main__":
-    parse_args()  # --help and a wrong flag are answered before the imports below, which take seconds
+def describe_config(args: argparse.Namespace) -> ExportConfig:
+    """What the library is asked for."""
+    from export.config import ExportConfig
+
+    return ExportConfig(
+        precision=args.precision,
+        batch=parse_batch(args.batch),
+        engine=args.engine,
+        engine_config=engine_config(args),
+        calibration_method=args.calibration_method or DEFAULT_METHOD,
+        keep_fp16=args.keep_fp16,
+        keep_fp32=args.keep_fp32,
+        outputs=args.outputs or ("scores" if args.weights == PRETRAINED else "auto"),
+        unverified=args.unverified,
+        kernels=args.kernels,
+        input=args.input,
+    )
+
+
+def engine_config(args: argparse.Namespace) -> EngineConfig:
+    return EngineConfig(
+        workspace_mib=args.workspace,
+        optimization_level=args.optimization_level,
+        timing_cache=args.timing_cache,
+        version_compatible=args.version_compatible,
+        hardware_compatible=args.hardware_compatible,
+        targets=tuple(args.targets),
+        dla_core=args.dla,
+    )
+
+
+def parse_batch(text: str) -> Batch:
+    """`8` is static, `1:8:32` is minimum, optimum and maximum."""
+    from export.base.batch import Batch
+
+    try:
+        sizes = [int(part) for part in text.split(":")]
+    except ValueError:
+        sizes = []
+    if len(sizes) not in (1, 3):
+        raise ExportError(f"--batch: expected MIN:OPT:MAX or one number, got {text!r}")
+    if max(sizes) > MOST_IMAGES:
+        raise ExportError(f"--batch: expected at most {MOST_IMAGES}, got {max(sizes)}")
+    return Batch(sizes[0], sizes[len(sizes) // 2], sizes[-1])
+
+
+def check(args: argparse.Namespace) -> int:
+    """Refuse what the arguments, the files they name and the packages here rule out, before PyTorch is imported; 0."""
+    from export.config import choose_flavours
+    from export.runtime.bundle.folder import check_output
+    from resnet.data.files import picture_files
+
+    config, asked_for = describe_config(args), engine_config(args).given
+    calibrating = {"--calibration": args.calibration, "--calibration-method": args.calibration_method}
+    given = [flag for flag, value in calibrating.items() if value]
+    if args.precision != "int8" and given:
+        raise ExportError(f"{', '.join(given)}: for --int8, got --{args.precision}")
+    if args.data and args.weights is None:
+        raise ExportError("--data: expected trained weights to measure, got none; give --weights")
+    if args.weights in (None, PRETRAINED):  # others may come with a card that names their data
+        check_data(args, args.calibration, args.data)
+    if args.output is not None or args.model is not None or args.weights is None:
+        check_output(args.output or default_output(args.model or DEFAULT_MODEL, args.precision))
+    picture_files(args.images or ())
+    if asked_for or args.engine not in ("auto", "none"):
+        choose_flavours(config)
+    return 0
+
+
+def check_data(args: argparse.Namespace, calibration: object, labelled: object) -> None:
+    """Raises ExportError where there is nothing to calibrate on, or to decide by, and it is needed."""
+    if args.precision != "int8":
+        return
+    if calibration is None:
+        raise ExportError("int8 needs pictures to calibrate on, got none; give --calibration DIR")
+    if [*args.keep_fp16] == ["auto"] and labelled is None:
+        raise ExportError("--keep-fp16 auto needs labelled pictures to decide by, got none; give --data")
+
+
+def default_output(model: str, precision: str) -> Path:
+    return Path("build") / f"{model}-{precision}"
+
+
+DEFAULT_MODEL = "resnet50"
+PRETRAINED = "pretrained"  # as a value of --weights: the published file of that model
+MOST_IMAGES = 2**31 - 1  # of a batch
+
+if __name__ == "__main__":  # --help and what can be refused at once are answered before the imports below: seconds
+    if refused := run_script("export", parse_args(), check, refusals=(ResNetError,)):
+        sys.exit(refused)
 
 with importing("export"):
     import numpy as np
     import torch
     from torch import Tensor
 
-    from export import Batch, ExportConfig, ExportError, ExportResult, export_bundle
+    from export import ExportResult, export_bundle
     from export.base.batch import UINT8
     from export.pipeline import PARITY_IMAGES
+    from export.runtime.bundle.folder import check_output
     from export.sample_inputs import byte_crops, crops, photographs
     from export.terminal.console import Progress, print_accuracy, print_quantisation, print_rungs
     from resnet.data.calibration_pictures import PictureInputs, open_calibration
@@ -143,7 +238,6 @@ with importing("export"):
         open_picture,
     )
     from resnet.data.sources import open_test
-    from resnet.errors import ResNetError
     from resnet.initialise import initialise
     from resnet.model_card import read_model_card
     from resnet.models import MODELS, create_model
@@ -151,9 +245,6 @@ with importing("export"):
     from resnet.weights import load_weights, recognise_weights
 
 
-DEFAULT_MODEL = "resnet50"
-PRETRAINED = "pretrained"  # as a value of --weights: the published file of that model
-MOST_IMAGES = 2**31 - 1  # of a batch
 CALIBRATION_IMAGES = 16
 CALIBRATION_SEED = 1  # other crops than those the result is checked on
 
@@ -167,6 +258,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def export(args: argparse.Namespace) -> int:
     """Export what the arguments describe and say what was found; the exit code, which is 1 for what is not equal."""
+    check(args)
     source = taking(args.input, describe_source(args, parse_size(args.image_size) if args.image_size else None))
     with Progress() as progress:
         result = run(args, source, progress)
@@ -176,23 +268,12 @@ def export(args: argparse.Namespace) -> int:
 
 def run(args: argparse.Namespace, source: Source, progress: Progress) -> ExportResult:
     """Make the model and export it."""
-    check_int8_arguments(args)
-    config = ExportConfig(
-        precision=args.precision,
-        batch=parse_batch(args.batch),
-        engine=args.engine,
-        engine_config=engine_config(args),
-        calibration_method=args.calibration_method or DEFAULT_METHOD,
-        keep_fp16=args.keep_fp16,
-        keep_fp32=args.keep_fp32,
-        outputs=args.outputs or ("scores" if args.weights == PRETRAINED else "auto"),
-        unverified=args.unverified,
-        kernels=args.kernels,
-        input=args.input,
-    )
-    model = create_model(source.model, num_classes=source.num_classes, in_channels=source.in_channels)
+    config, output = describe_config(args), args.output or default_output(source.model, args.precision)
+    check_output(output)
     labelled = open_labelled(args, source)
     calibration = open_calibration_inputs(args, source, labelled)
+    check_data(args, calibration, labelled)
+    model = create_model(source.model, num_classes=source.num_classes, in_channels=source.in_channels)
     pictures = [open_picture(path).convert("RGB") for path in picture_files(args.images or ())] or photographs()
 
     def cut(count: int, seed: int) -> Tensor:
@@ -229,7 +310,7 @@ def run(args: argparse.Namespace, source: Source, progress: Progress) -> ExportR
     return export_bundle(
         model.eval(),
         torch.zeros(1, source.in_channels, *source.size),
-        args.output or Path("build") / f"{source.model}-{args.precision}",
+        output,
         config,
         images=images,
         labelled=labelled,
@@ -237,26 +318,6 @@ def run(args: argparse.Namespace, source: Source, progress: Progress) -> ExportR
         metadata=metadata,
         command=args.command,
         progress=progress,
-    )
-
-
-def check_int8_arguments(args: argparse.Namespace) -> None:
-    """Refuse flags of calibration in another precision."""
-    flags = {"--calibration": args.calibration, "--calibration-method": args.calibration_method}
-    given = [flag for flag, value in flags.items() if value]
-    if args.precision != "int8" and given:
-        raise ExportError(f"{', '.join(given)}: for --int8, got --{args.precision}")
-
-
-def engine_config(args: argparse.Namespace) -> EngineConfig:
-    return EngineConfig(
-        workspace_mib=args.workspace,
-        optimization_level=args.optimization_level,
-        timing_cache=args.timing_cache,
-        version_compatible=args.version_compatible,
-        hardware_compatible=args.hardware_compatible,
-        targets=tuple(args.targets),
-        dla_core=args.dla,
     )
 
 
@@ -327,8 +388,6 @@ def open_labelled(args: argparse.Namespace, source: Source) -> LabelledInputs | 
     name = args.data or ("digits" if source.data == "digits" else None)
     if name is None:
         return None
-    if args.weights is None:
-        raise ExportError("--data: expected trained weights to measure, got none; give --weights")
     if source.preprocessing is None:
         raise ExportError(f"--data: expected a model for pictures of 1 or 3 channels, got {source.in_channels}")
     return LabelledInputs(open_test(name, {source.data}), source.preprocessing)
@@ -351,19 +410,6 @@ def spread(labelled: LabelledInputs, count: int) -> Tensor:
     """Inputs from all over a set, which may be sorted by class."""
     chosen = np.linspace(0, len(labelled) - 1, min(count, len(labelled))).astype(int).tolist()
     return torch.from_numpy(labelled.pictures.inputs(chosen, labelled.preprocessing))
-
-
-def parse_batch(text: str) -> Batch:
-    """`8` is static, `1:8:32` is minimum, optimum and maximum."""
-    try:
-        sizes = [int(part) for part in text.split(":")]
-    except ValueError:
-        sizes = []
-    if len(sizes) not in (1, 3):
-        raise ExportError(f"--batch: expected MIN:OPT:MAX or one number, got {text!r}")
-    if max(sizes) > MOST_IMAGES:
-        raise ExportError(f"--batch: expected at most {MOST_IMAGES}, got {max(sizes)}")
-    return Batch(sizes[0], sizes[len(sizes) // 2], sizes[-1])
 
 
 def parse_size(text: str) -> tuple[int, int]:

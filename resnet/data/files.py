@@ -32,13 +32,15 @@ def picture_files(paths: Iterable[Path]) -> list[Path]:
     """Files as they are, and of each folder the pictures in it.
 
     Raises:
-        ResNetError: a folder without a picture.
+        ResNetError: a folder without a picture, or a path of nothing.
     """
     found: list[Path] = []
     for path in paths:
         inside = pictures_in(path) if path.is_dir() else [path]
         if not inside:
             raise ResNetError(f"{path}: expected pictures ({', '.join(PICTURE_SUFFIXES)}), got a folder without any")
+        if not inside[0].is_file():
+            raise ResNetError(f"{path}: expected a picture (no such file)")
         found += inside
     return found
 

@@ -30,6 +30,16 @@ _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
 
+def check_output(output: Path) -> None:
+    """Raises ExportError for a folder that `staged` would refuse, as far as can be told without writing anything."""
+    output = output.absolute()
+    _check_replaceable(output)
+    parent = next(folder for folder in output.parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        reason = "not a folder" if not parent.is_dir() else "no right to write there"
+        raise ExportError(f"{output} cannot be written: {parent}: {reason}")
+
+
 @contextmanager
 def staged(output: Path) -> Iterator[Path]:
     """A private folder that becomes `output` by `publish`; removed where that was not called.

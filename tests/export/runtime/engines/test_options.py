@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from export import Batch, ExportConfig, ExportError
+from export.base.errors import MissingDependency
 from export.config import choose_flavours
 from export.runtime.engines import engine as tensorrt_engine
 from export.runtime.engines.options import DEFAULT_ENGINE, TARGETS, EngineConfig
@@ -84,6 +85,13 @@ def test_json_keeps_what_matters_after_the_build() -> None:
     assert DEFAULT_ENGINE.to_json() == {} and EngineConfig.from_json({}) == DEFAULT_ENGINE
     with pytest.raises(TypeError):
         EngineConfig.from_json({"speed": "high"})
+
+
+def test_kernels_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("export.config.find_spec", lambda name: None)
+    assert ExportConfig("fp16").kernels == ()
+    with pytest.raises(MissingDependency, match="triton is not installed"):
+        ExportConfig("fp16", kernels=("sm_87",))
 
 
 CHOICES: Mapping[str, tuple[str, dict[str, Any], str, list[str] | str]] = {
