@@ -181,9 +181,12 @@ def set_to(name: str, index: tuple[int, ...], value: float) -> nn.Module:
 
 
 EXAMPLE = torch.zeros(2, 3, 32, 32)
+DECIDES = r"cannot capture Called: what forward does depends on .* \(test_program\.py, line \d+: .*{}"
 REFUSED: dict[str, tuple[nn.Module, Tensor, str]] = {
     "input written to": (Called(lambda x, m: x.mul_(2)), EXAMPLE, "changes its input in place"),
-    "data-dependent branch": (Called(lambda x, m: x * 2 if x.sum() > 0 else x), EXAMPLE, "cannot capture Called"),
+    "data-dependent branch": (Called(lambda x, m: x * 2 if x.sum() > 0 else x), EXAMPLE, DECIDES.format("x \\* 2 if")),
+    "data-dependent size": (Called(lambda x, m: x[:, : int(x.mean().item())]), EXAMPLE, DECIDES.format("x\\[:, : int")),
+    "a wrong shape": (Called(lambda x, m: x.view(7, -1, 3)), EXAMPLE, r"is invalid .* \(test_program\.py, line \d+: "),
     "buffer changed by forward": (Called(counting, calls=torch.zeros(())), EXAMPLE, "changes the buffer calls"),
     "batch size fixed in the code": (Called(lambda x, m: x.reshape(4, -1)), EXAMPLE, "cannot capture Called"),
     "lazy modules": (nn.Sequential(nn.LazyConv2d(4, 1)), EXAMPLE, r"0\.weight holds no values"),
@@ -197,13 +200,14 @@ REFUSED: dict[str, tuple[nn.Module, Tensor, str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused_in_one_line(case: str) -> None:
+def test_refused_in_one_line(case: str, capsys: pytest.CaptureFixture[str]) -> None:
     model, example, message = REFUSED[case]
     if case != "training mode":
         model.eval()
     with pytest.raises(ExportError, match=message) as error:
         fuse(model, example, BATCH)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and capsys.readouterr().err == ""
+    assert "forward" not in vars(model)
     assert case != "training mode" or model.get_submodule("stem.1").training
 
 
