@@ -13,11 +13,9 @@ import time
 import traceback
 from typing import Any
 
-from export.base.errors import ExportError, first_line
+from export.base.errors import ExportError, first_line, is_mendable
 
-# What a library raises of what it was given is the caller's to mend; anything else is a mistake of this project.
 _SECONDS_BETWEEN_LOOKS = 0.5
-_OF_LIBRARIES = (RuntimeError, ValueError, OSError, ImportError)
 
 
 def main() -> None:
@@ -65,6 +63,6 @@ def _answer(request: tuple[str, str, tuple[Any, ...]], held: Any) -> tuple[tuple
         return ("memory", None), held
     except Exception as error:
         traceback.print_exc()
-        if isinstance(error, _OF_LIBRARIES):
+        if is_mendable(error):
             return ("failed", f"{type(error).__name__}: {first_line(error)}"), held
         return ("fault", (f"{type(error).__name__}: {first_line(error)}", traceback.format_exc())), held

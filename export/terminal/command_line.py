@@ -14,13 +14,12 @@ from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-from export.base.errors import ExportError, first_line, printable
-from export.terminal.commands import PACKAGE, program
+from export.base.errors import first_line, how_to_install, is_foreign, is_mendable, printable
+from export.terminal.commands import program
 from export.terminal.flags import in_flags
 
 Refusals = tuple[type[Exception], ...]
 _SECONDS_TO_TIDY_UP = 5.0
-_OURS = ("export", "kernels", "resnet", "scripts", PACKAGE)
 
 
 class Parser(argparse.ArgumentParser):
@@ -143,42 +142,23 @@ def importing(command: str) -> Iterator[None]:
         sys.stderr.write(f"{program(command)}: interrupted\n")
         sys.exit(130)
     except Exception as error:
-        if not isinstance(error, ModuleNotFoundError) or not _foreign(error):
+        if not isinstance(error, ModuleNotFoundError) or not is_foreign(error):
             sys.exit(_ended(command, error, (), "--traceback" in sys.argv[1:]))
         package = (error.name or "").partition(".")[0]
-        remedy = "`make export` installs all in .venv, pip install '.[export]' elsewhere; docs/deploy.md: on a device"
+        remedy = f"{how_to_install('export')} brings it on a workstation; on a device see docs/deploy.md"
         sys.stderr.write(f"{program(command)}: error: {package} is not installed here: {remedy}\n")
         sys.exit(2)
 
 
 def _ended(command: str, error: Exception, refusals: Refusals, show_traceback: bool) -> int:
     """Say what ended a script; its exit code."""
-    if not _mendable(error, refusals):
+    if not isinstance(error, refusals) and not is_mendable(error):
         from export.terminal.faults import say_fault  # not for --help, which has to be quick
 
         say_fault(program(command), error, show_traceback)
         return 3
     sys.stderr.write(f"{program(command)}: error: {in_flags(first_line(error))}\n")
     return 2
-
-
-def _mendable(error: Exception, refusals: Refusals) -> bool:
-    """Whether whoever started a script can mend what ended it."""
-    if isinstance(error, OSError):
-        return error.errno is not None
-    if isinstance(error, ImportError):
-        return _foreign(error)
-    return isinstance(error, (ExportError, MemoryError, *refusals)) or _is_torch_out_of_memory(error)
-
-
-def _foreign(error: ImportError) -> bool:
-    """Whether what cannot be imported is a package of others."""
-    return (error.name or "").partition(".")[0] not in _OURS
-
-
-def _is_torch_out_of_memory(error: Exception) -> bool:
-    """PyTorch has no MemoryError: on a GPU it has a type of its own, on a CPU a RuntimeError that says so."""
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 class Steps:

@@ -54,7 +54,9 @@ def test_a_death_is_one_line_that_says_what_to_lower(case: str) -> None:
 def test_refusals_and_faults_are_told_apart() -> None:
     with pytest.raises(ExportError, match=r"^no such thing$"):
         run("from export.base.errors import ExportError\nraise ExportError('no such thing')")
-    with pytest.raises(ExportError, match=r"^building the engine failed: RuntimeError: no kernel$"):
+    with pytest.raises(ExportError, match=r"^building the engine failed: OSError: \[Errno 28\] No space left$"):
+        run("raise OSError(28, 'No space left')")
+    with pytest.raises(ChildFault, match=r"^building the engine failed: RuntimeError: no kernel\n\nTraceback"):
         run("raise RuntimeError('no kernel\\nof many lines')")
     with pytest.raises(ChildFault, match=r"^building the engine failed: ZeroDivisionError: division.*\n\nTraceback"):
         run("1 / 0")
