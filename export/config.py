@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from export.base.batch import DEFAULT_BATCH, FLOAT32, UINT8, Batch, as_batch
-from export.base.errors import ExportError
+from export.base.errors import ExportError, MissingDependency
 from export.base.precision import FORMATS, INT8
 from export.quantisation.methods import DEFAULT_METHOD, METHODS
 from export.runtime.engines.engine import FLAVOURS, Flavour, why_not_buildable
 from export.runtime.engines.options import DEFAULT_ENGINE, EngineConfig
 from export.runtime.parity.network import PROBABILITIES, SCORES, VALUES
-from kernels.configs.targets import REFUSED, TARGETS
 
 AUTO = ("auto",)  # in place of the layers to keep: the fewest that do
 OUTPUTS = ("auto", SCORES, PROBABILITIES, VALUES)
@@ -81,7 +81,9 @@ class ExportConfig:
         if outputs not in OUTPUTS:
             raise ExportError(f"expected outputs of {', '.join(OUTPUTS)}, got {outputs!r}")
         if outputs == PROBABILITIES and features:
-            raise ExportError(f"ExportConfig.outputs={outputs!r} is for the model's own output, got ExportConfig.features")
+            raise ExportError(
+                f"ExportConfig.outputs={outputs!r} is for the model's own output, got ExportConfig.features"
+            )
         if input not in INPUTS:
             raise ExportError(f"expected an input of {', '.join(INPUTS)}, got {input!r}")
         if engine not in ("auto", "none", *FLAVOURS):
@@ -137,12 +139,19 @@ def _targets(names: Collection[str], precision: str) -> tuple[str, ...]:
 
     Raises:
         ExportError: one that is not known, or twice; `auto` beside others; a precision that no kernel has.
+        MissingDependency: Triton is not installed.
     """
     found = (names,) if isinstance(names, str) else tuple(names)
-    if found and precision == INT8.name:
+    if not found:
+        return ()
+    if precision == INT8.name:
         raise ExportError(f"ExportConfig.kernels is for fp32, fp16 and bf16, got ExportConfig.precision={precision!r}")
+    if find_spec("triton") is None:
+        raise MissingDependency("triton", "export", ModuleNotFoundError(name="triton"))
     if found == AUTO:
         return AUTO
+    from kernels.configs.targets import REFUSED, TARGETS  # imports PyTorch, which the rest of this does without
+
     for name in found:
         if name not in TARGETS:
             expected = f"expected auto or some of {', '.join(TARGETS)}"

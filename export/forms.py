@@ -18,7 +18,7 @@ from export.criteria.quantised import check_quantised, shown_values
 from export.fusion.nodes import is_call, module_path, resnet_deploy
 from export.fusion.program import FusedProgram, QuantisedProgram
 from export.lowering.onnx_file import OnnxFile, lower_onnx
-from export.lowering.runners import OnnxRuntimeRunner, ProgramRunner
+from export.lowering.runners import ProgramRunner, TracedOnnxRunner
 from export.quantisation.calibration import Calibration
 from export.quantisation.quantise import quantisable, quantise
 from export.quantisation.scheme import CPU, TENSORRT, Scheme
@@ -83,7 +83,7 @@ def floating_forms(
     if on_gpu:
         candidates.append(Form(ProgramRunner(program, precision, names, device="cuda"), precision, fused))
     separate = partial(check_operators, program, precision, separate_addition=True)  # standard ONNX adds in a node
-    candidates.append(Form(OnnxRuntimeRunner(onnx_file, precision), precision, separate))
+    candidates.append(Form(TracedOnnxRunner(onnx_file, precision), precision, separate))
     return Forms({ONNX_FILE: onnx_file}, tuple(candidates), precision, {}, kept)
 
 
@@ -129,7 +129,7 @@ def quantised_forms(
         onnx_file = lower_onnx(quantised, scheme.arithmetic, facts, normalisation)
         onnx_file = replace(onnx_file, values=shown_values(quantised, onnx_file))
         files[scheme.file] = onnx_file
-        runner = OnnxRuntimeRunner(onnx_file, scheme.arithmetic, scheme.file, runs_rounded(INT8.name, scheme.file))
+        runner = TracedOnnxRunner(onnx_file, scheme.arithmetic, scheme.file, runs_rounded(INT8.name, scheme.file))
         check = partial(check_quantised, quantised, calibration.ranges, scheme)
         candidates.append(Form(runner, INT8, check))
     names = files[ONNX_FILE].output_names

@@ -64,11 +64,6 @@ from kernels.configs.targets import TARGETS, Target
 if TYPE_CHECKING:
     from export.lowering.kernel_engine import KernelEngine
 
-_ADVICE = (
-    "lower EngineConfig.workspace_mib, ExportConfig.batch or EngineConfig.optimization_level, "
-    "or export with ExportConfig.engine='none'"
-)
-
 PARITY_IMAGES = 16
 
 
@@ -551,7 +546,8 @@ def build_engines(
     for flavour in flavours:
         progress(f"build the {flavour.name} engine")
         precision, options = FORMATS[config.precision], config.engine_config
+        levers, otherwise = ("ExportConfig.batch",), "export with ExportConfig.engine='none'"
         engines.append(
-            build_engine(onnx_bytes, flavour, precision, config.batch, inputs, options, kept, advice=_ADVICE)
+            build_engine(onnx_bytes, flavour, precision, config.batch, inputs, options, kept, levers, otherwise)
         )
     return engines

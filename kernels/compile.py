@@ -5,16 +5,13 @@ The signature and constants come from plan.py, so that what is inspected here is
 
 import functools
 import inspect
-import os
 import re
 import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +33,7 @@ from kernels.plan import kernel_of, plan
 from kernels.prediction.floor import Floor, predicted_floor
 from kernels.prediction.sass import parse
 from kernels.problems import ConvProblem, Problem
+from kernels.workers import workers
 
 _TRITON_DTYPES = {
     torch.float16: "fp16",
@@ -235,8 +233,7 @@ def compile_problems(
             for index, launch in enumerate(plan(problem, select_config(problem, target), target)):
                 sharing.setdefault((target, *code_key(launch)), []).append((problem, index, target))
     found = []
-    # A new process each: threads of this one, such as torch's, do not survive a fork.
-    with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=get_context("spawn")) as pool:
+    with workers() as pool:
         for kernel in pool.map(functools.partial(_compile_one, floors=floors), sharing.values()):
             found.append(kernel)
             progress(f"{len(found)} of {len(sharing)}: {kernel['target']} {kernel['kernel']}")
@@ -260,7 +257,7 @@ def _compile_one(places: Sequence[_Place], floors: bool) -> dict[str, Any]:
 def unserved_reason(target: Target) -> str | None:
     """Why the installed Triton has no good code for a target; None if it has. Tried in a process, which it may end."""
     version = f"Triton {triton.__version__}"
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+    with workers(1) as pool:
         try:
             faults = pool.submit(_compile_one, [(_PROBE, 0, target)], floors=False).result()["faults"]
         except BrokenProcessPool:
@@ -289,7 +286,7 @@ def alternatives(problem: Problem, target: Target) -> list[tuple[Config, float]]
     chosen = select_config(problem, target)
     starts = starting_configs(problem, target, [select_config(part, target) for part in problem.parts])
     configs = [*dict.fromkeys((chosen, *starts, *neighbours(problem, chosen, target)))]
-    with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=get_context("spawn")) as pool:
+    with workers() as pool:
         floors = list(pool.map(functools.partial(_floor_of, problem, target), configs))
     if floors[0] is None:
         raise ValueError(f"{chosen} does not compile to good code for {problem} on {target.name}")

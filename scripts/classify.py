@@ -19,7 +19,7 @@ from export.terminal.picture_flags import add_preprocessing_flags, preprocessing
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("classify", __doc__)
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder written by export.py")
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="picture files")
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="picture files, or folders of them")
     add_preprocessing_flags(parser, "as the bundle says; where it does not, one of these has to")
     parser.add_argument("--json", action="store_true", help="the result as one JSON object on stdout")
     return parser.parse_args(argv)
@@ -36,6 +36,7 @@ with importing("classify"):
     from export.runtime.artefacts import Artefact, running_first
     from export.runtime.bundle.contents import Bundle, open_bundle
     from export.terminal.console import print_predictions
+    from resnet.data.files import picture_files
     from resnet.data.preprocessing import open_picture
     from resnet.data.presets import Changes, Said
     from resnet.errors import ResNetError
@@ -53,15 +54,15 @@ def classify(args: argparse.Namespace) -> int:
     """Show the classes of every picture; the exit code."""
     bundle = open_bundle(args.bundle)
     names, count = bundle.classes, bundle.class_count
-    said = Said(args.preprocessing, Changes(**preprocessing_values(args)))
-    artefact, scores = run(bundle, args.images, said)  # which refuses another number of scores
+    images, said = picture_files(args.images), Said(args.preprocessing, Changes(**preprocessing_values(args)))
+    artefact, scores = run(bundle, images, said)  # which refuses another number of scores
     labels = names or [f"class {i}" for i in range(count)]
-    for path, row in zip(args.images, scores, strict=True):
+    for picture, row in zip(images, scores, strict=True):
         if not np.isfinite(row).all():
-            sys.stderr.write(f"{program('classify')}: {path}: {artefact.file} returns NaN or Inf for this picture\n")
+            sys.stderr.write(f"{program('classify')}: {picture}: {artefact.file} returns NaN or Inf for this picture\n")
             return 1
     found = scores.astype(np.float64) if bundle.probabilities else softmax(scores)
-    results = [(str(path), most_probable(row)) for path, row in zip(args.images, found, strict=True)]
+    results = [(str(picture), most_probable(row)) for picture, row in zip(images, found, strict=True)]
     if args.json:
         records = [
             {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import shlex
 import sys
 from dataclasses import replace
@@ -12,7 +11,7 @@ from pathlib import Path
 if not __package__:  # a file that is run, not a module of the installed package
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
 
-from export.terminal.command_line import Parser, importing, run_script
+from export.terminal.command_line import Parser, importing, run_script, show_log
 from export.terminal.commands import typed
 from export.terminal.flags import in_flags
 from export.terminal.picture_flags import add_classes_flag, add_preprocessing_flags, preprocessing_values
@@ -45,8 +44,7 @@ with importing("convert"):
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("resnet").setLevel(logging.INFO)
+    show_log(informing="resnet")
     return run_script("convert", args, convert, refusals=(ResNetError,))
 
 

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 if not __package__:  # a file that is run, not a module of the installed package
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be this file
 
+from export.base.errors import ExportError
 from export.quantisation.methods import DEFAULT_METHOD, METHODS
 from export.runtime.engines.options import TARGETS, EngineConfig
-from export.terminal.command_line import Parser, importing, run_script
+from export.terminal.command_line import Parser, importing, run_script, show_log
 from export.terminal.commands import typed
 from export.terminal.flags import in_flags
 from export.terminal.picture_flags import add_classes_flag, add_preprocessing_flags, parse_size, preprocessing_values
+from resnet.errors import ResNetError
+
+if TYPE_CHECKING:
+    from export.base.batch import Batch
+    from export.config import ExportConfig
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -67,7 +72,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="GPU architectures to compile this project's own kernels for, such as sm_87 (Orin): they run there with "
         "the driver alone; auto: that of the GPU here",
     )
-    parser.add_argument("--images", nargs="+", metavar="PATH", help="pictures to compare on")
+    parser.add_argument(
+        "--images", nargs="+", type=Path, metavar="PATH", help="pictures to compare on, or folders of them"
+    )
     add_classes_flag(parser, "those of the weights, else the folders of --data or --calibration, one for each output")
     parser.add_argument(
         "--outputs",
@@ -135,71 +142,11 @@ def add_engine_arguments(parser: Parser) -> None:
     parser.add_argument("--dla", type=int, metavar="CORE", help="the deep-learning accelerator of a Jetson Orin")
 
 
-if __name__ == "__main__":
-    parse_args()  # --help and a wrong flag are answered before the imports below, which take seconds
+def describe_config(args: argparse.Namespace) -> ExportConfig:
+    """What the library is asked for."""
+    from export.config import ExportConfig
 
-with importing("export"):
-    import numpy as np
-    import torch
-    from torch import Tensor
-
-    from export import Batch, ExportConfig, ExportError, ExportResult, export_bundle
-    from export.base.batch import UINT8
-    from export.base.errors import printable
-    from export.pipeline import PARITY_IMAGES
-    from export.sample_inputs import byte_crops, crops, photographs
-    from export.terminal.console import Progress, print_accuracy, print_quantisation, print_rungs
-    from resnet.data.calibration_pictures import PictureInputs, open_calibration
-    from resnet.data.labelled import LabelledInputs
-    from resnet.data.preprocessing import (
-        IMAGENET_MEAN,
-        IMAGENET_STD,
-        Preprocessing,
-        imagenet_preprocessing,
-        open_picture,
-    )
-    from resnet.data.presets import Changes, Preset, folder_classes, open_preset, read_classes
-    from resnet.data.sources import open_test
-    from resnet.errors import ResNetError
-    from resnet.initialise import initialise
-    from resnet.model_card import ModelCard, read_model_card
-    from resnet.models import MODELS, create_model
-    from resnet.pretrained import download
-    from resnet.weights import load_weights, recognise_weights
-
-
-DEFAULT_MODEL = "resnet50"
-PRETRAINED = "pretrained"  # as a value of --weights: the published file of that model
-SCORES = "fc"  # what every model of this project calls the layer that makes its scores
-MOST_IMAGES = 2**31 - 1  # of a batch
-CALIBRATION_IMAGES = 16
-SHOWN_NAMES = 8  # of operators, or of classes, in one line
-CALIBRATION_SEED = 1  # other crops than those the result is checked on
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    args.command = f"{typed('export')} {shlex.join(sys.argv[1:] if argv is None else argv)}".rstrip()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("resnet").setLevel(logging.INFO)
-    return run_script("export", args, export, refusals=(ResNetError,))
-
-
-def export(args: argparse.Namespace) -> int:
-    """Export what the arguments describe and say what was found; the exit code, which is 1 for what is not equal."""
-    source = taking(args.input, describe_source(args))
-    with Progress() as progress:
-        result, classes = run(args, source, progress)
-    summarise(args, source, classes, result)
-    return 0 if result else 1
-
-
-def run(
-    args: argparse.Namespace, source: Source, progress: Progress
-) -> tuple[ExportResult, tuple[tuple[str, ...], str] | None]:
-    """Make the model and export it; with the names of its classes and who said them."""
-    check_int8_arguments(args)
-    config = ExportConfig(
+    return ExportConfig(
         precision=args.precision,
         batch=parse_batch(args.batch),
         engine=args.engine,
@@ -213,7 +160,140 @@ def run(
         input=args.input,
         features=args.features,
     )
-    model = create_model(source.model, num_classes=source.num_classes, in_channels=source.in_channels)
+
+
+def engine_config(args: argparse.Namespace) -> EngineConfig:
+    return EngineConfig(
+        workspace_mib=args.workspace,
+        optimization_level=args.optimization_level,
+        timing_cache=args.timing_cache,
+        version_compatible=args.version_compatible,
+        hardware_compatible=args.hardware_compatible,
+        targets=tuple(args.targets),
+        dla_core=args.dla,
+    )
+
+
+def parse_batch(text: str) -> Batch:
+    """`8` is static, `1:8:32` is minimum, optimum and maximum."""
+    from export.base.batch import Batch
+
+    try:
+        sizes = [int(part) for part in text.split(":")]
+    except ValueError:
+        sizes = []
+    if len(sizes) not in (1, 3):
+        raise ExportError(f"--batch: expected MIN:OPT:MAX or one number, got {text!r}")
+    if max(sizes) > MOST_IMAGES:
+        raise ExportError(f"--batch: expected at most {MOST_IMAGES}, got {max(sizes)}")
+    return Batch(sizes[0], sizes[len(sizes) // 2], sizes[-1])
+
+
+def check(args: argparse.Namespace) -> int:
+    """Refuse what the arguments, the files they name and the packages here rule out, before PyTorch is imported; 0."""
+    from export.config import choose_flavours
+    from export.runtime.bundle.folder import check_output
+    from resnet.data.files import picture_files
+
+    config, asked_for = describe_config(args), engine_config(args).given
+    calibrating = {"--calibration": args.calibration, "--calibration-method": args.calibration_method}
+    given = [flag for flag, value in calibrating.items() if value]
+    if args.precision != "int8" and given:
+        raise ExportError(f"{', '.join(given)}: for --int8, got --{args.precision}")
+    if args.data and args.weights is None:
+        raise ExportError("--data: expected trained weights to measure, got none; give --weights")
+    if args.weights in (None, PRETRAINED):  # others may come with a card that names their data
+        check_data(args, args.calibration, args.data)
+    if args.output is not None or args.model is not None or args.weights is None:
+        check_output(args.output or default_output(args.model or DEFAULT_MODEL, args.precision))
+    picture_files(args.images or ())
+    if asked_for or args.engine not in ("auto", "none"):
+        choose_flavours(config)
+    return 0
+
+
+def check_data(args: argparse.Namespace, calibration: object, labelled: object) -> None:
+    """Raises ExportError where there is nothing to calibrate on, or to decide by, and it is needed."""
+    if args.precision != "int8":
+        return
+    if calibration is None:
+        raise ExportError("int8 needs pictures to calibrate on, got none; give --calibration DIR")
+    if [*args.keep_fp16] == ["auto"] and labelled is None:
+        raise ExportError("--keep-fp16 auto needs labelled pictures to decide by, got none; give --data")
+
+
+def default_output(model: str, precision: str) -> Path:
+    return Path("build") / f"{model}-{precision}"
+
+
+DEFAULT_MODEL = "resnet50"
+PRETRAINED = "pretrained"  # as a value of --weights: the published file of that model
+MOST_IMAGES = 2**31 - 1  # of a batch
+
+if __name__ == "__main__":  # --help and what can be refused at once are answered before the imports below: seconds
+    if refused := run_script("export", parse_args(), check, refusals=(ResNetError,)):
+        sys.exit(refused)
+
+with importing("export"):
+    import numpy as np
+    import torch
+    from torch import Tensor
+
+    from export import ExportResult, export_bundle
+    from export.base.batch import UINT8
+    from export.base.errors import printable
+    from export.pipeline import PARITY_IMAGES
+    from export.runtime.bundle.folder import check_output
+    from export.sample_inputs import byte_crops, crops, photographs
+    from export.terminal.console import Progress, print_accuracy, print_quantisation, print_rungs
+    from resnet.data.calibration_pictures import PictureInputs, open_calibration
+    from resnet.data.files import picture_files
+    from resnet.data.labelled import LabelledInputs
+    from resnet.data.preprocessing import (
+        IMAGENET_MEAN,
+        IMAGENET_STD,
+        Preprocessing,
+        imagenet_preprocessing,
+        open_picture,
+    )
+    from resnet.data.presets import Changes, Preset, folder_classes, open_preset, read_classes
+    from resnet.data.sources import open_test
+    from resnet.initialise import initialise
+    from resnet.model_card import ModelCard, read_model_card
+    from resnet.models import MODELS, create_model
+    from resnet.pretrained import download
+    from resnet.weights import load_weights, recognise_weights
+
+
+CALIBRATION_IMAGES = 16
+SCORES = "fc"  # what every model of this project calls the layer that makes its scores
+SHOWN_NAMES = 8  # of operators, or of classes, in one line
+CALIBRATION_SEED = 1  # other crops than those the result is checked on
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    args.command = f"{typed('export')} {shlex.join(sys.argv[1:] if argv is None else argv)}".rstrip()
+    show_log(informing="resnet")
+    return run_script("export", args, export, refusals=(ResNetError,))
+
+
+def export(args: argparse.Namespace) -> int:
+    """Export what the arguments describe and say what was found; the exit code, which is 1 for what is not equal."""
+    check(args)
+    source = taking(args.input, describe_source(args))
+    with Progress() as progress:
+        result, classes = run(args, source, progress)
+    summarise(args, source, classes, result)
+    return 0 if result else 1
+
+
+def run(
+    args: argparse.Namespace, source: Source, progress: Progress
+) -> tuple[ExportResult, tuple[tuple[str, ...], str] | None]:
+    """Make the model and export it; with the names of its classes and who said them."""
+    config, output = describe_config(args), args.output or default_output(source.model, args.precision)
+    check_output(output)
     labelled = open_labelled(args, source)
     scored = not args.features or args.features[0] == SCORES
     if args.data and not scored:
@@ -222,9 +302,11 @@ def run(
             f"--features {SCORES} {' '.join(args.features)} has them too"
         )
     calibration = open_calibration_inputs(args, source, labelled)
+    check_data(args, calibration, labelled)
+    model = create_model(source.model, num_classes=source.num_classes, in_channels=source.in_channels)
     classes = source.classes or folder_names(args, labelled, model)
     said_by = source.classes_said_by if source.classes else "the folders of --data or --calibration"
-    pictures = [open_picture(path).convert("RGB") for path in args.images or ()] or photographs()
+    pictures = [open_picture(path).convert("RGB") for path in picture_files(args.images or ())] or photographs()
 
     def cut(count: int, seed: int) -> Tensor:
         return crops(pictures, count, source.in_channels, source.size, seed, source.mean, source.std)
@@ -259,7 +341,7 @@ def run(
     result = export_bundle(
         model.eval(),
         torch.zeros(1, source.in_channels, *source.size),
-        args.output or Path("build") / f"{source.model}-{args.precision}",
+        output,
         config,
         images=images,
         labelled=labelled if scored else None,
@@ -270,26 +352,6 @@ def run(
         progress=progress,
     )
     return result, (classes, said_by) if classes else None
-
-
-def check_int8_arguments(args: argparse.Namespace) -> None:
-    """Refuse flags of calibration in another precision."""
-    flags = {"--calibration": args.calibration, "--calibration-method": args.calibration_method}
-    given = [flag for flag, value in flags.items() if value]
-    if args.precision != "int8" and given:
-        raise ExportError(f"{', '.join(given)}: for --int8, got --{args.precision}")
-
-
-def engine_config(args: argparse.Namespace) -> EngineConfig:
-    return EngineConfig(
-        workspace_mib=args.workspace,
-        optimization_level=args.optimization_level,
-        timing_cache=args.timing_cache,
-        version_compatible=args.version_compatible,
-        hardware_compatible=args.hardware_compatible,
-        targets=tuple(args.targets),
-        dla_core=args.dla,
-    )
 
 
 @dataclass(frozen=True)
@@ -426,8 +488,6 @@ def open_labelled(args: argparse.Namespace, source: Source) -> LabelledInputs | 
     name = args.data or ("digits" if source.data == "digits" else None)
     if name is None:
         return None
-    if args.weights is None:
-        raise ExportError("--data: expected trained weights to measure, got none; give --weights")
     if source.preprocessing is None:
         raise ExportError(f"--data: expected a model for pictures of 1 or 3 channels, got {source.in_channels}")
     return LabelledInputs(open_test(name, {source.data}), source.preprocessing)
@@ -460,19 +520,6 @@ def spread(labelled: LabelledInputs, count: int) -> Tensor:
     """Inputs from all over a set, which may be sorted by class."""
     chosen = np.linspace(0, len(labelled) - 1, min(count, len(labelled))).astype(int).tolist()
     return torch.from_numpy(labelled.pictures.inputs(chosen, labelled.preprocessing))
-
-
-def parse_batch(text: str) -> Batch:
-    """`8` is static, `1:8:32` is minimum, optimum and maximum."""
-    try:
-        sizes = [int(part) for part in text.split(":")]
-    except ValueError:
-        sizes = []
-    if len(sizes) not in (1, 3):
-        raise ExportError(f"--batch: expected MIN:OPT:MAX or one number, got {text!r}")
-    if max(sizes) > MOST_IMAGES:
-        raise ExportError(f"--batch: expected at most {MOST_IMAGES}, got {max(sizes)}")
-    return Batch(sizes[0], sizes[len(sizes) // 2], sizes[-1])
 
 
 def some(names: Sequence[str]) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import re
 import shlex
 import sys
@@ -20,7 +19,7 @@ if not __package__:  # a file that is run, not a module of the installed package
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
 
 from export.base.errors import ExportError
-from export.terminal.command_line import Parser, importing, run_script
+from export.terminal.command_line import Parser, importing, run_script, show_log
 from export.terminal.commands import typed
 from resnet.training.settings import AUGMENTATIONS, OPTIMIZERS, QUESTIONS, TrainingConfig
 
@@ -89,12 +88,11 @@ if __name__ == "__main__":
 with importing("train"):
     import torch
     from rich import box
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.table import Table
 
     from export.base.machine import describe_machine, machine_line
-    from export.terminal.console import print_table
+    from export.terminal.console import print_table, stderr_console
     from resnet.data.files import write_atomically
     from resnet.data.labelled import Splits
     from resnet.data.preprocessing import Preprocessing
@@ -109,7 +107,7 @@ with importing("train"):
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    show_log()
     interrupted = "interrupted; the same command with --resume goes on after the last whole epoch"
     return run_script("train", args, train_or_answer, (ResNetError,), interrupted)
 
@@ -164,9 +162,11 @@ class Display:
     """Epochs as lines on stderr; on a terminal also a bar over all steps of a training."""
 
     def __init__(self) -> None:
-        console = Console(stderr=True, highlight=False)
+        console = stderr_console()
         columns = ("{task.description}", BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._bar = Progress(
+            *columns, console=console, disable=not console.is_terminal, redirect_stdout=sys.stdout.isatty()
+        )
         self._console, self._task = console, self._bar.add_task("", total=None)
         self._label, self._epochs = "", 0
 

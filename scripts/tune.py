@@ -141,7 +141,8 @@ def tune_models(args: argparse.Namespace, progress: Progress) -> tuple[list[tupl
         start = measure(problem, start_from[problem])
         rows.append((problem.key, 1e6 * (start or 0), 1e6 * seconds, count))
         configs[problem.key] = config
-        path = write_table(target.name, header, configs)  # after each: an interrupted run keeps what it found
+        # After each: an interrupted run keeps what it found.
+        path = write_table(target.name, header, configs, write_atomically)
     return rows, path
 
 

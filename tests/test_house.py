@@ -24,7 +24,7 @@ _OPERATORS = ("kernels.problems", "kernels.rounding", "kernels.operators")
 _LOWER = ("export.fusion", *_RUNTIME, "export.base", "kernels", *_OPERATORS)
 _KERNELS = ("kernels.plan", "kernels.configs", "kernels.jit", "kernels.problems")
 _FLOORS = ("kernels.configs", "kernels.problems")
-_ENGINES = ("kernels.between", "kernels.compile", "kernels.emulator", "kernels.oracle", *_KERNELS)
+_ENGINES = ("kernels.between", "kernels.compile", "kernels.emulator", "kernels.oracle", "kernels.workers", *_KERNELS)
 _STATES = ("resnet.weights", "resnet.model_card", "resnet.initialise")
 _NETWORKS = ("resnet.models", "resnet.data", "resnet.errors")
 RULE: dict[str, tuple[str, ...]] = {
@@ -44,7 +44,8 @@ RULE: dict[str, tuple[str, ...]] = {
     "kernels": ("kernels.operators",),
     "kernels.between": ("kernels.configs", *_OPERATORS),
     "kernels.emulator": (),
-    "kernels.compile": (*_KERNELS, "kernels.prediction"),
+    "kernels.compile": (*_KERNELS, "kernels.prediction", "kernels.workers"),
+    "kernels.workers": (),
     "kernels.prediction": _FLOORS,
     "kernels.launch": (*_KERNELS, "kernels.operators"),
     "kernels.plan": _KERNELS[1:],

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import platform
+from pathlib import Path
+
+_ROOT = Path(__file__).resolve().parents[2]
+_OURS = ("export", "kernels", "resnet", "scripts", "resnet_deploy")
 
 
 class ExportError(ValueError):
@@ -14,6 +18,12 @@ class ExportError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
+
+
+def how_to_install(extra: str) -> str:
+    """The command that installs an extra of this project: from its checkout, or where there is only the package."""
+    is_checkout = (_ROOT / "pyproject.toml").is_file()
+    return f"pip install -e '.[{extra}]'" if is_checkout else f"pip install 'resnet-deploy[{extra}]'"
 
 
 class MissingDependency(ExportError):
@@ -32,8 +42,27 @@ class MissingDependency(ExportError):
         elif platform.machine() == "aarch64":  # where PyPI has other packages than a Jetson needs
             reason = "is not installed; docs/deploy.md has the command for a Jetson"
         else:
-            reason = f"is not installed; install it with: pip install -e '.[{extra}]'"
+            reason = f"is not installed; install it with: {how_to_install(extra)}"
         super().__init__(f"{package} {reason}")
+
+
+def is_mendable(error: BaseException) -> bool:
+    """Whether whoever started a program can mend what ended it: anything else is a mistake of this project."""
+    if isinstance(error, OSError):
+        return error.errno is not None
+    if isinstance(error, ImportError):
+        return is_foreign(error)
+    return isinstance(error, (ExportError, MemoryError)) or _is_torch_out_of_memory(error)
+
+
+def is_foreign(error: ImportError) -> bool:
+    """Whether what cannot be imported is a package of others."""
+    return (error.name or "").partition(".")[0] not in _OURS
+
+
+def _is_torch_out_of_memory(error: BaseException) -> bool:
+    """PyTorch has no MemoryError: on a GPU it has a type of its own, on a CPU a RuntimeError that says so."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def printable(text: str) -> str:

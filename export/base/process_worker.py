@@ -8,18 +8,21 @@ import os
 import pickle
 import signal
 import sys
+import threading
+import time
 import traceback
 from typing import Any
 
-from export.base.errors import ExportError, first_line
+from export.base.errors import ExportError, first_line, is_mendable
 
-# What a library raises of what it was given is the caller's to mend; anything else is a mistake of this project.
-_OF_LIBRARIES = (RuntimeError, ValueError, OSError, ImportError)
+_SECONDS_BETWEEN_LOOKS = 0.5
 
 
 def main() -> None:
     """Serve; the arguments are the repository root, which is on the path already, and the level of the log."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal: the parent decides
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # which may reach every process of a terminal or a
+        signal.signal(number, signal.SIG_IGN)  # service: the parent decides
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is log, not an answer
     logging.basicConfig(level=int(sys.argv[2]), format="%(message)s", stream=sys.stderr)
@@ -38,6 +41,13 @@ def main() -> None:
             held.close()
 
 
+def _end_with(parent: int) -> None:
+    """End this process when that one is gone, killed before it could say so, whatever is being computed."""
+    while os.getppid() == parent:
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    os._exit(1)
+
+
 def _answer(request: tuple[str, str, tuple[Any, ...]], held: Any) -> tuple[tuple[str, Any], Any]:
     """An outcome with its value or its reason, and the object held from now on."""
     kind, target, arguments = request
@@ -53,6 +63,6 @@ def _answer(request: tuple[str, str, tuple[Any, ...]], held: Any) -> tuple[tuple
         return ("memory", None), held
     except Exception as error:
         traceback.print_exc()
-        if isinstance(error, _OF_LIBRARIES):
+        if is_mendable(error):
             return ("failed", f"{type(error).__name__}: {first_line(error)}"), held
         return ("fault", (f"{type(error).__name__}: {first_line(error)}", traceback.format_exc())), held

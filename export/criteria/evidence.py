@@ -20,7 +20,17 @@ from export.base.batch import count_of
 from export.base.precision import Precision
 from export.criteria.outputs import depends_on_input
 from export.fusion.capture import plain_torch
-from export.fusion.nodes import args_of, aten, constant, is_call, module_path, moves_data, named_args, schema_name
+from export.fusion.nodes import (
+    args_of,
+    aten,
+    constant,
+    is_call,
+    module_path,
+    moves_data,
+    named_args,
+    schema_name,
+    spoken_name,
+)
 from export.fusion.program import output_nodes, returned_tensors
 from export.runtime.parity.ladder import ENGINE_FACTOR, References
 from export.runtime.parity.network import SCORES, OutputKind
@@ -218,7 +228,7 @@ class _Observer(fx.Interpreter):
 
     def _say(self, n: fx.Node, what: str, expected: bool = False) -> None:
         """Keep what is not seen: a weakness, unless it is to be expected of a right network."""
-        (self.unexercised if expected else self.weaknesses).append(f"{module_path(n)}: {what}")
+        (self.unexercised if expected else self.weaknesses).append(f"{spoken_name(n)}: {what}")
 
 
 def _rms(values: Tensor) -> float:

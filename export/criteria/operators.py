@@ -40,6 +40,7 @@ from export.fusion.nodes import (
     schema_name,
     size_at,
     source_name,
+    spoken_name,
     tensor_inputs,
     weighs,
 )
@@ -297,7 +298,7 @@ def _check(
     for n in [node, *_activations(node)]:
         if not fits(n, values[n.name].shape):
             expected = list(n.meta["val"].shape[1:])
-            return refused(f"{n.name} has shape {list(values[n.name].shape)}, expected [N, *{expected}]")
+            return refused(f"{spoken_name(n)} has shape {list(values[n.name].shape)}, expected [N, *{expected}]")
     y, read = values[node.name].double(), {n: _rounded(values[n.name], dtype) for n in _activations(node)}
     for n, x in read.items():
         if not bool(torch.isfinite(x).all()):

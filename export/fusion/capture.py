@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import logging
 import re
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, statically_known_true
 from torch.overrides import TorchFunctionMode
 
 from export.base.batch import INPUT, Batch
@@ -31,6 +32,8 @@ _T = TypeVar("_T")
 _META = re.compile(r"^meta_(?=\.|$)")  # as `_rename_meta` calls it
 _CUTS: tuple[Any, ...] = (torch.chunk, Tensor.chunk, torch.split, Tensor.split)
 _MOST_PARTS = 17
+_TORCH = str(Path(torch.__file__).parent)
+_LONGEST_LINE = 60
 
 
 @contextmanager
@@ -294,14 +297,14 @@ def _exported(
     args, kwargs = call_arguments(_zeros(inputs, size))
     for strict in (False, True):
         try:
-            with _no_logs(), nullcontext() if strict else _ExactParts():
+            with _no_logs(), nullcontext() if strict else _ExactParts(), _no_decisions(model, name):
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=strict)
                 return program.run_decompositions({})  # no decomposition: only in-place operators go
         except ExportError:
             raise
         except Exception as error:  # whatever torch or the user's code raises
             if "specialized it to be a constant" not in str(error):
-                reason, cause = reason or first_line(error), cause or error
+                reason, cause = reason or f"{first_line(error)}{_where(error)}", cause or error
                 break
             reason, cause = _fixed_batch(model, inputs, size), error
             if reason:
@@ -311,6 +314,39 @@ def _exported(
                 f"operators on the whole batch; or export one size alone, ExportConfig.batch={size}"
             )
     raise ExportError(f"torch.export cannot capture {name}: {reason}") from cause
+
+
+@contextmanager
+def _no_decisions(model: nn.Module, name: str) -> Iterator[None]:
+    """Refuse the branch that a value decides where it is: from further out torch prints what it has traced so far."""
+    forward, own = model.forward, vars(model).get("forward")
+
+    @functools.wraps(forward)
+    def refusing(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return forward(*args, **kwargs)
+        except GuardOnDataDependentSymNode as error:
+            raise ExportError(
+                f"torch.export cannot capture {name}: what forward does depends on the values of a tensor"
+                f"{_where(error)}: expected the same operators for every input, as torch.where has for a choice"
+            ) from error
+
+    vars(model)["forward"] = refusing
+    try:
+        yield
+    finally:
+        del vars(model)["forward"]
+        if own is not None:
+            vars(model)["forward"] = own
+
+
+def _where(error: BaseException) -> str:
+    """The last line that is not torch's, nor of this file, of what raised an error; empty where there is none."""
+    found = ""
+    for frame in traceback.extract_tb(error.__traceback__):
+        if frame.line and frame.filename != __file__ and not frame.filename.startswith(_TORCH):
+            found = f" ({Path(frame.filename).name}, line {frame.lineno}: {frame.line[:_LONGEST_LINE]})"
+    return found
 
 
 @contextmanager
@@ -334,12 +370,9 @@ def _fixed_batch(model: nn.Module, inputs: Mapping[str, Tensor], size: int) -> s
     try:
         model(*args, **kwargs)
     except Exception as error:  # whatever the user's code raises
-        own = [frame for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename]
-        where = ""
-        if own and own[-1].filename != __file__:
-            where = f" ({Path(own[-1].filename).name}, line {own[-1].lineno}: {str(own[-1].line)[:60]})"
         return (
-            f"forward takes no other batch than {size}{where}: expected x.shape[0] or -1 where it has a number, as in "
+            f"forward takes no other batch than {size}{_where(error)}: "
+            "expected x.shape[0] or -1 where it has a number, as in "
             f"view({size}, -1) or zeros({size}, ...); or export that size alone, ExportConfig.batch={size}"
         )
     return ""

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from export.fusion.nodes import FUSED_OPERATORS, input_nodes, is_call, module_path, named_args, schema_name
+from export.fusion.nodes import FUSED_OPERATORS, input_nodes, is_call, module_path, named_args, schema_name, spoken_name
 from export.fusion.program import operator_nodes, output_names, output_nodes
 
 
@@ -47,7 +47,8 @@ def describe_graph(master: fx.GraphModule) -> dict[str, Any]:
         else:
             origins[node] = [len(nodes)]
             fused = is_call(node, *FUSED_OPERATORS)
-            facts = _facts("fused" if fused else "left", module_path(node), schema_name(node), node)
+            role, name = ("fused", module_path(node)) if fused else ("left", spoken_name(node))
+            facts = _facts(role, name, schema_name(node), node)
             told = {"parts": list(node.meta["fused"])} if fused else {"reason": str(node.meta.get("refused", ""))}
             nodes.append(facts | told)
             for argument, value in named_args(node).items():

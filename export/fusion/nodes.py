@@ -214,9 +214,24 @@ def add_constant(graph_module: fx.GraphModule, name: str, value: Tensor) -> fx.N
 
 def module_path(node: fx.Node) -> str:
     """The name in the user's model of the module a node comes from, such as `layer1.0.conv1`."""
+    paths = _paths(node)
+    return paths[-1] if paths else node.name
+
+
+def _paths(node: fx.Node) -> list[str]:
+    """Of the modules that a node comes from, the outermost first, without the model itself."""
     stack = node.meta.get("nn_module_stack") or {}
-    paths = [path for path, _ in stack.values() if not path.startswith("_empty_nn_module_stack")]
-    return paths[-1] if paths and paths[-1] else node.name
+    return [path for path, _ in stack.values() if path and not path.startswith("_empty_nn_module_stack")]
+
+
+def spoken_name(node: fx.Node) -> str:
+    """`module_path`; of what the model's own forward computes, of no module, with the module that it comes behind."""
+    near: fx.Node | None = node
+    while near is not None and not _paths(near):
+        near = next(iter(tensor_inputs(near)), None)
+    if near is None or near is node:
+        return module_path(node)
+    return f"{module_path(node)} (forward, behind {module_path(near)})"
 
 
 def source_name(node: fx.Node) -> str | None:

@@ -28,6 +28,7 @@ from export.fusion.nodes import (
     moves_data,
     schema_name,
     source_name,
+    spoken_name,
 )
 from export.fusion.passes import DEFAULT_LEVEL, FOLDING, LEVELS
 from export.fusion.passes.fold_batchnorm import constant_channels
@@ -233,7 +234,7 @@ def _coverage(source: fx.GraphModule, master: fx.GraphModule) -> Coverage:
         if is_call(node, *FUSED_OPERATORS):
             fused.append(Operator(module_path(node), schema_name(node), tuple(node.meta["fused"])))
         else:
-            left.append(Operator(module_path(node), schema_name(node), reason=node.meta.get("refused", "")))
+            left.append(Operator(spoken_name(node), schema_name(node), reason=node.meta.get("refused", "")))
     notes = [*source.meta.get(NOTES, ()), *left_out(source), *constant_channels(source)]
     return Coverage(tuple(fused), tuple(left), tuple(notes))
 

@@ -142,7 +142,7 @@ class ProgramRunner(Runner):
         return {name: value.cpu() for name, value in values.items()}
 
 
-class OnnxRuntimeRunner(OnnxRunner):
+class TracedOnnxRunner(OnnxRunner):
     """An ONNX file of this project, which knows where the values of the fused graph are in it."""
 
     def __init__(

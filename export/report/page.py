@@ -13,6 +13,7 @@ from export.report import numbers
 from export.report.lanes import LANES, boxes
 from export.report.plot import COSTS, LAYERS, VALUES, Plot, Z, plots
 from export.runtime.parity.accuracy import RETAINED_PERCENT
+from export.runtime.parity.rungs import EQUAL, NO_VERDICT, WRONG
 
 REPORT_FILE = "report.html"
 _TEMPLATE = "page.html.j2"
@@ -112,22 +113,20 @@ def _classes(model: Mapping[str, Any]) -> list[str]:
 
 
 def _mark(parity: Mapping[str, Any]) -> str:
-    """`passed`, `open` where there is no verdict, or `failed`."""
-    if parity["passed"]:
-        return "passed"
-    return "open" if parity["verdict"].startswith("no verdict") else "failed"
+    """What stands before a verdict: of a form, or of the whole export."""
+    return {EQUAL: "passed", NO_VERDICT: "open", WRONG: "failed"}.get(parity["status"], "absent")
 
 
 def _rung(rung: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """A rung with how many of its operators passed, how large its file is and what became of it."""
     operators, verdict = rung.get("operators"), rung["verdict"]
-    if verdict == "equal" and rung.get("decision") == "no verdict":
-        verdict = "equal, no verdict on top-1"
+    if verdict == EQUAL and rung.get("decision") == NO_VERDICT:
+        verdict = f"{EQUAL}, {NO_VERDICT} on top-1"
     return {
         **rung,
         "shown": "" if operators is None else f"{_passed(operators['checked'])}/{len(operators['checked'])}",
         "bytes": files[rung["file"]]["bytes"] if rung["file"] in files else None,
-        "mark": {True: "passed", False: "failed", None: "open"}[rung["passed"]],
+        "mark": _mark(rung),
         "verdict": verdict,
     }
 

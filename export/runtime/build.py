@@ -73,7 +73,10 @@ def build_on_device(
     progress("check the files")
     opened = open_bundle(bundle)
     references = golden_references(opened)
-    obstacles = {flavour: why_not_usable(flavour) for flavour in FLAVOURS.values()}
+    obstacles = {
+        flavour: why_not_usable(flavour) or config.why_not(name, opened.precision.name, opened.batch)
+        for name, flavour in FLAVOURS.items()
+    }
     usable = [flavour for flavour, obstacle in obstacles.items() if not obstacle]
     if not usable:
         raise ExportError("; ".join(f"no {flavour.name} engine: {reason}" for flavour, reason in obstacles.items()))

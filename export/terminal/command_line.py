@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import logging
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from types import TracebackType
-from typing import NoReturn
+from contextlib import contextmanager, suppress
+from types import FrameType, TracebackType
+from typing import Any, NoReturn
 
-from export.base.errors import ExportError, first_line, printable
-from export.terminal.commands import PACKAGE, program
+from export.base.errors import first_line, how_to_install, is_foreign, is_mendable, printable
+from export.terminal.commands import program
 from export.terminal.flags import in_flags
 
 Refusals = tuple[type[Exception], ...]
-_OURS = ("export", "kernels", "resnet", "scripts", PACKAGE)
+_SECONDS_TO_TIDY_UP = 5.0
 
 
 class Parser(argparse.ArgumentParser):
@@ -48,6 +51,20 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+class _StderrHandler(logging.Handler):
+    """Writes to what sys.stderr is at that moment: while something moves on the terminal, that puts lines above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stderr.write(f"{self.format(record)}\n")
+
+
+def show_log(informing: str = "") -> None:
+    """Log warnings on stderr, one line each, and what one package has to tell."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_StderrHandler()])
+    if informing:
+        logging.getLogger(informing).setLevel(logging.INFO)
+
+
 def run_script(
     command: str,
     args: argparse.Namespace,
@@ -58,7 +75,8 @@ def run_script(
     """The exit code of a script: that of `run(args)`, else by what it raised, which one line on stderr says.
 
     2 is for what whoever started it can mend: a refusal, a package that is missing, what the operating system says of
-    a file, too little memory. 3 is for everything else, which is a fault of this project. 130: it was stopped.
+    a file, too little memory. 3 is for everything else, which is a fault of this project. 128 + n: signal n stopped it,
+    of SIGINT, SIGTERM and SIGHUP, after it has tidied up.
 
     Args:
         command: the subcommand of the console script that this is.
@@ -67,13 +85,52 @@ def run_script(
         refusals: what is a refusal beside ExportError.
         interrupted: what to say where it was stopped.
     """
-    try:
-        return run(args)
-    except KeyboardInterrupt:
-        sys.stderr.write(f"{program(command)}: {interrupted}\n")
-        return 130
-    except Exception as error:
-        return _ended(command, error, refusals, args.traceback)
+    with _Signals() as signals:
+        try:
+            return run(args)
+        except (Exception, KeyboardInterrupt) as error:
+            if isinstance(error, Exception) and not signals.received:
+                return _ended(command, error, refusals, args.traceback)
+            number = signals.received or signal.SIGINT
+            said = interrupted if number == signal.SIGINT else f"{interrupted} by {number.name}"
+            with suppress(OSError):  # the terminal may be gone
+                sys.stderr.write(f"{program(command)}: {said}\n")
+            return 128 + number
+
+
+class _Signals:
+    """While it is entered, what would end this process raises KeyboardInterrupt: whatever is open tidies up.
+
+    What comes while that lasts, as a second SIGHUP from a shell whose terminal was closed, changes nothing. A signal
+    that is ignored, or that somebody else handles, stays so.
+
+    Attributes:
+        received: the signal that came, None before.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._since = 0.0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                    self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.received is None or now - self._since > _SECONDS_TO_TIDY_UP:
+            self.received, self._since = signal.Signals(number), now
+            raise KeyboardInterrupt
 
 
 @contextmanager
@@ -85,42 +142,23 @@ def importing(command: str) -> Iterator[None]:
         sys.stderr.write(f"{program(command)}: interrupted\n")
         sys.exit(130)
     except Exception as error:
-        if not isinstance(error, ModuleNotFoundError) or not _foreign(error):
+        if not isinstance(error, ModuleNotFoundError) or not is_foreign(error):
             sys.exit(_ended(command, error, (), "--traceback" in sys.argv[1:]))
         package = (error.name or "").partition(".")[0]
-        remedy = "`make export` installs all in .venv, pip install '.[export]' elsewhere; docs/deploy.md: on a device"
+        remedy = f"{how_to_install('export')} brings it on a workstation; on a device see docs/deploy.md"
         sys.stderr.write(f"{program(command)}: error: {package} is not installed here: {remedy}\n")
         sys.exit(2)
 
 
 def _ended(command: str, error: Exception, refusals: Refusals, show_traceback: bool) -> int:
     """Say what ended a script; its exit code."""
-    if not _mendable(error, refusals):
+    if not isinstance(error, refusals) and not is_mendable(error):
         from export.terminal.faults import say_fault  # not for --help, which has to be quick
 
         say_fault(program(command), error, show_traceback)
         return 3
     sys.stderr.write(f"{program(command)}: error: {in_flags(first_line(error))}\n")
     return 2
-
-
-def _mendable(error: Exception, refusals: Refusals) -> bool:
-    """Whether whoever started a script can mend what ended it."""
-    if isinstance(error, OSError):
-        return error.errno is not None
-    if isinstance(error, ImportError):
-        return _foreign(error)
-    return isinstance(error, (ExportError, MemoryError, *refusals)) or _is_torch_out_of_memory(error)
-
-
-def _foreign(error: ImportError) -> bool:
-    """Whether what cannot be imported is a package of others."""
-    return (error.name or "").partition(".")[0] not in _OURS
-
-
-def _is_torch_out_of_memory(error: Exception) -> bool:
-    """PyTorch has no MemoryError: on a GPU it has a type of its own, on a CPU a RuntimeError that says so."""
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 class Steps:

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.bar import Bar
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
@@ -30,12 +32,21 @@ _COSTS_SHOWN = 5
 _WIDTH = 132  # where there is no terminal
 
 
+def stderr_console() -> Console:
+    """A console on stderr; its lines, and those that others write while something moves on it, are never broken.
+
+    What moves has to be told `redirect_stdout=sys.stdout.isatty()`: else what is printed into a file ends here.
+    """
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
 class Progress:
     """Says on stderr which step runs and how long each took: a spinner on a terminal, plain lines elsewhere."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False)
-        self._status = self._console.status("")
+        self._console = stderr_console()
+        self._spinner = Spinner("dots")
+        self._live = Live(self._spinner, console=self._console, transient=True, redirect_stdout=sys.stdout.isatty())
         self._step: str | None = None
         self._started = 0.0
 
@@ -44,23 +55,23 @@ class Progress:
 
     def __exit__(self, *error: object) -> None:
         self._finish()
-        self._status.stop()
+        self._live.stop()
 
     def __call__(self, step: str) -> None:
         """Begin the next step; the one before it is done."""
         self._finish()
         self._step, self._started = step, time.perf_counter()
         if self._console.is_terminal:
-            self._status.update(step)
-            self._status.start()
+            self._spinner.update(text=Text(step))
+            self._live.start(refresh=True)
 
     def transferred(self, done: int, total: int) -> None:
         """How far a transfer is that the present step makes."""
         if self._console.is_terminal:
-            self._status.update(f"{self._step}: {done / 1e6:.0f} of {total / 1e6:.0f} MB")
+            self._spinner.update(text=Text(f"{self._step}: {done / 1e6:.0f} of {total / 1e6:.0f} MB"))
 
     def say(self, line: str) -> None:
-        self._console.print(line, soft_wrap=True, markup=False)
+        self._console.print(line, markup=False)
 
     def _finish(self) -> None:
         if self._step is not None:
@@ -74,11 +85,13 @@ def images_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
     What it gives is called with how many are done; whoever does not finish leaves no last line.
     """
-    console = Console(stderr=True, highlight=False)
+    console = stderr_console()
     started = printed = time.perf_counter()
     if console.is_terminal:
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
-        with RichProgress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+        with RichProgress(
+            *columns, TimeRemainingColumn(), console=console, transient=True, redirect_stdout=sys.stdout.isatty()
+        ) as bar:
             task = bar.add_task(what, total=total)
             yield lambda done: bar.update(task, completed=done)
     else:
@@ -88,10 +101,10 @@ def images_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
             now = time.perf_counter()
             if done < total and now - printed >= _SECONDS_BETWEEN_LINES:
                 printed = now
-                console.print(f"{now - started:7.1f} s  {what}: {done} of {total} images", soft_wrap=True, markup=False)
+                console.print(f"{now - started:7.1f} s  {what}: {done} of {total} images", markup=False)
 
         yield line
-    console.print(f"{time.perf_counter() - started:7.1f} s  {what}: {total} images", soft_wrap=True, markup=False)
+    console.print(f"{time.perf_counter() - started:7.1f} s  {what}: {total} images", markup=False)
 
 
 def print_accuracy(accuracy: Sequence[Accuracy]) -> None:

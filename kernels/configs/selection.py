@@ -6,8 +6,7 @@ A table is `kernels/tuned/<target>.json`, written by `scripts/tune.py` on a GPU 
 
 import functools
 import json
-import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from kernels.configs.config import Config
@@ -54,17 +53,17 @@ def tuned_table(target_name: str) -> Mapping[str, Config]:
         raise ValueError(f"{path}: expected a table written by scripts/tune.py: {error!r}") from error
 
 
-def write_table(target_name: str, header: Mapping[str, str], configs: Mapping[str, Config]) -> Path:
-    """Write the table of a target, over an older one, whole or not at all; returns its path."""
+def write_table(
+    target_name: str,
+    header: Mapping[str, str],
+    configs: Mapping[str, Config],
+    write: Callable[[Path, bytes], object],
+) -> Path:
+    """Have `write` put the table of a target in place of an older one, whole or not at all; returns its path."""
     path = table_path(target_name)
     path.parent.mkdir(exist_ok=True)
     entries = {key: config.to_json() for key, config in sorted(configs.items())}
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")  # of its own: another may write too
-    try:
-        partial.write_text(json.dumps({**header, "configs": entries}, indent=1) + "\n")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write(path, f"{json.dumps({**header, 'configs': entries}, indent=1)}\n".encode())
     tuned_table.cache_clear()
     select_config.cache_clear()
     return path

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from resnet.data.cifar import open_cifar
-from resnet.data.files import is_hidden
+from resnet.data.files import PICTURE_SUFFIXES, pictures_in
 from resnet.data.labelled import DataError
 from resnet.data.preprocessing import Preprocessing, open_picture
-from resnet.data.sources import PICTURE_SUFFIXES, open_splits
+from resnet.data.sources import open_splits
 from resnet.errors import ResNetError
 
 _MOST = 512  # more cost time and change little
@@ -65,7 +65,7 @@ def open_calibration(source: str, preprocessing: Preprocessing, measured: Collec
         return PictureInputs(pictures[_spread(len(pictures))], preprocessing)
     if not path.is_dir():
         raise DataError(f"{source}: expected a folder of pictures to calibrate on (no such folder)")
-    found = [file for file in sorted(path.rglob("*")) if not is_hidden(file.relative_to(path)) and _is_picture(file)]
+    found = pictures_in(path)
     excluded = {file.resolve() for file in measured}
     files = [file for file in found if file.resolve() not in excluded]
     if len(files) < len(found):
@@ -73,17 +73,13 @@ def open_calibration(source: str, preprocessing: Preprocessing, measured: Collec
     chosen = [files[index] for index in _spread(len(files))]
     readable = [file for file in chosen if _readable(file, preprocessing)]
     if not readable:
-        suffixes = ", ".join(sorted(PICTURE_SUFFIXES))
+        suffixes = ", ".join(PICTURE_SUFFIXES)
         raise DataError(f"{path}: expected pictures to calibrate on ({suffixes}), got {len(chosen)}, none readable")
     if len(readable) < len(chosen):
         _LOG.warning("%s: left out %d of %d pictures", path, len(chosen) - len(readable), len(chosen))
     if len(chosen) < len(files):
         _LOG.info("%s: calibrating on %d of %d pictures", path, len(readable), len(files))
     return PictureInputs(tuple(readable), preprocessing)
-
-
-def _is_picture(file: Path) -> bool:
-    return file.suffix.lower() in PICTURE_SUFFIXES and file.is_file()
 
 
 def _spread(count: int) -> list[int]:

@@ -1,8 +1,13 @@
-"""Files that appear whole or not at all, and the folders that are not hidden."""
+"""Files that appear whole or not at all, and what is in a folder and not hidden."""
 
 import os
 import secrets
+from collections.abc import Iterable
 from pathlib import Path
+
+from resnet.errors import ResNetError
+
+PICTURE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -21,6 +26,34 @@ def write_atomically(path: Path, content: bytes) -> None:
         except BaseException:
             beside.unlink()
             raise
+
+
+def picture_files(paths: Iterable[Path]) -> list[Path]:
+    """Files as they are, and of each folder the pictures in it.
+
+    Raises:
+        ResNetError: a folder without a picture, or a path of nothing.
+    """
+    found: list[Path] = []
+    for path in paths:
+        inside = pictures_in(path) if path.is_dir() else [path]
+        if not inside:
+            raise ResNetError(f"{path}: expected pictures ({', '.join(PICTURE_SUFFIXES)}), got a folder without any")
+        if not inside[0].is_file():
+            raise ResNetError(f"{path}: expected a picture (no such file)")
+        found += inside
+    return found
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The files in a folder, at whatever depth, that are pictures by their names; in the order of their names."""
+    found = (path for path in folder.rglob("*") if is_picture(path) and not is_hidden(path.relative_to(folder)))
+    return sorted(found)
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a path is a file that is a picture by its name."""
+    return path.suffix.lower() in PICTURE_SUFFIXES and path.is_file()
 
 
 def is_hidden(path: Path) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from resnet.data.cifar import open_cifar
-from resnet.data.files import is_hidden, visible_folders
+from resnet.data.files import PICTURE_SUFFIXES, is_hidden, is_picture, visible_folders
 from resnet.data.labelled import DataError, LabelledImages, Splits
 from resnet.data.preprocessing import Preprocessing, imagenet_preprocessing
 
@@ -23,7 +23,6 @@ _LOG = logging.getLogger(__name__)
 _TEST_SHARE = 0.2  # of a source that comes without a test part
 _VALIDATION_SHARE = 0.1  # of what there is to train on, where the source has no validation part
 _SPLIT_SEED = 0
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}
 PARTS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
 _STATISTICS_PICTURES = 2000
 _SMALL = 64  # pixels; pictures from here on are photographs to `suggest_size` and `suggest_preprocessing`
@@ -192,12 +191,10 @@ def _labelled_folder(root: Path, folders: list[Path], classes: tuple[str, ...] |
         if folder.name not in names:
             raise DataError(f"{folder}: expected one of the classes in train/: {', '.join(names[:5])}")
         found = sorted(path for path in folder.rglob("*") if path.is_file() and not is_hidden(path.relative_to(folder)))
-        pictures = [path for path in found if path.suffix.lower() in PICTURE_SUFFIXES]
-        ignored += [path for path in found if path.suffix.lower() not in PICTURE_SUFFIXES]
+        pictures = [path for path in found if is_picture(path)]
+        ignored += [path for path in found if not is_picture(path)]
         if not pictures:
-            raise DataError(
-                f"{folder}: expected pictures ({', '.join(sorted(PICTURE_SUFFIXES))}), got {len(found)} files"
-            )
+            raise DataError(f"{folder}: expected pictures ({', '.join(PICTURE_SUFFIXES)}), got {len(found)} files")
         for path in pictures:
             _check_header(path)
         files += pictures

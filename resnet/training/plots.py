@@ -22,7 +22,7 @@ def require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise ModuleNotFoundError(
-            "matplotlib is not installed; install it with: pip install -e '.[train]'", name="matplotlib"
+            "matplotlib is not installed; install it with: pip install matplotlib", name="matplotlib"
         ) from error
 
 

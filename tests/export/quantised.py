@@ -19,7 +19,7 @@ from export.fusion.nodes import QUANTISATION, is_call, module_path
 from export.fusion.passes import QUANTISED_LEVEL
 from export.fusion.program import QuantisedProgram, output_names
 from export.lowering.onnx_file import OnnxFile, lower_onnx
-from export.lowering.runners import OnnxRuntimeRunner, ProgramRunner
+from export.lowering.runners import ProgramRunner, TracedOnnxRunner
 from export.quantisation.calibration import Calibration, InMemory, calibrate
 from export.quantisation.quantise import LAYERS
 from export.quantisation.scheme import CPU, TENSORRT, Scheme
@@ -60,8 +60,8 @@ class Subject:
         file = self.file(scheme)
         return replace(file, values=shown_values(self.quantised[scheme], file))
 
-    def runner(self, scheme: Scheme, file: OnnxFile) -> OnnxRuntimeRunner:
-        return OnnxRuntimeRunner(file, scheme.arithmetic, scheme.file, runs_rounded(INT8.name, scheme.file))
+    def runner(self, scheme: Scheme, file: OnnxFile) -> TracedOnnxRunner:
+        return TracedOnnxRunner(file, scheme.arithmetic, scheme.file, runs_rounded(INT8.name, scheme.file))
 
     @cached_property
     def simulations(self) -> References:

@@ -16,7 +16,7 @@ from export.base.precision import PRECISIONS, Precision
 from export.fusion.nodes import FUSED_OPERATORS
 from export.fusion.program import output_names
 from export.lowering.onnx_file import OnnxFile, lower_onnx
-from export.lowering.runners import OnnxRuntimeRunner, ProgramRunner
+from export.lowering.runners import ProgramRunner, TracedOnnxRunner
 from export.runtime.engines.cuda_runtime import why_no_gpu
 from export.runtime.engines.engine import FLAVOURS, build_engine, why_not_buildable
 from export.runtime.engines.runner import TensorRTRunner
@@ -92,7 +92,7 @@ def test_every_form_agrees_with_integer_arithmetic(name: str, precision: str) ->
     model.float()
     assert all((y != 0).mean() > 0.1 and y.std() > 0 for y in expected)
     file = lower_onnx(program, p, {})
-    forms = [ProgramRunner(program, p, names), OnnxRuntimeRunner(file, p)]
+    forms = [ProgramRunner(program, p, names), TracedOnnxRunner(file, p)]
     if torch.cuda.is_available():
         forms.append(ProgramRunner(program, p, names, device="cuda"))
         forms += engines(program, file, p) if name in BUILT else []

@@ -23,7 +23,7 @@ from export.criteria.references import run_references
 from export.fusion.nodes import weighs
 from export.fusion.program import FusedProgram, operator_nodes, output_names
 from export.lowering.onnx_file import lower_onnx
-from export.lowering.runners import EagerRunner, OnnxRuntimeRunner, ProgramRunner
+from export.lowering.runners import EagerRunner, ProgramRunner, TracedOnnxRunner
 from export.runtime.parity.ladder import execute, judge, mixed_rows
 from export.runtime.parity.rungs import Rung
 from tests.export.networks import BATCH, Called, Fused, judged, make
@@ -120,7 +120,7 @@ def test_a_forward_that_people_write(name: str, images: Tensor) -> None:
     for precision in ("fp32", "fp16" if name == "masked" else "bf16"):
         p = PRECISIONS[precision]
         file = lower_onnx(program, p, {})
-        for runner in (ProgramRunner(program, p, file.output_names), OnnxRuntimeRunner(file, p)):
+        for runner in (ProgramRunner(program, p, file.output_names), TracedOnnxRunner(file, p)):
             rung = judged(runner, subject, program, precision)
             assert rung, f"{precision} {runner.name}: {rung.verdict}"
             assert rung.operators is not None and len(rung.operators.checks) >= layers
@@ -157,7 +157,7 @@ def test_an_output_that_is_more_than_tensors(name: str, images: Tensor) -> None:
     program = fuse(model, images, BATCH)
     assert output_names(program.graph_module) == tuple(expected.split())
     assert name == "mapping" or any("not exported" in note for note in program.coverage.notes) or name == "dataclass"
-    rung = judged(OnnxRuntimeRunner(lower_onnx(program, FP32, {}), FP32), Fused(model, images), program, "fp32")
+    rung = judged(TracedOnnxRunner(lower_onnx(program, FP32, {}), FP32), Fused(model, images), program, "fp32")
     assert rung and list(rung.outputs) == expected.split(), rung.verdict
 
 
@@ -259,7 +259,7 @@ def test_one_size_alone(size: int, images: Tensor) -> None:
     for own in (model, network(lambda x, m: m.fc(x.mean((2, 3))).view(size, -1)).eval()):
         alone = Fused(own, images, Batch(size, size, size))
         check_batches(alone.program, {"input": images.numpy()})
-        assert judged(OnnxRuntimeRunner(alone.files["fp32"], FP32), alone, alone.program, "fp32")
+        assert judged(TracedOnnxRunner(alone.files["fp32"], FP32), alone, alone.program, "fp32")
 
 
 class _WrongIn(ProgramRunner):

@@ -27,7 +27,7 @@ from export.criteria.references import run_references
 from export.fusion.capture import Example, capture, check_model
 from export.fusion.program import FusedProgram
 from export.lowering.onnx_file import OnnxFile, lower_onnx
-from export.lowering.runners import OnnxRuntimeRunner, ProgramRunner, UnfusedRunner
+from export.lowering.runners import ProgramRunner, TracedOnnxRunner, UnfusedRunner
 from export.quantisation.calibration import InMemory
 from export.runtime.artefacts import running_first
 from export.runtime.engines.engine import FLAVOURS, build_engine
@@ -190,7 +190,7 @@ def exchanged(inputs: Inputs) -> Arrays:
     return dict(zip(inputs, list(inputs.values())[::-1], strict=True))
 
 
-class Exchanged(OnnxRuntimeRunner):
+class Exchanged(TracedOnnxRunner):
     """Feeds one input with the other."""
 
     def _run(self, inputs: Inputs) -> Arrays:
@@ -217,17 +217,17 @@ def test_exchanged_inputs_and_a_wrong_layer_behind_any_of_them_are_refused(name:
     file = lower_onnx(program, FP32, {})
     references = run_references(model, program, file.output_names, data, FP32)
 
-    def verdicts(runner: OnnxRuntimeRunner) -> tuple[bool, bool]:
+    def verdicts(runner: TracedOnnxRunner) -> tuple[bool, bool]:
         execution = execute(runner, data, BATCH)
         operators = check_operators(program, FP32, execution.trace, True)
         return bool(operators), bool(judge(execution, references, FP32, FP32.network_factor))
 
-    assert verdicts(OnnxRuntimeRunner(file, FP32)) == (True, True)
+    assert verdicts(TracedOnnxRunner(file, FP32)) == (True, True)
     if name == "siamese":
         assert verdicts(Exchanged(file, FP32)) == (False, False)
     for key in data:
         wrong = OnnxFile(edited(file.model, partial(spoiled, name=key)), file.output_names, file.values)
-        assert verdicts(OnnxRuntimeRunner(wrong, FP32)) == (False, False), key
+        assert verdicts(TracedOnnxRunner(wrong, FP32)) == (False, False), key
 
 
 def test_the_program_is_called_like_the_model_and_engines_have_a_profile_for_each_input() -> None:
@@ -381,7 +381,7 @@ def test_a_static_batch_of_one_and_every_form_of_torch() -> None:
     forms = [
         ProgramRunner(program, FP32, ("output",)),
         UnfusedRunner("folded", program, program.folded, FP32, ("output",)),
-        OnnxRuntimeRunner(lower_onnx(program, FP32, {}), FP32),
+        TracedOnnxRunner(lower_onnx(program, FP32, {}), FP32),
     ]
     with torch.no_grad():
         expected = settled("film")(**data).numpy()

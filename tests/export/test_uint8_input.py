@@ -27,7 +27,7 @@ from export.criteria.normalised import with_normalised
 from export.criteria.operators import check_operators
 from export.fusion.nodes import input_nodes
 from export.lowering.onnx_file import OnnxFile, lower_onnx
-from export.lowering.runners import OnnxRuntimeRunner
+from export.lowering.runners import TracedOnnxRunner
 from export.quantisation.calibration import InMemory
 from export.runtime.artefacts import artefacts, running, running_first
 from export.runtime.engines.engine import FLAVOURS, build_engine
@@ -190,7 +190,7 @@ class Bytes:
     def judged(self, file: OnnxFile, precision: str) -> tuple[bool, bool]:
         """Whether the network criterion accepts a file, and whether it shows the normalised input bit for bit."""
         p, given = PRECISIONS[precision], {"input": self.pixels.numpy()}
-        execution = execute(OnnxRuntimeRunner(file, p), given, BATCH)
+        execution = execute(TracedOnnxRunner(file, p), given, BATCH)
         inputs = self.normalisation.of(operator_inputs(given, BATCH))
         shown = {name: torch.from_numpy(x) for name, x in inputs.items()}
         operators = check_operators(self.subject.program, p, execution.trace, separate_addition=True)
@@ -236,7 +236,7 @@ def test_the_border_is_what_the_host_s_normalisation_makes_it(pictures: Bytes) -
 
     def first_layer(file: OnnxFile, given: NDArray) -> NDArray:
         node = next(node for node in pictures.subject.program.master.graph.nodes if "conv2d" in node.name)
-        with OnnxRuntimeRunner(file, PRECISIONS["fp32"]) as runner:
+        with TracedOnnxRunner(file, PRECISIONS["fp32"]) as runner:
             return runner.trace({"input": given})[node.name].numpy()
 
     file, pixels = pictures.file("fp32"), pictures.pixels.numpy()

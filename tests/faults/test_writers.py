@@ -71,7 +71,7 @@ NOTHING, OLDER, KILLED = "into nothing", "over an older one", "over an older one
 KILLS = {
     ("bundle", NOTHING): 33, ("bundle", KILLED): 45, ("engines", NOTHING): 20, ("engines", KILLED): 35,
     ("export", OLDER): 33, ("weights", OLDER): 5, ("weights", KILLED): 5, ("training", NOTHING): 22,
-    ("served", KILLED): 20, ("calibration", NOTHING): 8, ("calibration", KILLED): 8,
+    ("served", KILLED): 20, ("tuned", OLDER): 5, ("calibration", NOTHING): 8, ("calibration", KILLED): 8,
 }  # fmt: skip
 
 

@@ -21,12 +21,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from export.base.errors import ExportError
 from export.base.precision import PRECISIONS
 from export.quantisation import calibration_cache
 from export.runtime.bundle.folder import publish, read_verified, staged
 from export.runtime.engine_store import BuiltEngine, read_place, write_place
 from export.runtime.engines.engine import FLAVOURS, Engine
 from export.runtime.serving.folder import MARK, Served
+from kernels.configs import selection
+from kernels.configs.config import Config
+from kernels.configs.convolution import ConvConfig
+from resnet.data.files import write_atomically
 from resnet.data.labelled import Splits
 from resnet.data.preprocessing import Preprocessing
 from resnet.data.sources import open_splits, suggest_preprocessing
@@ -190,6 +195,28 @@ def read_training(folder: Path) -> int | None:
     return int(bias[0]) if model.exists() else 0  # the state alone is there to go on with
 
 
+def configs(version: int) -> dict[str, Config]:
+    return {f"problem {number:4}": ConvConfig(64, 64, 32, 4, 2, split_k=version + 1) for number in range(400)}
+
+
+def write_tuned(folder: Path, version: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "TUNED", folder)
+        try:
+            selection.write_table("sm_00", {"gpu": "none"}, configs(version), write_atomically)
+        except OSError as error:  # as scripts say it
+            raise ExportError(f"{folder}: {error.strerror}") from error
+
+
+def read_tuned(folder: Path) -> int | None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "TUNED", folder)
+        selection.tuned_table.cache_clear()
+        found = dict(selection.tuned_table("sm_00"))
+        selection.tuned_table.cache_clear()
+    return version_of(found, configs) if found else None
+
+
 WRITERS = {
     "bundle": Writer(
         lambda folder, version: write_bundle(folder / "bundle", bundle_files(version)),
@@ -216,5 +243,9 @@ WRITERS = {
     "calibration": Writer(
         lambda folder, version: in_cache(folder, lambda: calibration_cache.write("key", ranges(version))),
         read_ranges, frozenset({"key.json"}), litter=r"tmp\w+", flushes=False, ends_with=("replace",),
+    ),
+    "tuned": Writer(
+        write_tuned, read_tuned, frozenset({"sm_00.json"}), litter=r"\.sm_00\.json\.\w{8}\.partial",
+        refusal="{folder}: {reason}", ends_with=("fsync", "replace"),
     ),
 }  # fmt: skip

@@ -57,6 +57,20 @@ def test_a_table_for_each_picture(bundle: Path, pictures: list[Path]) -> None:
     assert " % " in lines[1] and "█" in lines[1]
 
 
+def test_a_folder_is_its_pictures_in_the_order_of_their_names(
+    bundle: Path, pictures: list[Path], tmp_path: Path
+) -> None:
+    inside = [tmp_path / name for name in ("b/1.png", "b/2.PNG", "c.png", "b/.hidden.png", "a.txt")]
+    (tmp_path / "b").mkdir()
+    for index, path in enumerate(inside):
+        path.write_bytes(pictures[index].read_bytes())
+    process = run_here("classify", bundle, pictures[3], tmp_path, pictures[4], "--json")
+    assert process.returncode == 0, process.stderr
+    records, alone = (json.loads(text)["images"] for text in (process.stdout, run_here(
+        "classify", bundle, pictures[3], *inside[:3], pictures[4], "--json").stdout))  # fmt: skip
+    assert records == alone and [r["path"] for r in records[1:4]] == [*map(str, inside[:3])]
+
+
 def test_softmax_in_float64() -> None:
     classify, eps = load_script("classify"), np.finfo(np.float64).eps
     (row,) = classify.softmax(np.array([[1000.0, 999.0, -1000.0]], np.float32))

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from resnet.models import create_model
-from tests.scripts.loading import ROOT, refusal, run_here
+from tests.export import digits
+from tests.scripts.loading import ROOT, refusal, run, run_here
 
 SHIPPED = ROOT / "resnet" / "checkpoints" / "resnet20-digits.safetensors"  # has a model card
 INTERPRETED = "compile_kernels --model resnet8 --targets sm_87 --batch 1"
@@ -28,9 +29,20 @@ REFUSED = {
     "export --weights ''": "expected a",
     "export --weights corrupt.pt": "corrupt.pt",
     "export --images corrupt.pt": "expected a picture",
+    "export --images nowhere.png": "nowhere.png: expected a picture (no such file)",
+    "export --images fp32": "fp32: expected pictures (.bmp, ",
+    "classify fp32 changed": "changed: expected pictures (.bmp, ",
     "export --model resnet20 --weights pretrained": "no published weights with a known sha256 for 'resnet20'",
     f"export --model resnet56 --weights {SHIPPED}": "holds weights for resnet20",
     "export --data digits": "give --weights",
+    "export --int8": "int8 needs pictures to calibrate on, got none; give --calibration DIR",
+    "export --int8 --calibration nowhere": "nowhere: expected a folder of pictures to calibrate on",
+    "export --int8 --calibration digits --keep-fp16 auto": "needs labelled pictures to decide by, got none",
+    "export --int8 --kernels sm_87": "--kernels is for fp32, fp16 and bf16, got --int8",
+    "export --output seven.pt": "seven.pt exists and is not a folder",
+    "export --output seven.pt/x": "seven.pt: not a folder",
+    "export --output folder": "folder exists and is not a bundle",
+    "export --engine tensorrt-rtx --optimization-level 1": "--engine tensorrt-rtx: does not take --optimization-level",
     "export --targets sm_86 sm_90": "not for Orin (sm_87), H100 and H200 (sm_90)",
     "export --optimization-level 9": "--optimization-level: expected 0 to 5, got 9",
     "export --timing-cache nowhere/cache": "expected a file in a folder that exists",
@@ -87,8 +99,22 @@ def folder(bundles: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("fp32", "changed"):
         (folder / name).symlink_to(bundles / name)
     torch.save(create_model("resnet20", num_classes=7, in_channels=1).state_dict(), folder / "seven.pt")
+    (folder / "folder").mkdir()
+    (folder / "folder" / "mine.txt").touch()
     (folder / "corrupt.pt").write_bytes(b"PK\x03\x04 this is not a checkpoint")
     return folder
+
+
+AT_ONCE = (
+    *("--int8", "--int8 --kernels sm_87", "--output seven.pt", "--images nowhere.png", "--data digits"),
+    *("--batch 1:2", "--engine tensorrt-rtx --optimization-level 1", "--engine none --workspace 64"),
+)
+
+
+@pytest.mark.parametrize("arguments", AT_ONCE)
+def test_what_needs_no_pytorch_is_refused_before_it_is_imported(arguments: str, folder: Path, tmp_path: Path) -> None:
+    hidden = digits.without_torch(tmp_path / "hidden")
+    assert REFUSED[f"export {arguments}"] in refusal(run("export", *arguments.split(), cwd=folder, **hidden))
 
 
 @pytest.mark.parametrize("command", REFUSED)

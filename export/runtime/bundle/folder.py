@@ -51,6 +51,16 @@ def names_in(output: Path) -> set[str]:
     return {path.name for path in output.iterdir()} if output.is_dir() else set()
 
 
+def check_output(output: Path) -> None:
+    """Raises ExportError for a folder that `staged` would refuse, as far as can be told without writing anything."""
+    output = output.absolute()
+    check_replaceable(output)
+    parent = next(folder for folder in output.parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        reason = "not a folder" if not parent.is_dir() else "no right to write there"
+        raise ExportError(f"{output} cannot be written: {parent}: {reason}")
+
+
 @contextmanager
 def staged(output: Path, check: Callable[[Path], None] = check_replaceable) -> Iterator[Path]:
     """A private folder that becomes `output` by `publish` or `place`; removed where neither was called.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from export.base.batch import Batch
 from export.base.errors import ExportError
 from export.base.precision import Precision
-from export.runtime.engines.engine import Engine, Flavour, import_flavour
+from export.runtime.engines.engine import Engine, Flavour, import_flavour, too_small_workspace
 from export.runtime.engines.inspector import Kernel, prove_kernels, read_kernels
 from export.runtime.engines.loader import load_engine, make_logger
 from export.runtime.engines.options import EngineConfig
@@ -20,6 +21,7 @@ from export.runtime.engines.precision_proof import prove_precision
 from export.runtime.engines.shape_proof import prove_shapes
 
 _MIB = 2**20
+_SHORT_OF_WORKSPACE = re.compile(r"OutOfMemory|within workspace limit")
 
 
 def build(
@@ -56,7 +58,10 @@ def build(
     cache = _timing_cache(options, config.timing_cache) if config.timing_cache else None
     serialised = builder.build_serialized_network(network, options)
     if serialised is None:
-        raise ExportError(f"{flavour.name} {trt.__version__} could not build an engine: {logger.last_error}")
+        said = f"{flavour.name} {trt.__version__} could not build an engine: {logger.last_error}"
+        if config.workspace_mib is not None and not flavour.needs_gpu and _SHORT_OF_WORKSPACE.search(said):
+            said = f"{too_small_workspace(config.workspace_mib, flavour, len(onnx_bytes))} ({said})"
+        raise ExportError(said)
     plan = bytes(serialised)
     if cache is not None and config.timing_cache:
         _write(config.timing_cache, bytes(cache.serialize()))

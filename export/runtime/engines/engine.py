@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from export.base.batch import Batch
-from export.base.errors import MissingDependency
+from export.base.errors import ExportError, MissingDependency
 from export.base.precision import Precision
 from export.base.process import run_in_child
 from export.runtime.engines.cuda_runtime import compute_capability, gpu_name, why_no_gpu
@@ -20,7 +20,8 @@ from export.runtime.engines.options import DEFAULT_ENGINE, DEFAULT_TARGETS, TARG
 from export.runtime.onnx_wire import refuse_external_data
 
 _BUILDER = "export.runtime.engines.build_worker"
-_ADVICE = "lower EngineConfig.workspace_mib or EngineConfig.optimization_level"
+_FULL_LEVERS = ("EngineConfig.workspace_mib", "EngineConfig.optimization_level")  # TensorRT's, of its memory
+_MIB = 2**20
 _REMEDY = "build one here: build_on_device(BUNDLE)"
 
 
@@ -163,7 +164,8 @@ def build_engine(
     inputs: Mapping[str, tuple[int, ...]],
     config: EngineConfig = DEFAULT_ENGINE,
     kept: Collection[str] = (),
-    advice: str = _ADVICE,
+    levers: Sequence[str] = (),
+    otherwise: str = "",
 ) -> Engine:
     """Build an engine whose precision is the ONNX file's, with one optimisation profile, in a process of its own.
 
@@ -176,16 +178,34 @@ def build_engine(
         config: how to build it.
         kept: layers, by the names of their ONNX nodes, that compute in a wider type: in fp16 where the precision is
             int8, else in fp32.
-        advice: what to try where the process dies or runs out of memory.
+        levers: what to lower where the process dies or runs out of memory, beside what the flavour has for that.
+        otherwise: what to do instead of lowering them.
 
     Raises:
         MissingDependency: the package is not installed.
         ExportError: the file does not parse, keeps weights elsewhere or has another precision, or the builder fails or
-            dies; says why.
+            dies; says why. The workspace is too small for the weights, where those count.
     """
     import_flavour(flavour)
     refuse_external_data(onnx_bytes)
+    if config.workspace_mib is not None and not flavour.needs_gpu and config.workspace_mib * _MIB < len(onnx_bytes):
+        raise ExportError(too_small_workspace(config.workspace_mib, flavour, len(onnx_bytes)))
     task, target = f"building the {flavour.name} engine", f"{_BUILDER}:build"
     arguments = (onnx_bytes, flavour, precision, batch, inputs, config, frozenset(kept))
+    advice = _what_to_lower([*levers, *(_FULL_LEVERS if flavour.needs_gpu else ())], otherwise)
     engine: Engine = run_in_child(task, advice, target, *arguments)
     return replace(engine, gpu=gpu_name(flavour.name)) if flavour.needs_gpu else engine
+
+
+def too_small_workspace(given_mib: int, flavour: Flavour, weights: int) -> str:
+    """What to say of a workspace that a flavour fills with `weights` bytes before any kernel has some."""
+    mib = -(-weights // _MIB)
+    return (
+        f"EngineConfig.workspace_mib={given_mib}: too little for {flavour.name}, which counts the weights in, "
+        f"{mib} MiB: expected about twice that and 16 more, EngineConfig.workspace_mib={2 * mib + 16}, or none"
+    )
+
+
+def _what_to_lower(levers: Sequence[str], otherwise: str) -> str:
+    lower = f"lower {' or '.join(filter(None, (', '.join(levers[:-1]), levers[-1])))}" if levers else ""
+    return ", or ".join(filter(None, (lower, otherwise)))

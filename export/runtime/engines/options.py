@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
 DEFAULT_TARGETS = TARGETS[1:]  # of TensorRT-RTX, where none are asked for
 _LEVELS = range(6)
-_RTX_TAKES = ("workspace_mib", "optimization_level", "targets")
+_RTX_TAKES = ("workspace_mib", "targets")  # no level: its engine is the same, to the byte, at each
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class EngineConfig:
     """How to build an engine; a value that is None or empty leaves it to TensorRT.
 
     Attributes:
-        workspace_mib: the most memory a kernel may use for itself, in MiB: the lever where memory is short.
+        workspace_mib: the most memory a kernel may use for itself, in MiB: the lever where memory is short. Of
+            TensorRT-RTX all that a build uses, the weights included.
         optimization_level: 0 to 5, how long to look for faster kernels.
         timing_cache: a file of measured kernels, read and written: the next build on this device is faster.
         version_compatible: later versions of the same major version run the engine too, at some cost in speed.
@@ -72,6 +73,8 @@ class EngineConfig:
         foreign = [name for name in self._given() if name not in taken]
         if foreign:
             return f"does not take {', '.join(_named(foreign))}; it takes {', '.join(_named(taken))}"
+        if flavour == "tensorrt-rtx" and precision == "bf16" and "sm_75" in self.targets:
+            return "EngineConfig.targets: sm_75 has no bfloat16; leave it out, or ExportConfig.precision='fp16'"
         if self.hardware_compatible and platform.machine() == "aarch64":
             return "EngineConfig.hardware_compatible: engines for other GPUs are not built on Jetson or aarch64"
         if self.dla_core is not None and precision not in ("fp16", "int8"):

@@ -138,6 +138,11 @@ class OperatorChecks:
         return next((check for check in self.checks if not check), None)
 
     @property
+    def undecided(self) -> bool:
+        """Whether nothing is wrong, and a layer is unproved all the same."""
+        return bool(self.unproved) and all(self.checks)
+
+    @property
     def summary(self) -> str:
         """The first operator that failed and why; empty where all passed."""
         first = self.first_failure

@@ -10,6 +10,11 @@ from export.runtime.parity.accuracy import Accuracy, lost_accuracy
 from export.runtime.parity.checks import OUT_OF_RANGE, OperatorChecks
 from export.runtime.parity.network import NetworkCheck, OutputKind, finite
 
+# What a form, or a whole export, comes to, as parity.json, the tables and the report say it.
+EQUAL, WRONG = "equal", "wrong"
+NOT_RUN = "not run"  # here: a device or a package that it needs is missing
+NO_VERDICT = "no verdict"  # the evidence is too weak for one
+NO_REFERENCE = "no reference"  # an unfused network that others are not compared with
 RUNG_HEADINGS = ("form", "runtime", "operators", "error", "eager error", "ratio", "top-1", "MB", "ms/image", "verdict")
 
 
@@ -58,6 +63,16 @@ class Rung:
         return bool(self.outputs) and all(self.outputs.values()) and operators
 
     @property
+    def status(self) -> str:
+        """What it comes to, in a word."""
+        if self.not_run:
+            return NOT_RUN if self.file else NO_REFERENCE
+        if self:
+            return EQUAL
+        undecided = self.operators is not None and self.operators.undecided and all(self.outputs.values())
+        return NO_VERDICT if self.no_verdict or undecided else WRONG
+
+    @property
     def worst(self) -> NetworkCheck | None:
         """The output with the largest error in units of the eager model's."""
         return max(self.outputs.values(), key=lambda check: check.ratio, default=None)
@@ -68,17 +83,19 @@ class Rung:
         if self.no_verdict:
             return self.no_verdict
         if self.not_run:
-            return f"not run: {self.not_run}" if self.file else f"no reference: {self.not_run}"
+            return f"{self.status}: {self.not_run}"
         failed = [f"{name}: {check.reason}" for name, check in self.outputs.items() if not check]
         if self.operators is not None and not self.operators:
-            failed.insert(0, self.operators.summary)
-        right = "equal" if self.emulated is None else "emulated {:,} of {:,} blocks".format(*self.emulated)
+            failed.insert(len(failed) if self.operators.undecided else 0, self.operators.summary)
+        right = EQUAL if self.emulated is None else "emulated {:,} of {:,} blocks".format(*self.emulated)
         return failed[0] if failed else right
 
     @property
     def diagnosis(self) -> str:
         """The verdict with all that is known of the first operator that failed, in one line."""
-        return (self.operators.diagnosis if self.operators is not None else "") or self.verdict
+        if self.operators is None or self.operators.undecided:
+            return self.verdict
+        return self.operators.diagnosis or self.verdict
 
     @property
     def out_of_range(self) -> bool:
@@ -97,8 +114,8 @@ class Rung:
         megabytes = f"{size / 1e6:.1f}" if size else ""
         milliseconds = f"{1000 * self.seconds:.0f}" if self.seconds else ""
         verdict = self.verdict
-        if verdict == "equal" and worst is not None and worst.decision == "no verdict":
-            verdict = "equal, no verdict on top-1"
+        if verdict == EQUAL and worst is not None and worst.decision == NO_VERDICT:
+            verdict = f"{EQUAL}, {NO_VERDICT} on top-1"
         return [self.name, self.runtime, passed, *measured, megabytes, milliseconds, verdict]
 
     def to_json(self) -> dict[str, Any]:
@@ -109,6 +126,7 @@ class Rung:
             "precision": self.precision,
             "file": self.file or None,
             "passed": bool(self) if not self.not_run else None,
+            "status": self.status,
             "verdict": self.verdict,
             "diagnosis": self.diagnosis,
             "seconds_per_image": self.seconds,
@@ -136,6 +154,11 @@ def _network_facts(check: NetworkCheck) -> dict[str, Any]:
         "top1_agreement": check.top1_agreement,
         "decision": check.decision,
     }
+
+
+def _order(rung: Rung) -> tuple[bool, bool]:
+    """Of rungs that failed, to say first what is wrong and where."""
+    return rung.status == NO_VERDICT, rung.operators is None
 
 
 @dataclass(frozen=True)
@@ -287,12 +310,20 @@ class ParityReport:
         return bool(executed) and all(executed) and not lost_accuracy(self.accuracy)
 
     @property
+    def status(self) -> str:
+        """What it comes to, in a word: as of a rung, but it is never not run."""
+        if self:
+            return EQUAL
+        failed = {rung.status for rung in self.rungs if not rung}
+        return WRONG if failed - {NO_VERDICT} or lost_accuracy(self.accuracy) else NO_VERDICT
+
+    @property
     def verdict(self) -> str:
         """One line: equal, not equal and where, accuracy lost and how much, or no verdict and why.
 
         A network of 8 bits is not equal to the eager model; it is right where every value is what its scales say.
         """
-        unequal_rungs = sorted((rung for rung in self.rungs if not rung), key=lambda rung: rung.operators is None)
+        unequal_rungs = sorted((rung for rung in self.rungs if not rung), key=_order)
         failed = [f"{rung.name}: {rung.diagnosis}" for rung in unequal_rungs]  # first those that say where
         lost = lost_accuracy(self.accuracy)
         if self.quantisation is not None:
@@ -304,6 +335,9 @@ class ParityReport:
             narrow = self.precision in ("fp16", "bf16") and not self.kept
             if narrow and any(rung.out_of_range for rung in unequal_rungs):
                 failed[0] += "; ExportConfig.keep_fp32='auto' finds the layers to leave in fp32"
+        if failed and self.status == NO_VERDICT:
+            rung = unequal_rungs[0]
+            return f"{NO_VERDICT}: {rung.name}: {rung.diagnosis.removeprefix(f'{NO_VERDICT}: ')}"
         if failed and self.quantisation is None:
             return f"{unequal}: {failed[0]}{lost and f'; {lost}'}"
         if lost:
@@ -312,15 +346,18 @@ class ParityReport:
             return f"{unequal}: {failed[0]}"
         if not self.evidence:
             lift = "" if self.unverified else "; ExportConfig.unverified=True writes a bundle that says so"
-            return f"no verdict, the evidence is too weak: {self.evidence.weaknesses[0]}; {self.evidence.remedy}{lift}"
-        undecided = any(check.decision == "no verdict" for r in self.rungs for check in r.outputs.values())
+            return (
+                f"{NO_VERDICT}, the evidence is too weak: {self.evidence.weaknesses[0]}; {self.evidence.remedy}{lift}"
+            )
+        undecided = any(check.decision == NO_VERDICT for r in self.rungs for check in r.outputs.values())
         alike = any(output.classes == 1 for output in self.evidence.outputs.values())
         why = "one class among the images" if alike else "margins too small"
-        return f"{equal}{f', no verdict on top-1: {why}' if undecided else ''}"
+        return f"{equal}{f', {NO_VERDICT} on top-1: {why}' if undecided else ''}"
 
     def to_json(self) -> dict[str, Any]:
         return {
             "passed": bool(self),
+            "status": self.status,
             "verdict": self.verdict,
             "images": self.images,
             "kept": list(self.kept),

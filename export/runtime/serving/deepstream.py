@@ -37,6 +37,9 @@ def deepstream_config(bundle: Bundle, folder: Path) -> tuple[Served, list[str]]:
     """
     (*_, last), first = bundle.image_shape, bundle.image_shape[0]
     channels = last if bundle.dtype == UINT8 else first
+    if bundle.preprocessing is None:
+        wanted = "export it with export_bundle(preprocessing=...)"
+        raise ExportError(f"{bundle.path} does not say how pictures are normalised, which nvinfer is to do: {wanted}")
     normalisation = Normalisation.from_json(bundle.preprocessing)
     if channels not in _COLOURS or len(normalisation.mean) != channels:
         raise ExportError(f"{bundle.path}: expected pictures of 1 or 3 channels for nvinfer, got {channels}")

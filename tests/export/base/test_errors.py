@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import platform
+from pathlib import Path
 
 import pytest
 
+from export.base import errors
 from export.base.errors import ExportError, MissingDependency
 
 
@@ -37,3 +39,12 @@ def test_a_jetson_is_sent_to_its_guide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     advice = "tensorrt is not installed; docs/deploy.md has the command for a Jetson"
     assert str(MissingDependency("tensorrt", "tensorrt", ABSENT)) == advice
+
+
+def test_advice_fits_what_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a wheel was installed there is no checkout that `.` could be."""
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    assert "install -e '.[ray]'" in str(MissingDependency("ray", "ray", ModuleNotFoundError(name="ray")))
+    monkeypatch.setattr(errors, "_ROOT", tmp_path)
+    message = "ray is not installed; install it with: pip install 'resnet-deploy[ray]'"
+    assert str(MissingDependency("ray", "ray", ModuleNotFoundError(name="ray"))) == message

@@ -54,7 +54,9 @@ def test_a_death_is_one_line_that_says_what_to_lower(case: str) -> None:
 def test_refusals_and_faults_are_told_apart() -> None:
     with pytest.raises(ExportError, match=r"^no such thing$"):
         run("from export.base.errors import ExportError\nraise ExportError('no such thing')")
-    with pytest.raises(ExportError, match=r"^building the engine failed: RuntimeError: no kernel$"):
+    with pytest.raises(ExportError, match=r"^building the engine failed: OSError: \[Errno 28\] No space left$"):
+        run("raise OSError(28, 'No space left')")
+    with pytest.raises(ChildFault, match=r"^building the engine failed: RuntimeError: no kernel\n\nTraceback"):
         run("raise RuntimeError('no kernel\\nof many lines')")
     with pytest.raises(ChildFault, match=r"^building the engine failed: ZeroDivisionError: division.*\n\nTraceback"):
         run("1 / 0")
@@ -124,15 +126,29 @@ def test_an_error_here_ends_it_at_once() -> None:
     assert not alive(pid) and time.perf_counter() - started < 5
 
 
-def test_ctrl_c_is_left_to_the_parent() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_what_stops_all_processes_is_left_to_the_parent(number: signal.Signals) -> None:
     """Were the child to die of it first, the parent would report a crash."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs without
-    try:
-        with Child(TASK) as child:
-            os.kill(child.run("os:getpid"), signal.SIGINT)
-            assert child.run("operator:add", 1, 2) == 3
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with Child(TASK) as child:
+        os.kill(child.run("os:getpid"), number)
+        assert child.run("operator:add", 1, 2) == 3
+
+
+def test_it_ends_with_a_parent_that_is_killed() -> None:
+    """Whatever it computes meanwhile."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from export.base.process import Child\n"
+        "with Child('x') as child: print(child.run('os:getpid'), flush=True); child.run('time:sleep', 1000)"
+    )
+    process = children.start([sys.executable, "-c", code])
+    assert process.stdout is not None
+    pid, deadline = int(process.stdout.readline()), time.monotonic() + 500
+    process.kill()
+    process.wait()
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{pid}").exists()
+    process.stdout.close()
 
 
 def test_processes_that_build_and_run_engines_do_without_pytorch() -> None:

@@ -15,7 +15,7 @@ from export import FusedProgram, fuse
 from export.base.precision import PRECISIONS
 from export.criteria.operators import check_operators
 from export.lowering.onnx_file import lower_onnx
-from export.lowering.runners import OnnxRuntimeRunner, ProgramRunner
+from export.lowering.runners import ProgramRunner, TracedOnnxRunner
 from export.runtime.parity.checks import OperatorChecks
 from export.runtime.runner import Runner
 from tests.export.criteria.mutants import CONV
@@ -75,7 +75,7 @@ def in_tiles(dtype: torch.dtype, total: Tensor, part: Tensor) -> Tensor:
 def test_right_sums_are_accepted(program: FusedProgram, images: Tensor, precision: str) -> None:
     """Also those of tensor cores, which truncate after every 8 products or more."""
     p = PRECISIONS[precision]
-    runners = [ProgramRunner(program, p, NAMES), OnnxRuntimeRunner(lower_onnx(program, p, {}), p)]
+    runners = [ProgramRunner(program, p, NAMES), TracedOnnxRunner(lower_onnx(program, p, {}), p)]
     runners += [ProgramRunner(program, p, NAMES, operators={CONV: partial(summed, exactly, 64)})]
     if precision != "fp32":
         runners += [ProgramRunner(program, p, NAMES, operators={CONV: partial(summed, truncating, 8)})]

@@ -20,7 +20,7 @@ from export.base.precision import PRECISIONS
 from export.criteria.operators import check_operators
 from export.fusion.nodes import resnet_deploy
 from export.lowering.onnx_file import lower_onnx
-from export.lowering.runners import OnnxRuntimeRunner, ProgramRunner
+from export.lowering.runners import ProgramRunner, TracedOnnxRunner
 from export.runtime.runner import Runner
 from export.sample_inputs import crops, photographs
 from kernels.operators.activations import ACTIVATIONS
@@ -194,10 +194,10 @@ def test_a_wrong_activation_in_a_file_is_refused(
 ) -> None:
     name, edit = IN_FILES[defect]
     file = lower_onnx(programs[name], PRECISIONS[form], {})
-    right = OnnxRuntimeRunner(file, PRECISIONS[form])
+    right = TracedOnnxRunner(file, PRECISIONS[form])
     assert accepts(programs[name], right, images, form)
     broken = replace(file, model=edited(file.model, edit))
-    assert not accepts(programs[name], OnnxRuntimeRunner(broken, PRECISIONS[form]), images, form)
+    assert not accepts(programs[name], TracedOnnxRunner(broken, PRECISIONS[form]), images, form)
 
 
 class Folds(nn.Module):

@@ -15,7 +15,7 @@ from export.criteria.operators import check_operators
 from export.fusion.nodes import FUSED_OPERATORS
 from export.fusion.passes import LEVELS
 from export.lowering.onnx_file import OnnxFile
-from export.lowering.runners import OnnxRuntimeRunner, ProgramRunner
+from export.lowering.runners import ProgramRunner, TracedOnnxRunner
 from export.runtime.parity.ladder import execute, judge
 from export.runtime.runner import Runner
 from export.sample_inputs import crops, photographs
@@ -84,7 +84,7 @@ def test_correct_program_is_accepted(subject: Fused, precision: str) -> None:
 
 @pytest.mark.parametrize("name", WRITTEN)
 def test_correct_onnx_file_is_accepted(name: str, subjects: Mapping[str, Fused], precision: str) -> None:
-    runner = OnnxRuntimeRunner(subjects[name].files[precision], PRECISIONS[precision])
+    runner = TracedOnnxRunner(subjects[name].files[precision], PRECISIONS[precision])
     rung = judged(runner, subjects[name], subjects[name].program, precision)
     assert rung, rung.verdict
 
@@ -165,5 +165,5 @@ def test_defective_onnx_file_is_refused(name: str, subjects: Mapping[str, Fused]
     broken = edited(file.model, ONNX_DEFECTS[defect])
     shown = {"input"} | {value for node in broken.graph.node for value in node.output}
     values = {node: value for node, value in file.values.items() if value in shown}
-    runner = OnnxRuntimeRunner(OnnxFile(broken, file.output_names, values), PRECISIONS[precision])
+    runner = TracedOnnxRunner(OnnxFile(broken, file.output_names, values), PRECISIONS[precision])
     assert refuses(subjects[name], runner, precision)

@@ -15,7 +15,7 @@ from export.criteria.fault import fault_of, quantised_fault_of
 from export.criteria.operators import check_operators, evaluate
 from export.fusion.nodes import FUSED_OPERATORS, is_call, module_path
 from export.fusion.program import FusedProgram
-from export.lowering.runners import OnnxRuntimeRunner, ProgramRunner
+from export.lowering.runners import ProgramRunner, TracedOnnxRunner
 from export.runtime.parity.checks import Fault, OperatorCheck, OperatorChecks
 from export.runtime.runner import Runner
 from tests.export.networks import Called, Fused
@@ -92,7 +92,7 @@ def test_one_operator_alone_is_within_its_rounding(case: str, pictures: dict[str
     for precision, p in PRECISIONS.items():
         runners: list[Runner] = [ProgramRunner(network.program, p, ("output",))]
         if precision != "bf16":  # whose file is written and run as that of fp16
-            runners.append(OnnxRuntimeRunner(network.files[precision], p))
+            runners.append(TracedOnnxRunner(network.files[precision], p))
         for runner in runners:
             trace, separate = traced(runner, network.images), runner.name == "onnx"
             checks = check_operators(network.program, p, trace, separate)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
@@ -19,7 +20,7 @@ from export.fusion.casting import converted
 from export.fusion.description import describe_graph
 from export.fusion.nodes import aten, constant, is_call, module_path, moves_data, schema_name
 from export.fusion.program import FusedProgram, operator_nodes, output_names
-from export.lowering.runners import OnnxRuntimeRunner, ProgramRunner
+from export.lowering.runners import ProgramRunner, TracedOnnxRunner
 from export.runtime.runner import Runner
 from resnet.models import BasicBlock, BlockFactory, Bottleneck, ResNet, create_model
 from tests.export import networks
@@ -41,7 +42,7 @@ def test_a_users_model_is_right(network: networks.Network, fused: Mapping[Any, F
         runners: list[Runner] = [ProgramRunner(program, p, names)]
         if precision != "fp32" or network in (networks.backbone, networks.two_heads):  # float32 is written like float16
             assert subject.files[precision].output_names == names
-            runners.append(OnnxRuntimeRunner(subject.files[precision], p))
+            runners.append(TracedOnnxRunner(subject.files[precision], p))
         for runner in runners:
             rung = judged(runner, subject, program, precision)
             assert rung, f"{precision} {runner.name}: {rung.verdict}"
@@ -181,9 +182,12 @@ def set_to(name: str, index: tuple[int, ...], value: float) -> nn.Module:
 
 
 EXAMPLE = torch.zeros(2, 3, 32, 32)
+DECIDES = r"cannot capture Called: what forward does depends on .* \(test_program\.py, line \d+: .*{}"
 REFUSED: dict[str, tuple[nn.Module, Tensor, str]] = {
     "input written to": (Called(lambda x, m: x.mul_(2)), EXAMPLE, "changes its input in place"),
-    "data-dependent branch": (Called(lambda x, m: x * 2 if x.sum() > 0 else x), EXAMPLE, "cannot capture Called"),
+    "data-dependent branch": (Called(lambda x, m: x * 2 if x.sum() > 0 else x), EXAMPLE, DECIDES.format("x \\* 2 if")),
+    "data-dependent size": (Called(lambda x, m: x[:, : int(x.mean().item())]), EXAMPLE, DECIDES.format("x\\[:, : int")),
+    "a wrong shape": (Called(lambda x, m: x.view(7, -1, 3)), EXAMPLE, r"is invalid .* \(test_program\.py, line \d+: "),
     "buffer changed by forward": (Called(counting, calls=torch.zeros(())), EXAMPLE, "changes the buffer calls"),
     "batch size fixed in the code": (Called(lambda x, m: x.reshape(4, -1)), EXAMPLE, "cannot capture Called"),
     "lazy modules": (nn.Sequential(nn.LazyConv2d(4, 1)), EXAMPLE, r"0\.weight holds no values"),
@@ -197,13 +201,14 @@ REFUSED: dict[str, tuple[nn.Module, Tensor, str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused_in_one_line(case: str) -> None:
+def test_refused_in_one_line(case: str, capsys: pytest.CaptureFixture[str]) -> None:
     model, example, message = REFUSED[case]
     if case != "training mode":
         model.eval()
     with pytest.raises(ExportError, match=message) as error:
         fuse(model, example, BATCH)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and capsys.readouterr().err == ""
+    assert "forward" not in vars(model)
     assert case != "training mode" or model.get_submodule("stem.1").training
 
 
@@ -254,6 +259,12 @@ def test_graph_names_residuals_projections_and_what_was_left(fused: Mapping[Any,
     backbone = describe_graph(fused[networks.backbone].program.master)
     names = [n["name"] for n in backbone["nodes"]]
     assert [(names[e["from"]], names[e["to"]], e["role"]) for e in backbone["edges"] if e["role"]] == SHORTCUTS
+
+
+def test_what_forward_computes_itself_is_named_with_the_module_before_it(fused: Mapping[Any, Fused]) -> None:
+    names = [operator.name for operator in fused[networks.squeeze_excite].program.coverage.left]
+    assert any(re.fullmatch(r"mul_\d+ \(forward, behind norm\)", name) for name in names), names
+    assert not [name for name in names if re.fullmatch(r"\w+_\d+", name)], names
 
 
 @pytest.mark.parametrize("network", networks.ALL, ids=lambda network: network.__name__)

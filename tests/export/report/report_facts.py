@@ -14,11 +14,19 @@ def check(name: str, rms: float | None = 1.0, peak: float | None = 4.0, reason: 
 def rung(name: str, **facts: Any) -> dict[str, Any]:
     measured = {"error": 5e-4, "eager_error": 6e-4, "ratio": 0.83, "limit": 1.5, "top1_agreement": 1.0}
     known = {"name": name, "runtime": "torch 2.13", "precision": "fp16", "file": None, "passed": True}
-    return {**known, "verdict": "equal", "seconds_per_image": 0.0123, **measured, "decision": "equal", **facts}
+    return {
+        **known,
+        "status": "equal",
+        "verdict": "equal",
+        "seconds_per_image": 0.0123,
+        **measured,
+        "decision": "equal",
+        **facts,
+    }
 
 
 def not_run(name: str, file: str) -> dict[str, Any]:
-    told = {"passed": None, "verdict": "not run: no NVIDIA GPU here", "seconds_per_image": 0.0}
+    told = {"passed": None, "status": "not run", "verdict": "not run: no NVIDIA GPU here", "seconds_per_image": 0.0}
     return {"name": name, "runtime": name, "precision": "fp16", "file": file, **told}
 
 
@@ -48,6 +56,7 @@ def facts() -> dict[str, Any]:
         },
         "parity": {
             "passed": True,
+            "status": "equal",
             "verdict": "equal to the eager model",
             "images": 16,
             "kept": ["block.conv2"],

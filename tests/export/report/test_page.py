@@ -70,6 +70,8 @@ def test_every_form_is_in_the_table() -> None:
     assert eager == ["✓ eager", "torch 2.13", "fp16", "", *measured, "", "3578", "equal"]
     assert fused == ["✓ fused", "torch 2.13", "fp16", "2/2", *measured, "", "12.3", "equal"]
     assert onnx[-3:] == ["51.1 MB", "12.3", "equal, no verdict on top-1"]
+    heads = page_of(facts()).one("table", within="rungs").one("tbody").all("th")
+    assert [head.attrib["data-verdict"] for head in heads] == [row[-1] for row in (eager, fused, onnx, engine)]
     not_run = "not run: no NVIDIA GPU here"
     assert engine == ["\u2013 tensorrt-rtx", "tensorrt-rtx", "fp16", *[""] * 6, "1.2 MB", "", not_run]
 
@@ -77,8 +79,9 @@ def test_every_form_is_in_the_table() -> None:
 def test_a_failure_is_seen_everywhere() -> None:
     arguments = facts()
     parity = arguments["parity"]
-    parity.update(passed=False, verdict="not equal to the eager model: fused: conv1")
-    parity["rungs"][1].update(passed=False, verdict="conv1: NaN", error=None, ratio=math.inf, top1_agreement=None)
+    parity.update(passed=False, status="wrong", verdict="not equal to the eager model: fused: conv1")
+    wrong = {"passed": False, "status": "wrong", "verdict": "conv1: NaN"}
+    parity["rungs"][1].update(wrong, error=None, ratio=math.inf, top1_agreement=None)
     parity["rungs"][1]["operators"]["checked"][0] = check("conv1", None, math.nan, "3 values are NaN")
     page = page_of(arguments)
     assert page.one(id="verdict").words.startswith("✗ not equal")
@@ -99,11 +102,11 @@ def test_evidence_is_told_and_gives_no_verdict_where_it_is_weak() -> None:
     text = page_of(arguments).one(id="forms").words
     told = ("25 % to 75 %", "at least 512 times", "scores (labelled pictures are given)", "875 times", "9 classes")
     assert all(words in text for words in (*told, "Not seen on any image: gate.relu: the ReLU clips no value"))
-    arguments["parity"].update(passed=False, verdict="no verdict, the evidence is too weak: dead")
+    arguments["parity"].update(passed=False, status="no verdict", verdict="no verdict, the evidence is too weak: dead")
     nothing: dict[str, Any] = {"active_share": None, "summand_signal": None, "outputs": {}, "unexercised": []}
     arguments["parity"]["evidence"] = {"weaknesses": ["dead"], **nothing}
     page = page_of(arguments)
-    assert page.one(id="verdict").words == "\u2013 no verdict, the evidence is too weak: dead"
+    assert page.one(id="verdict").words == "? no verdict, the evidence is too weak: dead"
     assert "UNVERIFIED" in page.one(id="unverified").words
     assert page.one(id="evidence").words == "" and "Weak evidence: dead" in page.one(id="forms").words
 

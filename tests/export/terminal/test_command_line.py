@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import signal
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -59,6 +61,37 @@ def test_codes(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert kept[0].parent == tmp_path / "cache" / "resnet-deploy" / "faults" and kept[0].suffix == ".txt"
     elif code == 2:
         assert said.err.startswith("verify.py: error: ")
+
+
+@pytest.fixture
+def _signals_as_at_a_terminal() -> Iterator[None]:
+    """A shell starts its background jobs with SIGINT ignored, nohup with SIGHUP."""
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGHUP, hangup)
+
+
+@pytest.mark.usefixtures("_signals_as_at_a_terminal")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_tidies_up(number: signal.Signals, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever is raised on the way out, and however often it comes: a shell repeats what the kernel has sent."""
+    tidied, handlers = tmp_path / "tidied", [signal.getsignal(n) for n in signal.valid_signals()]
+
+    def run(args: argparse.Namespace) -> int:
+        try:
+            os.kill(os.getpid(), number)
+            raise AssertionError("the signal did not come")
+        finally:
+            os.kill(os.getpid(), signal.SIGHUP)
+            tidied.touch()
+            raise OSError(errno.EIO, "the terminal is gone")
+
+    assert run_script("verify", argparse.Namespace(traceback=False), run) == 128 + number and tidied.exists()
+    by = "" if number == signal.SIGINT else f" by {number.name}"
+    assert capsys.readouterr().err == f"verify.py: interrupted{by}\n"
+    assert [signal.getsignal(n) for n in signal.valid_signals()] == handlers
 
 
 def test_each_fault_has_a_file_of_its_own(tmp_path: Path) -> None:

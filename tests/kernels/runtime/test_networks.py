@@ -18,7 +18,7 @@ from export import Batch, fuse
 from export.base.precision import PRECISIONS
 from export.lowering.kernel_engine import lower_kernels
 from export.lowering.onnx_file import lower_onnx
-from export.lowering.runners import OnnxRuntimeRunner
+from export.lowering.runners import TracedOnnxRunner
 from kernels.configs.targets import TARGETS
 from resnet.data.labelled import LabelledInputs
 from resnet.data.sources import open_test
@@ -68,7 +68,7 @@ def test_a_network_runs_in_python_and_in_cpp(
         same, wrong = cpp.run(device, path, *COUNTS, given=digits)
     assert (wrong, device.defects, device.left) == ("", [], 0)
     assert same.tobytes() == found.tobytes()
-    with OnnxRuntimeRunner(lower_onnx(program, p, {}), p) as runner:
+    with TracedOnnxRunner(lower_onnx(program, p, {}), p) as runner:
         (expected,) = runner.infer({"input": digits}).values()
     np.testing.assert_allclose(found, expected, rtol=0, atol=0.05 * np.abs(expected).max())
     assert (found.argmax(1) == expected.argmax(1)).all()

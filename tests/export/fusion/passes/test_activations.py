@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from export.base.precision import PRECISIONS
 from export.fusion.nodes import FUSED_OPERATORS, is_call, named_args
 from export.lowering.onnx_file import lower_onnx
-from export.lowering.runners import OnnxRuntimeRunner, ProgramRunner
+from export.lowering.runners import ProgramRunner, TracedOnnxRunner
 from export.runtime.parity.checks import OperatorCheck
 from tests.export.networks import BATCH, Called, Fused, fuse_exactly, judged, kinds, make
 
@@ -108,7 +108,7 @@ def test_a_network_of_them_is_right_in_every_form(word: str, images: Tensor) -> 
     for precision in TRIED[word]:
         p = PRECISIONS[precision]
         file = lower_onnx(program, p, {})
-        for runner in (ProgramRunner(program, p, ("output",)), OnnxRuntimeRunner(file, p)):
+        for runner in (ProgramRunner(program, p, ("output",)), TracedOnnxRunner(file, p)):
             rung = judged(runner, network, program, precision)
             assert rung, (precision, runner.name, rung.verdict)
             assert rung.operators is not None

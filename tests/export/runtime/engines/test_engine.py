@@ -71,7 +71,7 @@ def test_file_that_is_no_onnx_model_is_refused_in_one_line(content: bytes) -> No
 def test_what_is_asked_of_the_builder_reaches_it() -> None:
     content = qdq.network()
     plain = build_quantised(content)
-    everywhere = build_quantised(content, EngineConfig(targets=TARGETS, optimization_level=0))
+    everywhere = build_quantised(content, EngineConfig(targets=TARGETS))
     assert len(everywhere.plan) > 1.1 * len(plain.plan)  # sm_75 has kernels of its own
     assert everywhere.config.targets == TARGETS
 
@@ -95,8 +95,28 @@ def test_a_builder_that_dies_says_what_to_lower(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(tensorrt_engine, "run_in_child", child)
     with pytest.raises(ExportError, match="it died"):
         build_engine(b"", RTX, FP16, BATCH, {"input": SHAPE})
-    advice = "lower EngineConfig.workspace_mib or EngineConfig.optimization_level"
-    assert child.call_args.args[:2] == ("building the tensorrt-rtx engine", advice)
+    assert child.call_args.args[:2] == ("building the tensorrt-rtx engine", "")  # which takes no lever of memory
+    with pytest.raises(ExportError, match="it died"):
+        build_engine(b"", RTX, FP16, BATCH, {"input": SHAPE}, levers=["ExportConfig.batch"], otherwise="give up")
+    assert child.call_args.args[1] == "lower ExportConfig.batch, or give up"
+    monkeypatch.setattr(tensorrt_engine, "import_flavour", Mock())
+    with pytest.raises(ExportError, match="it died"):
+        build_engine(b"", FULL, FP16, BATCH, {"input": SHAPE}, levers=["ExportConfig.batch"])
+    lower = "lower ExportConfig.batch, EngineConfig.workspace_mib or EngineConfig.optimization_level"
+    assert child.call_args.args[:2] == ("building the tensorrt engine", lower)
+
+
+@pytest.mark.parametrize("padding", [0, 2**20], ids=["a build that fails", "weights that do not fit"])
+def test_a_workspace_that_the_weights_fill_says_what_to_raise_it_to(padding: int) -> None:
+    """TensorRT-RTX counts the weights in and ends in OutOfMemory, or without a tactic: to lower it would be wrong."""
+    content = qdq.network() + (b"\x32\x80\x80\x40" + bytes(padding) if padding else b"")  # a doc_string
+    weights = -(-len(content) // 2**20)
+    expected = f"EngineConfig.workspace_mib=1: too little for tensorrt-rtx, which counts the weights in, {weights} MiB"
+    with pytest.raises(ExportError) as error:
+        build_quantised(content, EngineConfig(workspace_mib=1))
+    message = str(error.value)
+    assert message.startswith(expected) and f"EngineConfig.workspace_mib={2 * weights + 16}, or none" in message
+    assert ("could not build an engine" in message) is (padding == 0)
 
 
 V10, COMPATIBLE, AMPERE = "10.3.0", EngineConfig(version_compatible=True), EngineConfig(hardware_compatible=True)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from export import Batch, ExportConfig, ExportError
+from export.base.errors import MissingDependency
 from export.config import choose_flavours
 from export.runtime.engines import engine as tensorrt_engine
 from export.runtime.engines.options import DEFAULT_ENGINE, TARGETS, EngineConfig
@@ -36,9 +37,12 @@ def test_nonsense_is_one_line(case: str) -> None:
 
 
 REFUSED: Mapping[str, tuple[str, dict[str, Any], str, Batch, str]] = {
+    "level": ("tensorrt-rtx", {"optimization_level": 0}, "fp16", DYNAMIC, "does not take --optimization-level"),
+    "bf16 on Turing": ("tensorrt-rtx", {"targets": TARGETS}, "bf16", DYNAMIC,
+                       "--targets: sm_75 has no bfloat16; leave it out, or --fp16"),
     "cache": ("tensorrt-rtx", {"timing_cache": Path("/c")}, "fp16", DYNAMIC, "does not take --timing-cache"),
     "several": ("tensorrt-rtx", {"hardware_compatible": True, "dla_core": 0}, "fp16", STATIC,
-                "does not take --hardware-compatible, --dla; it takes --workspace, --optimization-level, --targets"),
+                "does not take --hardware-compatible, --dla; it takes --workspace, --targets"),
     "fp32 on DLA": ("tensorrt", {"dla_core": 0}, "fp32", STATIC, "--dla: expected --fp16 or --int8, got --fp32"),
     "batches on DLA": ("tensorrt", {"dla_core": 0}, "fp16", DYNAMIC,
                        "--dla: expected a static batch, such as --batch 8, got --batch 1:8:32"),
@@ -60,7 +64,7 @@ def test_engines_for_other_gpus_are_not_built_on_jetson(monkeypatch: pytest.Monk
 
 
 TAKEN: Mapping[str, tuple[str, dict[str, Any]]] = {
-    "all of RTX": ("tensorrt-rtx", {"workspace_mib": 64, "optimization_level": 0, "targets": TARGETS}),
+    "all of RTX": ("tensorrt-rtx", {"workspace_mib": 64, "targets": TARGETS}),
     "most of the full one": ("tensorrt", {"workspace_mib": 1, "optimization_level": 5, "timing_cache": Path("/c"),
                                           "version_compatible": True, "dla_core": 0}),
 }  # fmt: skip
@@ -81,6 +85,13 @@ def test_json_keeps_what_matters_after_the_build() -> None:
     assert DEFAULT_ENGINE.to_json() == {} and EngineConfig.from_json({}) == DEFAULT_ENGINE
     with pytest.raises(TypeError):
         EngineConfig.from_json({"speed": "high"})
+
+
+def test_kernels_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("export.config.find_spec", lambda name: None)
+    assert ExportConfig("fp16").kernels == ()
+    with pytest.raises(MissingDependency, match="triton is not installed"):
+        ExportConfig("fp16", kernels=("sm_87",))
 
 
 CHOICES: Mapping[str, tuple[str, dict[str, Any], str, list[str] | str]] = {

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from export import Batch, ExportError, fuse
 from export.base.precision import PRECISIONS
 from export.lowering.onnx_file import lower_onnx
-from export.lowering.runners import OnnxRuntimeRunner
+from export.lowering.runners import TracedOnnxRunner
 from export.runtime.engines.engine import FLAVOURS, build_engine, import_flavour
 from export.runtime.engines.shape_proof import prove_shapes
 from export.runtime.onnx_session import rounded_copy
@@ -58,7 +58,7 @@ def prove(trt: Any, content: bytes) -> None:
 def test_every_pool_has_pytorchs_windows_and_values_everywhere(trt: Any) -> None:
     model, x = Pools().eval(), torch.randn(2, 3, 11, 13, generator=torch.Generator().manual_seed(0))
     file = lower_onnx(fuse(model, x, BATCH), FP32, {})
-    with OnnxRuntimeRunner(file, FP32) as runner:
+    with TracedOnnxRunner(file, FP32) as runner:
         found = runner.infer({"input": x.numpy()})
     wrong = [name for name, y in model(x).items() if found[name].shape != y.shape]
     assert not wrong
