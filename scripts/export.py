@@ -7,6 +7,7 @@ import json
 import logging
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="default build/<model>-<precision>")
     parser.add_argument("--json", action="store_true", help="the summary as one JSON object on stdout")
+    parser.add_argument(
+        "--profile", action="store_true", help="say what each step used of CPU time and memory; --json always does"
+    )
     return parser.parse_args(argv)
 
 
@@ -127,9 +131,10 @@ with importing("export"):
 
     from export import Batch, ExportConfig, ExportError, ExportResult, export_bundle
     from export.base.batch import UINT8
+    from export.base.usage import StepUsage
     from export.pipeline import PARITY_IMAGES
     from export.sample_inputs import byte_crops, crops, photographs
-    from export.terminal.console import Progress, print_accuracy, print_quantisation, print_rungs
+    from export.terminal.console import Progress, print_accuracy, print_quantisation, print_rungs, print_usage
     from resnet.data.calibration_pictures import PictureInputs, open_calibration
     from resnet.data.labelled import LabelledInputs
     from resnet.data.preprocessing import (
@@ -167,9 +172,9 @@ def main(argv: list[str] | None = None) -> int:
 def export(args: argparse.Namespace) -> int:
     """Export what the arguments describe and say what was found; the exit code, which is 1 for what is not equal."""
     source = taking(args.input, describe_source(args, parse_size(args.image_size) if args.image_size else None))
-    with Progress() as progress:
+    with Progress(measured=args.profile or args.json) as progress:
         result = run(args, source, progress)
-    summarise(args, source, result)
+    summarise(args, source, result, progress.usage.steps if progress.usage else ())
     return 0 if result else 1
 
 
@@ -378,8 +383,8 @@ def parse_size(text: str) -> tuple[int, int]:
     return sizes[0], sizes[-1]
 
 
-def summarise(args: argparse.Namespace, source: Source, result: ExportResult) -> None:
-    """What was found and, last, what to do next."""
+def summarise(args: argparse.Namespace, source: Source, result: ExportResult, usage: Sequence[StepUsage] = ()) -> None:
+    """What was found and, last, what to do next; `usage` is that of each step, where it was measured."""
     coverage, report = result.coverage, result.report
     if args.json:
         record = {
@@ -394,6 +399,7 @@ def summarise(args: argparse.Namespace, source: Source, result: ExportResult) ->
             "files": dict(result.files),
             "skipped": dict(result.skipped),
             "seconds": round(result.seconds, 1),
+            "profile": [step.to_json() for step in usage],
             **report.to_json(),
         }
         print(in_flags(json.dumps(record)))
@@ -423,6 +429,8 @@ def summarise(args: argparse.Namespace, source: Source, result: ExportResult) ->
         print(in_flags(line))
     for weakness in report.evidence.weaknesses:
         print(in_flags(f"weak evidence: {weakness}"))
+    if usage:
+        print_usage(usage)
     if args.weights is None:
         print("UNTRAINED weights: this checks the export, not the network; give --weights to deploy")
     print(f"{in_flags(report.verdict)} ({report.images} images, {result.seconds:.0f} s)")

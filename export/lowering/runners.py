@@ -132,7 +132,7 @@ class ProgramRunner(Runner):
     def _run(self, inputs: Inputs) -> Arrays:
         with plain_torch(), WideConvolutions(), _says_what_type(self._precision):
             outputs = self._call(*cast(inputs, self._precision.dtype, self._device).values())
-        return self._named(arrays(returned_tensors(self._program.graph_module, outputs)))
+        return self._named(arrays(returned_tensors(self._program.master, outputs)))
 
     def trace(self, inputs: Inputs) -> dict[str, Tensor]:
         self._interpreter.values = {}
@@ -165,7 +165,11 @@ class OnnxRuntimeRunner(OnnxRunner):
         if not names:
             return {}
         copy.graph.output.extend(onnx.helper.make_empty_tensor_value_info(v) for v in names if v not in outputs)
-        found = self._compute(open_session(copy.SerializeToString()), names, inputs)
+        content = copy.SerializeToString()
+        del copy  # as large as the weights in float32, as is `content`, which the session reads
+        session = open_session(content)
+        del content
+        found = self._compute(session, names, inputs)
         values = dict(zip(names, found, strict=True)) | dict(inputs)
         return {node: torch.from_numpy(values[value]) for node, value in places.items()}
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from export.base.batch import Arrays, Batch, Inputs, at_once, count_of, resized, rows_of, run_in_batches
+from export.base.batch import Arrays, Batch, Inputs, at_once, count_of, pixels_of, resized, rows_of, run_in_batches
 from export.base.errors import ExportError
 from export.base.precision import Precision
 from export.runtime.parity.checks import OperatorChecks
@@ -21,6 +21,7 @@ from export.runtime.runner import Runner
 
 ENGINE_FACTOR = 3.0  # k for TensorRT, which chooses its own fusions and accumulation orders
 _OPERATOR_IMAGES = 4  # the operator criterion looks at every element: more images add time, not evidence
+_OPERATOR_PIXELS = 2**20  # of all images whose intermediate tensors are kept
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,8 @@ def _rounds(outputs: Arrays, count: int) -> tuple[Arrays, ...]:
 
 def operator_inputs(inputs: Inputs, batch: Batch) -> Arrays:
     """The images the operator criterion looks at: about four, fewer large ones, or the smallest batch allowed."""
-    return resized(inputs, max(batch.minimum, min(_OPERATOR_IMAGES, batch.maximum, at_once(inputs) // 2)))
+    fitting = max(1, _OPERATOR_PIXELS // pixels_of(inputs))
+    return resized(inputs, max(batch.minimum, min(_OPERATOR_IMAGES, batch.maximum, fitting)))
 
 
 def reference_rungs(references: References, precision: Precision) -> list[Rung]:
