@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from export.base.batch import FLOAT32, INPUT, UINT8, Arrays, Batch, Inputs, count_of, named
 from export.base.errors import ExportError, MissingDependency
+from export.base.memory import give_back
 from export.base.normalisation import CHANNELS, Normalisation
 from export.base.precision import FORMATS, INT8, PRECISIONS, Precision
 from export.base.progress import Progress, silent
@@ -200,6 +202,7 @@ def export_bundle(
         kinds = output_kinds(program.source, names, job.config.outputs, labelled is not None, classes)
         meter = _meter(job, program)
         program, forms = _lower(job, program, meter)
+        gc.collect()  # the graphs of torch.export and of the ONNX exporter, with weights of their own
         files = {name: onnx_file.serialize() for name, onnx_file in forms.files.items()}
         inputs = forms.files[ONNX_FILE].inputs
         engines = build_engines(flavours, files[ONNX_FILE], job.config, inputs, forms.kept, progress)
@@ -418,6 +421,7 @@ def _compare(
         for engine in engines
     ]
     proved = [_prove(kernel_engine, job, interface, progress) for kernel_engine in kernels]
+    give_back()
     progress("run the eager model")
     references = replace(run_references(job.model, program, names, inputs, forms.arithmetic), kinds=kinds)
     progress("compare")
@@ -450,8 +454,10 @@ def _executed(
 ) -> tuple[Execution, OperatorChecks]:
     """What a form computes but for its intermediate tensors, and what was found of these; `shown` is their input."""
     runner, progress = form.runner, job.progress
+    give_back()
     progress(f"run the {runner.name} form")
     execution = execute(runner, runner.interface.fed(job.given, job.normalisation), program.batch)
+    give_back()
     progress(f"check the operators of the {runner.name} form")
     operators = form.check(execution.trace)
     if runner.interface.dtype == UINT8:

@@ -45,7 +45,7 @@ class Batch:
 
 
 DEFAULT_BATCH = Batch(1, 8, 32)
-_PIXELS_AT_ONCE = 2**19  # 8 images of 256 x 256: 0.1 GB for each value of 64 channels in float32
+_PIXELS_AT_ONCE = 8 * 224**2  # 26 MB for each value of 16 channels and as many pixels in float32
 
 
 def as_batch(value: Batch | tuple[int, int, int] | int) -> Batch:

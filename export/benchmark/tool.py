@@ -84,7 +84,8 @@ def cost_of(checkout: Path, arguments: Sequence[str]) -> Cost:
                 log.seek(0)
                 said = log.read().decode(errors="replace").strip().splitlines() or [f"exit code {process.returncode}"]
                 raise ExportError(f"the export in {checkout} fails: {said[-1]}")
-    return Cost(usage.ru_utime + usage.ru_stime, wall, max(peak, usage.ru_maxrss) * 1024 / 1e6)
+    # Not usage.ru_maxrss: it counts the memory that this process had when it started the other.
+    return Cost(usage.ru_utime + usage.ru_stime, wall, peak * 1024 / 1e6)
 
 
 def _watch(pid: int) -> tuple[int, int, Any]:
@@ -94,7 +95,8 @@ def _watch(pid: int) -> tuple[int, int, Any]:
         ended, status, usage = os.wait4(pid, os.WNOHANG)
         if ended:
             return peak, status, usage
-        peak = max(peak, sum(map(_resident, _tree(pid))))
+        memory = [_memory(member) for member in _tree(pid)]
+        peak = max(peak, sum(now for now, _ in memory), *(most for _, most in memory))
         time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
@@ -108,10 +110,10 @@ def _tree(pid: int) -> list[int]:
     return found
 
 
-def _resident(pid: int) -> int:
-    """KiB; 0 of a process that has ended."""
+def _memory(pid: int) -> tuple[int, int]:
+    """What a process has and the most that it had, KiB; none of one that has ended."""
     with suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("VmRSS:"):
-                return int(line.split()[1])
-    return 0
+        lines = (line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+        found = {words[0]: int(words[1]) for words in lines if words[0] in ("VmRSS:", "VmHWM:")}
+        return found.get("VmRSS:", 0), found.get("VmHWM:", 0)
+    return 0, 0

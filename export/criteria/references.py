@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from export.base.batch import Arrays, Inputs, at_once, count_of, rows_of, run_in_batches
 from export.base.errors import ExportError
+from export.base.memory import give_back
 from export.base.precision import DOUBLE, PRECISIONS, Precision
 from export.fusion.program import FusedProgram
 from export.lowering.runners import EagerRunner, ProgramRunner, UnfusedRunner
@@ -29,7 +30,9 @@ def run_references(
     model: nn.Module, program: FusedProgram, names: tuple[str, ...], inputs: Inputs, precision: Precision
 ) -> References:
     """Run the user's model in float64, and what rounding alone makes of it in the precision under test."""
-    return run_rounded(run_oracle(model, program, names, inputs), model, program, precision)
+    oracle = run_oracle(model, program, names, inputs)
+    give_back()
+    return run_rounded(oracle, model, program, precision)
 
 
 def run_oracle(model: nn.Module, program: FusedProgram, names: tuple[str, ...], inputs: Inputs) -> References:

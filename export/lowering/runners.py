@@ -159,6 +159,7 @@ class OnnxRuntimeRunner(OnnxRunner):
         The copy rounds after every node: left to itself, ONNX Runtime drops a rounding where two casts
         follow each other, and the values would not be those a 16-bit device computes.
         """
+        self._session = None  # two at a time would hold the weights twice
         copy, places = rounded_copy(self._onnx_file.model), self._onnx_file.values
         outputs = {value.name for value in copy.graph.output}
         names = list(dict.fromkeys(value for value in places.values() if value not in inputs))
@@ -167,7 +168,7 @@ class OnnxRuntimeRunner(OnnxRunner):
         copy.graph.output.extend(onnx.helper.make_empty_tensor_value_info(v) for v in names if v not in outputs)
         content = copy.SerializeToString()
         del copy  # as large as the weights in float32, as is `content`, which the session reads
-        session = open_session(content)
+        session = open_session(content, lasts=False)
         del content
         found = self._compute(session, names, inputs)
         values = dict(zip(names, found, strict=True)) | dict(inputs)

@@ -64,7 +64,7 @@ def runs_rounded(precision: str, file: str) -> bool:
 
 
 class OnnxRunner(TimedRunner):
-    """An ONNX file in ONNX Runtime on the CPU. Its session lives between enter and exit."""
+    """An ONNX file in ONNX Runtime on the CPU. Its session lives from its first batch to the exit."""
 
     name, runtime = "onnx", "onnxruntime"
 
@@ -85,22 +85,26 @@ class OnnxRunner(TimedRunner):
         """
         super().__init__(interface)
         self._read, self._rounded, self._threads = read, rounded, threads
+        self._inputs: Arrays = {}
 
     def __enter__(self) -> Self:
         self.runtime = f"onnxruntime {import_onnxruntime().__version__}"
-        self._session = open_file(self._read(), self._rounded, self._threads)
-        narrow = {entry.name for entry in self._session.get_inputs() if entry.type == "tensor(float16)"}
-        self._inputs: Arrays = {
-            name: np.empty(0, np.float16 if name in narrow else self.interface.dtype) for name in self.interface.inputs
-        }
+        self._session: Any = None
         return self
 
     def __exit__(self, *error: object) -> None:
-        del self._session, self._inputs
+        self._session, self._inputs = None, {}
+
+    def _open(self) -> None:
+        self._session = open_file(self._read(), self._rounded, self._threads)
+        narrow = {entry.name for entry in self._session.get_inputs() if entry.type == "tensor(float16)"}
+        self._inputs = {
+            name: np.empty(0, np.float16 if name in narrow else self.interface.dtype) for name in self.interface.inputs
+        }
 
     def load(self, x: NDArray) -> None:
         """Copy the batch to where it stays; `x` may be a tensor on the CPU."""
-        (name,) = self._inputs
+        (name,) = self.interface.inputs
         self._put(name, np.asarray(x))
 
     def step(self) -> list[NDArray]:
@@ -112,6 +116,8 @@ class OnnxRunner(TimedRunner):
         return self._named(self.step())
 
     def _put(self, name: str, x: NDArray) -> None:
+        if self._session is None:
+            self._open()
         if self._inputs[name].shape != x.shape:
             self._inputs[name] = np.empty(x.shape, self._inputs[name].dtype)
         np.copyto(self._inputs[name], x, casting="same_kind")
@@ -142,11 +148,17 @@ def open_file(content: bytes, rounded: bool, threads: int = 0) -> Any:
     return open_session(content, threads)
 
 
-def open_session(content: bytes, threads: int = 0) -> Any:
-    """A session for the file as it is; raises as `open_file` does."""
+def open_session(content: bytes, threads: int = 0, lasts: bool = True) -> Any:
+    """A session for the file as it is; raises as `open_file` does.
+
+    One that does not last, for a single batch, keeps no memory and no second layout of the weights.
+    """
     options = import_onnxruntime().SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
+    if not lasts:
+        options.enable_cpu_mem_arena = False
+        options.add_session_config_entry("session.disable_prepacking", "1")
     return _session(content, options)
 
 
