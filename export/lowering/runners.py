@@ -150,7 +150,7 @@ class OnnxRuntimeRunner(OnnxRunner):
     ) -> None:
         """`artefact` is the name of the file in the bundle; `rounded` as in `open_file`, by default by precision."""
         rounded = runs_rounded(precision.name, artefact) if rounded is None else rounded
-        super().__init__(file.serialize, file.interface, rounded)
+        super().__init__(file.serialize, file.interface, rounded, lasts=False)
         self._onnx_file, self.name, self.file = file, ONNX_FORMS[artefact], artefact
 
     def trace(self, inputs: Inputs) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ def test_a_step_has_its_own_time_and_memory_and_that_of_its_processes() -> None:
     meter.end("child")
     start, large_step, busy, child = meter.steps
     assert start.wall_s > 0 and start.cpu_s > 0
-    assert busy.cpu_s >= 0.19 and child.cpu_s >= 0.29 and busy.wall_s >= 0.19
+    assert busy.cpu_s >= 0.15 and child.cpu_s >= 0.25 and busy.wall_s >= 0.15
     assert large_step.peak_mb is not None and busy.peak_mb is not None
     assert large_step.peak_mb > busy.peak_mb + 200
     assert list(child.to_json()) == ["step", "cpu_s", "wall_s", "peak_mb"]
