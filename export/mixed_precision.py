@@ -124,7 +124,7 @@ def _fewest(
     for check in check_alone(program, precision, shown):
         severity[check.name] = max(severity[check.name], check.severity)
     ordered = sorted((name for name in severity if name not in outside), key=severity.__getitem__, reverse=True)
-    oracle = run_oracle(model, program, output_names(program.graph_module), inputs)
+    oracle = run_oracle(model, program, output_names(program.master), inputs)
     tried = 0
 
     def passes(kept: frozenset[str]) -> bool:

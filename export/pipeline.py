@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from export.base.batch import FLOAT32, INPUT, UINT8, Arrays, Batch, Inputs, count_of, named
 from export.base.errors import ExportError, MissingDependency
+from export.base.memory import give_back
 from export.base.normalisation import CHANNELS, Normalisation
 from export.base.precision import FORMATS, INT8, PRECISIONS, Precision
 from export.base.progress import Progress, silent
@@ -25,7 +27,7 @@ from export.criteria.evidence import check_evidence
 from export.criteria.normalised import with_normalised
 from export.criteria.outputs import output_kinds
 from export.criteria.references import run_references, run_simulations
-from export.forms import Forms, floating_forms
+from export.forms import Form, Forms, floating_forms
 from export.fusion.capture import Example, check_model, describe_value
 from export.fusion.description import describe_graph
 from export.fusion.features import strides, with_features
@@ -44,6 +46,7 @@ from export.runtime.engines.kernel_engine import why_not_here
 from export.runtime.engines.runner import KernelRunner, TensorRTRunner
 from export.runtime.onnx_session import ONNX_FILE, import_onnxruntime
 from export.runtime.parity.accuracy import Labelled, Meter
+from export.runtime.parity.checks import OperatorChecks
 from export.runtime.parity.ladder import (
     ENGINE_FACTOR,
     Execution,
@@ -208,10 +211,11 @@ def export_bundle(
         progress("capture and fuse")
         program = fuse(model, example, job.batch, DEFAULT_LEVEL if calibration is None else QUANTISED_LEVEL)
         check_batches(program, job.inputs)
-        names, classes = output_names(program.graph_module), job.metadata.get("classes")
+        names, classes = output_names(program.master), job.metadata.get("classes")
         kinds = output_kinds(program.source, names, job.config.outputs, labelled is not None, classes)
         meter = _meter(job, program)
         program, forms = _lower(job, program, meter)
+        gc.collect()  # the graphs of torch.export and of the ONNX exporter, with weights of their own
         files = {name: onnx_file.serialize() for name, onnx_file in forms.files.items()}
         inputs = forms.files[ONNX_FILE].inputs
         engines = build_engines(flavours, files[ONNX_FILE], job.config, inputs, forms.kept, progress)
@@ -361,7 +365,7 @@ def _meter(job: _Job, program: FusedProgram) -> Meter | None:
             f"shape {logits}: name the module that makes the scores before the others, or leave out the pictures"
         )
     meter = Meter(job.labelled, job.metadata.get("classes"), logits, job.batch, job.progress, job.normalisation)
-    names = output_names(program.graph_module)
+    names = output_names(program.master)
     meter.measure(EagerRunner(job.model, torch.float32, names, program.inputs), "fp32")
     return meter
 
@@ -383,7 +387,7 @@ def _lower(job: _Job, program: FusedProgram, meter: Meter | None) -> tuple[Fused
 
 def _retains(meter: Meter, quantised: FusedProgram) -> bool:
     """Whether a network of 8 bits keeps the accuracy."""
-    names = output_names(quantised.graph_module)
+    names = output_names(quantised.master)
     return meter.retained(ProgramRunner(quantised, PRECISIONS["fp32"], names), INT8.name)
 
 
@@ -420,36 +424,32 @@ def _compare(
 ) -> tuple[ParityReport, References]:
     """Run every candidate first and the references after, so that none can see the other's results.
 
+    The intermediate tensors of one are judged, and dropped, before the next one runs.
+
     Returns:
         The report, and the references of the precision that is exported.
     """
     progress, precision, inputs = job.progress, job.precision, job.inputs
-    interface, executions = forms.files[ONNX_FILE].interface, []
-    names = forms.files[ONNX_FILE].output_names
-    for candidate in forms.candidates:
-        progress(f"run the {candidate.runner.name} form")
-        fed = candidate.runner.interface.fed(job.given, job.normalisation)
-        executions.append(execute(candidate.runner, fed, program.batch))
+    interface, names = forms.files[ONNX_FILE].interface, forms.files[ONNX_FILE].output_names
+    shown = cast(operator_inputs(inputs, program.batch), torch.float32)
+    executed = [_executed(job, program, candidate, shown) for candidate in forms.candidates]
     outcomes = [
         attempt(TensorRTRunner(engine, interface), why_not_runnable(engine), precision, job.given, program.batch)
         for engine in engines
     ]
     proved = [_prove(kernel_engine, job, interface, progress) for kernel_engine in kernels]
+    give_back()
     progress("run the eager model")
     references = replace(run_references(job.model, program, names, inputs, forms.arithmetic), kinds=kinds)
     progress("compare")
-    shown = cast(operator_inputs(inputs, program.batch), torch.float32)
     evidence = check_evidence(program.source, shown, references, precision)
     rungs = reference_rungs(references, forms.arithmetic)
     by_precision = {forms.arithmetic: references}
     if forms.simulations:
         by_precision[precision] = run_simulations(references, forms.simulations)
         rungs += reference_rungs(by_precision[precision], precision)
-    for candidate in forms.candidates:
-        execution = executions.pop(0)  # its intermediate tensors, which of large images are many, go with it
-        held, operators = candidate.precision, candidate.check(execution.trace)
-        if candidate.runner.interface.dtype == UINT8:
-            operators = with_normalised(operators, program, held, shown, execution.trace)
+    for candidate, (execution, operators) in zip(forms.candidates, executed, strict=True):
+        held = candidate.precision
         rungs.append(judge(execution, by_precision[held], held, held.network_factor, operators))
     rungs += [judge_attempt(outcome, by_precision[precision], precision, ENGINE_FACTOR) for outcome in outcomes]
     factor = precision.network_factor
@@ -464,6 +464,22 @@ def _compare(
         unverified=job.config.unverified,
     )
     return report, by_precision[precision]
+
+
+def _executed(
+    job: _Job, program: FusedProgram, form: Form, shown: Mapping[str, Tensor]
+) -> tuple[Execution, OperatorChecks]:
+    """What a form computes but for its intermediate tensors, and what was found of these; `shown` is their input."""
+    runner, progress = form.runner, job.progress
+    give_back()
+    progress(f"run the {runner.name} form")
+    execution = execute(runner, runner.interface.fed(job.given, job.normalisation), program.batch)
+    give_back()
+    progress(f"check the operators of the {runner.name} form")
+    operators = form.check(execution.trace)
+    if runner.interface.dtype == UINT8:
+        operators = with_normalised(operators, program, form.precision, shown, execution.trace)
+    return replace(execution, trace={}), operators
 
 
 def _prove(engine: KernelEngine, job: _Job, interface: Interface, progress: Progress) -> Execution | Rung:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -35,9 +37,11 @@ class PicturePreprocessing(Protocol):
 
 def photographs() -> list[Image.Image]:
     """The two photographs that come with scikit-learn, RGB, 640 x 427 pixels."""
-    from sklearn.datasets import load_sample_images
-
-    return [Image.fromarray(image) for image in load_sample_images().images]
+    spec = importlib.util.find_spec("sklearn")  # its files without its modules, which take a second to import
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
+    folder = Path(spec.origin).parent / "datasets" / "images"
+    return [Image.fromarray(np.asarray(Image.open(folder / name))) for name in ("china.jpg", "flower.jpg")]
 
 
 def crops(

@@ -29,7 +29,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("benchmark", __doc__)
     parser.add_argument("--model", nargs="+", default=["resnet50"], metavar="NAME", help="default resnet50")
     parser.add_argument("--device", choices=DEFAULTS, help="default cuda where there is a GPU, else cpu")
-    parser.add_argument("--precision", choices=PRECISIONS, help="default fp32 on a CPU, fp16 on a GPU and for --floors")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, help="default fp32 on a CPU; fp16 on a GPU, for --floors and --tool"
+    )
     parser.add_argument("--batch", nargs="+", type=int, metavar="N", help="default 1 8 on a CPU, 1 8 32 128 on a GPU")
     parser.add_argument(
         "--providers", nargs="+", default=[], metavar="NAME", help="those whose names begin so, and eager; default all"
@@ -39,6 +41,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--floors", action="store_true", help="count FLOPs, bytes and kernels per level of fusion instead"
     )
     what.add_argument("--export-step", action="store_true", help="time the writing of the ONNX file instead")
+    what.add_argument(
+        "--tool",
+        nargs=2,
+        type=Path,
+        metavar="CHECKOUT",
+        help="compare what an export takes of CPU time, wall time and memory in two checkouts of this project instead",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON to a file too")
     args = parser.parse_args(argv)
@@ -59,9 +68,10 @@ with importing("benchmark"):
     from export.benchmark.compare import CALIBRATION_SEED, compare_on
     from export.benchmark.export_step import time_export_step
     from export.benchmark.floors import count_floors
+    from export.benchmark.tool import SCRIPT, compare_checkouts
     from export.pipeline import PARITY_IMAGES
     from export.sample_inputs import crops, photographs
-    from export.terminal.benchmark_tables import print_comparison, print_export_step, print_floors
+    from export.terminal.benchmark_tables import print_comparison, print_export_step, print_floors, print_tool
     from export.terminal.console import Progress
     from resnet.data.files import write_atomically
     from resnet.errors import ResNetError
@@ -83,6 +93,8 @@ def benchmark(args: argparse.Namespace) -> int:
         measure, show = floors, print_floors
     elif args.export_step:
         measure, show = export_step, print_export_step
+    elif args.tool:
+        measure, show = tool, print_tool
     check_arguments(args)
     results: list[Result] = []
     with Progress() as progress:
@@ -118,13 +130,17 @@ def check_arguments(args: argparse.Namespace) -> None:
     with torch.device("meta"):
         for name in args.model:
             create_model(name)
-    instead = "--floors" if args.floors else "--export-step" if args.export_step else ""
-    unused = ["device", "batch", "providers", *([] if args.floors else ["precision"])]
+    modes = {"--floors": args.floors, "--export-step": args.export_step, "--tool": args.tool}
+    instead = next((mode for mode, chosen in modes.items() if chosen), "")
+    unused = ["device", "batch", "providers", *(["precision"] if args.export_step else [])]
     given = [f"--{name}" for name in unused if getattr(args, name)]
     if instead and given:
         raise ExportError(f"{instead} does not take {', '.join(given)}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ExportError("--device cuda: no NVIDIA GPU here; expected --device cpu, or --floors, which needs none")
+    for checkout in args.tool or ():
+        if not (checkout / SCRIPT).is_file():
+            raise ExportError(f"--tool: expected a checkout with {SCRIPT} in it, got {checkout}")
     if unknown := [name for name in args.providers if name not in PROVIDERS]:
         raise ExportError(f"--providers: expected some of {', '.join(PROVIDERS)}, got {unknown[0]!r}")
     if args.batch and min(args.batch) < 1:
@@ -133,7 +149,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ExportError(f"--output: expected a file in a folder that exists, got {args.output}")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     precision, batches = DEFAULTS[args.device]
-    args.precision = args.precision or ("fp16" if args.floors else precision)
+    args.precision = args.precision or ("fp16" if args.floors or args.tool else precision)
     args.batch = list(dict.fromkeys(args.batch or batches))
 
 
@@ -168,6 +184,14 @@ def export_step(name: str, args: argparse.Namespace, progress: Progress) -> list
     """How long writing the ONNX file takes."""
     progress(f"initialise {name}")
     return [{"model": name, **time_export_step(seeded_model(name), photographs_for(name, 4), progress)}]
+
+
+def tool(name: str, args: argparse.Namespace, progress: Progress) -> list[Result]:
+    """What an export takes in two checkouts, of the weights shipped with the second where it has some of that model."""
+    arguments = ["--model", name, f"--{args.precision}", "--engine", "none"]
+    for weights in sorted((args.tool[1] / "resnet/checkpoints").glob(f"{name}-*.safetensors"))[:1]:
+        arguments += ["--weights", str(weights.resolve())]
+    return [{"model": name, **compare_checkouts(args.tool, arguments, progress)}]
 
 
 if __name__ == "__main__":

@@ -128,6 +128,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_preprocessing_flags(parser, "that of the weights, else ImageNet's")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default build/<model>-<precision>")
     parser.add_argument("--json", action="store_true", help="the summary as one JSON object on stdout")
+    parser.add_argument(
+        "--profile", action="store_true", help="say what each step used of CPU time and memory; --json always does"
+    )
     return parser.parse_args(argv)
 
 
@@ -242,10 +245,11 @@ with importing("export"):
     from export import ExportResult, export_bundle
     from export.base.batch import UINT8
     from export.base.errors import printable
+    from export.base.usage import StepUsage
     from export.pipeline import PARITY_IMAGES
     from export.runtime.bundle.folder import check_output
     from export.sample_inputs import byte_crops, crops, photographs
-    from export.terminal.console import Progress, print_accuracy, print_quantisation, print_rungs
+    from export.terminal.console import Progress, print_accuracy, print_quantisation, print_rungs, print_usage
     from resnet.data.calibration_pictures import PictureInputs, open_calibration
     from resnet.data.files import picture_files
     from resnet.data.labelled import LabelledInputs
@@ -282,9 +286,9 @@ def export(args: argparse.Namespace) -> int:
     """Export what the arguments describe and say what was found; the exit code, which is 1 for what is not equal."""
     check(args)
     source = taking(args.input, describe_source(args))
-    with Progress() as progress:
+    with Progress(measured=args.profile or args.json) as progress:
         result, classes = run(args, source, progress)
-    summarise(args, source, classes, result)
+    summarise(args, source, classes, result, progress.usage.steps if progress.usage else ())
     return 0 if result else 1
 
 
@@ -529,9 +533,18 @@ def some(names: Sequence[str]) -> str:
 
 
 def summarise(
-    args: argparse.Namespace, source: Source, classes: tuple[tuple[str, ...], str] | None, result: ExportResult
+    args: argparse.Namespace,
+    source: Source,
+    classes: tuple[tuple[str, ...], str] | None,
+    result: ExportResult,
+    usage: Sequence[StepUsage] = (),
 ) -> None:
-    """What was found and, last, what to do next; `classes` with who said what they are called."""
+    """What was found and, last, what to do next.
+
+    Args:
+        classes: with who said what they are called.
+        usage: of each step, where it was measured.
+    """
     coverage, report = result.coverage, result.report
     if args.json:
         record = {
@@ -549,6 +562,7 @@ def summarise(
             "files": dict(result.files),
             "skipped": dict(result.skipped),
             "seconds": round(result.seconds, 1),
+            "profile": [step.to_json() for step in usage],
             **report.to_json(),
         }
         print(in_flags(json.dumps(record)))
@@ -588,6 +602,8 @@ def summarise(
         print(in_flags(line))
     for weakness in report.evidence.weaknesses:
         print(in_flags(f"weak evidence: {weakness}"))
+    if usage:
+        print_usage(usage)
     if args.weights is None:
         print("UNTRAINED weights: this checks the export, not the network; give --weights to deploy")
     print(f"{in_flags(report.verdict)} ({report.images} images, {result.seconds:.0f} s)")

@@ -45,7 +45,7 @@ class Batch:
 
 
 DEFAULT_BATCH = Batch(1, 8, 32)
-_PIXELS_AT_ONCE = 2**21  # 32 images of 256 x 256: 0.5 GB for each value of 64 channels in float32
+_PIXELS_AT_ONCE = 8 * 224**2  # 26 MB for each value of 16 channels and as many pixels in float32
 
 
 def as_batch(value: Batch | tuple[int, int, int] | int) -> Batch:
@@ -105,7 +105,12 @@ def run_in_batches(infer: Callable[[Inputs], Arrays], inputs: Inputs, batch: Bat
 
 def at_once(inputs: Inputs) -> int:
     """How many images like these to compute on together, by the memory of their values; at least two."""
-    return max(2, _PIXELS_AT_ONCE // max(1, sum(map(_pixels, inputs.values()))))
+    return max(2, _PIXELS_AT_ONCE // pixels_of(inputs))
+
+
+def pixels_of(inputs: Inputs) -> int:
+    """Of an image, in all inputs together; at least 1."""
+    return max(1, sum(map(_pixels, inputs.values())))
 
 
 def _pixels(values: NDArray) -> int:

@@ -20,6 +20,7 @@ from export.base.batch import count_of
 from export.base.precision import Precision
 from export.criteria.outputs import depends_on_input
 from export.fusion.capture import plain_torch
+from export.fusion.casting import converted
 from export.fusion.nodes import (
     args_of,
     aten,
@@ -62,13 +63,17 @@ def check_evidence(
         references: all inputs, what float64 makes of them and what rounding does to that.
         precision: of the forms that are compared.
     """
+    several = len(references.inputs) > 1
+    dtype = (
+        torch.float64 if several else torch.float32
+    )  # a share or a size takes no more; what leaving one out changes does
+    source = converted(source, dtype)
     dependent = depends_on_input(source)
     observer = _Observer(source, dependent, precision)
     with plain_torch():
-        returned = observer.run(*(x.double() for x in shown.values()))
+        returned = observer.run(*(x.to(dtype) for x in shown.values()))
     untrained = _default_statistics(source)
     weaknesses = [*untrained, *observer.weaknesses]
-    several = len(references.inputs) > 1
     for name, values in references.inputs.items():
         if not _spread(values) > OUTPUT_SIGNAL * _noise(precision) * _norm(values):
             weaknesses.append(f"{f'inputs of {name}' if several else 'inputs'} hardly differ between images")
@@ -201,7 +206,7 @@ class _Observer(fx.Interpreter):
         return value
 
     def _look_at_relu(self, n: fx.Node, pre: Tensor) -> None:
-        self.active.append((pre > 0).double().mean().item())
+        self.active.append(torch.count_nonzero(pre > 0).item() / pre.numel())
         clear, vector = self._clear * _rms(pre), pre.numel() < _FEW_CHANNELS * len(pre)
         if not bool((pre > clear).any()):
             self._say(n, "no value behind the ReLU is positive", vector)
@@ -233,7 +238,7 @@ class _Observer(fx.Interpreter):
 
 def _rms(values: Tensor) -> float:
     """Per element: a gate [N, C, 1, 1] is as large as the values it is spread over."""
-    return values.double().square().mean().sqrt().item()
+    return torch.linalg.vector_norm(values, dtype=torch.float64).item() / values.numel() ** 0.5
 
 
 def _not_negative(node: object, depth: int = 20) -> bool:

@@ -14,6 +14,7 @@ from the wrong place is an error here, not part of the reference.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +53,8 @@ _SEVERAL = 3.0  # sigmas: more than rounding does to most values
 _BY_CHANCE = 1e-6  # the share of right operators of few values that may be refused
 _EXACT = 1e-9  # relative, of float64 sums in another order
 _DRIFT = 4.9  # standard deviations of a mean, beyond which one in a million is
-_RESULTS = 2**20
+_RESULTS = 2**17  # four times as many as show that a sum is truncated after every product: see test_accumulators
+_TILE = 2**19  # values of a result that are looked at together: 4 MB in float64
 
 
 def check_operators(
@@ -131,7 +133,8 @@ def _check_node(
     if values is None:
         return None
     own = _precision_of(program, node, precision)
-    check = _check(program, own, node, values, separate_addition)
+    check = _passed(program, own, node, values, separate_addition)
+    check = check or _check(program, own, node, values, separate_addition)
     if check or check.fault is None or own.name == "fp32":
         return check
     y, y64 = values[node.name].double(), _expected_of(program, node, values, own.dtype)
@@ -282,6 +285,90 @@ def _value(node: fx.Node, trace: Mapping[str, Tensor]) -> Any:
     return target(*fx.node.map_arg(node.args, found.__getitem__), **fx.node.map_arg(node.kwargs, found.__getitem__))
 
 
+def _passed(
+    program: FusedProgram,
+    precision: Precision,
+    node: fx.Node,
+    values: Mapping[str, Tensor],
+    separate_addition: bool,
+) -> OperatorCheck | None:
+    """The check of an operator that passes, made of a few images at a time, which lie in the processor's caches.
+
+    None where it does not pass, or where that takes looking at more: `_check` then sees all of it.
+    """
+    shown, y, dtype = [node, *_activations(node)], values[node.name], precision.dtype
+    if not all(fits(n, values[n.name].shape) for n in shown):
+        return None
+    weighs_in = precision.name != "fp32" and any(constant(program.master, n) is not None for n in node.all_input_nodes)
+    rows = max(1, _TILE * len(y) // max(1, y.numel())) if _by_image(shown) else max(1, len(y))
+    sampled = max(1, _RESULTS * len(y) // max(1, y.numel())) if weighs_in else 0
+    squares, peak, count, kept = 0.0, 0.0, 0, []
+    for start in range(0, len(y), rows):
+        part = {n.name: values[n.name][start : start + rows] for n in shown}
+        found = _looked_at(program, precision, node, part, separate_addition)
+        if found is None:
+            return None
+        squares, peak, count = squares + found.squares, max(peak, found.peak), count + found.count
+        if start < sampled:
+            kept.append((found.y64, found.pre))
+    limits = (rms_limit(count), MAX_Z[dtype])
+    rms = (squares / max(count, 1)) ** 0.5
+    if _why_not(rms, peak, *limits, 0):
+        return None
+    if sampled:
+        y64, pre = (torch.cat(parts) for parts in zip(*kept, strict=True))
+        beyond = _beyond_weights(
+            program, precision, node, values, separate_addition, y64[:sampled], pre[:sampled], False
+        )
+        if beyond is not None and beyond.why_not(limits[1]):
+            return None
+    return OperatorCheck(module_path(node), schema_name(node), rms, peak, *limits)
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Some images of an operator with nothing wrong that shows in each value: z^2 summed, its peak, how many live."""
+
+    y64: Tensor
+    pre: Tensor
+    squares: float
+    peak: float
+    count: int
+
+
+def _looked_at(
+    program: FusedProgram, precision: Precision, node: fx.Node, values: Mapping[str, Tensor], separate_addition: bool
+) -> _Tile | None:
+    """z of some images; None where a value is broken, lost to underflow, or alive behind a closed ReLU."""
+    y, leaves = values[node.name].double(), {}
+    for n in _activations(node):
+        held, x = values[n.name], _rounded(values[n.name], precision.dtype)
+        if not bool(torch.isfinite(x).all()):
+            return None
+        if x.dtype != held.dtype and bool((_faint(held, precision.dtype) & (x != held)).any()):
+            return None
+        leaves[str(source_name(n))] = x.double()
+    try:
+        y64, pre = _expected(program.source, node, leaves)
+    except ValueError:
+        return None
+    bound = _allowed(program, precision, node, values, separate_addition, pre)
+    difference = (y - y64).abs_().float()
+    z = (difference / bound.sigma).masked_fill_(difference == 0, 0.0)
+    alive = pre is not y64 and bool(((y != 0) & (bound.upper < 0)).any())
+    peak = z.max().item() if len(z) else 0.0
+    if alive or not math.isfinite(peak):
+        return None
+    return _Tile(y64, pre, z.square().sum().item(), peak, int(torch.count_nonzero((y != 0) | (y64 != 0))))
+
+
+def _by_image(nodes: list[fx.Node]) -> bool:
+    """Whether the rows of all these values are the images of a batch of any size."""
+    sizes = [n.meta["val"].shape[0] if n.meta["val"].dim() else 0 for n in nodes]
+    expressions = [size.node.expr for size in sizes if isinstance(size, torch.SymInt)]
+    return len(expressions) == len(sizes) and all(e.is_Symbol and e == expressions[0] for e in expressions)
+
+
 def _check(
     program: FusedProgram,
     precision: Precision,
@@ -331,7 +418,12 @@ def _check(
     alive = 0 if dead is None else int((y[dead] != 0).sum())
     reason = _why_not(rms, peak, *limits, alive)
     if weights and precision.name != "fp32" and not alive:
-        beyond = _beyond_weights(program, precision, node, values, separate_addition, y64, pre, bool(reason))
+        few = len(y64) if reason else max(1, _RESULTS * len(y64) // y64.numel())
+        beyond = None
+        if _same_weights(program, precision, node, values, y64[:few]):
+            beyond = _beyond_weights(
+                program, precision, node, values, separate_addition, y64[:few], pre[:few], bool(reason)
+            )
         if beyond is not None and not (reason and _flushes(weights, dtype)):
             wrong = beyond.why_not(limits[1])
             if bool(wrong) is not bool(reason):
@@ -389,28 +481,12 @@ def _beyond_weights(
     All values of an output channel share one rounding of its weights: of one channel, or few, one in nine is beyond the
     limit on the mean with nothing wrong. So that part is taken out of the error and out of what is allowed. It would
     also hide sums that are rounded to 16 bits now and then, which costs as much, and sums that are truncated, which
-    draws all results towards 0. None where with the weights of float64 the operator is not the captured one: they are
-    wrong, however they are rounded. Looked at is `every` image, or as many as have a million results; and of these what
-    has no activation but a ReLU behind it, which hides nothing of the sum that is rounded.
+    draws all results towards 0. Looked at are the first images, as many as `y64` has: `every` one or as many as have
+    _RESULTS results; and of these what has no activation but a ReLU behind it, which hides nothing of the sum that is
+    rounded.
     """
-    count = len(y64) if every else max(1, _RESULTS * len(y64) // y64.numel())
-    values = {name: value[:count] if value.shape[:1] == y64.shape[:1] else value for name, value in values.items()}
-    y64, pre = y64[:count], pre[:count]
-
-    def run(dtype: torch.dtype) -> Tensor:
-        def value_of(n: fx.Node) -> Tensor:
-            held = constant(program.master, n)
-            value = _rounded(values[n.name], precision.dtype) if held is None else _rounded(held, dtype)
-            layout = torch.channels_last if value.dim() == 4 else torch.contiguous_format
-            return value.to(torch.float64, memory_format=layout)
-
-        target: Any = node.target
-        result: Tensor = target(*fx.node.map_arg(node.args, value_of), **fx.node.map_arg(node.kwargs, value_of))
-        return result
-
-    if not float((run(torch.float64) - y64).norm()) <= _EXACT * float(y64.norm()):
-        return None
-    y, expected = values[node.name].double(), run(precision.dtype)
+    values = _first(values, node, len(y64))
+    y, expected = values[node.name].double(), _with_weights(program, precision, node, values, precision.dtype)
     bare = node.meta.get("before_activation") is None and pre.shape == expected.shape  # a ReLU at most is behind it
     if not (bare or every):
         return None
@@ -444,6 +520,36 @@ def _beyond_weights(
         _scatter(torch.zeros_like(expected).masked_scatter(live, signed), live),
         length / 8 * UNIT_ROUNDOFF[torch.float32] / precision.roundoff + 4 * precision.roundoff,
     )
+
+
+def _same_weights(
+    program: FusedProgram, precision: Precision, node: fx.Node, values: Mapping[str, Tensor], y64: Tensor
+) -> bool:
+    """Whether with the weights of float64 an operator is the captured one; else they are wrong, however rounded."""
+    exact = _with_weights(program, precision, node, _first(values, node, len(y64)), torch.float64)
+    return float((exact - y64).norm()) <= _EXACT * float(y64.norm())
+
+
+def _first(values: Mapping[str, Tensor], node: fx.Node, count: int) -> dict[str, Tensor]:
+    """What an operator read and computed of the first images."""
+    rows = len(values[node.name])
+    return {name: value[:count] if len(value) == rows else value for name, value in values.items()}
+
+
+def _with_weights(
+    program: FusedProgram, precision: Precision, node: fx.Node, values: Mapping[str, Tensor], dtype: torch.dtype
+) -> Tensor:
+    """What an operator makes in float64 of what it read, with its weights rounded to a type."""
+
+    def value_of(n: fx.Node) -> Tensor:
+        held = constant(program.master, n)
+        value = _rounded(values[n.name], precision.dtype) if held is None else _rounded(held, dtype)
+        layout = torch.channels_last if value.dim() == 4 else torch.contiguous_format
+        return value.to(torch.float64, memory_format=layout)
+
+    target: Any = node.target
+    result: Tensor = target(*fx.node.map_arg(node.args, value_of), **fx.node.map_arg(node.kwargs, value_of))
+    return result
 
 
 def _scatter(values: Tensor, live: Tensor) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import inspect
 import logging
 import re
@@ -51,6 +52,18 @@ def plain_torch() -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(default_dtype)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No garbage collection: tracing makes a million objects, all of which it would look at many times over."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def eager_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -214,7 +227,7 @@ def capture(model: nn.Module, example: Example, batch: Batch) -> fx.GraphModule:
     size = batch.minimum if batch.static else max(2, min(batch.optimum, batch.maximum))
     dim = None if batch.static else {0: torch.export.Dim("batch", min=batch.minimum, max=batch.maximum)}
     dynamic: Any = None if dim is None else (dim,) if list(inputs) == [INPUT] else dict.fromkeys(inputs, dim)
-    with plain_torch(), warnings.catch_warnings():
+    with plain_torch(), uncollected(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         duplicate = eager_copy(model, torch.float32)
         renamed = _rename_meta(duplicate)
@@ -299,6 +312,7 @@ def _exported(
         try:
             with _no_logs(), nullcontext() if strict else _ExactParts(), _no_decisions(model, name):
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=strict)
+            with _no_logs():
                 return program.run_decompositions({})  # no decomposition: only in-place operators go
         except ExportError:
             raise

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from export.base.errors import ExportError
 from export.fusion.nodes import (
@@ -50,7 +50,8 @@ def converted(
     Raises:
         ExportError: a finite constant has no finite value in its type; names it and the layer that reads it.
     """
-    result = deep_copy(graph_module)
+    constants = [*graph_module.parameters(), *graph_module.buffers()]
+    result = deep_copy(graph_module, shared=constants)  # until each is cast
     types = _types(result, dtype, stays)
     for node in result.graph.nodes:
         if schema_name(node) in _SELECTS:
@@ -61,14 +62,19 @@ def converted(
     _separate_constants(result, types)
     _cast_between(result, types)
     readers = {str(node.target): node for node in result.graph.nodes if node.op == "get_attr"}
-    for name, tensor in [*result.named_parameters(), *result.named_buffers()]:
+    for name, tensor in [
+        *result.named_parameters(remove_duplicate=False),
+        *result.named_buffers(remove_duplicate=False),
+    ]:
         if tensor.is_floating_point():
             reader = readers.get(name)
             layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
-            cast = tensor.detach().to(types[reader] if reader else dtype, memory_format=layout)
+            cast = tensor.detach().to(types[reader] if reader else dtype, memory_format=layout, copy=True)
             if refuse and not bool(torch.isfinite(cast).all()):
                 _refuse(tensor, cast.dtype, name, reader)
-            tensor.data = cast
+            owner, _, attribute = name.rpartition(".")
+            value = nn.Parameter(cast, requires_grad=False) if isinstance(tensor, nn.Parameter) else cast
+            setattr(result.get_submodule(owner), attribute, value)
     result.recompile()
     return result
 

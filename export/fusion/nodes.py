@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from typing import Any, TypeGuard, TypeVar
 
@@ -28,11 +28,12 @@ def duplicate(graph_module: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(graph_module, deep_copy(graph_module.graph))
 
 
-def deep_copy(value: _T) -> _T:
-    """A copy of a graph, or of a module with its graph and parameters."""
+def deep_copy(value: _T, shared: Iterable[Tensor] = ()) -> _T:
+    """A copy of a graph, or of a module with its graph and parameters but for those that are `shared`."""
+    memo = {id(tensor): tensor for tensor in shared}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, of copying the structure of the output
-        return copy.deepcopy(value)
+        return copy.deepcopy(value, memo)
 
 
 NAME = "input"  # key of a placeholder's meta: the parameter of forward that it is, of several

@@ -34,6 +34,7 @@ from export.fusion.passes import DEFAULT_LEVEL, FOLDING, LEVELS
 from export.fusion.passes.fold_batchnorm import constant_channels
 
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.\w+)+", re.ASCII)  # the name of a module within another
+_SINGLE = "single"  # what a program calls its graph in float32 among its modules
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,15 @@ class FusedProgram(nn.Module):
         self.inputs = {name: tuple(node.meta["val"].shape[1:]) for name, node in input_nodes(source).items()}
         self.kept: frozenset[str] = frozenset()
         self.coverage = _coverage(source, master)
-        self.graph_module = self.at(PRECISIONS["fp32"])
+
+    @property
+    def graph_module(self) -> fx.GraphModule:
+        """The fused graph in float32; made when it is first asked for, which an export may never do."""
+        if _SINGLE not in self._modules:
+            self.add_module(_SINGLE, self.at(PRECISIONS["fp32"]))
+        graph_module = self._modules[_SINGLE]
+        assert isinstance(graph_module, fx.GraphModule)
+        return graph_module
 
     def keeping(self, names: Collection[str]) -> FusedProgram:
         """The same program with the operators of these names in float32; names are those of `operator_nodes`."""
@@ -116,8 +125,11 @@ class FusedProgram(nn.Module):
     def unfused_at(self, graph_module: fx.GraphModule, precision: Precision) -> fx.GraphModule:
         """`source` or `folded` in `precision`, with what the kept operators replaced in float32.
 
-        A weight outside the range of the type is infinite, as it is in the user's model when that is cast.
+        A weight outside the range of the type is infinite, as it is in the user's model when that is cast. Where that
+        is what it is already, it is the graph itself.
         """
+        if precision.dtype == torch.float64 and not self.kept:
+            return graph_module
         values = self._kept_values
         return converted(graph_module, precision.dtype, lambda node: source_name(node) in values, refuse=False)
 

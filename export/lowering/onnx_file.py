@@ -17,7 +17,7 @@ from export.base.batch import FLOAT32, INPUT, UINT8, Batch
 from export.base.errors import ExportError, first_line
 from export.base.normalisation import SCALE, Normalisation
 from export.base.precision import Precision
-from export.fusion.capture import plain_torch
+from export.fusion.capture import plain_torch, uncollected
 from export.fusion.interpreter import GraphInterpreter
 from export.fusion.nodes import (
     FUSED_OPERATORS,
@@ -212,7 +212,7 @@ def _translate(
     for log in logs:
         log.setLevel(logging.ERROR)
     try:
-        with plain_torch(), warnings.catch_warnings():
+        with plain_torch(), uncollected(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             exported = torch.onnx.export(
                 _Boundary(graph_module, precision.dtype, shown).eval(),

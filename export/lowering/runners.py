@@ -132,7 +132,7 @@ class ProgramRunner(Runner):
     def _run(self, inputs: Inputs) -> Arrays:
         with plain_torch(), WideConvolutions(), _says_what_type(self._precision):
             outputs = self._call(*cast(inputs, self._precision.dtype, self._device).values())
-        return self._named(arrays(returned_tensors(self._program.graph_module, outputs)))
+        return self._named(arrays(returned_tensors(self._program.master, outputs)))
 
     def trace(self, inputs: Inputs) -> dict[str, Tensor]:
         self._interpreter.values = {}
@@ -150,7 +150,7 @@ class TracedOnnxRunner(OnnxRunner):
     ) -> None:
         """`artefact` is the name of the file in the bundle; `rounded` as in `open_file`, by default by precision."""
         rounded = runs_rounded(precision.name, artefact) if rounded is None else rounded
-        super().__init__(file.serialize, file.interface, rounded)
+        super().__init__(file.serialize, file.interface, rounded, lasts=False)
         self._onnx_file, self.name, self.file = file, ONNX_FORMS[artefact], artefact
 
     def trace(self, inputs: Inputs) -> dict[str, Tensor]:
@@ -159,13 +159,18 @@ class TracedOnnxRunner(OnnxRunner):
         The copy rounds after every node: left to itself, ONNX Runtime drops a rounding where two casts
         follow each other, and the values would not be those a 16-bit device computes.
         """
+        self._session = None  # two at a time would hold the weights twice
         copy, places = rounded_copy(self._onnx_file.model), self._onnx_file.values
         outputs = {value.name for value in copy.graph.output}
         names = list(dict.fromkeys(value for value in places.values() if value not in inputs))
         if not names:
             return {}
         copy.graph.output.extend(onnx.helper.make_empty_tensor_value_info(v) for v in names if v not in outputs)
-        found = self._compute(open_session(copy.SerializeToString()), names, inputs)
+        content = copy.SerializeToString()
+        del copy  # as large as the weights in float32, as is `content`, which the session reads
+        session = open_session(content, lasts=False)
+        del content
+        found = self._compute(session, names, inputs)
         values = dict(zip(names, found, strict=True)) | dict(inputs)
         return {node: torch.from_numpy(values[value]) for node, value in places.items()}
 

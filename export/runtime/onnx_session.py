@@ -18,6 +18,7 @@ from export.runtime.onnx_wire import refuse_external_data
 from export.runtime.runner import Interface, TimedRunner
 
 ONNX_FILE = "model.onnx"
+_MOST_SHAPE_BYTES = 4096  # of a constant that shapes may follow from
 CPU_ONNX_FILE = "model.cpu.onnx"  # beside it in int8, where one file cannot suit every runtime
 ONNX_FORMS = {CPU_ONNX_FILE: "onnx cpu", ONNX_FILE: "onnx"}  # what ONNX Runtime runs, the first that there is
 
@@ -64,7 +65,7 @@ def runs_rounded(precision: str, file: str) -> bool:
 
 
 class OnnxRunner(TimedRunner):
-    """An ONNX file in ONNX Runtime on the CPU. Its session lives between enter and exit."""
+    """An ONNX file in ONNX Runtime on the CPU. Its session lives from its first batch to the exit."""
 
     name, runtime = "onnx", "onnxruntime"
 
@@ -74,6 +75,7 @@ class OnnxRunner(TimedRunner):
         interface: Interface,
         rounded: bool = False,
         threads: int = 0,
+        lasts: bool = True,
     ) -> None:
         """Nothing is read yet.
 
@@ -82,25 +84,30 @@ class OnnxRunner(TimedRunner):
             interface: its inputs and outputs by their names in the file.
             rounded: as in `open_file`.
             threads: that run an operator; 0 leaves it to ONNX Runtime.
+            lasts: as in `open_session`.
         """
         super().__init__(interface)
-        self._read, self._rounded, self._threads = read, rounded, threads
+        self._read, self._rounded, self._threads, self._lasts = read, rounded, threads, lasts
+        self._inputs: Arrays = {}
 
     def __enter__(self) -> Self:
         self.runtime = f"onnxruntime {import_onnxruntime().__version__}"
-        self._session = open_file(self._read(), self._rounded, self._threads)
-        narrow = {entry.name for entry in self._session.get_inputs() if entry.type == "tensor(float16)"}
-        self._inputs: Arrays = {
-            name: np.empty(0, np.float16 if name in narrow else self.interface.dtype) for name in self.interface.inputs
-        }
+        self._session: Any = None
         return self
 
     def __exit__(self, *error: object) -> None:
-        del self._session, self._inputs
+        self._session, self._inputs = None, {}
+
+    def _open(self) -> None:
+        self._session = open_file(self._read(), self._rounded, self._threads, self._lasts)
+        narrow = {entry.name for entry in self._session.get_inputs() if entry.type == "tensor(float16)"}
+        self._inputs = {
+            name: np.empty(0, np.float16 if name in narrow else self.interface.dtype) for name in self.interface.inputs
+        }
 
     def load(self, x: NDArray) -> None:
         """Copy the batch to where it stays; `x` may be a tensor on the CPU."""
-        (name,) = self._inputs
+        (name,) = self.interface.inputs
         self._put(name, np.asarray(x))
 
     def step(self) -> list[NDArray]:
@@ -112,6 +119,8 @@ class OnnxRunner(TimedRunner):
         return self._named(self.step())
 
     def _put(self, name: str, x: NDArray) -> None:
+        if self._session is None:
+            self._open()
         if self._inputs[name].shape != x.shape:
             self._inputs[name] = np.empty(x.shape, self._inputs[name].dtype)
         np.copyto(self._inputs[name], x, casting="same_kind")
@@ -125,8 +134,8 @@ class OnnxRunner(TimedRunner):
         return values
 
 
-def open_file(content: bytes, rounded: bool, threads: int = 0) -> Any:
-    """A session for an exported file, or for its `rounded_copy`; `threads` as in `OnnxRunner`.
+def open_file(content: bytes, rounded: bool, threads: int = 0, lasts: bool = True) -> Any:
+    """A session for an exported file, or for its `rounded_copy`; `threads` and `lasts` as in `OnnxRunner`.
 
     Raises:
         MissingDependency: ONNX Runtime is not installed.
@@ -139,14 +148,20 @@ def open_file(content: bytes, rounded: bool, threads: int = 0) -> Any:
             content = rounded_copy(onnx.load_model_from_string(content)).SerializeToString()
         except Exception as error:  # of protobuf, or of shape inference
             raise ExportError(f"expected an ONNX file ({first_line(error)})") from error
-    return open_session(content, threads)
+    return open_session(content, threads, lasts)
 
 
-def open_session(content: bytes, threads: int = 0) -> Any:
-    """A session for the file as it is; raises as `open_file` does."""
+def open_session(content: bytes, threads: int = 0, lasts: bool = True) -> Any:
+    """A session for the file as it is; raises as `open_file` does.
+
+    One that does not last, for a few batches, keeps no memory and no second layout of the weights.
+    """
     options = import_onnxruntime().SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
+    if not lasts:
+        options.enable_cpu_mem_arena = False
+        options.add_session_config_entry("session.disable_prepacking", "1")
     return _session(content, options)
 
 
@@ -182,18 +197,22 @@ def rounded_copy(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     onnx = import_onnx()
     narrow_types = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
-    try:
-        inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True)
-    except onnx.shape_inference.InferenceError as error:
-        raise ExportError(f"the ONNX file has shapes that ONNX does not infer: {first_line(error)}") from error
-    types = {value.name: value.type.tensor_type.elem_type for value in inferred.graph.value_info}
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     for tensor in copy.graph.initializer:
-        if tensor.data_type in narrow_types:
-            wide = onnx.numpy_helper.to_array(tensor).astype(np.float32)
-            tensor.CopyFrom(onnx.numpy_helper.from_array(wide, tensor.name))
+        if len(tensor.raw_data) > _MOST_SHAPE_BYTES:
+            tensor.ClearField("raw_data")  # of weights: shape inference would copy them three times
+    try:
+        inferred = onnx.shape_inference.infer_shapes(copy, strict_mode=True)
+    except onnx.shape_inference.InferenceError as error:
+        raise ExportError(f"the ONNX file has shapes that ONNX does not infer: {first_line(error)}") from error
+    types = {value.name: value.type.tensor_type.elem_type for value in inferred.graph.value_info}
+    copy.CopyFrom(model)
     nodes = []
+    for tensor in copy.graph.initializer:
+        if tensor.data_type in narrow_types:  # half the size of what it is cast to when the file is loaded
+            name, tensor.name = tensor.name, f"{tensor.name}/stored"
+            nodes.append(onnx.helper.make_node("Cast", [tensor.name], [name], to=onnx.TensorProto.FLOAT))
     for node in model.graph.node:
         narrow = {name: types[name] for name in node.output if types.get(name) in narrow_types}
         wide_node = onnx.NodeProto()

@@ -124,3 +124,22 @@ def print_export_step(record: Mapping[str, Any]) -> str:
             table.add_row(row["step"], f"{row['median_s']:.2f}", f"{row['times_torch']:.2f}")
         print_table(table)
     return f"next: {typed('export')} --model {record['results'][-1]['model']}"
+
+
+def print_tool(record: Mapping[str, Any]) -> str:
+    """Print on stdout what an export took in each checkout; returns the last line."""
+    machine, ratios = record["machine"], []
+    for result in record["results"]:
+        title = f"export {' '.join(result['arguments'])}: median of {result['rounds']}; {machine['cpus']} CPUs"
+        table = Table("checkout", title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        for heading in ("CPU s", "wall s", "peak MB"):
+            table.add_column(heading, justify="right")
+        for row in result["rows"]:
+            table.add_row(row["checkout"], f"{row['cpu_s']:.1f}", f"{row['wall_s']:.1f}", f"{row['peak_mb']:.0f}")
+        ratio = result["ratios"]
+        table.add_row("ratio", *(f"{ratio[figure]:.2f}" for figure in ("cpu_s", "wall_s", "peak_mb")))
+        print_table(table)
+        ratios.append(
+            f"{result['model']} {ratio['cpu_s']:.2f} CPU, {ratio['wall_s']:.2f} wall, {ratio['peak_mb']:.2f} memory"
+        )
+    return f"the second in units of the first: {'; '.join(ratios)}"

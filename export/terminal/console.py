@@ -18,6 +18,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from export.base.usage import StepUsage, UsageMeter
 from export.runtime.onnx_session import CPU_ONNX_FILE
 from export.runtime.parity.accuracy import Accuracy
 from export.runtime.parity.rungs import RUNG_HEADINGS, Quantisation
@@ -41,9 +42,14 @@ def stderr_console() -> Console:
 
 
 class Progress:
-    """Says on stderr which step runs and how long each took: a spinner on a terminal, plain lines elsewhere."""
+    """Says on stderr which step runs and how long each took: a spinner on a terminal, plain lines elsewhere.
 
-    def __init__(self) -> None:
+    Attributes:
+        usage: what each step used, once it is done; None where nobody asked for it.
+    """
+
+    def __init__(self, measured: bool = False) -> None:
+        self.usage = UsageMeter() if measured else None
         self._console = stderr_console()
         self._spinner = Spinner("dots")
         self._live = Live(self._spinner, console=self._console, transient=True, redirect_stdout=sys.stdout.isatty())
@@ -60,6 +66,8 @@ class Progress:
     def __call__(self, step: str) -> None:
         """Begin the next step; the one before it is done."""
         self._finish()
+        if self.usage is not None and not self.usage.steps:
+            self.usage.end("start")
         self._step, self._started = step, time.perf_counter()
         if self._console.is_terminal:
             self._spinner.update(text=Text(step))
@@ -76,6 +84,8 @@ class Progress:
     def _finish(self) -> None:
         if self._step is not None:
             self.say(f"{time.perf_counter() - self._started:7.1f} s  {self._step}")
+            if self.usage is not None:
+                self.usage.end(self._step)
         self._step = None
 
 
@@ -105,6 +115,22 @@ def images_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
         yield line
     console.print(f"{time.perf_counter() - started:7.1f} s  {what}: {total} images", markup=False)
+
+
+def print_usage(steps: Sequence[StepUsage]) -> None:
+    """Print on stdout what each step of a run used, and what all of them did."""
+    table = Table(title="where it went", title_justify="left", header_style="bold", box=box.SIMPLE_HEAD)
+    table.add_column("step")
+    for heading in ("CPU s", "wall s", "peak MB"):
+        table.add_column(heading, justify="right")
+    peaks = [step.peak_mb for step in steps if step.peak_mb is not None]
+    total = StepUsage(
+        "all", sum(step.cpu_s for step in steps), sum(step.wall_s for step in steps), max(peaks, default=None)
+    )
+    for step in (*steps, total):
+        peak = "" if step.peak_mb is None else f"{step.peak_mb:.0f}"
+        table.add_row(Text(step.step), f"{step.cpu_s:.1f}", f"{step.wall_s:.1f}", peak)
+    print_table(table)
 
 
 def print_accuracy(accuracy: Sequence[Accuracy]) -> None:

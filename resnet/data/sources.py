@@ -5,6 +5,7 @@ A source is `digits`, the archive of CIFAR-10 or CIFAR-100 (as downloaded or unp
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Collection
 from dataclasses import replace
@@ -148,12 +149,13 @@ def _digits() -> LabelledImages:
 
     Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository.
     """
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    pictures = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    classes = tuple(str(digit) for digit in digits.target_names)
-    return LabelledImages("digits", classes, digits.target.astype(np.int64), pictures, mirrored=False)
+    spec = importlib.util.find_spec("sklearn")  # its files without its modules, which take a second to import
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
+    rows = np.loadtxt(Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+    pictures = np.round(rows[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    classes = tuple(str(digit) for digit in range(10))
+    return LabelledImages("digits", classes, rows[:, -1].astype(np.int64), pictures, mirrored=False)
 
 
 def _class_folders(root: Path) -> dict[str, LabelledImages]:

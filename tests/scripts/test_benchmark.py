@@ -28,7 +28,7 @@ from export.benchmark.timing import Clock, cpu_turn, cuda_turn, measure
 from export.benchmark.workload import Work
 from export.fusion.passes import LEVELS
 from export.sample_inputs import crops, photographs
-from export.terminal.benchmark_tables import print_comparison, print_floors
+from export.terminal.benchmark_tables import print_comparison, print_floors, print_tool
 from resnet.initialise import initialise
 from resnet.models import create_model
 from tests.scripts.loading import load_script, run_here
@@ -314,6 +314,37 @@ def test_export_step(monkeypatch: pytest.MonkeyPatch) -> None:
     for label in ("torch.onnx.export", "ONNX step, fp32", "capture, fuse and ONNX step, fp16", "median s", "1.00"):
         assert label in out
     assert out.splitlines()[-1] == "next: python scripts/export.py --model resnet8"
+
+
+def checkout(folder: Path, body: str) -> Path:
+    """One whose export does what `body` says."""
+    (folder / "scripts").mkdir(parents=True)
+    (folder / "scripts/export.py").write_text(f"import subprocess, sys, time\n{body}\n")
+    return folder
+
+
+BUSY = "while time.process_time() < {}: pass"
+
+
+def test_two_checkouts_are_compared_with_all_that_they_start(tmp_path: Path) -> None:
+    child = f"subprocess.run([sys.executable, '-c', 'import time\\nx = b\"x\" * 10**8\\n{BUSY.format(0.4)}'])"
+    one = checkout(tmp_path / "one", f"open('ran', 'a').write(' '.join(sys.argv[1:4]))\n{BUSY.format(0.2)}")
+    two = checkout(tmp_path / "two", f"import scripts.said\n{child}")
+    (two / "scripts/said.py").write_text("open('ran', 'a').write('again')")  # it imports its own modules
+    out = run_here("benchmark", "--model", "resnet8", "--tool", str(one), str(two), "--json")
+    (result,) = json.loads(out.stdout)["results"]
+    assert (one / "ran").read_text() == "--model resnet8 --fp16" * 3 and (two / "ran").read_text() == "again" * 3
+    first, second = result["rows"]
+    assert 0.2 <= first["cpu_s"] < 0.4 <= second["cpu_s"] and second["peak_mb"] > first["peak_mb"] + 80
+    assert result["ratios"] == {figure: second[figure] / first[figure] for figure in ("cpu_s", "wall_s", "peak_mb")}
+    assert print_tool({"machine": describe_machine(None), "results": [result]}).startswith("the second in units of")
+
+
+def test_a_checkout_that_fails_or_is_none_is_refused(tmp_path: Path) -> None:
+    broken = checkout(tmp_path / "broken", "sys.exit('no such flag')")
+    for path, said in ((broken, f"the export in {broken} fails: no such flag"), (tmp_path, "expected a checkout with")):
+        failed = run_here("benchmark", "--model", "resnet8", "--tool", str(path), str(path))
+        assert failed.returncode == 2 and said in failed.stderr
 
 
 @pytest.mark.gpu

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from export.base.batch import Arrays, Batch, Inputs, at_once, count_of, resized, rows_of, run_in_batches
+from export.base.batch import Arrays, Batch, Inputs, at_once, count_of, pixels_of, resized, rows_of, run_in_batches
 from export.base.errors import ExportError
+from export.base.memory import give_back
 from export.base.precision import Precision
 from export.runtime.parity.checks import OperatorChecks
 from export.runtime.parity.network import NetworkCheck, OutputKind, compare
@@ -21,6 +22,7 @@ from export.runtime.runner import Runner
 
 ENGINE_FACTOR = 3.0  # k for TensorRT, which chooses its own fusions and accumulation orders
 _OPERATOR_IMAGES = 4  # the operator criterion looks at every element: more images add time, not evidence
+_OPERATOR_PIXELS = 2**20  # of all images whose intermediate tensors are kept
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,9 @@ class Execution:
 
     Attributes:
         straight: its outputs for the images in order.
-        again: its outputs for the images, once or several times more: in reverse order, in batches of the smallest, the
-            optimal and the largest size that it takes, put back in order. A stale output or one that depends on its
-            neighbours differs.
+        again: its outputs for the images, once or several times more: at least half of them computed again, in reverse
+            order, in batches of the smallest, the optimal and the largest size that it takes, put back in order among
+            the others. A stale output or one that depends on its neighbours differs.
         trace: its intermediate tensors for the first images, empty where it does not show them.
         changed_input: whether it wrote to its input.
         seconds: per image of the first run after a warm-up.
@@ -74,26 +76,27 @@ class Execution:
 
 
 def execute(runner: Runner, inputs: Inputs, batch: Batch) -> Execution:
-    """Run a form twice over the images, the second time backwards and in batches of every size that matters."""
+    """Run a form backwards over half of the images or more, in batches of every size that matters, and over all."""
     untouched, count = {name: values.copy() for name, values in inputs.items()}, count_of(inputs)
     size = min(batch.maximum, at_once(inputs)) if runner.in_host_memory else batch.maximum
     with runner:
-        trace = runner.trace(operator_inputs(inputs, batch))
-        started = time.perf_counter()
-        straight = run_in_batches(runner.infer, inputs, batch, size)
-        seconds = (time.perf_counter() - started) / count
-        parts = []
-        for rows in mixed_rows(count, batch, size):
+        parts, mixed = [], mixed_rows(count, batch, size)
+        for rows in mixed:
             try:
                 parts.append(runner.infer(rows_of(inputs, rows)))
             except ExportError as error:
                 raise ExportError(f"in a batch of {len(rows)}, {error}") from error
+        started = time.perf_counter()
+        straight = run_in_batches(runner.infer, inputs, batch, size)
+        seconds = (time.perf_counter() - started) / count
+        give_back()
+        trace = runner.trace(operator_inputs(inputs, batch))
     return Execution(
         name=runner.name,
         runtime=runner.runtime,
         file=runner.file,
         straight=straight,
-        again=_rounds({name: np.concatenate([part[name] for part in parts]) for name in straight}, count),
+        again=_rounds(straight, np.concatenate(mixed), parts),
         trace=trace,
         changed_input=not all(np.array_equal(values, untouched[name]) for name, values in inputs.items()),
         seconds=seconds,
@@ -101,33 +104,38 @@ def execute(runner: Runner, inputs: Inputs, batch: Batch) -> Execution:
 
 
 def mixed_rows(count: int, batch: Batch, largest: int) -> list[NDArray[np.intp]]:
-    """Which of `count` images go into which batch: backwards, in each size that matters, until each was shown once.
+    """Which of `count` images go into which batch: backwards, in each size that matters, until half were shown.
 
-    Of more than `largest` a batch is made only where the form takes no fewer.
+    Of more than `largest` a batch is made only where the form takes no fewer; of `largest` none where the images in
+    order fill one.
     """
     sizes = sorted({max(batch.minimum, min(n, largest)) for n in (batch.minimum, batch.optimum, batch.maximum)})
-    sizes *= -(-count // sum(sizes))
+    if len(sizes) > 1 and sizes[-1] <= count:
+        sizes.pop()
+    sizes *= -(-count // (2 * sum(sizes)))
     backwards = np.resize(np.arange(count)[::-1], sum(sizes))
     return np.split(backwards, np.cumsum(sizes)[:-1])
 
 
-def _rounds(outputs: Arrays, count: int) -> tuple[Arrays, ...]:
-    """What was computed of the images in reverse order, over and over, as one set of all images for each time.
+def _rounds(straight: Arrays, rows: NDArray[np.intp], parts: Sequence[Arrays]) -> tuple[Arrays, ...]:
+    """What was computed of `rows`, over and over, as one set of all images for each time.
 
-    A criterion on a set weighs all images alike: where the last time is not complete, the first one's are taken.
+    A criterion on a set weighs all images alike: those that are not among the rows are as they were in order.
     """
-    total = len(next(iter(outputs.values())))
-    found = []
-    for start in range(0, total, count):
-        places = np.arange(start, start + count)
-        places = np.where(places < total, places, places - start)[::-1]
-        found.append({name: values[places] for name, values in outputs.items()})
+    outputs = {name: np.concatenate([part[name] for part in parts]) for name in straight}
+    found, count = [], count_of(straight)
+    for start in range(0, len(rows), count):
+        once = slice(start, start + count)
+        found.append({name: y.copy() for name, y in straight.items()})
+        for name, y in found[-1].items():
+            y[rows[once]] = outputs[name][once]
     return tuple(found)
 
 
 def operator_inputs(inputs: Inputs, batch: Batch) -> Arrays:
     """The images the operator criterion looks at: about four, fewer large ones, or the smallest batch allowed."""
-    return resized(inputs, max(batch.minimum, min(_OPERATOR_IMAGES, batch.maximum, at_once(inputs) // 2)))
+    fitting = max(1, _OPERATOR_PIXELS // pixels_of(inputs))
+    return resized(inputs, max(batch.minimum, min(_OPERATOR_IMAGES, batch.maximum, fitting)))
 
 
 def reference_rungs(references: References, precision: Precision) -> list[Rung]:
