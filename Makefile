@@ -32,7 +32,7 @@ lint: .venv/.installed
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --constraint constraints.txt --editable '.[export,onnxruntime,sign,tensorrt-rtx,train,dev]'
+	$(BIN)/pip install --constraint constraints.txt --editable '.[export,onnxruntime,openvino,sign,tensorrt-rtx,train,dev]'
 	touch $@
 
 clean:

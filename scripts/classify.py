@@ -20,6 +20,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("classify", __doc__)
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder written by export.py")
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="picture files")
+    parser.add_runtime()
     parser.add_argument("--json", action="store_true", help="the result as one JSON object on stdout")
     return parser.parse_args(argv)
 
@@ -51,7 +52,7 @@ def classify(args: argparse.Namespace) -> int:
     """Show the classes of every picture; the exit code."""
     bundle = open_bundle(args.bundle)
     names, count = bundle.classes, bundle.class_count
-    artefact, logits = run(bundle, args.images)  # which refuses another number of logits
+    artefact, logits = run(bundle, args.images, args.runtime)  # which refuses another number of logits
     labels = names or [f"class {i}" for i in range(count)]
     for path, row in zip(args.images, logits, strict=True):
         if not np.isfinite(row).all():
@@ -74,12 +75,12 @@ def classify(args: argparse.Namespace) -> int:
     return 0
 
 
-def run(bundle: Bundle, paths: list[Path]) -> tuple[Artefact, NDArray]:
+def run(bundle: Bundle, paths: list[Path], runtime: str) -> tuple[Artefact, NDArray]:
     """What ran, and the logits of each picture."""
     preprocessing = replace(Preprocessing.from_json(bundle.preprocessing), as_bytes=bundle.dtype == UINT8)
     bundle.check_input(preprocessing.shape)
     size, logits = bundle.batch.maximum, []
-    with running_first(bundle, lambda reason: print(in_flags(reason), file=sys.stderr)) as (artefact, infer):
+    with running_first(bundle, lambda reason: print(in_flags(reason), file=sys.stderr), runtime) as (artefact, infer):
         sys.stderr.write(f"{bundle.path / artefact.file} on {artefact.runtime}\n")
         if bundle.unverified:
             sys.stderr.write(in_flags(f"{bundle.path} is UNVERIFIED; it was exported with {bundle.unverified}\n"))

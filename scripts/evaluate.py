@@ -33,6 +33,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="share the pictures among the machines of the Ray cluster in RAY_ADDRESS, or of one started here; BUNDLE "
         "and DATA must have the same absolute paths on all of them, as in a shared folder",
     )
+    parser.add_runtime()
     parser.add_argument("--json", action="store_true", help="the result as one JSON object on stdout")
     return parser.parse_args(argv)
 
@@ -95,7 +96,8 @@ def evaluate(args: argparse.Namespace) -> int:
         if opened.unverified:
             why = f"{opened.path} is UNVERIFIED; it was exported with {opened.unverified}"
             sys.stderr.write(f"{in_flags(why)}\n")
-    measured, waiting = run(subjects, cluster_measure(ray, args.data, trained_on) if ray else measure_here)
+    measure_one = cluster_measure(ray, args.data, trained_on) if ray else measure_here
+    measured, waiting = run(subjects, args.runtime, measure_one)
     if args.json:
         records = [{"bundle": bundle, "artefact": file, **found.to_json()} for bundle, file, found in measured]
         skipped = [{"bundle": bundle, "artefact": file, "reason": reason} for bundle, file, reason in waiting]
@@ -112,8 +114,8 @@ Measured = list[tuple[str, str, Accuracy]]  # bundle, artefact
 Waiting = list[tuple[str, str, str]]  # bundle, artefact, reason
 
 
-def run(subjects: Sequence[Subject], measure_one: Measure) -> tuple[Measured, Waiting]:
-    """What each artefact got right, and why others did not run.
+def run(subjects: Sequence[Subject], runtime: str, measure_one: Measure) -> tuple[Measured, Waiting]:
+    """What each artefact for a runtime, empty for any, got right, and why others did not run.
 
     Raises:
         ExportError: none runs.
@@ -122,7 +124,7 @@ def run(subjects: Sequence[Subject], measure_one: Measure) -> tuple[Measured, Wa
     waiting: Waiting = []
     for subject in subjects:
         bundle = str(subject.bundle.path)
-        for artefact in artefacts(subject.bundle):
+        for artefact in artefacts(subject.bundle, runtime):
             try:
                 if artefact.obstacle:
                     raise ExportError(artefact.obstacle)
@@ -185,7 +187,10 @@ def cluster_measure(ray: Any, data: str, trained_on: set[str]) -> Measure:
             raise ExportError(f"expected a cluster with {'a GPU' if gpus else 'CPUs'}, got none")
         counts = ray.data.from_items(ranges).map_batches(
             Counter,
-            fn_constructor_args=(bundle.path.resolve(), artefact.file, source, trained_on, bundle.manifest, labels),
+            fn_constructor_args=(
+                *(bundle.path.resolve(), artefact.file, artefact.executor),
+                *(source, trained_on, bundle.manifest, labels),
+            ),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=workers),
             num_gpus=gpus,
@@ -210,10 +215,18 @@ class Counter:
     """Opens the bundle and the data on its machine, then counts what ranges of pictures get right."""
 
     def __init__(
-        self, path: Path, file: str, source: str, trained_on: set[str], manifest: Mapping[str, Any], labels: NDArray
+        self,
+        path: Path,
+        file: str,
+        runtime: str,
+        source: str,
+        trained_on: set[str],
+        manifest: Mapping[str, Any],
+        labels: NDArray,
     ) -> None:
         """`manifest` and `labels` are the driver's: bundle and data must be the same on all machines."""
-        self._path, self._file, self._source, self._trained_on = path, file, source, trained_on
+        self._path, self._file, self._runtime = path, file, runtime
+        self._source, self._trained_on = source, trained_on
         self._manifest, self._labels = manifest, labels
         self._opened: tuple[Subject, Callable[[NDArray], Arrays], ExitStack] | None = None
 
@@ -244,7 +257,8 @@ class Counter:
         for what, is_same in same.items():
             if not is_same:
                 raise ExportError(f"{what} is not what it is on the driver: expected a shared folder")
-        artefact = next((artefact for artefact in artefacts(subject.bundle) if artefact.file == self._file), None)
+        held = artefacts(subject.bundle, self._runtime)
+        artefact = next((artefact for artefact in held if artefact.file == self._file), None)
         if artefact is None:  # another machine of the cluster, which built no engine of its own
             raise ExportError(f"{self._file} is not on this machine: build_on_device({str(self._path)!r})")
         return subject, stack.enter_context(running(subject.bundle, artefact)), stack
