@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: export test test-faults test-kernels gpu lint clean
+.PHONY: export test test-faults test-kernels test-consumers gpu lint clean
 
 export: .venv/.installed
 	$(BIN)/python scripts/export.py --fp16
@@ -20,6 +20,10 @@ test-faults: .venv/.installed
 test-kernels: .venv/.installed
 	TEST_TIMES=10 $(BIN)/python -m pytest tests/emulator
 	$(BIN)/python -m tests.emulator.networks
+
+# Our files in ONNX Runtime, OpenVINO, ncnn, MNN, tract and others, installed for the purpose; writes docs/consumers.md.
+test-consumers: .venv/.installed
+	$(BIN)/python -m tests.consumers
 
 # On a machine with an NVIDIA GPU, by a Python that has PyTorch and Triton already; nothing is installed.
 gpu:

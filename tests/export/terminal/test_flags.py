@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from export import ExportConfig, export_bundle
+from export.runtime.artefacts import artefacts
 from export.runtime.engines.options import EngineConfig
 from export.terminal.flags import FLAGS, in_flags
 from resnet.models import create_model
@@ -24,8 +25,18 @@ from tests.scripts.loading import load_script
 ROOT = Path(__file__).resolve().parents[3]
 NAMED = {
     named.__name__: named
-    for named in (ExportConfig, EngineConfig, TrainingConfig, export_bundle, create_model, load_weights, train)
+    for named in (
+        ExportConfig,
+        EngineConfig,
+        TrainingConfig,
+        artefacts,
+        export_bundle,
+        create_model,
+        load_weights,
+        train,
+    )
 }
+TAKES = {"TrainingConfig": "train", "train": "train", "artefacts": "verify"}  # the script, where it is not export
 
 MESSAGES = {
     "ExportConfig.keep_fp32='auto' finds the layers": "--keep-fp32 auto finds the layers",
@@ -61,7 +72,7 @@ def test_the_table_names_what_there_is(name: str) -> None:
     named = NAMED[owner]
     fields = {field.name for field in dataclasses.fields(named)} if dataclasses.is_dataclass(named) else ()
     assert argument in (fields or inspect.signature(named).parameters)
-    actions = actions_of(load_script("train" if owner in ("TrainingConfig", "train") else "export"))
+    actions = actions_of(load_script(TAKES.get(owner, "export")))
     assert FLAGS[name].partition(" ")[0] in {flag for action in actions for flag in action.option_strings}
 
 
