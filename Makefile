@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: export test test-faults test-kernels gpu lint clean
+.PHONY: export test test-faults test-kernels test-consumers gpu lint clean
 
 export: .venv/.installed
 	$(BIN)/python scripts/export.py --fp16
@@ -21,6 +21,10 @@ test-kernels: .venv/.installed
 	TEST_TIMES=10 $(BIN)/python -m pytest tests/emulator tests/kernels/runtime/test_networks.py
 	$(BIN)/python -m tests.emulator.networks
 
+# Our files in ONNX Runtime, OpenVINO, ncnn, MNN, tract and others, installed for the purpose; writes docs/consumers.md.
+test-consumers: .venv/.installed
+	$(BIN)/python -m tests.consumers
+
 # On a machine with an NVIDIA GPU, by a Python that has PyTorch and Triton already; nothing is installed.
 gpu:
 	$(PYTHON) scripts/gpu.py $(LIMIT:%=--limit %)
@@ -32,7 +36,7 @@ lint: .venv/.installed
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --constraint constraints.txt --editable '.[export,onnxruntime,sign,tensorrt-rtx,train,dev]'
+	$(BIN)/pip install --constraint constraints.txt --editable '.[export,onnxruntime,openvino,sign,tensorrt-rtx,train,dev]'
 	touch $@
 
 clean:

@@ -16,13 +16,12 @@ from export.base.progress import Progress
 from export.criteria.operators import OperatorChecks, check_operators
 from export.criteria.quantised import check_quantised, shown_values
 from export.fusion.nodes import is_call, module_path, resnet_deploy
-from export.fusion.program import FusedProgram, QuantisedProgram
+from export.fusion.program import FusedProgram
 from export.lowering.onnx_file import OnnxFile, lower_onnx
 from export.lowering.runners import ProgramRunner, TracedOnnxRunner
 from export.quantisation.calibration import Calibration
-from export.quantisation.quantise import quantisable, quantise
-from export.quantisation.scheme import CPU, TENSORRT, Scheme
-from export.quantisation.split_addition import split_addition
+from export.quantisation.quantise import quantisable, quantised_programs
+from export.quantisation.scheme import CPU, TENSORRT
 from export.runtime.onnx_session import ONNX_FILE, optimised_operators, runs_rounded
 from export.runtime.parity.rungs import LayerCost, Quantisation
 from export.runtime.runner import Runner
@@ -87,21 +86,6 @@ def floating_forms(
     return Forms({ONNX_FILE: onnx_file}, tuple(candidates), precision, {}, kept)
 
 
-def quantised_programs(
-    program: FusedProgram, calibration: Calibration, kept: Collection[str]
-) -> dict[Scheme, QuantisedProgram]:
-    """The program as each scheme quantises it.
-
-    Raises:
-        ExportError: a range that a scheme cannot hold.
-    """
-    masters = {TENSORRT: program.master, CPU: split_addition(program.master)}
-    return {
-        scheme: QuantisedProgram(program, quantise(master, calibration.ranges, scheme, kept))
-        for scheme, master in masters.items()
-    }
-
-
 def quantised_forms(
     program: FusedProgram,
     calibration: Calibration,
@@ -121,7 +105,7 @@ def quantised_forms(
         normalisation: as in `lower_onnx`.
     """
     single = PRECISIONS["fp32"]
-    programs = quantised_programs(program, calibration, kept)
+    programs = quantised_programs(program, calibration.ranges, kept)
     files, candidates = {}, []
     for scheme, quantised in programs.items():
         progress(f"write {scheme.file}")

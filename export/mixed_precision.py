@@ -16,12 +16,12 @@ from export.base.progress import Progress
 from export.config import AUTO, ExportConfig
 from export.criteria.operators import check_alone, check_operators
 from export.criteria.references import run_oracle, run_rounded
-from export.forms import Forms, quantised_forms, quantised_programs
+from export.forms import Forms, quantised_forms
 from export.fusion.nodes import FUSED_OPERATORS, constant, is_call, module_path
 from export.fusion.program import FusedProgram, operator_nodes, output_names
 from export.lowering.runners import ProgramRunner, cast
 from export.quantisation.calibration import Pictures, calibrate
-from export.quantisation.quantise import quantisable
+from export.quantisation.quantise import quantisable, quantised_programs
 from export.quantisation.sensitivity import layer_costs
 from export.quantisation.split_addition import split_addition
 from export.runtime.parity.ladder import References, execute, judge, operator_inputs
@@ -97,7 +97,7 @@ def quantise_network(
         progress("look for the fewest layers to keep in fp16")
         kept = fewest(
             [cost.name for cost in costs],
-            lambda kept: all(map(retains, quantised_programs(program, calibrated, kept).values())),
+            lambda kept: all(map(retains, quantised_programs(program, calibrated.ranges, kept).values())),
         )
     if kept >= layers.keys():
         every = f"all {len(layers)} layers would be kept in fp16, nothing is left to quantise"

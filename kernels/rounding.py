@@ -24,7 +24,8 @@ Behind another activation f than ReLU, sigma^2 is D^2 + R(f(pre)) and what evalu
 makes of f(pre), by the steepest chord of f over a few sigma (see operators/activations.py).
 
 A runtime that adds in an operator of its own also rounds the summands: R(pre - r) more for a residual r,
-and R(r) besides where r is a projection. max-pool alone must be exact.
+and R(r) besides where r is a projection; R(pre - b) more for the bias b of a mean_linear in float16. max-pool alone
+must be exact.
 
 z is the error in units of sigma: its root mean square over an operator's values, and its largest, have limits.
 """
@@ -61,7 +62,7 @@ class Rounding:
     Attributes:
         roundoff: u of the storage type.
         rounds_weights: whether weights and biases are rounded to it; otherwise they are exact.
-        separate_addition: whether residuals are added in an operator of their own.
+        separate_addition: whether residuals, and in float16 the bias of a head, are added in an operator of their own.
         dtype: in which the variances are computed.
         truncates: whether sums may be truncated after every 8 products or more, as on tensor cores: K/8 times by half
             a roundoff each, all one way, which is a variance of u32^2 (K/16)^2 sum p^2 more.

@@ -20,6 +20,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("classify", __doc__)
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder written by export.py")
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="picture files, or folders of them")
+    parser.add_runtime()
     add_preprocessing_flags(parser, "as the bundle says; where it does not, one of these has to")
     parser.add_argument("--json", action="store_true", help="the result as one JSON object on stdout")
     return parser.parse_args(argv)
@@ -55,7 +56,7 @@ def classify(args: argparse.Namespace) -> int:
     bundle = open_bundle(args.bundle)
     names, count = bundle.classes, bundle.class_count
     images, said = picture_files(args.images), Said(args.preprocessing, Changes(**preprocessing_values(args)))
-    artefact, scores = run(bundle, images, said)  # which refuses another number of scores
+    artefact, scores = run(bundle, images, said, args.runtime)  # which refuses another number of scores
     labels = names or [f"class {i}" for i in range(count)]
     for picture, row in zip(images, scores, strict=True):
         if not np.isfinite(row).all():
@@ -79,12 +80,12 @@ def classify(args: argparse.Namespace) -> int:
     return 0
 
 
-def run(bundle: Bundle, paths: list[Path], said: Said) -> tuple[Artefact, NDArray]:
+def run(bundle: Bundle, paths: list[Path], said: Said, runtime: str) -> tuple[Artefact, NDArray]:
     """What ran, and the scores of each picture."""
     preprocessing = said.of(bundle.preprocessing, bundle.image_shape, bundle.dtype == UINT8)
     bundle.check_input(preprocessing.shape)
     size, scores = bundle.batch.maximum, []
-    with running_first(bundle, lambda reason: print(in_flags(reason), file=sys.stderr)) as (artefact, infer):
+    with running_first(bundle, lambda reason: print(in_flags(reason), file=sys.stderr), runtime) as (artefact, infer):
         sys.stderr.write(f"{bundle.path / artefact.file} on {artefact.runtime}\n")
         if bundle.unverified:
             sys.stderr.write(in_flags(f"{bundle.path} is UNVERIFIED; it was exported with {bundle.unverified}\n"))

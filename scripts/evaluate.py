@@ -35,6 +35,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "and DATA must have the same absolute paths on all of them, as in a shared folder",
     )
     add_preprocessing_flags(parser, "as the bundle says; where it does not, one of these has to")
+    parser.add_runtime()
     parser.add_argument("--json", action="store_true", help="the result as one JSON object on stdout")
     return parser.parse_args(argv)
 
@@ -98,7 +99,8 @@ def evaluate(args: argparse.Namespace) -> int:
         if opened.unverified:
             why = f"{opened.path} is UNVERIFIED; it was exported with {opened.unverified}"
             sys.stderr.write(f"{in_flags(why)}\n")
-    measured, waiting = run(subjects, cluster_measure(ray, args.data, trained_on, said) if ray else measure_here)
+    measure_one = cluster_measure(ray, args.data, trained_on, said) if ray else measure_here
+    measured, waiting = run(subjects, args.runtime, measure_one)
     if args.json:
         records = [{"bundle": bundle, "artefact": file, **found.to_json()} for bundle, file, found in measured]
         skipped = [{"bundle": bundle, "artefact": file, "reason": reason} for bundle, file, reason in waiting]
@@ -115,8 +117,8 @@ Measured = list[tuple[str, str, Accuracy]]  # bundle, artefact
 Waiting = list[tuple[str, str, str]]  # bundle, artefact, reason
 
 
-def run(subjects: Sequence[Subject], measure_one: Measure) -> tuple[Measured, Waiting]:
-    """What each artefact got right, and why others did not run.
+def run(subjects: Sequence[Subject], runtime: str, measure_one: Measure) -> tuple[Measured, Waiting]:
+    """What each artefact for a runtime, empty for any, got right, and why others did not run.
 
     Raises:
         ExportError: none runs.
@@ -125,7 +127,7 @@ def run(subjects: Sequence[Subject], measure_one: Measure) -> tuple[Measured, Wa
     waiting: Waiting = []
     for subject in subjects:
         bundle = str(subject.bundle.path)
-        for artefact in artefacts(subject.bundle):
+        for artefact in artefacts(subject.bundle, runtime):
             try:
                 if artefact.obstacle:
                     raise ExportError(artefact.obstacle)
@@ -189,13 +191,8 @@ def cluster_measure(ray: Any, data: str, trained_on: set[str], said: Said) -> Me
         counts = ray.data.from_items(ranges).map_batches(
             Counter,
             fn_constructor_args=(
-                bundle.path.resolve(),
-                artefact.file,
-                source,
-                trained_on,
-                said,
-                bundle.manifest,
-                labels,
+                *(bundle.path.resolve(), artefact.file, artefact.executor),
+                *(source, trained_on, said, bundle.manifest, labels),
             ),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=workers),
@@ -224,6 +221,7 @@ class Counter:
         self,
         path: Path,
         file: str,
+        runtime: str,
         source: str,
         trained_on: set[str],
         said: Said,
@@ -231,7 +229,8 @@ class Counter:
         labels: NDArray,
     ) -> None:
         """`manifest` and `labels` are the driver's: bundle and data must be the same on all machines."""
-        self._path, self._file, self._source, self._trained_on, self._said = path, file, source, trained_on, said
+        self._path, self._file, self._runtime = path, file, runtime
+        self._source, self._trained_on, self._said = source, trained_on, said
         self._manifest, self._labels = manifest, labels
         self._opened: tuple[Subject, Callable[[NDArray], Arrays], ExitStack] | None = None
 
@@ -262,7 +261,8 @@ class Counter:
         for what, is_same in same.items():
             if not is_same:
                 raise ExportError(f"{what} is not what it is on the driver: expected a shared folder")
-        artefact = next((artefact for artefact in artefacts(subject.bundle) if artefact.file == self._file), None)
+        held = artefacts(subject.bundle, self._runtime)
+        artefact = next((artefact for artefact in held if artefact.file == self._file), None)
         if artefact is None:  # another machine of the cluster, which built no engine of its own
             raise ExportError(f"{self._file} is not on this machine: build_on_device({str(self._path)!r})")
         return subject, stack.enter_context(running(subject.bundle, artefact)), stack

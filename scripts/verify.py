@@ -25,6 +25,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="build this machine's own TensorRT engine from the bundle, verify it, and keep it in the user's cache",
     )
+    parser.add_runtime()
     parser.add_argument(
         "--workspace", type=int, metavar="MIB", help="with --build: the most memory a kernel may use for itself"
     )
@@ -71,6 +72,8 @@ def verify(args: argparse.Namespace) -> int:
     config = EngineConfig(args.workspace, args.optimization_level)
     if config.given and not args.build:
         raise ExportError(f"{', '.join(config.given)}: expected --build, which is what takes it")
+    if args.build and args.runtime:
+        raise ExportError("--build builds and verifies engines of TensorRT: expected no --runtime with it")
     builds: list[DeviceBuild] = []
     with Steps() as progress:
         if args.public_key is not None:
@@ -80,7 +83,7 @@ def verify(args: argparse.Namespace) -> int:
             rungs, builds = build_on_device(args.bundle, config, progress)
             rungs += [build.rung for build in builds]
         else:
-            rungs = verify_bundle(args.bundle, progress)
+            rungs = verify_bundle(args.bundle, progress, args.runtime)
         pictures = check_picture(args.bundle)
     passed = all(rungs) and (pictures is None or pictures.equal is not False)
     if args.json:
@@ -96,7 +99,7 @@ def verify(args: argparse.Namespace) -> int:
     if args.build:
         say_built(args.bundle, rungs, builds)
     else:
-        say_verified(args.bundle, rungs)
+        say_verified(args.bundle, rungs, args.runtime)
     if pictures is not None and pictures.equal is False:
         print(f"{args.bundle}: pictures are prepared in another way here; do not evaluate or classify with it")
     return 0 if passed else 1
@@ -146,8 +149,8 @@ def size(bundle: Path, rung: Rung) -> int:
     return (bundle / rung.file).stat().st_size if rung.file else 0
 
 
-def say_verified(bundle: Path, rungs: list[Rung]) -> None:
-    """What was found of a bundle, and what to do next."""
+def say_verified(bundle: Path, rungs: list[Rung], runtime: str) -> None:
+    """What was found of a bundle, with one runtime where not with all, and what to do next."""
     waiting = [rung.file for rung in rungs if rung.not_run]
     outdated = [file for file in waiting if Path(file).is_absolute()]
     open_questions = [rung.no_verdict for rung in rungs if rung.no_verdict]
@@ -163,7 +166,11 @@ def say_verified(bundle: Path, rungs: list[Rung]) -> None:
         print(f"{bundle}: whole, and what ran here computes what was exported")
         print(f"next: the same command on the device, for {', '.join(waiting)}")
     else:
-        print(f"{bundle}: whole, and every artefact computes what was exported; ready to deploy")
+        what = f"{runtime} computes what was exported; ready to deploy with that" if runtime else EVERYTHING
+        print(f"{bundle}: whole, and {what}")
+
+
+EVERYTHING = "every artefact computes what was exported; ready to deploy"
 
 
 def say_built(bundle: Path, rungs: list[Rung], builds: list[DeviceBuild]) -> None:

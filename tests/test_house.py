@@ -18,7 +18,8 @@ _RUNTIME = (
     *("export.runtime.build", "export.runtime.verify", "export.runtime.serving"),
     *("export.runtime.artefacts", "export.runtime.engine_store"),
     *("export.runtime.bundle", "export.runtime.engines", "export.runtime.parity"),
-    *("export.runtime.onnx_session", "export.runtime.onnx_wire", "export.runtime.runner"),
+    *("export.runtime.openvino_session", "export.runtime.onnx_session", "export.runtime.onnx_wire"),
+    "export.runtime.runner",
 )
 _OPERATORS = ("kernels.problems", "kernels.rounding", "kernels.operators")
 _LOWER = ("export.fusion", *_RUNTIME, "export.base", "kernels", *_OPERATORS)

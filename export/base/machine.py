@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt-rtx", "triton", "numpy")
+PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "triton", "numpy")
 
 
 def installed_version(package: str) -> str:
@@ -61,11 +61,20 @@ def machine_line(facts: Mapping[str, Any]) -> str:
     return ", ".join([*filter(None, [facts["gpu"]]), f"{facts['cpu']}, {facts['cpus']} CPUs", *versions])
 
 
+def cpu_has(feature: str) -> bool:
+    """Whether Linux lists it among the features of this CPU, as `amx_int8`; False on other systems."""
+    return feature in _cpu_fact("flags").split()
+
+
 def _cpu_name() -> str:
     """As Linux calls it, else as Python does."""
+    return _cpu_fact("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_fact(key: str) -> str:
+    """What Linux says of the first CPU, empty where it does not."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == key), "")

@@ -18,20 +18,22 @@ from export.benchmark.runners import CompiledRunner, FusedRunner, GraphRunner, M
 from export.criteria.references import run_references, run_simulations
 from export.fusion.capture import eager_copy
 from export.fusion.passes import DEFAULT_LEVEL, LEVELS
-from export.fusion.program import FusedProgram, output_names
+from export.fusion.program import FusedProgram, QuantisedProgram, output_names
 from export.lowering.onnx_file import lower_onnx
-from export.quantisation.scheme import CPU
+from export.quantisation.scheme import CPU, TENSORRT, Scheme
 from export.runtime.engines.cuda_driver import start_driver
 from export.runtime.engines.engine import FLAVOURS, Flavour, build_engine, why_not_buildable
 from export.runtime.engines.runner import KernelRunner, TensorRTRunner
 from export.runtime.onnx_session import OnnxRunner
+from export.runtime.openvino_session import OPENVINO, OpenVINORunner
 from export.runtime.parity.ladder import ENGINE_FACTOR, References
 from export.runtime.runner import Interface, TimedRunner
 
 COMPILED = "torch.compile"
 KERNEL_ENGINE = "kernel engine"
+Read = Callable[[], bytes]
 # What the names of candidates begin with.
-PROVIDERS = ("eager", COMPILED, "onnxruntime", "ours", *(f"ours {level}" for level in LEVELS), KERNEL_ENGINE,
+PROVIDERS = ("eager", COMPILED, "onnxruntime", OPENVINO, "ours", *(f"ours {level}" for level in LEVELS), KERNEL_ENGINE,
              *FLAVOURS)  # fmt: skip
 
 
@@ -115,7 +117,7 @@ def cpu_candidates(subject: Subject, threads: int) -> list[Candidate]:
         batch = subject.programs[DEFAULT_LEVEL].batch
         return plain_onnx(model, x(min(2, batch.maximum)), batch, names)  # 2: torch.export takes a 1 for a fixed size
 
-    def onnx(read: Callable[[], bytes]) -> Callable[[int], TimedRunner]:
+    def onnx(read: Read) -> Callable[[int], TimedRunner]:
         return lambda n: OnnxRunner(read, subject.interface(n), threads=threads)
 
     return [
@@ -128,21 +130,31 @@ def cpu_candidates(subject: Subject, threads: int) -> list[Candidate]:
         Candidate(COMPILED, lambda n: CompiledRunner(model, x(n), names), factor),
         Candidate("onnxruntime, plain export", onnx(plain_file), factor),
         Candidate("onnxruntime, our file", onnx(lambda: subject.onnx_file), factor),
+        Candidate(
+            f"{OPENVINO}, our file",
+            lambda n: OpenVINORunner(lambda: subject.onnx_file, subject.interface(n), subject.precision, threads),
+            factor,
+        ),
     ]
 
 
-def int8_candidate(subject: Subject, quantised: FusedProgram, threads: int) -> Candidate:
-    """The file for ONNX Runtime in 8 bits; `quantised` is the program as it wants it."""
+def int8_candidates(subject: Subject, quantised: Mapping[Scheme, QuantisedProgram], threads: int) -> list[Candidate]:
+    """The files in 8 bits, in what runs them on a CPU; `quantised` is the program as each wants it."""
 
-    @functools.cache
-    def file() -> bytes:
-        return _lowered(quantised, CPU.arithmetic)
+    def openvino(file: Read, interface: Interface) -> TimedRunner:
+        return OpenVINORunner(file, interface, INT8, threads)
 
-    def make(batch: int) -> TimedRunner:
-        return OnnxRunner(file, subject.interface(batch), threads=threads)
+    def candidate(name: str, scheme: Scheme, make: Callable[[Read, Interface], TimedRunner]) -> Candidate:
+        program = quantised[scheme]
+        file = functools.cache(lambda: _lowered(program, scheme.arithmetic))
+        references = run_simulations(subject.references, {"simulated": (program, PRECISIONS["fp32"])})
+        factor = INT8.network_factor
+        return Candidate(name, lambda n: make(file, subject.interface(n)), factor, references=references)
 
-    references = run_simulations(subject.references, {"simulated": (quantised, PRECISIONS["fp32"])})
-    return Candidate("onnxruntime, our int8 file", make, INT8.network_factor, references=references)
+    return [
+        candidate("onnxruntime, our int8 file", CPU, lambda file, i: OnnxRunner(file, i, threads=threads)),
+        *(candidate(f"{OPENVINO}, our int8 {scheme.file}", scheme, openvino) for scheme in (CPU, TENSORRT)),
+    ]
 
 
 def cuda_candidates(subject: Subject) -> list[Candidate]:

@@ -16,15 +16,15 @@ from export.base.batch import Batch, run_in_batches
 from export.base.errors import ExportError, first_line
 from export.base.precision import Precision
 from export.base.progress import Progress, silent
-from export.benchmark.candidates import COMPILED, Candidate, Subject, cpu_candidates, cuda_candidates, int8_candidate
+from export.benchmark.candidates import COMPILED, Candidate, Subject, cpu_candidates, cuda_candidates, int8_candidates
 from export.benchmark.floors import fused_at
 from export.benchmark.roofline import floor_seconds, measure_ceilings, workloads
 from export.benchmark.timing import CPU_CLOCK, CUDA_CLOCK, Clock, measure
 from export.fusion.passes import DEFAULT_LEVEL, LEVELS, QUANTISED_LEVEL
 from export.fusion.program import FusedProgram, QuantisedProgram
 from export.quantisation.calibration import WANTED_IMAGES, InMemory, calibrate
-from export.quantisation.quantise import quantise
-from export.quantisation.scheme import CPU
+from export.quantisation.quantise import quantised_programs
+from export.quantisation.scheme import Scheme
 from export.quantisation.split_addition import split_addition
 from export.runtime.parity.network import NetworkCheck, compare, finite
 from export.runtime.runner import Runner, TimedRunner
@@ -111,19 +111,20 @@ def _on_cpu(
 ) -> Iterator[dict[str, Any]]:
     progress("calibrate 8 bits")
     quantised, threads = _quantised(subject.programs[QUANTISED_LEVEL], draw, progress), torch.get_num_threads()
-    candidates = _among([*cpu_candidates(subject, threads), int8_candidate(subject, quantised, threads)], providers)
+    candidates = _among([*cpu_candidates(subject, threads), *int8_candidates(subject, quantised, threads)], providers)
     for batch in batches:
         inputs = [draw(batch, seed) for seed in INPUT_SEEDS]
         rows = compare_candidates(candidates, subject, batch, inputs, CPU_CLOCK, progress)
         yield _result("cpu", subject.precision, {"threads": threads}, batch, describe(rows, batch, {}))
 
 
-def _quantised(program: FusedProgram, draw: Callable[[int, int], Tensor], progress: Progress) -> FusedProgram:
-    """The program in 8 bits, as ONNX Runtime wants it."""
-    master = split_addition(program.master)
+def _quantised(
+    program: FusedProgram, draw: Callable[[int, int], Tensor], progress: Progress
+) -> dict[Scheme, QuantisedProgram]:
+    """The program in 8 bits, as each runtime wants it."""
     pictures = InMemory(draw(WANTED_IMAGES, CALIBRATION_SEED).numpy())
-    calibration = calibrate(master, pictures, batch=program.batch, progress=progress)
-    return QuantisedProgram(program, quantise(master, calibration.ranges, CPU, ()))
+    calibration = calibrate(split_addition(program.master), pictures, batch=program.batch, progress=progress)
+    return quantised_programs(program, calibration.ranges, ())
 
 
 def _result(

@@ -51,7 +51,12 @@ def _conv2d_bias_relu_maxpool(a: Conv2dBiasReluMaxpool[Any]) -> Any:
 
 def _mean_linear(a: MeanLinear[Any]) -> Any:
     pixels: Any = op.Constant(value_ints=[2, 3])
-    return op.Gemm(op.ReduceMean(a.x, pixels, keepdims=0), a.weight, a.bias, transB=1)
+    mean = op.ReduceMean(a.x, pixels, keepdims=0)
+    if (
+        a.weight.dtype == ir.DataType.FLOAT16
+    ):  # tract refuses a bias in its Gemm; TensorRT's parser adds it apart anyway
+        return op.Add(op.Gemm(mean, a.weight, transB=1), a.bias)
+    return op.Gemm(mean, a.weight, a.bias, transB=1)
 
 
 def _activated(y: Any, a: Conv2dBiasAct[Any] | Conv2dProjectionBiasAct[Any]) -> Any:

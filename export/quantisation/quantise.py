@@ -27,13 +27,29 @@ from export.fusion.nodes import (
     source_name,
 )
 from export.fusion.passes.name_activations import ACTIVATIONS
-from export.quantisation.scheme import Range, Scheme
+from export.fusion.program import FusedProgram, QuantisedProgram
+from export.quantisation.scheme import CPU, TENSORRT, Range, Scheme
+from export.quantisation.split_addition import split_addition
 
 LAYERS = (resnet_deploy.conv2d_bias_act.default, aten.linear.default)
 _POOLS = (aten.max_pool2d.default, aten.mean.dim)
 _CHOOSE = ("flip", "index_select", "pixel_shuffle", "pixel_unshuffle", "roll", "select", "upsample_nearest2d")
 _SHAPES = ("sym_size", "_assert_tensor_metadata")
 BIAS_LIMIT = 2.0**30  # an int32 bias leaves room for the sum of the products
+
+
+def quantised_programs(
+    program: FusedProgram, ranges: Mapping[str, Range], kept: Collection[str]
+) -> dict[Scheme, QuantisedProgram]:
+    """The program, fused at level b, as each scheme quantises it; `ranges` and `kept` as in `quantise`.
+
+    Raises:
+        ExportError: a range that a scheme cannot hold.
+    """
+    masters = {TENSORRT: program.master, CPU: split_addition(program.master)}
+    return {
+        scheme: QuantisedProgram(program, quantise(master, ranges, scheme, kept)) for scheme, master in masters.items()
+    }
 
 
 def quantise(

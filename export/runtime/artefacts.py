@@ -17,7 +17,11 @@ from export.runtime.engines.kernel_engine import why_not_here
 from export.runtime.engines.kernel_file import NAME
 from export.runtime.engines.runner import KernelRunner, TensorRTRunner
 from export.runtime.onnx_session import ONNX_FORMS, OnnxRunner, import_onnx, import_onnxruntime, runs_rounded
+from export.runtime.openvino_session import OPENVINO, OpenVINORunner, openvino_file, openvino_version
 from export.runtime.runner import Interface, Runner
+
+KERNELS, ONNXRUNTIME = "kernels", "onnxruntime"
+RUNTIMES = (*FLAVOURS, KERNELS, ONNXRUNTIME, OPENVINO)
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Artefact:
     """One file that computes the network of a bundle.
 
     Attributes:
-        form: an engine's flavour, `kernels` and the architecture, or one of ONNX_FORMS.
+        form: an engine's flavour, `kernels` and the architecture, one of ONNX_FORMS, or OPENVINO.
         file: its name in the bundle; the whole path of an engine that was built on this machine.
         runtime: what executes it, with its version.
         obstacle: why this machine cannot run it, empty where nothing is known to speak against it.
@@ -43,13 +47,36 @@ class Artefact:
         """Whether it runs on a GPU."""
         return self.engine is not None or bool(NAME.fullmatch(self.file))
 
+    @property
+    def executor(self) -> str:
+        """What executes it, one of RUNTIMES."""
+        if self.engine is not None:
+            return self.engine.flavour.name
+        return KERNELS if self.on_gpu else OPENVINO if self.form == OPENVINO else ONNXRUNTIME
 
-def artefacts(bundle: Bundle) -> list[Artefact]:
+
+def artefacts(bundle: Bundle, runtime: str = "") -> list[Artefact]:
     """What this machine built from the bundle and what it holds, engines first: where one runs it is the fastest.
 
+    Args:
+        runtime: one of RUNTIMES, which alone is wanted; by default all, but OpenVINO only where it is asked for.
+
     Raises:
-        ExportError: what was built here is not what was written; names the file.
+        ExportError: what was built here is not what was written; names the file. No such runtime, or nothing for it.
     """
+    if runtime not in ("", *RUNTIMES):
+        raise ExportError(f"artefacts(runtime={runtime!r}): expected one of {', '.join(RUNTIMES)}")
+    if runtime == OPENVINO:
+        return [_for_openvino(bundle)]
+    found = _all_artefacts(bundle)
+    wanted = [artefact for artefact in found if runtime in ("", artefact.executor)]
+    if not wanted:
+        held = dict.fromkeys([*(artefact.executor for artefact in found), OPENVINO])
+        raise ExportError(f"{bundle.path} has nothing for {runtime}: expected one of {', '.join(held)}")
+    return wanted
+
+
+def _all_artefacts(bundle: Bundle) -> list[Artefact]:
     found = _built_here(bundle)
     for engine in bundle.engines:
         name, file = engine.flavour.name, engine.flavour.file_name
@@ -96,6 +123,16 @@ def _onnx_obstacle(rounded: bool) -> tuple[str, str]:
     return runtime, ""
 
 
+def _for_openvino(bundle: Bundle) -> Artefact:
+    """The file that is for OpenVINO on this machine."""
+    runtime, obstacle = OPENVINO, ""
+    try:
+        runtime = f"{OPENVINO} {openvino_version()}"
+    except ExportError as error:
+        obstacle = str(error)
+    return Artefact(OPENVINO, openvino_file(bundle.precision), runtime, obstacle)
+
+
 def artefact_runner(bundle: Bundle, artefact: Artefact) -> Runner:
     """What runs an artefact of a bundle, one batch at a time; nothing is loaded yet."""
     interface = Interface(bundle.outputs, bundle.inputs, bundle.batch, bundle.dtype)
@@ -106,7 +143,10 @@ def artefact_runner(bundle: Bundle, artefact: Artefact) -> Runner:
         runner = KernelRunner(bundle.contents[artefact.file], interface)
     else:
         rounded, content = runs_rounded(bundle.precision.name, artefact.file), bundle.contents[artefact.file]
-        runner = OnnxRunner(lambda: content, interface, rounded)
+        if artefact.form == OPENVINO:
+            runner = OpenVINORunner(lambda: content, interface, bundle.precision)
+        else:
+            runner = OnnxRunner(lambda: content, interface, rounded)
     runner.name, runner.runtime, runner.file = artefact.form, artefact.runtime, artefact.file
     runner.path = str(bundle.path / artefact.file)
     return runner
@@ -137,16 +177,18 @@ def running(bundle: Bundle, artefact: Artefact) -> Iterator[Callable[[NDArray | 
 
 @contextmanager
 def running_first(
-    bundle: Bundle, say: Callable[[str], None] = lambda reason: None
+    bundle: Bundle, say: Callable[[str], None] = lambda reason: None, runtime: str = ""
 ) -> Iterator[tuple[Artefact, Callable[[NDArray | Inputs], Arrays]]]:
     """The first of `artefacts` that loads here, and what `running` gives for it; `say` hears why others do not.
+
+    `runtime` as in `artefacts`.
 
     Raises:
         ExportError: none does.
     """
     reasons = []
     with ExitStack() as stack:
-        for artefact in artefacts(bundle):
+        for artefact in artefacts(bundle, runtime):
             try:
                 infer = stack.enter_context(running(bundle, artefact))
             except ExportError as error:

@@ -14,8 +14,10 @@ from export.runtime.parity.ladder import ENGINE_FACTOR, References, attempt, jud
 from export.runtime.parity.rungs import Rung
 
 
-def verify_bundle(bundle: str | Path, progress: Progress = silent) -> list[Rung]:
+def verify_bundle(bundle: str | Path, progress: Progress = silent, runtime: str = "") -> list[Rung]:
     """Check every file of a bundle, then run its golden inputs through each artefact this machine can run.
+
+    `runtime` is one of RUNTIMES, which alone is wanted; by default all, but OpenVINO only where it is asked for.
 
     Returns:
         Rungs for what rounding alone made of the model when it was exported, and one for each artefact; of a bundle
@@ -28,7 +30,7 @@ def verify_bundle(bundle: str | Path, progress: Progress = silent) -> list[Rung]
     progress("check the files")
     opened = open_bundle(bundle)
     references = golden_references(opened)
-    rungs = [run_artefact(opened, artefact, references, progress) for artefact in artefacts(opened)]
+    rungs = [run_artefact(opened, artefact, references, progress) for artefact in artefacts(opened, runtime)]
     if all(rung.not_run for rung in rungs):
         raise ExportError("; ".join(f"{rung.file} does not run here: {rung.not_run}" for rung in rungs))
     return [*exported_rungs(opened, references), *rungs]

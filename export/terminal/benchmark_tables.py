@@ -54,7 +54,7 @@ def print_comparison(record: Mapping[str, Any]) -> str:
         )
         print("every input is on the device in channels_last and copying it is not timed; cudnn.benchmark on, TF32 off")
     else:
-        print(f"{first['threads']} threads for torch and for ONNX Runtime alike")
+        print(f"{first['threads']} threads for torch, ONNX Runtime and OpenVINO alike")
     print(
         "error ratio: a provider's error against the float64 model over that of unfused operators; too large, not timed"
     )

@@ -34,6 +34,15 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=program(command), description=description)
         self.add_argument("--traceback", action="store_true", help="print where a fault of this program comes from")
 
+    def add_runtime(self) -> None:
+        """The flag that says what runs a bundle's files."""
+        self.add_argument(
+            "--runtime",
+            default="",
+            metavar="NAME",
+            help="only what it runs: tensorrt, tensorrt-rtx, kernels, onnxruntime or openvino; default all but that",
+        )
+
     def parse_args(self, args: Sequence[str] | None = None, namespace: None = None) -> argparse.Namespace:  # type: ignore[override]
         for argument in sys.argv[1:] if args is None else args:
             if argument.startswith("--") and argument.endswith("=--"):  # which argparse would take for no value at all

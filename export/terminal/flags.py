@@ -39,6 +39,7 @@ FLAGS = {
     "TrainingConfig.clip": "--clip",
     "TrainingConfig.patience": "--patience",
     "TrainingConfig.seed": "--seed",
+    "artefacts(runtime)": "--runtime",
     "export_bundle(images)": "--images",
     "export_bundle(labelled)": "--data",
     "export_bundle(calibration)": "--calibration DIR",

@@ -17,7 +17,7 @@ from kernels.configs.targets import Target
 from kernels.operators.checks import check_dimensions, check_tensors, check_vector
 from kernels.operators.registry import Arguments, T, accumulation_dtype, register
 from kernels.problems import Problem, Shapes, dtype_word
-from kernels.rounding import Bound, Rounding, bound_of, mean_variance
+from kernels.rounding import UNIT_ROUNDOFF, Bound, Rounding, bound_of, mean_variance
 
 # Pixels of all its images together whose channels a program adds up in one step: more in flight, more registers.
 _PIXELS_PER_STEP = 64
@@ -85,6 +85,8 @@ class MeanLinear(Arguments[T]):
         variance = rounding.sum(
             pre, F.linear(mean.square(), squared_weight), self.bias.square(), squared_weight.shape[1]
         )
+        if rounding.separate_addition and rounding.roundoff == UNIT_ROUNDOFF[torch.float16]:
+            variance = variance + rounding.of(pre - self.bias)
         return bound_of(variance + F.linear(carried, squared_weight) + rounding.of(pre), pre)
 
     def shared(self: "MeanLinear[Tensor]", pull: Tensor, rounding: Rounding) -> Tensor:

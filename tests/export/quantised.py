@@ -14,14 +14,13 @@ from export import FusedProgram, fuse
 from export.base.precision import INT8, PRECISIONS
 from export.criteria.quantised import check_quantised, shown_values
 from export.criteria.references import run_oracle, run_simulations
-from export.forms import quantised_programs
 from export.fusion.nodes import QUANTISATION, is_call, module_path
 from export.fusion.passes import QUANTISED_LEVEL
 from export.fusion.program import QuantisedProgram, output_names
 from export.lowering.onnx_file import OnnxFile, lower_onnx
 from export.lowering.runners import ProgramRunner, TracedOnnxRunner
 from export.quantisation.calibration import Calibration, InMemory, calibrate
-from export.quantisation.quantise import LAYERS
+from export.quantisation.quantise import LAYERS, quantised_programs
 from export.quantisation.scheme import CPU, TENSORRT, Scheme
 from export.quantisation.split_addition import split_addition
 from export.runtime.onnx_session import runs_rounded
@@ -47,7 +46,7 @@ class Subject:
 
     def keeping(self, *kept: str) -> Subject:
         """The same with some layers left in floating point."""
-        return replace(self, quantised=quantised_programs(self.program, self.calibration, kept), files={})
+        return replace(self, quantised=quantised_programs(self.program, self.calibration.ranges, kept), files={})
 
     def file(self, scheme: Scheme) -> OnnxFile:
         """Written once: tests copy what they change."""
@@ -97,7 +96,7 @@ def quantised(model: nn.Module, images: Tensor) -> Subject:
     """`model` in both schemes, with the ranges of its values on `images`."""
     program = fuse(model, images, BATCH, QUANTISED_LEVEL)
     calibration = calibrate(split_addition(program.master), InMemory(images.numpy()), "minmax")
-    return Subject(model, images, program, calibration, quantised_programs(program, calibration, ()))
+    return Subject(model, images, program, calibration, quantised_programs(program, calibration.ranges, ()))
 
 
 def name_of(network: object) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from export import ExportConfig, export_bundle
+from export.runtime.artefacts import artefacts
 from export.runtime.engines.options import EngineConfig
 from export.terminal.flags import FLAGS, in_flags
 from resnet.data.presets import Changes, open_preset
@@ -26,10 +27,12 @@ ROOT = Path(__file__).resolve().parents[3]
 NAMED = {
     named.__name__: named
     for named in (
-        *(ExportConfig, EngineConfig, TrainingConfig, Changes, export_bundle, create_model, load_weights, open_preset),
+        *(ExportConfig, EngineConfig, TrainingConfig, Changes, artefacts, export_bundle, create_model, load_weights),
+        open_preset,
         train,
     )
 }
+TAKES = {"TrainingConfig": "train", "train": "train", "artefacts": "verify"}  # the script, where it is not export
 
 MESSAGES = {
     "ExportConfig.keep_fp32='auto' finds the layers": "--keep-fp32 auto finds the layers",
@@ -65,7 +68,7 @@ def test_the_table_names_what_there_is(name: str) -> None:
     named = NAMED[owner]
     fields = {field.name for field in dataclasses.fields(named)} if dataclasses.is_dataclass(named) else ()
     assert argument in (fields or inspect.signature(named).parameters)
-    actions = actions_of(load_script("train" if owner in ("TrainingConfig", "train") else "export"))
+    actions = actions_of(load_script(TAKES.get(owner, "export")))
     assert FLAGS[name].partition(" ")[0] in {flag for action in actions for flag in action.option_strings}
 
 
