@@ -16,9 +16,9 @@ test-faults: .venv/.installed
 		tests/export/test_zoo.py
 
 # What the compiler makes of the kernels, executed in an emulator: each way of running on each target in each type, then
-# of every network's launches the first, middle and last blocks.
+# of every network's launches the first, middle and last blocks; and the resnet20 of digits, whole, by both runtimes.
 test-kernels: .venv/.installed
-	TEST_TIMES=10 $(BIN)/python -m pytest tests/emulator
+	TEST_TIMES=10 $(BIN)/python -m pytest tests/emulator tests/kernels/runtime/test_networks.py
 	$(BIN)/python -m tests.emulator.networks
 
 # On a machine with an NVIDIA GPU, by a Python that has PyTorch and Triton already; nothing is installed.

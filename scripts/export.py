@@ -6,6 +6,7 @@ import argparse
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -246,6 +247,7 @@ with importing("export"):
 
 
 CALIBRATION_IMAGES = 16
+SHOWN_NAMES = 8  # of operators in one line
 CALIBRATION_SEED = 1  # other crops than those the result is checked on
 
 
@@ -425,6 +427,12 @@ def parse_size(text: str) -> tuple[int, int]:
     return sizes[0], sizes[-1]
 
 
+def some(names: Sequence[str]) -> str:
+    """The first few; all are in parity.json."""
+    more = len(names) - SHOWN_NAMES
+    return ", ".join(names[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
 def summarise(args: argparse.Namespace, source: Source, result: ExportResult) -> None:
     """What was found and, last, what to do next."""
     coverage, report = result.coverage, result.report
@@ -457,7 +465,10 @@ def summarise(args: argparse.Namespace, source: Source, result: ExportResult) ->
         print(f"kept in float32: {', '.join(report.kept)}")
     for rung in report.rungs:
         if rung.operators is not None and rung.operators.unchecked:
-            print(f"{rung.name}: no operator criterion for {', '.join(rung.operators.unchecked)}")
+            lacking = (
+                "no operator criterion for" if rung.emulated is None else "instructions not known to the emulator in"
+            )
+            print(f"{rung.name}: {lacking} {some(rung.operators.unchecked)}")
     for name, reason in result.skipped.items():
         print(f"{name} engine not built: {in_flags(reason)}")
     if report.quantisation is not None:

@@ -178,7 +178,8 @@ class Step:
 def steps_of(target: str, folder: Path) -> list[Step]:
     """All steps in order; what scripts write lies in `folder`."""
     exact = "tests/kernels/test_exact_integers.py"
-    graphs = ("tests/export/lowering/test_cuda_graph.py", "tests/scripts/test_benchmark.py")
+    networks = ("tests/export/lowering/test_cuda_graph.py", "tests/export/test_kernel_engines.py",
+                "tests/scripts/test_benchmark.py")  # fmt: skip
     every_kernel = ("tests/kernels/jit", OF_A_KERNEL, "tests/kernels/test_launch.py")
     one_each = [f"{OF_A_KERNEL}[fp16-{case}]" for case in SMOKE]
     checker = (memory_checker(), "--tool", "memcheck", "--report-api-errors", "no")
@@ -196,7 +197,7 @@ def steps_of(target: str, folder: Path) -> list[Step]:
         name: str, what: str, seconds: float, model: str, *others: str, batches: Sequence[str] = BATCHES, **more: Any
     ) -> Step:
         command = ("scripts/benchmark.py", "--device", "cuda", "--model", model, "--batch", *batches, "--providers")
-        return script(name, what, seconds, read_rows, (*command, "eager", "ours c3", *others), **more)
+        return script(name, what, seconds, read_rows, (*command, "eager", "ours c3", "kernel engine", *others), **more)
 
     compiling = ("scripts/compile_kernels.py", "--targets", target, *everything)
     timing = ("scripts/tune.py", "--as-is", *everything)
@@ -205,7 +206,7 @@ def steps_of(target: str, folder: Path) -> list[Step]:
         Step("smoke", "one of each kernel in fp16", 80, pytest(*one_each), read_tests),
         Step("exact integers", "every operator bit for bit", 90, pytest(exact, parallel=True), read_tests),
         Step("kernels", "P1 of every kernel in every type", 160, pytest(*every_kernel, parallel=True), read_tests),
-        Step("networks", "CUDA graphs against float64", 100, pytest(*graphs, parallel=True), read_tests),
+        Step("networks", "CUDA graphs, kernel engines", 100, pytest(*networks, parallel=True), read_tests),
         Step("memory", "memcheck of each kernel", 60, (*checker, *pytest(*one_each)), read_checker, absent=no_checker),
         # Compiles, on all cores, what the steps behind it launch, which find it in Triton's cache.
         script("floors", "predicted, of every kernel", 60, read_floors, compiling, needed=False),

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 import signal
 import subprocess
 import sys
 from collections import deque
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import IO, Any
 
 from export.base.errors import ExportError
@@ -26,6 +28,7 @@ _START = (
 )
 _SECONDS_TO_CLOSE = 10.0
 _LAST_LINES = 20
+_NONE: Mapping[str, str | None] = MappingProxyType({})
 
 
 class ChildFault(Exception):
@@ -39,19 +42,22 @@ class Child:
     at once where the block is left by an error or by Ctrl-C.
     """
 
-    def __init__(self, task: str, advice: str = "") -> None:
+    def __init__(self, task: str, advice: str = "", variables: Mapping[str, str | None] = _NONE) -> None:
         """Nothing runs yet.
 
         Args:
             task: what the process does, as the subject of a sentence: `building the tensorrt engine`.
             advice: what to try where the process dies or runs out of memory.
+            variables: of its environment that are not this one's; None for those that it has not.
         """
-        self._task, self._advice = task, advice
+        self._task, self._advice, self._variables = task, advice, variables
 
     def __enter__(self) -> Child:
         level = logging.DEBUG if log.isEnabledFor(logging.DEBUG) else logging.WARNING
+        environment = {**os.environ, **self._variables}
         self._process = subprocess.Popen(
             [sys.executable, "-c", _START, _ROOT, str(level)],
+            env={name: value for name, value in environment.items() if value is not None},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

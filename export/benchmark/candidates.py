@@ -21,15 +21,18 @@ from export.fusion.passes import DEFAULT_LEVEL, LEVELS
 from export.fusion.program import FusedProgram, output_names
 from export.lowering.onnx_file import lower_onnx
 from export.quantisation.scheme import CPU
+from export.runtime.engines.cuda_driver import start_driver
 from export.runtime.engines.engine import FLAVOURS, Flavour, build_engine, why_not_buildable
-from export.runtime.engines.runner import TensorRTRunner
+from export.runtime.engines.runner import KernelRunner, TensorRTRunner
 from export.runtime.onnx_session import OnnxRunner
 from export.runtime.parity.ladder import ENGINE_FACTOR, References
 from export.runtime.runner import Interface, TimedRunner
 
 COMPILED = "torch.compile"
+KERNEL_ENGINE = "kernel engine"
 # What the names of candidates begin with.
-PROVIDERS = ("eager", COMPILED, "onnxruntime", "ours", *(f"ours {level}" for level in LEVELS), *FLAVOURS)
+PROVIDERS = ("eager", COMPILED, "onnxruntime", "ours", *(f"ours {level}" for level in LEVELS), KERNEL_ENGINE,
+             *FLAVOURS)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,7 @@ def cuda_candidates(subject: Subject) -> list[Candidate]:
         Candidate("eager in a CUDA graph", lambda n: GraphRunner(model, x(n), names), factor, "a"),
         Candidate(f"{COMPILED} max-autotune", compiled, factor, "i"),
         *(Candidate(f"ours {level}", fused(level), factor, level) for level in subject.programs),
+        Candidate(KERNEL_ENGINE, lambda n: _kernel_engine(subject, n), factor, DEFAULT_LEVEL),
         *(Candidate(name, engine(flavour), ENGINE_FACTOR) for name, flavour in FLAVOURS.items()),
     ]
 
@@ -210,3 +214,18 @@ def _engine(flavour: Flavour, subject: Subject, batch: int) -> TimedRunner:
     static, inputs = Batch(batch, batch, batch), {INPUT: subject.image_shape}
     engine = build_engine(subject.onnx_file, flavour, subject.precision, static, inputs)
     return TensorRTRunner(engine, subject.interface(batch))
+
+
+def _kernel_engine(subject: Subject, batch: int) -> TimedRunner:
+    """The kernels of the default level, lowered for the GPU here and one batch size, by the driver alone."""
+    from export.lowering.kernel_engine import lower_kernels  # imports Triton
+    from kernels.launch import target_of
+
+    start_driver()  # what is missing is said before anything is compiled
+    try:
+        target = target_of(torch.device("cuda"))
+    except ValueError as error:
+        raise ExportError(str(error)) from error
+    static = Batch(batch, batch, batch)
+    engine = lower_kernels(subject.programs[DEFAULT_LEVEL], subject.precision, target, static)
+    return KernelRunner(engine.content, subject.interface(batch))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from export.benchmark.runners import WARM_UP
-from export.runtime.engines.runner import TensorRTRunner
+from export.runtime.engines.runner import EngineRunner
 from export.runtime.runner import TimedRunner
 
 _IDLE_SECONDS = 0.05  # after a run the threads of a CPU runtime spin for a while, which would slow the next one
@@ -56,7 +56,7 @@ def cuda_turn(runner: TimedRunner, inputs: Iterator[Tensor], count: int) -> list
     longer than running, as it does for an eager model and a small batch. An engine runs elsewhere and is timed there in
     the same way, on one input a turn.
     """
-    if isinstance(runner, TensorRTRunner):
+    if isinstance(runner, EngineRunner):
         runner.load(next(inputs).float().contiguous().cpu().numpy())
         return runner.time(count)
     events = []

@@ -24,12 +24,12 @@ def emulated_rung(engine: KernelEngine, inputs: Inputs, batch: Batch) -> Rung:
         new = frozenset({step.code for step in engine.schedules[size].steps} - seen)
         if new:
             found += check_launches(engine, size, resized(inputs, size), new if seen else None)
-    unknown = [check for check in found if check.unknown]
-    if len(unknown) == len(found):
-        why = f"the emulator does not know {unknown[0].unknown}"
-        return Rung(name, runtime, engine.precision.name, engine.name, not_run=why)
+    unknown = {check.step.call.layer: check.unknown.partition(".")[0] for check in found if check.unknown}
     checks = tuple(_checked(check) for check in found if not check.unknown)
-    left = tuple(dict.fromkeys(f"{check.step.call.layer} ({check.unknown})" for check in unknown))
+    if not checks:
+        why = f"the emulator does not know {', '.join(dict.fromkeys(unknown.values()))}"
+        return Rung(name, runtime, engine.precision.name, engine.name, not_run=why)
+    left = tuple(f"{layer} ({family})" for layer, family in unknown.items())
     blocks = sum(check.blocks for check in found), sum(check.grid for check in found)
     return Rung(
         name, runtime, engine.precision.name, engine.name, operators=OperatorChecks(checks, left), emulated=blocks

@@ -10,21 +10,22 @@ import logging
 import os
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from export.base.errors import ExportError, first_line
 from export.base.private_cache import private_folder
+from export.base.process import Child
 from kernels.configs.config import KernelLaunch
 from kernels.configs.targets import Target
-from kernels.workers import workers
 
 _LOG = logging.getLogger(__name__)
-# Of the children: no interpreter; and no lines of source in the machine code, which are half of its size.
+# Of the compiling processes: no interpreter; and no lines of source in the machine code, which are half of its size.
 _ENVIRONMENT = {"TRITON_INTERPRET": None, "TRITON_DISABLE_LINE_INFO": "1"}
 
 
@@ -105,31 +106,55 @@ def compile_codes(requests: Mapping[str, CodeRequest], target: Target) -> dict[s
         if (code := found[name]) is None or any(launch_key(launch) not in code.floors for launch in request.predicted)
     }
     codes = {name: code for name, code in found.items() if code is not None and name not in missing}
-    if missing:
-        with _environment(), workers(len(missing)) as pool:
-            futures = {name: pool.submit(_compile, request, target) for name, request in missing.items()}
-            for name, future in futures.items():
-                what = f"{missing[name].launch.kernel} for {target.name}"
-                try:
-                    codes[name] = future.result()
-                except BrokenProcessPool as error:
-                    raise ExportError(f"Triton ends the process that compiles {what}") from error
-                except Exception as error:  # whatever its compiler raises
-                    raise ExportError(f"{what} does not compile: {first_line(error)}") from error
-                _write(folder, name, codes[name])
-    return codes
+    return codes | _compiled(missing, target, folder) if missing else codes
 
 
-def _compile(request: CodeRequest, target: Target) -> Code:
-    """In a child: the code, with the floors of all that are to be predicted."""
+def _compiled(requests: Mapping[str, CodeRequest], target: Target, folder: Path | None) -> dict[str, Code]:
+    """By processes of their own, each kept as soon as it is there."""
+    idle: SimpleQueue[Child] = SimpleQueue()
+
+    def compiled(name: str) -> Code:
+        child = idle.get()
+        try:
+            code: Code = child.run(f"{__name__}:compile_code", requests[name], target)
+        finally:
+            idle.put(child)
+        _write(folder, name, code)
+        return code
+
+    workers = min(os.cpu_count() or 1, len(requests))
+    # Where one is left by an error or by Ctrl-C the processes end first, and with them what the threads wait for.
+    with ThreadPoolExecutor(workers) as threads, ExitStack() as processes:
+        for _ in range(workers):
+            idle.put(processes.enter_context(Child("compiling", variables=_ENVIRONMENT)))
+        futures = {name: threads.submit(compiled, name) for name in requests}
+        codes = {}
+        for name, future in futures.items():
+            try:
+                codes[name] = future.result()
+            except ExportError as error:
+                raise ExportError(f"{requests[name].launch.kernel} for {target.name}: {error}") from error
+        return codes
+
+
+def compile_code(request: CodeRequest, target: Target) -> Code:
+    """In a process of its own: the code, with the floors of all that are to be predicted.
+
+    Raises:
+        ExportError: Triton does not compile it, or it asks for what a launch does not give.
+    """
     from kernels.compile import compile_kernel, kernel_signature
 
-    kernel, types = compile_kernel(request.launch, target), kernel_signature(request.launch)[0]
+    try:
+        kernel = compile_kernel(request.launch, target)
+    except Exception as error:  # whatever its compiler raises
+        raise ExportError(f"{type(error).__name__}: {first_line(error)}") from error
+    types = kernel_signature(request.launch)[0]
     decided = kernel.metadata
     if decided.global_scratch_size or decided.profile_scratch_size or decided.num_ctas != 1:
-        raise ValueError("it asks for scratch memory or a cluster, expected neither")
+        raise ExportError("its code asks for scratch memory or a cluster, expected neither")
     if kernel.shared_bytes > target.shared_memory:
-        raise ValueError(f"it needs {kernel.shared_bytes} bytes of shared memory, limit {target.shared_memory}")
+        raise ExportError(f"its code needs {kernel.shared_bytes} bytes of shared memory, limit {target.shared_memory}")
     operands, parameters = request.launch.operands, []
     for name in (name for name, kind in types.items() if kind != "constexpr"):
         operand = operands.get(name)
@@ -137,7 +162,7 @@ def _compile(request: CodeRequest, target: Target) -> Code:
         parameters.append("i32" if operand is None else "pointer" if block is None else f"descriptor:{len(block)}")
     boxes = [(tuple(map(int, box["block_size"])), int(box["swizzle"])) for box in decided.tensordesc_meta or ()]
     if len(boxes) != sum(kind.startswith("descriptor") for kind in parameters):
-        raise ValueError(f"it has {len(boxes)} descriptors, expected one for each tensor that it loads in boxes")
+        raise ExportError(f"its code has {len(boxes)} descriptors, expected one for each tensor that it loads in boxes")
     return Code(
         symbol=decided.name,
         warps=decided.num_warps,
@@ -148,24 +173,6 @@ def _compile(request: CodeRequest, target: Target) -> Code:
         ptx=kernel.ptx,
         floors={launch_key(launch): kernel.floor(launch).seconds for launch in request.predicted},
     )
-
-
-@contextmanager
-def _environment() -> Iterator[None]:
-    """What children inherit that are started meanwhile."""
-    before = {name: os.environ.get(name) for name in _ENVIRONMENT}
-
-    def put(values: Mapping[str, str | None]) -> None:
-        for name, value in values.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
-
-    put(_ENVIRONMENT)
-    try:
-        yield
-    finally:
-        put(before)
 
 
 @functools.cache

@@ -19,11 +19,13 @@ _COMMON = ("-Wall", "-Wextra", "-Werror", "-fPIC", "-fvisibility=hidden")
 
 @dataclass(frozen=True)
 class Machine:
-    """What builds for a machine, and what a command is run by there."""
+    """What builds for a machine, there by cmake with more flags, and what a command is run by there."""
 
     c: str
     cpp: str
+    strip: str
     runner: tuple[str, ...] = ()
+    cmake: tuple[str, ...] = ()
 
     def on(self, folder: Path, command: Sequence[str | Path]) -> list[str | Path]:
         """A command whose libraries lie in `folder`; this machine finds them by LD_LIBRARY_PATH."""
@@ -32,9 +34,11 @@ class Machine:
         return [*self.runner, "-E", f"LD_LIBRARY_PATH={folder}", *command]
 
 
-HOST = Machine("gcc", "g++")
+HOST = Machine("gcc", "g++", "strip")
 AARCH64 = Machine(
-    "aarch64-linux-gnu-gcc", "aarch64-linux-gnu-g++", ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu")
+    "aarch64-linux-gnu-gcc", "aarch64-linux-gnu-g++", "aarch64-linux-gnu-strip",
+    ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu"),
+    ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", "-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++"),
 )  # fmt: skip
 
 

@@ -20,8 +20,11 @@ BATCH = Batch(1, 2, 2)
 
 
 @pytest.fixture(autouse=True)
-def no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def no_gpu(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    if "gpu" not in request.keywords:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "compiled"))
 
 
@@ -40,6 +43,17 @@ def test_a_bundle_has_the_engines_that_were_asked_for(resnet8: Fused, tmp_path: 
     assert f"emulated {rung['emulated']['blocks']} of" in (tmp_path / "b" / "report.html").read_text()
     verified = verify_bundle(tmp_path / "b")
     assert {rung.name: bool(rung.not_run) for rung in verified if "kernels" in rung.name} == {"kernels sm_90": True}
+
+
+@pytest.mark.gpu
+def test_a_gpu_runs_its_engine(precision: str, resnet8: Fused, tmp_path: Path) -> None:
+    """And is compared with the eager model like every other form, by the export and by who has the bundle alone."""
+    config = ExportConfig(precision, BATCH, "none", kernels=("auto",))
+    result = export_bundle(resnet8.model, torch.zeros(1, 3, 32, 32), tmp_path / "b", config)
+    assert result and not result.skipped, (result.report.verdict, result.skipped)
+    (rung,) = [rung for rung in result.report.rungs if rung.name.startswith("kernels")]
+    assert (rung.verdict, rung.emulated, rung.runtime) == ("equal", None, "CUDA driver")
+    assert [r.verdict for r in verify_bundle(tmp_path / "b") if r.name == rung.name] == ["equal"]
 
 
 def test_without_a_kernel_the_other_forms_ship(tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
+import kernels.jit
 from kernels.configs.config import Config
 from kernels.configs.convolution import ConvConfig
 from kernels.configs.selection import select_config
@@ -16,6 +19,14 @@ from kernels.operators.mean_linear import HeadConfig, HeadProblem
 from kernels.problems import Problem
 from tests.kernels.cases import ONE_OF_EACH, SMALL, STEM_CASES
 
+JIT_FILES = sorted(Path(kernels.jit.__file__).parent.glob("*.py"))
+# `file.function`. What lies between operators is tests/kernels/between's, and executed where kernel engines are.
+FUSED_KERNELS = {
+    f"{path.stem}.{name}"
+    for path in JIT_FILES
+    if path.stem not in ("elementwise", "pooling")
+    for name in re.findall(r"def (_\w+_kernel)\(\n", path.read_text())
+}
 GATHERED = ConvConfig(64, 32, 32, 4, 3)
 BOXES = ConvConfig(64, 64, 32, 4, 3, box=(1, 8, 8))  # of 64 filters: fewer are no rows for sm_90's tensor cores
 FUSED = BottleneckConfig(64, 32, 32, 4, 2)

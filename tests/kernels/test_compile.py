@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import sys
 from dataclasses import replace
 from importlib.metadata import version
@@ -24,9 +23,9 @@ from kernels.operators.mean_linear import HeadConfig, HeadProblem
 from kernels.plan import plan
 from kernels.problems import ConvProblem, Problem, Projection
 from tests import children
+from tests.kernels.families import FUSED_KERNELS
 
 ROOT = Path(__file__).resolve().parents[2]
-JIT_FILES = (ROOT / "kernels" / "jit").glob("*.py")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +39,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return report
 
 
-KERNELS = {name for path in JIT_FILES for name in re.findall(r"def (_\w+_kernel)\(\n", path.read_text())}
+KERNELS = {name.partition(".")[2] for name in FUSED_KERNELS}
 
 
 COMPILED = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_110", "sm_120")

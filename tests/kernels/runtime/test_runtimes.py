@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import nn
 from export import Batch, ExportConfig, export_bundle
 from export.runtime.engines.kernel_file import file_name
 from tests.children import run
-from tests.cuda_stand_in.building import AARCH64, RUNTIME, needed
+from tests.cuda_stand_in.building import AARCH64, HOST, RUNTIME, Machine, build_driver, needed
 from tests.cuda_stand_in.files import (
     CLASSES,
     HIDDEN,
@@ -282,9 +283,12 @@ def test_a_file_that_is_not_sound_is_refused_alike(cpp: Cpp) -> None:
     assert not differ
 
 
-def test_a_program_finds_the_runtime_by_cmake(place: Tiny, tmp_path: Path) -> None:
-    """find_package of what was installed, the example, and how large the library is."""
-    cmake, strip = needed("cmake"), needed("strip")
+@pytest.mark.parametrize("machine", [HOST, AARCH64], ids=["here", "aarch64"])
+def test_a_program_finds_the_runtime_by_cmake(machine: Machine, place: Tiny, tmp_path: Path) -> None:
+    """find_package of what was installed, the example, and how large the library is; as the guide says it."""
+    cmake, strip = needed("cmake"), needed(machine.strip)
+    for program in (machine.cpp, *machine.runner[:1]):
+        needed(program)
     prefix, user = tmp_path / "prefix", tmp_path / "user"
     user.mkdir()
     (user / "CMakeLists.txt").write_text(
@@ -293,9 +297,9 @@ def test_a_program_finds_the_runtime_by_cmake(place: Tiny, tmp_path: Path) -> No
         "target_link_libraries(classify kernel_engine::kernel_engine)\n"
     )
     commands: list[list[str | Path]] = [
-        [cmake, "-S", RUNTIME, "-B", tmp_path / "build", f"-DCMAKE_INSTALL_PREFIX={prefix}"],
+        [cmake, "-S", RUNTIME, "-B", tmp_path / "build", f"-DCMAKE_INSTALL_PREFIX={prefix}", *machine.cmake],
         [cmake, "--build", tmp_path / "build", "--target", "install"],
-        [cmake, "-S", user, "-B", user / "build", f"-DCMAKE_PREFIX_PATH={prefix}"],
+        [cmake, "-S", user, "-B", user / "build", f"-DCMAKE_PREFIX_PATH={prefix}", *machine.cmake],
         [cmake, "--build", user / "build"],
     ]
     for command in commands:
@@ -307,7 +311,11 @@ def test_a_program_finds_the_runtime_by_cmake(place: Tiny, tmp_path: Path) -> No
     images(1).tofile(tmp_path / "image.f32")
     with place.device("sm_87") as device:
         example = [user / "build" / "classify", place.tiny / "sm_87.kernels", tmp_path / "image.f32"]
-        done = run(example, env=device.environment)
+        if machine.runner:
+            shutil.copy(library, tmp_path / "libkernel_engine.so.1")
+            build_driver(tmp_path, machine)
+            device.environment["LD_LIBRARY_PATH"] = ""
+        done = run(machine.on(tmp_path, example), env=device.environment)
     best = int(reference(images(1)).argmax())
     assert done.stdout == f"class {best}, score {reference(images(1))[0, best]:.6g}\n", done.stderr
 
