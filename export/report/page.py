@@ -13,7 +13,7 @@ from export.report import numbers
 from export.report.lanes import LANES, boxes
 from export.report.plot import COSTS, LAYERS, VALUES, Plot, Z, plots
 from export.runtime.parity.accuracy import RETAINED_PERCENT
-from export.runtime.parity.rungs import EQUAL, NO_VERDICT, WRONG
+from export.runtime.parity.rungs import EMULATED, EQUAL, NO_VERDICT, WRONG
 
 REPORT_FILE = "report.html"
 _TEMPLATE = "page.html.j2"
@@ -114,7 +114,7 @@ def _classes(model: Mapping[str, Any]) -> list[str]:
 
 def _mark(parity: Mapping[str, Any]) -> str:
     """What stands before a verdict: of a form, or of the whole export."""
-    return {EQUAL: "passed", NO_VERDICT: "open", WRONG: "failed"}.get(parity["status"], "absent")
+    return {EQUAL: "passed", EMULATED: "passed", NO_VERDICT: "open", WRONG: "failed"}.get(parity["status"], "absent")
 
 
 def _rung(rung: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

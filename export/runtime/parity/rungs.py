@@ -12,6 +12,7 @@ from export.runtime.parity.network import NetworkCheck, OutputKind, finite
 
 # What a form, or a whole export, comes to, as parity.json, the tables and the report say it.
 EQUAL, WRONG = "equal", "wrong"
+EMULATED = "emulated"  # of a kernel engine: some blocks were, and are right; it was not run
 NOT_RUN = "not run"  # here: a device or a package that it needs is missing
 NO_VERDICT = "no verdict"  # the evidence is too weak for one
 NO_REFERENCE = "no reference"  # an unfused network that others are not compared with
@@ -68,7 +69,7 @@ class Rung:
         if self.not_run:
             return NOT_RUN if self.file else NO_REFERENCE
         if self:
-            return EQUAL
+            return EQUAL if self.emulated is None else EMULATED
         undecided = self.operators is not None and self.operators.undecided and all(self.outputs.values())
         return NO_VERDICT if self.no_verdict or undecided else WRONG
 
@@ -87,7 +88,7 @@ class Rung:
         failed = [f"{name}: {check.reason}" for name, check in self.outputs.items() if not check]
         if self.operators is not None and not self.operators:
             failed.insert(len(failed) if self.operators.undecided else 0, self.operators.summary)
-        right = EQUAL if self.emulated is None else "emulated {:,} of {:,} blocks".format(*self.emulated)
+        right = EQUAL if self.emulated is None else EMULATED + " {:,} of {:,} blocks".format(*self.emulated)
         return failed[0] if failed else right
 
     @property

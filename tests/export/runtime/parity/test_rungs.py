@@ -25,6 +25,7 @@ UNSEEN = form(operators=HIDDEN)
 RUNGS = {
     "equal": form(),
     "wrong": form(outputs=FAILED),
+    "emulated": form("kernels sm_87", outputs={}, operators=OperatorChecks((CONV,), ()), emulated=(3, 40)),
     "not run": ENGINE,
     "no reference": form("eager", file="", outputs={}, not_run="it overflows"),
     "no verdict": UNSEEN,
@@ -45,7 +46,7 @@ def test_a_form_comes_to(status: str) -> None:
     rung = RUNGS[status]
     record = rung.to_json()
     assert record["status"] == rung.status == status
-    assert record["passed"] is {"equal": True, "wrong": False, "no verdict": False}.get(status)
+    assert record["passed"] is {"equal": True, "emulated": True, "wrong": False, "no verdict": False}.get(status)
     assert rung.verdict.startswith("output: it is NaN" if status == "wrong" else status)
     assert Rung.of_weak_evidence("fp16", "no verdict, dead").status == "no verdict"
 
