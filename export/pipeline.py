@@ -34,6 +34,7 @@ from export.fusion.features import strides, with_features
 from export.fusion.passes import DEFAULT_LEVEL, QUANTISED_LEVEL
 from export.fusion.program import Coverage, FusedProgram, fuse, output_names, output_nodes
 from export.fusion.unwrapping import with_softmax
+from export.golden_picture import PicturePreprocessing, golden_picture
 from export.lowering.runners import EagerRunner, ProgramRunner, cast
 from export.manifest import describe
 from export.mixed_precision import keep_float32, quantise_network
@@ -61,7 +62,7 @@ from export.runtime.parity.ladder import (
 from export.runtime.parity.network import PROBABILITIES, VALUES, OutputKind
 from export.runtime.parity.rungs import ParityReport, Rung
 from export.runtime.runner import Interface
-from export.sample_inputs import PicturePreprocessing, byte_crops, crops, golden_picture, photographs
+from export.sample_inputs import byte_crops, crops, photographs
 from kernels.configs.targets import TARGETS, Target
 
 if TYPE_CHECKING:

@@ -260,8 +260,8 @@ with importing("export"):
         imagenet_preprocessing,
         open_picture,
     )
-    from resnet.data.presets import Changes, Preset, folder_classes, open_preset, read_classes
-    from resnet.data.sources import open_test
+    from resnet.data.presets import Changes, Preset, open_preset, read_classes
+    from resnet.data.sources import folder_classes, open_test
     from resnet.initialise import initialise
     from resnet.model_card import ModelCard, read_model_card
     from resnet.models import MODELS, create_model

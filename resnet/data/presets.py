@@ -9,10 +9,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from resnet.data.files import visible_folders
 from resnet.data.labelled import DataError
 from resnet.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, imagenet_preprocessing
-from resnet.data.sources import PARTS, holds_pictures
 
 DIGITS = Preprocessing((16, 16), (16, 16), (0.3055,), (0.3187,))
 PRESETS = ("imagenet", "digits")
@@ -220,17 +218,3 @@ def read_classes(path: Path) -> tuple[str, ...]:
     if not names:
         raise DataError(f"{path}: expected the names of the classes, one per line, got an empty file")
     return names
-
-
-def folder_classes(source: str, count: int) -> tuple[str, ...] | None:
-    """The names of the folders in a folder of pictures where there are as many as classes, each with pictures; of its
-    folder train/ where it has parts. In their alphabetical order, which is how training tools number them."""
-    root = Path(source)
-    if not root.is_dir():
-        return None
-    folders = visible_folders(root)
-    train = next((folder for folder in folders if PARTS.get(folder.name) == "train"), None)
-    folders = folders if train is None else visible_folders(train)
-    if len(folders) != count or count < 2 or not all(map(holds_pictures, folders)):
-        return None
-    return tuple(folder.name for folder in folders)

@@ -24,7 +24,7 @@ _LOG = logging.getLogger(__name__)
 _TEST_SHARE = 0.2  # of a source that comes without a test part
 _VALIDATION_SHARE = 0.1  # of what there is to train on, where the source has no validation part
 _SPLIT_SEED = 0
-PARTS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
+_PARTS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
 _STATISTICS_PICTURES = 2000
 _SMALL = 64  # pixels; pictures from here on are photographs to `suggest_size` and `suggest_preprocessing`
 
@@ -70,11 +70,6 @@ def open_test(source: str, trained_on: Collection[str] = ()) -> LabelledImages:
     if source == "digits" or parts["train"].name in trained_on:
         return open_splits(source).test
     return parts.get("validation", parts["train"])
-
-
-def holds_pictures(folder: Path) -> bool:
-    """Whether a file in it, at whatever depth, is a picture by its name."""
-    return any(path.suffix.lower() in PICTURE_SUFFIXES for path in folder.rglob("*"))
 
 
 def suggest_size(data: LabelledImages, designed: int) -> int:
@@ -160,7 +155,7 @@ def _digits() -> LabelledImages:
 
 def _class_folders(root: Path) -> dict[str, LabelledImages]:
     folders = visible_folders(root)
-    parts = {PARTS[folder.name]: folder for folder in folders if folder.name in PARTS}
+    parts = {_PARTS[folder.name]: folder for folder in folders if folder.name in _PARTS}
     if not parts:
         return {"train": _labelled_folder(root, folders, None)}
     if len(parts) != len(folders) or "train" not in parts:
@@ -215,3 +210,22 @@ def _check_header(path: Path) -> None:
             pass
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: expected a picture ({error})") from error
+
+
+def folder_classes(source: str, count: int) -> tuple[str, ...] | None:
+    """The names of the folders in a folder of pictures where there are as many as classes, each with pictures; of its
+    folder train/ where it has parts. In their alphabetical order, which is how training tools number them."""
+    root = Path(source)
+    if not root.is_dir():
+        return None
+    folders = visible_folders(root)
+    train = next((folder for folder in folders if _PARTS.get(folder.name) == "train"), None)
+    folders = folders if train is None else visible_folders(train)
+    if len(folders) != count or count < 2 or not all(map(_holds_pictures, folders)):
+        return None
+    return tuple(folder.name for folder in folders)
+
+
+def _holds_pictures(folder: Path) -> bool:
+    """Whether a file in it, at whatever depth, is a picture by its name."""
+    return any(path.suffix.lower() in PICTURE_SUFFIXES for path in folder.rglob("*"))

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from export.sample_inputs import golden_picture, photographs
+from export.golden_picture import golden_picture
+from export.sample_inputs import photographs
 from resnet.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from tests.children import run
 from tests.cuda_stand_in.building import has_json, needed

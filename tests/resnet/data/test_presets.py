@@ -13,7 +13,8 @@ from PIL import Image
 
 from resnet.data.labelled import DataError
 from resnet.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, imagenet_preprocessing
-from resnet.data.presets import DIGITS, Changes, Preset, folder_classes, open_preset, read_classes
+from resnet.data.presets import DIGITS, Changes, Preset, open_preset, read_classes
+from resnet.data.sources import folder_classes
 from resnet.errors import ResNetError
 from tests.resnet.checks import refusal
 
