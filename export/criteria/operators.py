@@ -54,7 +54,7 @@ _BY_CHANCE = 1e-6  # the share of right operators of few values that may be refu
 _EXACT = 1e-9  # relative, of float64 sums in another order
 _DRIFT = 4.9  # standard deviations of a mean, beyond which one in a million is
 _RESULTS = 2**17  # four times as many as show that a sum is truncated after every product: see test_accumulators
-_TILE = 2**19  # values of a result that are looked at together: 4 MB in float64
+_TILE = 2**18  # values of a result that are looked at together: 2 MB in float64
 
 
 def check_operators(
@@ -222,7 +222,7 @@ def evaluate(source: fx.GraphModule, name: str, leaves: Mapping[str, Tensor]) ->
         if node.name in known:
             pass
         elif node.op == "get_attr":
-            known[node.name] = constant(source, node)
+            known[node.name] = _exact(constant(source, node))
         elif node.op == "call_function" and is_size(node):
             known[node.name] = size_at(node, _batch_of(nodes, leaves))
         elif node.op != "call_function":
@@ -236,6 +236,14 @@ def evaluate(source: fx.GraphModule, name: str, leaves: Mapping[str, Tensor]) ->
             known[node.name] = target(*args, **kwargs)
         waiting.pop()
     return known[name]
+
+
+def _exact(constant: Tensor | None) -> Tensor | None:
+    """In float64, convolution weights channels_last."""
+    if constant is None or not constant.is_floating_point():
+        return constant
+    layout = torch.channels_last if constant.dim() == 4 else torch.contiguous_format
+    return constant.to(torch.float64, memory_format=layout)
 
 
 def _batch_of(nodes: Mapping[str, fx.Node], leaves: Mapping[str, Tensor]) -> int:

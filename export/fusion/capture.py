@@ -91,6 +91,13 @@ def copied(model: nn.Module) -> nn.Module:
                 memo[id(value)] = None
             elif value.grad_fn is not None:  # old-style weight_norm, or what a hook kept; torch does not copy it
                 memo[id(value)] = value.detach().clone()
+    for value in model.parameters():
+        if (
+            type(value) is nn.Parameter and value.is_floating_point() and id(value) not in memo
+        ):  # cast, not copied first
+            with torch.inference_mode(False):
+                cast = value.detach().to("cpu", dtype, copy=True)
+                memo[id(value)] = nn.Parameter(cast, value.requires_grad)
     try:
         with torch.inference_mode(False):
             duplicate = copy.deepcopy(model, memo)

@@ -69,7 +69,7 @@ def converted(
         if tensor.is_floating_point():
             reader = readers.get(name)
             layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
-            cast = tensor.detach().to(types[reader] if reader else dtype, memory_format=layout, copy=True)
+            cast = tensor.detach().to(types[reader] if reader else dtype, memory_format=layout)
             if refuse and not bool(torch.isfinite(cast).all()):
                 _refuse(tensor, cast.dtype, name, reader)
             owner, _, attribute = name.rpartition(".")
@@ -77,6 +77,15 @@ def converted(
             setattr(result.get_submodule(owner), attribute, value)
     result.recompile()
     return result
+
+
+def with_constants_of(original: fx.GraphModule, copy: fx.GraphModule) -> fx.GraphModule:
+    """`copy`, which `converted` made of `original`, holding the constants as they were before; it is changed itself."""
+    for names in (original.named_parameters(remove_duplicate=False), original.named_buffers(remove_duplicate=False)):
+        for name, tensor in names:
+            owner, _, attribute = name.rpartition(".")
+            setattr(copy.get_submodule(owner), attribute, tensor)
+    return copy
 
 
 def _types(graph_module: fx.GraphModule, dtype: torch.dtype, stays: Callable[[fx.Node], bool]) -> _Types:

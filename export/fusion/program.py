@@ -18,7 +18,7 @@ from export.base.errors import ExportError
 from export.base.precision import PRECISIONS, Precision
 from export.fusion.any_batch import NOTES
 from export.fusion.capture import Example, capture, plain_torch
-from export.fusion.casting import converted
+from export.fusion.casting import converted, with_constants_of
 from export.fusion.nodes import (
     FUSED_OPERATORS,
     QUANTISATION,
@@ -78,7 +78,8 @@ class FusedProgram(nn.Module):
     """A captured model, fused. Calling it computes what the model computes, in float32.
 
     Attributes:
-        source: the captured graph before any pass, float64: what the operators are checked against.
+        source: the captured graph before any pass, in float64 but for its constants, which are float32 as captured and
+            take half the memory: what the operators are checked against.
         folded: the same with BatchNorm folded into the weights and no operator fused, float64.
         master: the fused graph with float64 parameters: each precision is cast from it, once.
         coverage: what was fused and what was left, by the names of the user's modules.
@@ -128,7 +129,8 @@ class FusedProgram(nn.Module):
         A weight outside the range of the type is infinite, as it is in the user's model when that is cast. Where that
         is what it is already, it is the graph itself.
         """
-        if precision.dtype == torch.float64 and not self.kept:
+        constants = (*graph_module.parameters(), *graph_module.buffers())
+        if not self.kept and all(t.dtype == precision.dtype for t in constants if t.is_floating_point()):
             return graph_module
         values = self._kept_values
         return converted(graph_module, precision.dtype, lambda node: source_name(node) in values, refuse=False)
@@ -219,11 +221,12 @@ def fuse(model: nn.Module, example: Example, batch: Batch = DEFAULT_BATCH, level
     """
     if level not in LEVELS:
         raise ExportError(f"expected a level of fusion of {', '.join(LEVELS)}, got {level!r}")
-    source = converted(capture(model, example, batch), torch.float64)
+    captured = capture(model, example, batch)
+    source = converted(captured, torch.float64)
     with plain_torch():
         folded = _applied(FOLDING, source)
         master = _applied(LEVELS[level], folded)
-    return FusedProgram(source, folded, master, batch)
+    return FusedProgram(with_constants_of(captured, source), folded, master, batch)
 
 
 def _applied(

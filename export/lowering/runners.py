@@ -16,6 +16,7 @@ from typing_extensions import Self
 from export.base.batch import Arrays, Inputs, count_of, resized, rows_of
 from export.base.errors import ExportError, first_line
 from export.base.machine import installed_version
+from export.base.memory import give_back
 from export.base.precision import Precision
 from export.fusion.capture import call_arguments, eager_copy, plain_torch
 from export.fusion.interpreter import GraphInterpreter, WideConvolutions
@@ -160,6 +161,7 @@ class TracedOnnxRunner(OnnxRunner):
         follow each other, and the values would not be those a 16-bit device computes.
         """
         self._session = None  # two at a time would hold the weights twice
+        give_back()
         copy, places = rounded_copy(self._onnx_file.model), self._onnx_file.values
         outputs = {value.name for value in copy.graph.output}
         names = list(dict.fromkeys(value for value in places.values() if value not in inputs))

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from export.base.batch import Arrays, Inputs
 from export.base.errors import ExportError, MissingDependency, first_line
+from export.base.memory import give_back
 from export.runtime.onnx_wire import refuse_external_data
 from export.runtime.runner import Interface, TimedRunner
 
@@ -100,6 +101,8 @@ class OnnxRunner(TimedRunner):
 
     def _open(self) -> None:
         self._session = open_file(self._read(), self._rounded, self._threads, self._lasts)
+        if not self._lasts:
+            give_back()  # what loading took
         narrow = {entry.name for entry in self._session.get_inputs() if entry.type == "tensor(float16)"}
         self._inputs = {
             name: np.empty(0, np.float16 if name in narrow else self.interface.dtype) for name in self.interface.inputs
@@ -160,7 +163,7 @@ def open_session(content: bytes, threads: int = 0, lasts: bool = True) -> Any:
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
     if not lasts:
-        options.enable_cpu_mem_arena = False
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
         options.add_session_config_entry("session.disable_prepacking", "1")
     return _session(content, options)
 

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from export.base.batch import Arrays, Batch, Inputs, at_once, count_of, pixels_of, resized, rows_of, run_in_batches
 from export.base.errors import ExportError
-from export.base.memory import give_back
 from export.base.precision import Precision
 from export.runtime.parity.checks import OperatorChecks
 from export.runtime.parity.network import NetworkCheck, OutputKind, compare
@@ -89,7 +88,6 @@ def execute(runner: Runner, inputs: Inputs, batch: Batch) -> Execution:
         started = time.perf_counter()
         straight = run_in_batches(runner.infer, inputs, batch, size)
         seconds = (time.perf_counter() - started) / count
-        give_back()
         trace = runner.trace(operator_inputs(inputs, batch))
     return Execution(
         name=runner.name,
