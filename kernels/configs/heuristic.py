@@ -113,7 +113,9 @@ def starting_configs(problem: Problem, target: Target, parts: Sequence[Config]) 
 def conv_config(problem: ConvProblem, target: Target) -> ConvConfig:
     boxed = _boxed_config(problem, target)
     if boxed is not None:
-        return boxed
+        # A box is on its way for longer than copies of pointers that no tap changes, and such a tile is soon done.
+        small = boxed.block_m * boxed.block_n <= 32 * 32 and problem.is_dense and problem.projection is None
+        return replace(boxed, box=None) if small else boxed
     configs = [_gathered_config(problem, target, tile) for tile in _tiles(problem, target)]
     return _best(configs, problem, target)
 
@@ -212,7 +214,7 @@ def _split(config: ConvConfig, problem: ConvProblem, target: Target) -> ConvConf
     split_k = min(split_k, _MAX_SPLIT_K)
     if length < _LONG_K:
         split_k = 1
-    wide = small and problem.gemm_k > 128 and not any(c % 128 for c in channels)
+    wide = small and problem.gemm_k > 256 and not any(c % 128 for c in channels)
     for block_k in (128, config.block_k) if wide else (config.block_k,):
         slices = sum(conv_k_blocks(problem, block_k))
         # None of the programs is without a slice.

@@ -79,8 +79,10 @@ def engines(program: FusedProgram, file: OnnxFile, precision: Precision) -> list
     return found
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", KINDS)
-def test_every_form_agrees_with_integer_arithmetic(name: str, precision: str) -> None:
+def test_every_form_agrees_with_integer_arithmetic(name: str, precision: str, device: str) -> None:
+    """On a GPU the graphs of Triton kernels, elsewhere the same kernels in the interpreter."""
     limit, terms, head = EXACT[precision]
     model, p = whole(name, terms, head), PRECISIONS[precision]
     images = torch.randint(-2, 3, (2, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(1)).float()
@@ -92,12 +94,12 @@ def test_every_form_agrees_with_integer_arithmetic(name: str, precision: str) ->
     model.float()
     assert all((y != 0).mean() > 0.1 and y.std() > 0 for y in expected)
     file = lower_onnx(program, p, {})
-    forms = [ProgramRunner(program, p, names), OnnxRuntimeRunner(file, p)]
-    if torch.cuda.is_available():
-        forms.append(ProgramRunner(program, p, names, device="cuda"))
+    forms: list[Runner] = [ProgramRunner(program, p, names, device=device)]
+    if device == "cuda":
         forms += engines(program, file, p) if name in BUILT else []
     else:
-        forms.append(by_triton(program, precision, names))
+        forms.append(OnnxRuntimeRunner(file, p))
+        forms += [] if torch.cuda.is_available() else [by_triton(program, precision, names)]
     for form in forms:
         with form:
             got = form.infer({"input": images.numpy()})
