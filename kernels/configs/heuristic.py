@@ -214,7 +214,7 @@ def _split(config: ConvConfig, problem: ConvProblem, target: Target) -> ConvConf
     split_k = min(split_k, _MAX_SPLIT_K)
     if length < _LONG_K:
         split_k = 1
-    wide = small and problem.gemm_k > 256 and not any(c % 128 for c in channels)
+    wide = small and problem.gemm_k > (128 if target.has_wgmma else 256) and not any(c % 128 for c in channels)
     for block_k in (128, config.block_k) if wide else (config.block_k,):
         slices = sum(conv_k_blocks(problem, block_k))
         # None of the programs is without a slice.
