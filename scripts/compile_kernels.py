@@ -57,6 +57,8 @@ with importing("compile"):
     from resnet.models import MODELS, create_model
 
 
+# Of the launches of a forward pass: the floor, and what the loops that multiply issue and compute.
+SUMMED = ("floor_us", "loop_instructions", "loop_flops")
 WIDTH = 160  # of the tables where there is no terminal
 
 
@@ -174,21 +176,22 @@ def compile_for(
         raise ExportError(str(error)) from error
     kernels = compile_problems({TARGETS[name]: distinct for name in targets}, progress, floors=True)
     floors = {
-        (kernel["target"], problem, json.dumps(kernel["config"])): floor["floor_us"]
+        (kernel["target"], problem, json.dumps(kernel["config"])): floor
         for kernel in kernels
         for problem, floor in zip(kernel["problems"], kernel["floors"], strict=True)
     }
     counts: Counter[tuple[str, str, int]] = Counter()
-    floor_us: Counter[tuple[str, str, int]] = Counter()
+    sums: dict[tuple[str, str, int], Counter[str]] = {}
     for name in targets:
         for model, batch, problem in problems:
             for launch in plan(problem, select_config(problem, TARGETS[name]), TARGETS[name]):
                 counts[name, model, batch] += 1
                 config = json.dumps(launch.config.to_json())
-                floor_us[name, model, batch] += floors[name, launch.problem.key, config]
+                floor = floors[name, launch.problem.key, config]
+                sums.setdefault((name, model, batch), Counter()).update({key: floor[key] for key in SUMMED})
     keys = ("target", "model", "batch")
     return kernels, [
-        {**dict(zip(keys, key, strict=True)), "launches": n, "floor_us": round(floor_us[key], 3)}
+        {**dict(zip(keys, key, strict=True)), "launches": n, **{name: round(sums[key][name], 3) for name in SUMMED}}
         for key, n in counts.items()
     ]
 
@@ -229,10 +232,10 @@ def print_comparison(before: dict[str, Any], now: dict[str, Any]) -> None:
         table.add_column(heading, justify="right")
     table.add_column("bound by")
     for (target, problem), floors in ours.items():
-        old = theirs.get((target, problem))
-        if old is None:
+        old_floors = theirs.get((target, problem))
+        if old_floors is None:
             continue
-        before_us, now_us = (sum(floor["floor_us"] for floor in build) for build in (old, floors))
+        before_us, now_us = (sum(floor["floor_us"] for floor in build) for build in (old_floors, floors))
         bound = " + ".join(floor["bound_by"] for floor in floors)
         row = (f"{before_us:.2f}", f"{now_us:.2f}", f"{now_us / before_us:.2f}")
         table.add_row(target, problem, *row, bound, style="red" if now_us > 1.001 * before_us else "")
@@ -240,13 +243,18 @@ def print_comparison(before: dict[str, Any], now: dict[str, Any]) -> None:
     table = Table("target", "network", title="predicted floors of a forward pass, us", box=box.SIMPLE_HEAD)
     for heading in ("before", "now", "ratio"):
         table.add_column(heading, justify="right")
-    totals = {(e["target"], e["model"], e["batch"]): e["floor_us"] for e in before["launches"]}
+    for heading in ("before", "now", "ratio"):
+        table.add_column(f"loops: {heading}", justify="right")
+    totals = {(e["target"], e["model"], e["batch"]): e for e in before["launches"]}
     for entry in now["launches"]:
-        old_us = totals.get((entry["target"], entry["model"], entry["batch"]))
-        if old_us is not None:
-            row = (f"{old_us:.1f}", f"{entry['floor_us']:.1f}", f"{entry['floor_us'] / old_us:.2f}")
+        old = totals.get((entry["target"], entry["model"], entry["batch"]))
+        if old is not None:
+            row = [f"{e['floor_us']:.1f}" for e in (old, entry)] + [f"{entry['floor_us'] / old['floor_us']:.2f}"]
+            lean = [1e3 * e["loop_instructions"] / e["loop_flops"] if e["loop_flops"] else 0.0 for e in (old, entry)]
+            row += [f"{value:.3f}" for value in lean] + [f"{lean[1] / lean[0]:.2f}" if lean[0] else ""]
             table.add_row(entry["target"], f"{entry['model']} batch {entry['batch']}", *row)
     print_table(table, WIDTH)
+    print("loops: instructions of a warp per 1000 operations of tensor cores, in the loops that multiply")
 
 
 def print_alternatives(targets: list[str], problems: list[Problem]) -> None:

@@ -177,7 +177,7 @@ class Step:
 
 def steps_of(target: str, folder: Path) -> list[Step]:
     """All steps in order; what scripts write lies in `folder`."""
-    exact = "tests/kernels/test_exact_integers.py"
+    exact = ("tests/kernels/test_exact_integers.py", "tests/export/test_exact_integers.py")
     networks = ("tests/export/lowering/test_cuda_graph.py", "tests/export/test_kernel_engines.py",
                 "tests/scripts/test_benchmark.py")  # fmt: skip
     every_kernel = ("tests/kernels/jit", OF_A_KERNEL, "tests/kernels/test_launch.py")
@@ -204,7 +204,7 @@ def steps_of(target: str, folder: Path) -> list[Step]:
     last: dict[str, Any] = {"needed": False, "batches": BATCHES[:2]}
     return [
         Step("smoke", "one of each kernel in fp16", 80, pytest(*one_each), read_tests),
-        Step("exact integers", "every operator bit for bit", 90, pytest(exact, parallel=True), read_tests),
+        Step("exact integers", "operators and networks bit for bit", 120, pytest(*exact, parallel=True), read_tests),
         Step("kernels", "P1 of every kernel in every type", 160, pytest(*every_kernel, parallel=True), read_tests),
         Step("networks", "CUDA graphs, kernel engines", 100, pytest(*networks, parallel=True), read_tests),
         Step("memory", "memcheck of each kernel", 60, (*checker, *pytest(*one_each)), read_checker, absent=no_checker),

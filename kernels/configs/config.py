@@ -230,3 +230,14 @@ def conv_k_blocks(problem: ConvProblem, block_k: int) -> tuple[int, int]:
     taps = problem.kernel[0] * problem.kernel[1]
     projected = k_blocks(1, problem.projection.c_in, block_k) if problem.projection else 0
     return k_blocks(taps, problem.c_in_per_group, block_k), projected
+
+
+def warps_of(block_m: int, block_n: int, num_warps: int) -> tuple[int, int]:
+    """How Triton divides a tile between warps: rows and columns of them, their parts as near to a square as can be."""
+    rows = columns = 1
+    while rows * columns < num_warps:
+        if block_m // rows > block_n // columns:
+            rows *= 2
+        else:
+            columns *= 2
+    return rows, columns

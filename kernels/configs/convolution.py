@@ -21,6 +21,7 @@ from kernels.configs.config import (
     partial_sum_bytes,
     pixel_reason,
     uses_pdl,
+    warps_of,
 )
 from kernels.configs.targets import Target
 from kernels.problems import ConvProblem, Projection
@@ -149,6 +150,7 @@ class ConvConfig(BoxedConfig, kind="conv", runs=ConvProblem):
                 "BLOCK_N": self.block_n,
                 "BLOCK_K": self.block_k,
                 "SPLIT_K": self.split_k,
+                **held_by(self, target, problem.dtype),
                 "USE_PDL": uses_pdl(target),
             },
             grid=(blocks * self.split_k, problem.groups),
@@ -253,6 +255,14 @@ def projected(projection: Projection | None, block_k: int) -> dict[str, int]:
 
 def tile(box: Box | None) -> dict[str, int]:
     return dict(zip(("TILE_N", "TILE_P", "TILE_Q"), box or (0, 0, 0), strict=True))
+
+
+def held_by(config: ConvConfig, target: Target | None, dtype: torch.dtype) -> dict[str, int]:
+    """Rows and columns of the warps between which HMMA divides a tile that leaves as they hold it; else 0 of them."""
+    rows, columns = warps_of(config.block_m, config.block_n, config.num_warps)
+    hmma = dtype != torch.float32 and (target is None or target.matrix_instruction(config.block_m) == "HMMA")
+    whole = config.block_m >= 16 * rows and config.block_n >= 32 * columns
+    return {"WARP_ROWS": rows, "WARP_COLUMNS": columns} if hmma and whole else {"WARP_ROWS": 0, "WARP_COLUMNS": 0}
 
 
 def boxes(shape: tuple[int, int, int], box: Box) -> int:

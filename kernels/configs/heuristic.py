@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from kernels.configs.config import MIN_BLOCK, Config, conv_k_blocks
-from kernels.configs.convolution import ConvConfig, box_of
+from kernels.configs.config import MIN_BLOCK, Config, conv_k_blocks, warps_of
+from kernels.configs.convolution import ConvConfig, box_of, held_by
 from kernels.configs.targets import Target
 from kernels.problems import ConvProblem, Problem
 
@@ -113,7 +113,9 @@ def starting_configs(problem: Problem, target: Target, parts: Sequence[Config]) 
 def conv_config(problem: ConvProblem, target: Target) -> ConvConfig:
     boxed = _boxed_config(problem, target)
     if boxed is not None:
-        return boxed
+        # A box is on its way for longer than copies of pointers that no tap changes, and such a tile is soon done.
+        small = boxed.block_m * boxed.block_n <= 32 * 32 and problem.is_dense and problem.projection is None
+        return replace(boxed, box=None) if small else boxed
     configs = [_gathered_config(problem, target, tile) for tile in _tiles(problem, target)]
     return _best(configs, problem, target)
 
@@ -126,7 +128,9 @@ def _gathered_config(problem: ConvProblem, target: Target, tile: Tile) -> ConvCo
     config = ConvConfig(block_m, block_n, block_k, num_warps, num_stages=2)
     if problem.projection is not None and problem.dtype == torch.float32:
         config = replace(config, block_m=min(block_m, 32), block_n=min(block_n, 32), num_warps=4)
-    elif problem.projection is not None and block_m * block_n > GATHERED_PER_THREAD * 32 * num_warps:
+    elif problem.projection is not None and not held_by(config, target, problem.dtype)["WARP_ROWS"]:
+        if block_m * block_n <= GATHERED_PER_THREAD * 32 * num_warps:
+            return config
         config = replace(config, block_m=min(block_m, 64), block_n=min(block_n, 64), num_warps=4)
     return config
 
@@ -174,11 +178,13 @@ def _cycles(config: ConvConfig, problem: ConvProblem, target: Target) -> float:
     l2 = tiles * (sides * k * size + partials) / target.l2_bandwidth * target.clock
     shared = 0.0
     if target.matrix_instruction(block_m if config.box is None else block_n) == "HMMA":
-        # Written once, and read by every warp whose part of the tile needs it.
-        rows, columns = _warps(block_m, block_n, config.num_warps)
-        shared = share * (sides + columns * block_m + rows * block_n) * k * size / 128
-        # The result, and partial sums, change layout.
-        shared += -(-tiles // target.multiprocessors) * (5 * area * size + partials) / 128
+        # Written once, as zeros what the pipeline asks for beyond the last slice; read by every warp that needs it.
+        rows, columns = warps_of(block_m, block_n, config.num_warps)
+        ahead = (config.num_stages - 1) * config.block_k * splits
+        shared = share * (sides * (k + ahead) + (columns * block_m + rows * block_n) * k) * size / 128
+        if config.box or not held_by(config, target, problem.dtype)["WARP_ROWS"]:
+            # The result, and partial sums, change layout.
+            shared += -(-tiles // target.multiprocessors) * (5 * area * size + partials) / 128
 
     threads = 32 * config.num_warps
     of_warp = 8 * area * config.block_k / config.num_warps / target.tensor_flops_per_cycle
@@ -195,17 +201,6 @@ def _cycles(config: ConvConfig, problem: ConvProblem, target: Target) -> float:
     return max(tensor, shared, l2, waves * alone) + (splits * area / 16 if splits > 1 else 0)
 
 
-def _warps(block_m: int, block_n: int, num_warps: int) -> tuple[int, int]:
-    """How Triton divides a tile between warps: rows and columns of them, their parts as near to a square as can be."""
-    rows = columns = 1
-    while rows * columns < num_warps:
-        if block_m // rows >= block_n // columns:
-            rows *= 2
-        else:
-            columns *= 2
-    return rows, columns
-
-
 def _split(config: ConvConfig, problem: ConvProblem, target: Target) -> ConvConfig:
     """K of few tiles divided between programs; where those stay few, in slices of two lines of channels."""
     if problem.dtype == torch.float32:
@@ -219,7 +214,7 @@ def _split(config: ConvConfig, problem: ConvProblem, target: Target) -> ConvConf
     split_k = min(split_k, _MAX_SPLIT_K)
     if length < _LONG_K:
         split_k = 1
-    wide = small and problem.gemm_k > 128 and not any(c % 128 for c in channels)
+    wide = small and problem.gemm_k > (128 if target.has_wgmma else 256) and not any(c % 128 for c in channels)
     for block_k in (128, config.block_k) if wide else (config.block_k,):
         slices = sum(conv_k_blocks(problem, block_k))
         # None of the programs is without a slice.

@@ -13,9 +13,11 @@ from kernels.jit.parts import (
     _accumulate_gathered,
     _bias,
     _bias_residual_act_store,
+    _bias_residual_act_store_as_held,
     _biased,
     _box_corner,
     _box_pixels,
+    _columns,
     _let_next_kernel_start,
     _pixel_offset,
     _pixels,
@@ -69,6 +71,7 @@ def _conv2d_conv1x1_kernel(
     BLOCK_MID: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    WARP_ROWS: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
     """y[n,p,q,o] = act(sum over m of h[n,p,q,m] * expand_weight[o,m] + sum over c of shortcut[n,h_s,w_s,c]
@@ -84,7 +87,7 @@ def _conv2d_conv1x1_kernel(
         mask_m = (n < N) & (p < P) & (q < Q)
     else:
         offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-        n, p, q = _pixels(offs_m, P, Q)
+        n, p, q = _pixels(tl.minimum(offs_m, N * P * Q - 1), P, Q)  # beyond the last pixel it once more
         mask_m = offs_m < N * P * Q
     offs_mid = tl.arange(0, BLOCK_MID)
     mask_mid = offs_mid < C_MID
@@ -133,7 +136,7 @@ def _conv2d_conv1x1_kernel(
 
     offs_y = _pixel_offset(n, p, q, P, Q, C_OUT)
     for block_n in range(0, tl.cdiv(C_OUT, BLOCK_N)):
-        offs_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        offs_n = block_n * BLOCK_N + _columns(BLOCK_N, WARP_ROWS)
         mask_n = offs_n < C_OUT
         expand_bias = _bias(expand_bias_ptr, offs_n, mask_n)
         columns = expand_weight_ptr + offs_n.to(tl.int64) * C_MID
@@ -166,19 +169,40 @@ def _conv2d_conv1x1_kernel(
                 1,
                 BLOCK_K,
                 C_OUT % BLOCK_N == 0,
+                not USE_BOXES,
             )
-        _bias_residual_act_store(
-            y_tile,
-            expand_bias,
-            residual_ptr,
-            None,
-            y_ptr,
-            offs_y,
-            offs_n,
-            mask_m,
-            mask_n,
-            HAS_RESIDUAL,
-            APPLY_RELU,
-            "",
-            0.0,
-        )
+        if WARP_ROWS > 0:
+            _bias_residual_act_store_as_held(
+                y_tile,
+                expand_bias,
+                residual_ptr,
+                None,
+                y_ptr,
+                tl.program_id(0) * BLOCK_M,
+                N * P * Q,
+                block_n * BLOCK_N,
+                C_OUT,
+                C_OUT,
+                HAS_RESIDUAL,
+                APPLY_RELU,
+                "",
+                0.0,
+                WARP_ROWS,
+                1,
+            )
+        else:
+            _bias_residual_act_store(
+                y_tile,
+                expand_bias,
+                residual_ptr,
+                None,
+                y_ptr,
+                offs_y,
+                offs_n,
+                mask_m,
+                mask_n,
+                HAS_RESIDUAL,
+                APPLY_RELU,
+                "",
+                0.0,
+            )

@@ -13,8 +13,11 @@ from kernels.jit.parts import (
     _accumulate_gathered,
     _bias,
     _bias_residual_act_store,
+    _bias_residual_act_store_as_held,
+    _columns,
     _let_next_kernel_start,
     _pixels,
+    _sum_of_held_splits,
     _sum_of_splits,
     _swizzled_block,
     _wait_for_previous_kernel,
@@ -65,6 +68,8 @@ def _conv2d_gathered_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    WARP_ROWS: tl.constexpr,
+    WARP_COLUMNS: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
     """y[n,p,q,o] = act(sum over r,s,c of x[n,h,w,c] * weight[o,r,s,c]
@@ -83,8 +88,8 @@ def _conv2d_gathered_kernel(
 
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < M
-    n, p, q = _pixels(offs_m, P, Q)
-    lane_n = tl.arange(0, BLOCK_N)
+    n, p, q = _pixels(tl.minimum(offs_m, M - 1), P, Q)  # beyond the last pixel it once more
+    lane_n = _columns(BLOCK_N, WARP_ROWS)
     offs_n = pid_n * BLOCK_N + lane_n
     mask_n = offs_n < C_OUT
     first_column = group * C_OUT + pid_n * BLOCK_N
@@ -124,6 +129,7 @@ def _conv2d_gathered_kernel(
         DILATION_W,
         BLOCK_K,
         C_OUT % BLOCK_N == 0,
+        True,
     )
     if HAS_PROJECTION:
         acc = _accumulate_gathered(
@@ -152,28 +158,66 @@ def _conv2d_gathered_kernel(
             1,
             BLOCK_K,
             C_OUT % BLOCK_N == 0,
+            True,
         )
     _let_next_kernel_start(USE_PDL)
 
+    last_row = M
     if SPLIT_K > 1:
         index = group * (blocks_m * blocks_n) + tile
-        acc, holds_sum = _sum_of_splits(
-            acc, partials_ptr, counters_ptr, index, split, mask_m, pid_n * BLOCK_N, C_OUT, SPLIT_K, BLOCK_M, BLOCK_N
+        if WARP_ROWS > 0:
+            acc, holds_sum = _sum_of_held_splits(
+                acc,
+                partials_ptr,
+                counters_ptr,
+                index,
+                split,
+                M - pid_m * BLOCK_M,
+                C_OUT - pid_n * BLOCK_N,
+                C_OUT % BLOCK_N == 0,
+                SPLIT_K,
+                WARP_ROWS,
+                WARP_COLUMNS,
+            )
+        else:
+            acc, holds_sum = _sum_of_splits(
+                acc, partials_ptr, counters_ptr, index, split, mask_m, pid_n * BLOCK_N, C_OUT, SPLIT_K, BLOCK_M, BLOCK_N
+            )
+        last_row = tl.where(holds_sum, M, 0)
+        mask_m = offs_m < last_row
+    if WARP_ROWS > 0:
+        _bias_residual_act_store_as_held(
+            acc,
+            bias,
+            residual_ptr,
+            slope_ptr,
+            y_ptr,
+            pid_m * BLOCK_M,
+            last_row,
+            first_column,
+            (group + 1) * C_OUT,
+            GROUPS * C_OUT,
+            HAS_RESIDUAL,
+            APPLY_RELU,
+            ACTIVATION,
+            NEGATIVE_SLOPE,
+            WARP_ROWS,
+            WARP_COLUMNS,
         )
-        mask_m = offs_m < tl.where(holds_sum, M, 0)
-    offs_y = offs_m.to(tl.int64) * (GROUPS * C_OUT)
-    _bias_residual_act_store(
-        acc,
-        bias,
-        residual_ptr,
-        slope_ptr,
-        y_ptr,
-        offs_y,
-        offs_o,
-        mask_m,
-        mask_n,
-        HAS_RESIDUAL,
-        APPLY_RELU,
-        ACTIVATION,
-        NEGATIVE_SLOPE,
-    )
+    else:
+        offs_y = offs_m.to(tl.int64) * (GROUPS * C_OUT)
+        _bias_residual_act_store(
+            acc,
+            bias,
+            residual_ptr,
+            slope_ptr,
+            y_ptr,
+            offs_y,
+            offs_o,
+            mask_m,
+            mask_n,
+            HAS_RESIDUAL,
+            APPLY_RELU,
+            ACTIVATION,
+            NEGATIVE_SLOPE,
+        )

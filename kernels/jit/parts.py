@@ -40,6 +40,51 @@ def _pixels(offs_m, P, Q):
 
 
 @triton.jit
+def _columns(BLOCK_N: tl.constexpr, WARP_ROWS: tl.constexpr):
+    """Which column of the output each column of a tile is: with WARP_ROWS, such that a thread's lie side by side.
+
+    HMMA leaves a thread two of every eight columns. Its share of 32 of the output's are eight in a row: they leave
+    as they are held, sixteen bytes at a time, without a way through shared memory.
+    """
+    column = tl.arange(0, BLOCK_N)
+    if WARP_ROWS > 0:
+        eights: tl.constexpr = BLOCK_N // 32
+        column = column // 8 % eights * 32 + column // 2 % 4 * 8 + column // (8 * eights) * 2 + column % 2
+    return column
+
+
+@triton.jit
+def _as_held(tile, WARP_ROWS: tl.constexpr, WARP_COLUMNS: tl.constexpr):
+    """A tile with `_columns` as HMMA leaves it in the registers of WARP_ROWS x WARP_COLUMNS warps:
+
+    [rows / (16 * WARP_ROWS), 2, columns / (32 * WARP_COLUMNS), WARP_ROWS, WARP_COLUMNS, 8, 32], its columns in the
+    output's order. Stored and loaded like this, Triton gives each thread what it already has.
+    """
+    ROWS: tl.constexpr = tile.shape[0] // (16 * WARP_ROWS)
+    COLUMNS: tl.constexpr = tile.shape[1] // (32 * WARP_COLUMNS)
+    tile = tile.reshape(ROWS, WARP_ROWS, 2, 8, 4, COLUMNS, WARP_COLUMNS, 4, 2)
+    return tile.permute(0, 2, 5, 1, 6, 3, 7, 4, 8).reshape(ROWS, 2, COLUMNS, WARP_ROWS, WARP_COLUMNS, 8, 32)
+
+
+@triton.jit
+def _held_rows(BLOCK_M: tl.constexpr, WARP_ROWS: tl.constexpr):
+    """The row of each element of a tile `_as_held`, [rows / (16 * WARP_ROWS), 2, 1, WARP_ROWS, 1, 8, 1]."""
+    row = (tl.arange(0, BLOCK_M // (16 * WARP_ROWS)) * (16 * WARP_ROWS))[:, None, None, None, None, None, None]
+    row += (tl.arange(0, 2) * 8)[None, :, None, None, None, None, None]
+    row += (tl.arange(0, WARP_ROWS) * 16)[None, None, None, :, None, None, None]
+    return row + tl.arange(0, 8)[None, None, None, None, None, :, None]
+
+
+@triton.jit
+def _held_columns(BLOCK_N: tl.constexpr, WARP_COLUMNS: tl.constexpr):
+    """The output's column of each element of a tile `_as_held`, [1, 1, columns / ..., 1, WARP_COLUMNS, 1, 32]."""
+    COLUMNS: tl.constexpr = BLOCK_N // (32 * WARP_COLUMNS)
+    column = (tl.arange(0, COLUMNS) * (32 * WARP_COLUMNS))[None, None, :, None, None, None, None]
+    column += (tl.arange(0, WARP_COLUMNS) * 32)[None, None, None, None, :, None, None]
+    return column + tl.arange(0, 32)[None, None, None, None, None, None, :]
+
+
+@triton.jit
 def _box_corner(box, P, Q, TILE_N: tl.constexpr, TILE_P: tl.constexpr, TILE_Q: tl.constexpr):
     """(n, p, q) of the first output pixel of the box-th box of TILE_N x TILE_P x TILE_Q pixels."""
     boxes_q = tl.cdiv(Q, TILE_Q)
@@ -105,11 +150,12 @@ def _accumulate_gathered(
     DILATION_W: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ALL_COLUMNS: tl.constexpr = False,
+    ALL_ROWS: tl.constexpr = False,
 ):
     """acc + sum over K slices [first_k_block, last_k_block) of x[n, h, w, c] * weight[offs_n, r, s, c].
 
     x_ptr points to the first channel of the group. Pixels outside the image and masked lanes are loaded as 0; with
-    ALL_COLUMNS mask_n is true everywhere.
+    ALL_COLUMNS mask_n is true everywhere, with ALL_ROWS every (n, p, q) is a pixel of the output.
 
     Where a tap has fewer channels than a slice is long, the whole of K is cut into slices: no lane is wasted, and each
     has its own tap. Otherwise a slice stays inside one tap: addresses and masks of the tile are computed once, before
@@ -172,7 +218,9 @@ def _accumulate_gathered(
             for part in tl.static_range(BLOCK_K // PART):
                 x_pointers = x_slice + part * PART + x_tile_offsets
                 weight_pointers = weight_slice + part * PART + weight_tile_offsets
-                if C_IN % BLOCK_K == 0:
+                if C_IN % BLOCK_K == 0 and ALL_ROWS and not padded:
+                    x_tile = tl.load(x_pointers)
+                elif C_IN % BLOCK_K == 0:
                     x_tile = tl.load(x_pointers, mask=mask_x[:, None], other=0.0)
                 else:
                     mask_k = channel + part * PART + lane < C_IN
@@ -311,6 +359,64 @@ def _sum_of_splits(
 
 
 @triton.jit
+def _partial_as_held(tile, WARP_ROWS: tl.constexpr, WARP_COLUMNS: tl.constexpr):
+    """A tile with `_columns` in one dimension, in the order in which warps that hold it store sixteen bytes at a time.
+
+    From the outside in: what a thread has beside those four elements, warps, the 8 x 4 threads of one.
+    """
+    ROWS: tl.constexpr = tile.shape[0] // (16 * WARP_ROWS)
+    COLUMNS: tl.constexpr = tile.shape[1] // (32 * WARP_COLUMNS)
+    tile = tile.reshape(ROWS, WARP_ROWS, 2, 8, 2, 2, COLUMNS, WARP_COLUMNS, 4, 2)
+    return tile.permute(0, 2, 6, 4, 1, 7, 3, 8, 5, 9).reshape(ROWS * COLUMNS * WARP_ROWS * WARP_COLUMNS * 512)
+
+
+@triton.jit
+def _tile_of_held(
+    partial, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WARP_ROWS: tl.constexpr, WARP_COLUMNS: tl.constexpr
+):
+    """The tile of which `_partial_as_held` made this."""
+    ROWS: tl.constexpr = BLOCK_M // (16 * WARP_ROWS)
+    COLUMNS: tl.constexpr = BLOCK_N // (32 * WARP_COLUMNS)
+    partial = partial.reshape(ROWS, 2, COLUMNS, 2, WARP_ROWS, WARP_COLUMNS, 8, 4, 2, 2)
+    return partial.permute(0, 4, 1, 6, 3, 8, 2, 5, 7, 9).reshape(BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def _sum_of_held_splits(
+    acc,
+    partials_ptr,
+    counters_ptr,
+    tile,
+    split,
+    rows,
+    columns,
+    ALL_COLUMNS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    WARP_ROWS: tl.constexpr,
+    WARP_COLUMNS: tl.constexpr,
+):
+    """`_sum_of_splits` of tiles with `_columns`, of which only so many rows and columns exist."""
+    BLOCK_M: tl.constexpr = acc.shape[0]
+    BLOCK_N: tl.constexpr = acc.shape[1]
+    WARPS: tl.constexpr = WARP_ROWS * WARP_COLUMNS
+    COLUMNS: tl.constexpr = BLOCK_N // (32 * WARP_COLUMNS)
+    place = tl.arange(0, BLOCK_M * BLOCK_N)
+    warp, beside = place // 128 % WARPS, place // (128 * WARPS)
+    row = beside // (4 * COLUMNS) * (16 * WARP_ROWS) + beside // (2 * COLUMNS) % 2 * 8
+    there = row + warp // WARP_COLUMNS * 16 + place // 16 % 8 < rows
+    if not ALL_COLUMNS:  # in whole fours: what lies beyond the last column is not used
+        column = (beside // 2 % COLUMNS * WARP_COLUMNS + warp % WARP_COLUMNS) * 32 + place // 4 % 4 * 8 + beside % 2 * 4
+        there &= column < columns
+    partials = partials_ptr + tile.to(tl.int64) * (SPLIT_K * BLOCK_M * BLOCK_N) + place
+    tl.store(partials + split * (BLOCK_M * BLOCK_N), _partial_as_held(acc, WARP_ROWS, WARP_COLUMNS), mask=there)
+    last = _arrived_last(counters_ptr, tile, SPLIT_K)
+    total = tl.zeros((BLOCK_M * BLOCK_N,), dtype=tl.float32)
+    for other in tl.range(0, tl.where(last, SPLIT_K, 0), num_stages=1):
+        total += tl.load(partials + other * (BLOCK_M * BLOCK_N), mask=there, other=0.0, cache_modifier=".cg")
+    return _tile_of_held(total, BLOCK_M, BLOCK_N, WARP_ROWS, WARP_COLUMNS), last
+
+
+@triton.jit
 def _bias(bias_ptr, offs_c, mask_c):
     """The bias of the channels offs_c; loaded before the products, since nothing after them would cover its way."""
     return tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0)
@@ -337,14 +443,17 @@ def _clipped(value, LOW: tl.constexpr, HIGH: tl.constexpr):
 
 @triton.jit
 def _activated(value, slope_ptr, offs_c, mask_c, ACTIVATION: tl.constexpr, NEGATIVE_SLOPE: tl.constexpr):
-    """The activation of a float32 tile whose columns are the channels offs_c, as operators/activations.py has it."""
+    """The activation of a float32 tile whose columns are the channels offs_c, as operators/activations.py has it.
+
+    offs_c and mask_c have the tile's rank.
+    """
     if ACTIVATION == "relu6":
         value = _clipped(value, 0.0, 6.0)
     elif ACTIVATION == "leaky_relu":
         value = tl.where(value > 0, value, value * NEGATIVE_SLOPE)
     elif ACTIVATION == "prelu":
         slope = tl.load(slope_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-        value = tl.where(value > 0, value, value * slope[None, :])
+        value = tl.where(value > 0, value, value * slope)
     elif ACTIVATION == "sigmoid":
         value = tl.sigmoid(value)
     elif ACTIVATION == "silu":
@@ -382,8 +491,80 @@ def _bias_residual_act_store(
     offs_y is the int64 offset of channel 0 of each row, offs_c the channel of each column.
     """
     acc = _biased(acc, bias)
-    offsets = offs_y[:, None] + offs_c[None, :]
-    mask = mask_m[:, None] & mask_c[None, :]
+    _residual_act_store(
+        acc,
+        residual_ptr,
+        slope_ptr,
+        y_ptr,
+        offs_y[:, None],
+        offs_c[None, :],
+        mask_m[:, None],
+        mask_c[None, :],
+        HAS_RESIDUAL,
+        APPLY_RELU,
+        ACTIVATION,
+        NEGATIVE_SLOPE,
+    )
+
+
+@triton.jit
+def _bias_residual_act_store_as_held(
+    acc,
+    bias,
+    residual_ptr,
+    slope_ptr,
+    y_ptr,
+    first_row,
+    last_row,
+    first_column,
+    last_column,
+    CHANNELS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    APPLY_RELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    NEGATIVE_SLOPE: tl.constexpr,
+    WARP_ROWS: tl.constexpr,
+    WARP_COLUMNS: tl.constexpr,
+):
+    """The same of a tile with `_columns`: rows first_row to last_row of y, dense and of so many channels, and columns
+    first_column to last_column, the last ones not included.
+    """
+    rows = first_row + _held_rows(acc.shape[0], WARP_ROWS)
+    columns = first_column + _held_columns(acc.shape[1], WARP_COLUMNS)
+    _residual_act_store(
+        _as_held(_biased(acc, bias), WARP_ROWS, WARP_COLUMNS),
+        residual_ptr,
+        slope_ptr,
+        y_ptr,
+        rows.to(tl.int64) * CHANNELS,
+        columns,
+        rows < last_row,
+        columns < last_column,
+        HAS_RESIDUAL,
+        APPLY_RELU,
+        ACTIVATION,
+        NEGATIVE_SLOPE,
+    )
+
+
+@triton.jit
+def _residual_act_store(
+    acc,
+    residual_ptr,
+    slope_ptr,
+    y_ptr,
+    offs_y,
+    offs_c,
+    mask_m,
+    mask_c,
+    HAS_RESIDUAL: tl.constexpr,
+    APPLY_RELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    NEGATIVE_SLOPE: tl.constexpr,
+):
+    """The same without the bias; offsets and masks of rows and of columns have the tile's rank."""
+    offsets = offs_y + offs_c
+    mask = mask_m & mask_c
     if HAS_RESIDUAL:
         acc += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if APPLY_RELU:

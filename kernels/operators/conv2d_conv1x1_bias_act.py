@@ -48,6 +48,8 @@ _BOTTLENECK_ROWS = ((128, 4), (128, 8), (64, 4), (64, 8), (32, 4), (32, 8))
 _MANY_ROWS = ((256, 8), (256, 16))
 # Columns, K slice and stages of a fused bottleneck, the deepest pipeline that fits first.
 _BOTTLENECK_SLICES = ((64, 64, 3), (64, 64, 2), (64, 32, 3), (64, 32, 2), (32, 32, 2))
+# On HMMA over pointers before these, with a projection and without: few slices run ahead.
+_HELD_SLICES = ((64, 32, 2), (32, 64, 2))
 # On WGMMA before these: a projection's pixels are read again for every block of columns.
 _PROJECTION_SLICES = ((128, 64, 3), (128, 64, 2))
 # Wider than this, the first convolution's tile leaves too few rows per program to reuse its weights.
@@ -333,12 +335,19 @@ class BottleneckConfig(BoxedConfig, kind="bottleneck", runs=BottleneckProblem):
                 "BLOCK_MID": mid,
                 "BLOCK_N": self.block_n,
                 "BLOCK_K": self.block_k,
+                "WARP_ROWS": self._warp_rows(problem, target),
                 "USE_PDL": uses_pdl(target),
             },
             grid=(rows,),
             options=launch_options(self.num_warps, self.num_stages, target),
         )
         return (launch,)
+
+    def _warp_rows(self, problem: BottleneckProblem, target: Target | None) -> int:
+        """Of products that follow one another Triton divides rows alone between warps; 0 as in `held_by`."""
+        hmma = problem.dtype != torch.float32 and (target is None or target.matrix_instruction(self.block_m) == "HMMA")
+        whole = self.box is None and self.block_m >= 16 * self.num_warps and self.block_n >= 32
+        return self.num_warps if hmma and whole else 0
 
 
 @dataclass(frozen=True)
@@ -387,17 +396,21 @@ def _fused_config(problem: BottleneckProblem, target: Target) -> BottleneckConfi
     mid = block_mid(problem)
     if problem.dtype == torch.float32 or problem.first.groups > 1 or mid > _WIDEST_BOTTLENECK:
         return None
-    fewest_rows = 64 if target.has_wgmma else 32
+    fewest_rows = 64 if target.has_wgmma or not target.has_tma else 32
     rows = (*_MANY_ROWS, *_BOTTLENECK_ROWS) if target.has_wgmma else _BOTTLENECK_ROWS
     wide = target.has_wgmma and problem.projection is not None
     slices = (*_PROJECTION_SLICES, *_BOTTLENECK_SLICES) if wide else _BOTTLENECK_SLICES
-    most = 2 * GATHERED_PER_THREAD if target.has_wgmma else GATHERED_PER_THREAD
+    if not target.has_tma and mid <= 64:
+        slices = (_HELD_SLICES[problem.projection is None], *slices)
+    fewest = target.multiprocessors if not target.has_tma else -(-target.multiprocessors // 2)
+    most = GATHERED_PER_THREAD if target.has_tma and not target.has_wgmma else 2 * GATHERED_PER_THREAD
     short = not target.has_tma and problem.projection is not None  # longer slices of three operands spill
     for block_m, num_warps in rows:
         if block_m < fewest_rows or block_m * mid > 64 * 32 * num_warps or block_m * mid <= 16 * 32 * num_warps:
             continue
-        # Each program reads all the weights: half the multiprocessors at least must share that work.
-        if 2 * -(-problem.first.gemm_m // block_m) < target.multiprocessors:
+        # Each program reads all the weights: most multiprocessors must share that work, of which two kernels that
+        # divide K leave none without.
+        if -(-problem.first.gemm_m // block_m) < fewest:
             continue
         for box in (box_of(problem.first, block_m), None):
             for block_n, block_k, num_stages in slices:

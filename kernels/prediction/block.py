@@ -57,6 +57,7 @@ class Trace:
             loaded again.
         shared_wavefronts: of 128 bytes, all warps.
         box_loads: TMA loads by rank.
+        loop_instructions, loop_flops: of one warp, in the loops that multiply: how lean they are.
     """
 
     issued: Counter[str] = field(default_factory=Counter)
@@ -67,6 +68,8 @@ class Trace:
     store_sectors: int = 0
     shared_wavefronts: int = 0
     box_loads: Counter[str] = field(default_factory=Counter)
+    loop_instructions: int = 0
+    loop_flops: float = 0.0
 
     @property
     def instructions(self) -> int:
@@ -115,8 +118,10 @@ class Block:
             ValueError: a branch back depends on what is not known, or the block does not end.
         """
         code, at = self.code, 0
+        flops: dict[int, list[float]] = {}  # of each instruction, every time that it is issued
+        loops: set[tuple[int, int]] = set()  # first and last instruction
         for _ in range(MAX_INSTRUCTIONS):
-            i = code.instructions[at]
+            i, before = code.instructions[at], self.trace.matrix_flops
             guard = True if i.guard is None else self._predicate(i.guard)
             self.trace.issued[i.opcode] += 1
             if guard is not False or i.label:
@@ -124,15 +129,22 @@ class Block:
                 self._handle(i, guard)
             busy = self._multiply(i) if "MMA" in i.name and guard is not False else 0.0
             self._clock.issue(i, self._latency, self._barrier(i), busy, guard is not False)
+            flops.setdefault(at, []).append(self.trace.matrix_flops - before)
             if i.name == "EXIT" and guard is not None and every(guard):
                 break
             to = self._next(i, at, guard)
             if to == at:  # what lies behind the kernel's end
                 break
+            if to < at:
+                loops.add((to, at))
             at = to
         else:
             raise ValueError(f"a block that has not ended after {MAX_INSTRUCTIONS} instructions")
         self.trace.cycles = self._clock.now
+        multiplying = [range(to, at + 1) for to, at in loops if any(sum(flops.get(n, ())) for n in range(to, at + 1))]
+        for n in {n for loop in multiplying for n in loop}:
+            self.trace.loop_instructions += len(flops.get(n, ()))
+            self.trace.loop_flops += sum(flops.get(n, ()))
         return self.trace
 
     def _next(self, i: Instruction, at: int, guard: Value) -> int:

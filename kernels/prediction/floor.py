@@ -44,6 +44,7 @@ class Floor:
         waves: blocks over what all multiprocessors hold at the same time.
         instructions: of one warp.
         matrix_flops, l2_bytes, dram_bytes: in all.
+        loop_instructions, loop_flops: in all, in the loops that multiply.
     """
 
     issue: float
@@ -60,6 +61,8 @@ class Floor:
     matrix_flops: int
     l2_bytes: int
     dram_bytes: int
+    loop_instructions: int
+    loop_flops: int
 
     @property
     def parts(self) -> dict[str, float]:
@@ -86,6 +89,8 @@ class Floor:
             "matrix_flops": self.matrix_flops,
             "l2_bytes": self.l2_bytes,
             "dram_bytes": self.dram_bytes,
+            "loop_instructions": self.loop_instructions,
+            "loop_flops": self.loop_flops,
         }
 
 
@@ -142,6 +147,8 @@ def predicted_floor(
         matrix_flops=round(blocks * warps * per_block(lambda t: t.matrix_flops)),
         l2_bytes=round(l2_bytes),
         dram_bytes=dram_bytes,
+        loop_instructions=round(blocks * warps * per_block(lambda t: t.loop_instructions)),
+        loop_flops=round(blocks * warps * per_block(lambda t: t.loop_flops)),
     )
 
 

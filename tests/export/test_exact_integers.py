@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -15,12 +16,14 @@ from export import FusedProgram, fuse
 from export.base.precision import PRECISIONS, Precision
 from export.fusion.nodes import FUSED_OPERATORS
 from export.fusion.program import output_names
+from export.lowering.kernel_engine import lower_kernels
 from export.lowering.onnx_file import OnnxFile, lower_onnx
 from export.lowering.runners import ProgramRunner, TracedOnnxRunner
 from export.runtime.engines.cuda_runtime import why_no_gpu
 from export.runtime.engines.engine import FLAVOURS, build_engine, why_not_buildable
-from export.runtime.engines.runner import TensorRTRunner
+from export.runtime.engines.runner import KernelRunner, TensorRTRunner
 from export.runtime.runner import Interface, Runner
+from kernels.launch import target_of
 from kernels.operators.registry import OPERATORS
 from tests.export.networks import BATCH, values_of
 from tests.export.zoo import SIZE, ZOO
@@ -30,6 +33,7 @@ from tests.kernels.launching import quick_config
 # network keeps its head, whose mean over up to 1024 pixels needs 10 bits more.
 EXACT = {"fp32": (2**24, 8, True), "fp16": (2**11, 3, False), "bf16": (2**8, 2, False)}
 BUILT = ("bottleneck", "unet")  # on a GPU by TensorRT too, which takes long
+LOWERED = ("basic", "bottleneck")  # on a GPU to kernel engines too, which are compiled again
 KINDS = ("basic", "bottleneck", "preact", "resnext", "repvgg", "iresnet", "densenet", "shufflenet", "mobilenet_v2",
          "ghostnet", "inception", "vgg", "unet", "fpn", "ssd", "option_a")  # fmt: skip
 
@@ -79,8 +83,10 @@ def engines(program: FusedProgram, file: OnnxFile, precision: Precision) -> list
     return found
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", KINDS)
-def test_every_form_agrees_with_integer_arithmetic(name: str, precision: str) -> None:
+def test_every_form_agrees_with_integer_arithmetic(name: str, precision: str, device: str) -> None:
+    """On a GPU the graphs of Triton kernels, elsewhere the same kernels in the interpreter."""
     limit, terms, head = EXACT[precision]
     model, p = whole(name, terms, head), PRECISIONS[precision]
     images = torch.randint(-2, 3, (2, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(1)).float()
@@ -92,12 +98,15 @@ def test_every_form_agrees_with_integer_arithmetic(name: str, precision: str) ->
     model.float()
     assert all((y != 0).mean() > 0.1 and y.std() > 0 for y in expected)
     file = lower_onnx(program, p, {})
-    forms = [ProgramRunner(program, p, names), TracedOnnxRunner(file, p)]
-    if torch.cuda.is_available():
-        forms.append(ProgramRunner(program, p, names, device="cuda"))
+    forms: list[Runner] = [ProgramRunner(program, p, names, device=device)]
+    if device == "cuda":
         forms += engines(program, file, p) if name in BUILT else []
+        if name in LOWERED and find_spec("cuda"):
+            engine = lower_kernels(program, p, target_of(torch.device("cuda")), BATCH)
+            forms.append(KernelRunner(engine.content, Interface.of(names, program.inputs, BATCH)))
     else:
-        forms.append(by_triton(program, precision, names))
+        forms.append(TracedOnnxRunner(file, p))
+        forms += [] if torch.cuda.is_available() else [by_triton(program, precision, names)]
     for form in forms:
         with form:
             got = form.infer({"input": images.numpy()})

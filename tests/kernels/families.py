@@ -28,6 +28,7 @@ FUSED_KERNELS = {
     for name in re.findall(r"def (_\w+_kernel)\(\n", path.read_text())
 }
 GATHERED = ConvConfig(64, 32, 32, 4, 3)
+HELD = replace(GATHERED, block_n=64)  # wide enough to leave HMMA's registers as it is held there
 BOXES = ConvConfig(64, 64, 32, 4, 3, box=(1, 8, 8))  # of 64 filters: fewer are no rows for sm_90's tensor cores
 FUSED = BottleneckConfig(64, 32, 32, 4, 2)
 WIDE = replace(SMALL, c_in=64)
@@ -36,11 +37,12 @@ HEAD = HeadProblem(5, 70, 4, 4, 33)  # of 16 pixels: a mean over 49 is rounded h
 # None: the configuration that the rules choose for the target.
 FAMILIES: dict[str, tuple[Problem, Config | None]] = {
     "gathered": (SMALL, GATHERED),
+    "gathered-held": (SMALL, HELD),
     "gathered-wide-slices": (WIDE, replace(GATHERED, block_k=64)),
     "gathered-slices-of-128": (DEEP, ConvConfig(64, 32, 128, 4, 2)),
     "gathered-groups": (replace(SMALL, groups=2), replace(GATHERED, block_k=16)),
-    "gathered-split": (SMALL, replace(GATHERED, split_k=3)),
-    "gathered-projection": (ONE_OF_EACH["projection"], GATHERED),
+    "gathered-split": (SMALL, replace(HELD, split_k=3)),
+    "gathered-projection": (ONE_OF_EACH["projection"], HELD),
     "boxes": (SMALL, BOXES),
     "boxes-wide-slices": (WIDE, replace(BOXES, block_k=64)),
     "boxes-dense": (replace(SMALL, kernel=(1, 1), padding=(0, 0)), replace(BOXES, block_n=32, box=(1, 1, 64))),

@@ -36,6 +36,7 @@ def test_a_loop_runs_as_often_as_its_counter_says() -> None:
     found = trace(*LOOP, constants={0x160: 7})
     assert found.issued["HMMA.16816.F32"] == 7 and found.instructions == 1 + 4 * 7 + 1
     assert found.matrix_flops == 7 * 2 * 16 * 8 * 16
+    assert (found.loop_instructions, found.loop_flops) == (4 * 7, found.matrix_flops), "the loop alone"
     assert found.matrix_cycles == 7 * 8 <= found.cycles
 
 
@@ -50,7 +51,9 @@ def test_a_loop_of_64_bits_runs_as_often_as_its_counter_says() -> None:
         "SEL.64 R6, RZ, 0x9, PT",
     )
     loop = (".L_x_0:", "IADD.64 R6, R6, 0x1", "ISETP.NE.U64.AND P0, PT, R6, R4, PT", "@P0 BRA `(.L_x_0)")
-    assert [trace(*way, *loop, constants={0x160: n}).issued["IADD.64"] for n in (0, 2, 5)] == [2, 2, 5]
+    traces = [trace(*way, *loop, constants={0x160: n}) for n in (0, 2, 5)]
+    assert [found.issued["IADD.64"] for found in traces] == [2, 2, 5]
+    assert not any(found.loop_instructions for found in traces), "it multiplies nothing"
 
 
 def test_a_loop_counter_that_begins_as_two_halves_is_known() -> None:
