@@ -72,13 +72,15 @@ def eager_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     Raises:
         ExportError: as `copied`.
     """
-    duplicate = copied(model)
+    duplicate = copied(model, dtype)
     duplicate.register_forward_hook(lambda module, inputs, outputs: plain_outputs(outputs))
     return duplicate.to(device="cpu", dtype=dtype)
 
 
-def copied(model: nn.Module) -> nn.Module:
+def copied(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """A copy of the module inside torch.compile and DataParallel; `model` itself is left as it was.
+
+    With `dtype` its floating-point parameters are cast to it on the CPU, and not copied first.
 
     Raises:
         ExportError: the model cannot be copied, or is TorchScript.
@@ -91,10 +93,8 @@ def copied(model: nn.Module) -> nn.Module:
                 memo[id(value)] = None
             elif value.grad_fn is not None:  # old-style weight_norm, or what a hook kept; torch does not copy it
                 memo[id(value)] = value.detach().clone()
-    for value in model.parameters():
-        if (
-            type(value) is nn.Parameter and value.is_floating_point() and id(value) not in memo
-        ):  # cast, not copied first
+    for value in model.parameters() if dtype is not None else ():
+        if type(value) is nn.Parameter and value.is_floating_point() and id(value) not in memo:
             with torch.inference_mode(False):
                 cast = value.detach().to("cpu", dtype, copy=True)
                 memo[id(value)] = nn.Parameter(cast, value.requires_grad)
