@@ -249,10 +249,10 @@ def print_comparison(before: dict[str, Any], now: dict[str, Any]) -> None:
     for entry in now["launches"]:
         old = totals.get((entry["target"], entry["model"], entry["batch"]))
         if old is not None:
-            floors = [f"{e['floor_us']:.1f}" for e in (old, entry)] + [f"{entry['floor_us'] / old['floor_us']:.2f}"]
+            times = [f"{e['floor_us']:.1f}" for e in (old, entry)] + [f"{entry['floor_us'] / old['floor_us']:.2f}"]
             lean = [1e3 * e["loop_instructions"] / e["loop_flops"] if e["loop_flops"] else 0.0 for e in (old, entry)]
             loops = [f"{value:.3f}" for value in lean] + [f"{lean[1] / lean[0]:.2f}" if lean[0] else ""]
-            table.add_row(entry["target"], f"{entry['model']} batch {entry['batch']}", *floors, *loops)
+            table.add_row(entry["target"], f"{entry['model']} batch {entry['batch']}", *times, *loops)
     print_table(table, WIDTH)
     print("loops: instructions of a warp per 1000 operations of tensor cores, in the loops that multiply")
 
