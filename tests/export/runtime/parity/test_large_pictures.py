@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 from export.base import batch
 from export.base.batch import Arrays, Batch, at_once
 from export.base.precision import PRECISIONS
+from export.criteria import operators
 from export.criteria.operators import check_operators
 from export.criteria.references import run_references
 from export.lowering.runners import EagerRunner, ProgramRunner
 from export.runtime.parity import ladder
+from export.runtime.parity.checks import OperatorCheck
 from export.runtime.parity.ladder import execute, operator_inputs
 from tests.export.criteria import mutants
 from tests.export.networks import BATCH, Fused
@@ -66,6 +68,28 @@ def test_large_pictures_run_few_at_once_and_a_wrong_corner_is_refused(
         references = run_references(subject.model, subject.program, ("output",), {"input": images}, FP16)
     assert {len(call.args[1]["input"]) for call in run.call_args_list} == {2}
     assert torch.tensor(references.oracle["output"]).shape[0] == len(images)
+
+
+@pytest.mark.parametrize("name", ["digits", "basic", "resnet8"])
+def test_figures_are_those_of_all_images_together_and_the_last_image_counts(
+    fused: Mapping[str, Fused], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    subject, images = fused[name], {"input": fused[name].images.numpy()}
+    trace = execute(ProgramRunner(subject.program, FP16, ("output",)), images, BATCH).trace
+    monkeypatch.setattr(operators, "_TILE", 1)
+    by_image = check_operators(subject.program, FP16, trace)
+    last = {node: value.clone() for node, value in trace.items()}
+    victim = next(n.name for n in subject.program.master.graph.nodes if n.target is mutants.CONV)
+    last[victim][-1, :, -1, -1] += 1
+    refused = check_operators(subject.program, FP16, last).first_failure
+    assert refused is not None and refused.fault is not None and refused.fault.index[0] == len(last[victim]) - 1
+    monkeypatch.setattr(operators, "_passed", lambda *arguments: None)
+    together = check_operators(subject.program, FP16, trace)
+    assert by_image and together and by_image.unchecked == together.unchecked
+    for one, other in zip(by_image.checks, together.checks, strict=True):
+        assert isinstance(one, OperatorCheck) and isinstance(other, OperatorCheck)
+        figures = (one.rms_z, one.max_z, one.rms_limit, one.max_limit)
+        assert figures == pytest.approx((other.rms_z, other.max_z, other.rms_limit, other.max_limit), rel=1e-4)
 
 
 def test_what_a_check_computed_is_freed_when_it_ends(fused: Mapping[str, Fused]) -> None:
