@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from export.base.errors import MissingDependency as MissingDependency
     from export.base.precision import PRECISIONS as PRECISIONS
     from export.config import ExportConfig as ExportConfig
+    from export.fusion.features import with_features as with_features
     from export.fusion.program import Coverage as Coverage
     from export.fusion.program import FusedProgram as FusedProgram
     from export.fusion.program import fuse as fuse
@@ -39,6 +40,7 @@ _HOMES = {
     "fuse": "fusion.program",
     "open_bundle": "runtime.bundle.contents",
     "verify_bundle": "runtime.verify",
+    "with_features": "fusion.features",
 }
 
 __all__ = list(_HOMES)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable
 from fractions import Fraction
 
 from torch import Tensor, fx, nn
@@ -18,7 +18,7 @@ _IN_PLACE = ("", "alias", "clone", "contiguous", "detach", "dropout")  # of what
 _Stride = tuple[Fraction, Fraction]
 
 
-def with_features(model: nn.Module, names: Sequence[str]) -> nn.Module:
+def with_features(model: nn.Module, names: Iterable[str]) -> nn.Module:
     """A copy of `model` that returns what these modules return, by their names and in their order, and nothing else.
 
     What only served the model's own output is then computed by nobody. The output itself is had as that of the module
@@ -32,7 +32,7 @@ def with_features(model: nn.Module, names: Sequence[str]) -> nn.Module:
         ExportError: a name that no module has; and from the copy's forward where one is not called once or returns
             no tensor.
     """
-    duplicate = copied(model)
+    duplicate, names = copied(model), tuple(names)
     modules = dict(duplicate.named_modules(remove_duplicate=False))
     del modules[""]
     for name in names:
@@ -46,7 +46,7 @@ def with_features(model: nn.Module, names: Sequence[str]) -> nn.Module:
     for name in names:
         modules[name].register_forward_hook(_Keep(name, found))
     duplicate.register_forward_pre_hook(_Forget(found))
-    duplicate.register_forward_hook(_Return(tuple(names), found))
+    duplicate.register_forward_hook(_Return(names, found))
     return duplicate
 
 
