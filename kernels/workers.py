@@ -30,6 +30,9 @@ def workers(most: int | None = None) -> Iterator[ProcessPoolExecutor]:
             raise
         finally:
             pool.shutdown(cancel_futures=True)
+            for process in set(multiprocessing.active_children()) - before:  # one that had only begun
+                process.kill()
+                process.join()
 
 
 def _begin(folder: str) -> None:

@@ -63,7 +63,7 @@ PLANTED: dict[str, tuple[str, str, Edit, str]] = {
     "mask of a copy": ("gathered", "sm_87", edited(r"(cp\.async\.c[ag][^;]*0x\w+), %r\d+;", r"\1;"), "z is"),
     "mask of a store": ("gathered", "sm_87", edited(r"@%p\d+ (st\.global)", r"\1"), "out of bounds"),
     "mask of a load": ("gathered", "sm_87", edited(r"@%p\d+ (ld\.global)", r"\1", -1), "out of bounds"),
-    "comparison": ("gathered", "sm_87", edited(r"setp\.lt\.s32", "setp.ge.s32"), "z is"),
+    "comparison": ("gathered", "sm_87", edited(r"setp\.lt\.s32", "setp.ge.s32"), "out of bounds"),
     "place of a shared store": (
         "gathered", "sm_87", edited(r"(st\.shared\.v4\.b32\s*\[%r\d+)(\+\d+)?\]", r"\1+8]"), "misaligned",
     ),

@@ -73,10 +73,12 @@ def test_persistent_programs_are_at_most_the_blocks() -> None:
     assert launch.grid == (2 * 132,)
 
 
-# What fusion is for: the launches of one forward pass, at most.
-@pytest.mark.parametrize(("network", "most"), [("resnet18", 18), ("resnet50", 37)])
-def test_a_network_is_few_launches(network: str, most: int) -> None:
+# What fusion is for: the launches of one forward pass, at most; more where a fused bottleneck would have fewer programs
+# than there are multiprocessors.
+@pytest.mark.parametrize(("network", "most", "larger"), [("resnet18", 18, 18), ("resnet50", 37, 43)])
+def test_a_network_is_few_launches(network: str, most: int, larger: int) -> None:
     problems = NETWORKS[network](32)
     for target in TARGETS.values():
         launches = [plan(problem, heuristic_config(problem, target), target) for problem in problems]
-        assert len(problems) <= sum(map(len, launches)) <= most
+        many = not target.has_tma and target.multiprocessors > 6272 // 64  # pixels of layer 3 by those of a tile
+        assert len(problems) <= sum(map(len, launches)) <= (larger if many else most)
