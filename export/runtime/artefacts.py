@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 from numpy.typing import NDArray
 
@@ -163,23 +164,44 @@ def running(bundle: Bundle, artefact: Artefact) -> Iterator[Callable[[NDArray | 
     Raises:
         ExportError: it does not load, or an input has another shape.
     """
+    with loaded(bundle, artefact) as runner:
+        yield partial(run_images, bundle, runner)
+
+
+@contextmanager
+def loaded(bundle: Bundle, artefact: Artefact) -> Iterator[Runner]:
+    """The runner of an artefact, loaded; raises ExportError where it does not load."""
     if artefact.obstacle:
         raise ExportError(f"{bundle.path / artefact.file} cannot run here: {artefact.obstacle}")
     with artefact_runner(bundle, artefact) as runner:
+        yield runner
 
-        def infer(images: NDArray | Inputs) -> Arrays:
-            inputs = named(images, bundle.inputs)
-            runner.check_inputs(inputs)
-            return run_in_batches(runner.infer, inputs, bundle.batch, bundle.batch.maximum)
 
-        yield infer
+def run_images(bundle: Bundle, runner: Runner, images: NDArray | Inputs) -> Arrays:
+    """Any number of images through a runner that is loaded, as `running` says."""
+    inputs = named(images, bundle.inputs)
+    runner.check_inputs(inputs)
+    return run_in_batches(runner.infer, inputs, bundle.batch, bundle.batch.maximum)
 
 
 @contextmanager
 def running_first(
     bundle: Bundle, say: Callable[[str], None] = lambda reason: None, runtime: str = ""
 ) -> Iterator[tuple[Artefact, Callable[[NDArray | Inputs], Arrays]]]:
-    """The first of `artefacts` that loads here, and what `running` gives for it; `say` hears why others do not.
+    """The first of `artefacts` that loads here, and what `running` gives for it; the arguments as in `loaded_first`.
+
+    Raises:
+        ExportError: none does.
+    """
+    with loaded_first(bundle, say, runtime) as (artefact, runner):
+        yield artefact, partial(run_images, bundle, runner)
+
+
+@contextmanager
+def loaded_first(
+    bundle: Bundle, say: Callable[[str], None] = lambda reason: None, runtime: str = ""
+) -> Iterator[tuple[Artefact, Runner]]:
+    """The first of `artefacts` that loads here, and its runner; `say` hears why others do not.
 
     `runtime` as in `artefacts`.
 
@@ -190,12 +212,12 @@ def running_first(
     with ExitStack() as stack:
         for artefact in artefacts(bundle, runtime):
             try:
-                infer = stack.enter_context(running(bundle, artefact))
+                runner = stack.enter_context(loaded(bundle, artefact))
             except ExportError as error:
                 reasons.append(str(error))
                 continue
             for reason in reasons:
                 say(reason)
-            yield artefact, infer
+            yield artefact, runner
             return
     raise ExportError("; ".join(reasons))

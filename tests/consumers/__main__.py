@@ -47,12 +47,14 @@ class Consumer:
         runtime: of `running.py`, or the npm package that `running.mjs` runs.
         packages: what pip or npm installs; the first one's version is in the table.
         take: which file to give it, and how.
+        alone: what pip installs without what that asks for.
     """
 
     name: str
     runtime: str
     packages: tuple[str, ...]
     take: str
+    alone: tuple[str, ...] = ()
 
     @property
     def npm(self) -> bool:
@@ -94,8 +96,9 @@ CONSUMERS = (
     Consumer(
         "ncnn, through pnnx",
         "ncnn",
-        ("ncnn", "pnnx"),
-        "fp32: ncnn makes its own fp16 of it. Any 16-bit file ends in a Cast that ncnn does not have",
+        ("ncnn",),
+        "fp32: ncnn makes its own fp16 of it. A 16-bit file ends in a Cast, which ncnn does not have",
+        ("pnnx",),  # whose program is its own; it asks for PyTorch with all of CUDA
     ),
     Consumer("MNN", "mnn", ("MNN",), "fp32, fp16; for int8, fp32 and `mnnconvert --weightQuantBits 8`"),
     Consumer("tract", "tract", ("tract",), "fp32, fp16; of int8 `model.cpu.onnx`"),
@@ -153,6 +156,8 @@ def installed(consumer: Consumer, home: Path) -> tuple[str, list[str]]:
     run([sys.executable, "-m", "venv", home / "venv"])
     python = str(home / "venv" / "bin" / "python")
     run([python, "-m", "pip", "install", "--quiet", "numpy", *consumer.packages])
+    if consumer.alone:
+        run([python, "-m", "pip", "install", "--quiet", "--no-deps", *consumer.alone])
     code = f"import importlib.metadata; print(importlib.metadata.version({package!r}))"
     return run([python, "-c", code]).strip(), [python, str(HERE / "running.py"), consumer.runtime]
 

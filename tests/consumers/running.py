@@ -4,6 +4,7 @@
 says of a file that it does not take is on stderr.
 """
 
+import importlib.util
 import subprocess
 import sys
 import tempfile
@@ -37,7 +38,10 @@ def ncnn(file: Path, x: Any) -> Any:
         model = Path(folder) / "model.onnx"
         model.write_bytes(file.read_bytes())
         shape = f"inputshape=[1,{','.join(map(str, x.shape[1:]))}]"
-        command = [str(Path(sys.executable).parent / "pnnx"), str(model), shape, "fp16=0"]
+        package = importlib.util.find_spec("pnnx")  # imported, it would want PyTorch
+        if package is None or package.origin is None:
+            raise SystemExit("pnnx is not installed")
+        command = [str(Path(package.origin).parent / "pnnx"), str(model), shape, "fp16=0"]
         said = subprocess.run(command, check=False, cwd=folder, capture_output=True, text=True)
         net = ncnn.Net()
         for option in ("use_fp16_packed", "use_fp16_storage", "use_fp16_arithmetic", "use_bf16_storage"):
