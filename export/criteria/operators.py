@@ -308,11 +308,12 @@ def _passed(
     if not all(fits(n, values[n.name].shape) for n in shown):
         return None
     weighs_in = precision.name != "fp32" and any(constant(program.master, n) is not None for n in node.all_input_nodes)
-    rows = max(1, _TILE * len(y) // max(1, y.numel())) if _by_image(shown) else max(1, len(y))
+    by_image = _by_image(shown)
+    rows = max(1, _TILE * len(y) // max(1, y.numel())) if by_image else max(1, len(y))
     sampled = max(1, _RESULTS * len(y) // max(1, y.numel())) if weighs_in else 0
     squares, peak, count, kept = 0.0, 0.0, 0, []
     for start in range(0, len(y), rows):
-        part = {n.name: values[n.name][start : start + rows] for n in shown}
+        part = {n.name: values[n.name][start : start + rows] if by_image else values[n.name] for n in shown}
         found = _looked_at(program, precision, node, part, separate_addition)
         if found is None:
             return None
@@ -540,8 +541,8 @@ def _same_weights(
 
 def _first(values: Mapping[str, Tensor], node: fx.Node, count: int) -> dict[str, Tensor]:
     """What an operator read and computed of the first images."""
-    rows = len(values[node.name])
-    return {name: value[:count] if len(value) == rows else value for name, value in values.items()}
+    rows = values[node.name].shape[:1]
+    return {name: value[:count] if value.shape[:1] == rows else value for name, value in values.items()}
 
 
 def _with_weights(
