@@ -66,7 +66,7 @@ CONSUMERS = (
         "ONNX Runtime, oldest",
         "onnxruntime",
         ("onnxruntime==1.23.2",),
-        "the last for Python 3.10 (JetPack 6): fp32, fp16; of int8 `model.cpu.onnx`",
+        "the last for Python 3.10 (JetPack 6): fp32, fp16; of int8 `model.cpu.onnx`, never `model.onnx`",
     ),
     Consumer(
         "ONNX Runtime",
@@ -91,17 +91,19 @@ CONSUMERS = (
         "onnxruntime-web, WebAssembly",
         "onnxruntime-web",
         ("onnxruntime-web",),
-        "of int8 `model.cpu.onnx`, else fp32: fp16 is slower than fp32 there",
+        "fp32, fp16; of int8 `model.cpu.onnx`",
     ),
     Consumer(
         "ncnn, through pnnx",
         "ncnn",
         ("ncnn",),
-        "fp32: ncnn makes its own fp16 of it. A 16-bit file ends in a Cast, which ncnn does not have",
+        "fp32: it has neither the Cast that a 16-bit file ends in nor what pnnx makes of 8 bits",
         ("pnnx",),  # whose program is its own; it asks for PyTorch with all of CUDA
     ),
-    Consumer("MNN", "mnn", ("MNN",), "fp32, fp16; for int8, fp32 and `mnnconvert --weightQuantBits 8`"),
-    Consumer("tract", "tract", ("tract",), "fp32, fp16; of int8 `model.cpu.onnx`"),
+    Consumer("MNN", "mnn", ("MNN",), "fp32, fp16"),
+    Consumer(
+        "tract", "tract", ("tract",), "fp32; of int8 `model.cpu.onnx`. fp16 runs, with twice the error it should have"
+    ),
     Consumer(
         "TensorRT-RTX's parser and builder",
         "tensorrt_rtx",
