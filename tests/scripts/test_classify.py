@@ -135,3 +135,23 @@ def test_an_unreadable_picture_is_named(bundle: Path, pictures: list[Path], tmp_
     process = run_here("classify", bundle, *pictures, path)
     assert process.returncode == 2 and process.stdout == ""
     assert f"classify.py: error: {path}: expected a picture" in process.stderr.splitlines()[-1]
+
+
+def test_a_loop_over_pictures_in_memory_is_timed(bundle: Path, pictures: list[Path]) -> None:
+    timed = json.loads(run_here("classify", bundle, *pictures[:2], "--json", "--repeat", "3").stdout)["loop"]
+    assert timed["pictures"] == 6 and timed["ratio"] == timed["median_ms"] / timed["runtime_ms"] > 1
+    last = run_here("classify", bundle, pictures[0], "--repeat", "1").stdout.splitlines()[-1]
+    assert last.startswith("a picture of 1 takes ") and " ms of onnxruntime " in last
+    refused = run_here("classify", bundle, pictures[0], "--repeat", "0")
+    assert refused.returncode == 2 and "--repeat: expected a whole number of at least 1, got 0" in refused.stderr
+    missing = run_here("classify", bundle, pictures[0], "--runtime", "tensorrt")
+    assert (
+        missing.returncode == 2 and "has nothing for tensorrt: expected one of onnxruntime, openvino" in missing.stderr
+    )
+
+
+def test_equal_probabilities_come_in_the_order_of_the_classes() -> None:
+    most_probable = load_script("classify").most_probable
+    for logits in (np.zeros(9), np.array([0.0, 2, 1, 1, 1, 1, 1, 2, -9]), np.arange(3.0)):
+        order = np.argsort(-logits, kind="stable")[:5]
+        assert [index for index, _ in most_probable(logits)] == order.tolist()
