@@ -251,6 +251,8 @@ def read_floors(path: Path, target: Target) -> dict[str, list[dict[str, Any]]]:
         ExportError: the file holds none for this target.
     """
     floors: dict[str, list[dict[str, Any]]] = {}
+    if not path.is_file():  # opening a pipe would wait for whoever writes to it
+        raise ExportError(f"--floors: expected a file that compile_kernels.py wrote, {path} is none")
     try:
         for kernel in json.loads(path.read_text())["kernels"]:
             for whole, floor in zip(kernel["wholes"], kernel["floors"], strict=True):

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from export.base.errors import ExportError
 from export.fusion.nodes import (
@@ -77,6 +78,14 @@ def converted(
             setattr(result.get_submodule(owner), attribute, value)
     result.recompile()
     return result
+
+
+def types_of(graph_module: fx.GraphModule) -> set[torch.dtype]:
+    """The floating-point types that a graph names: those of its constants and of its operators' arguments."""
+    constants = [tensor.dtype for tensor in (*graph_module.parameters(), *graph_module.buffers())]
+    arguments = pytree.tree_leaves([(node.args, node.kwargs) for node in graph_module.graph.nodes])
+    named = [value for value in (*constants, *arguments) if isinstance(value, torch.dtype)]
+    return {dtype for dtype in named if dtype.is_floating_point}
 
 
 def with_constants_of(original: fx.GraphModule, copy: fx.GraphModule) -> fx.GraphModule:

@@ -18,7 +18,7 @@ from export.base.errors import ExportError
 from export.base.precision import PRECISIONS, Precision
 from export.fusion.any_batch import NOTES
 from export.fusion.capture import Example, capture, plain_torch
-from export.fusion.casting import converted, with_constants_of
+from export.fusion.casting import converted, types_of, with_constants_of
 from export.fusion.nodes import (
     FUSED_OPERATORS,
     QUANTISATION,
@@ -129,8 +129,7 @@ class FusedProgram(nn.Module):
         A weight outside the range of the type is infinite, as it is in the user's model when that is cast. Where that
         is what it is already, it is the graph itself.
         """
-        constants = (*graph_module.parameters(), *graph_module.buffers())
-        if not self.kept and all(t.dtype == precision.dtype for t in constants if t.is_floating_point()):
+        if not self.kept and types_of(graph_module) <= {precision.dtype}:
             return graph_module
         values = self._kept_values
         return converted(graph_module, precision.dtype, lambda node: source_name(node) in values, refuse=False)

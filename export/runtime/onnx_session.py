@@ -66,7 +66,10 @@ def runs_rounded(precision: str, file: str) -> bool:
 
 
 class OnnxRunner(TimedRunner):
-    """An ONNX file in ONNX Runtime on the CPU. Its session lives from its first batch to the exit."""
+    """An ONNX file in ONNX Runtime on the CPU.
+
+    Its session lives until the exit, and begins with the enter, or with the first batch where it does not last.
+    """
 
     name, runtime = "onnx", "onnxruntime"
 
@@ -94,6 +97,8 @@ class OnnxRunner(TimedRunner):
     def __enter__(self) -> Self:
         self.runtime = f"onnxruntime {import_onnxruntime().__version__}"
         self._session: Any = None
+        if self._lasts:
+            self._open()
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -280,7 +280,7 @@ def test_weak_evidence_can_be_lifted_and_what_is_wrong_cannot(
 
 
 OUTPUTS_REFUSED = {
-    "a word": ("classes", None, "expected outputs of auto, scores, values, got 'classes'"),
+    "a word": ("classes", None, "expected outputs of auto, scores, probabilities, values, got 'classes'"),
     "labels of values": ("values", "digits", "labelled pictures are for class scores, got ExportConfig"),
 }
 

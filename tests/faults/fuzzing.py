@@ -169,15 +169,16 @@ def _limit() -> None:
 def _audit(folder: Path, escapes: list[str], event: str, arguments: tuple[Any, ...]) -> None:
     """Note what is not allowed, and prevent it.
 
-    Binding to itself is how urllib3 asks whether there is IPv6, lscpu how joblib counts the cores.
+    Binding to itself is how urllib3 asks whether there is IPv6, lscpu how joblib counts the cores, uname how Python
+    asks for the processor; clear_refs is where a process begins to measure its own peak anew.
     """
-    counts = event == "subprocess.Popen" and arguments[:1] == ("lscpu",)
+    counts = event == "subprocess.Popen" and arguments[:1] in (("lscpu",), ("uname",))
     asked = counts or (event == "socket.bind" and arguments[1][0] == "::1")
     allowed = asked or not event.startswith(_FORBIDDEN)
     if event == "open":
         path, mode, flags = arguments
         writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND) if flags else mode != "r"
-        allowed = not writes or _inside(folder, path)
+        allowed = not writes or path == "/proc/self/clear_refs" or _inside(folder, path)
     elif event in _OF_PATHS:
         allowed = all(_inside(folder, value) for value in arguments if isinstance(value, str | bytes | os.PathLike))
     if not allowed:

@@ -155,7 +155,9 @@ def test_a_picture_that_is_prepared_otherwise_is_seen(
 
 def test_the_guide_s_check_of_an_application(bundles: tuple[Path, Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Passes on training's own steps, and says how far off a sampled picture is."""
-    (block,) = re.findall(r"^```python\n(.*?golden-picture.*?)^```", GUIDE.read_text(), re.MULTILINE | re.DOTALL)
+    (block,) = re.findall(
+        r"^```python needs: [^\n]*prepare\n(.*?golden-picture.*?)^```", GUIDE.read_text(), re.MULTILINE | re.DOTALL
+    )
     for bundle, as_bytes in zip(bundles[:2], (True, False), strict=True):
         monkeypatch.chdir(bundle)
         right = replace(PREPROCESSING, as_bytes=as_bytes)

@@ -54,13 +54,15 @@ def triton_models(bundle: Bundle, repository: Path) -> tuple[list[Served], list[
 def start_commands(models: Sequence[Served]) -> list[str]:
     """What starts a server of these models: in NVIDIA's container, then where tritonserver is installed."""
     repository = models[0].path.parent
-    gpus = "" if all(b"KIND_CPU" in model.files[CONFIG] for model in models) else " --gpus all"
-    mounted = f"{repository.resolve()}:/models:ro"
-    return [
-        f"docker run --rm{gpus} -p 8000:8000 -p 8001:8001 -v {shlex.quote(mounted)} {_CONTAINER} "
-        "tritonserver --model-repository=/models",
-        f"tritonserver --model-repository={shlex.quote(str(repository))}",
+    on_gpu = not all(b"KIND_CPU" in model.files[CONFIG] for model in models)
+    container = [
+        *("docker", "run", "--rm"),
+        *(["--gpus", "all"] if on_gpu else []),
+        *("-p", "8000:8000", "-p", "8001:8001", "-v", f"{repository.resolve()}:/models:ro", _CONTAINER),
     ]
+    places = ("/models", str(repository))
+    inside, here = (["tritonserver", f"--model-repository={place}"] for place in places)
+    return [shlex.join([*container, *inside]), shlex.join(here)]
 
 
 def _model(

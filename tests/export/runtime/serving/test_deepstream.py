@@ -126,5 +126,5 @@ def test_what_nvinfer_cannot_do_is_refused(case: str, tmp_path: Path) -> None:
         deepstream_config(open_bundle(bundle(tmp_path, GREY, **facts)), tmp_path / "nvinfer")
     assert not (tmp_path / "nvinfer").exists()
     no_pictures = summing.write(tmp_path / "b")
-    with pytest.raises(ExportError, match="not pictures: expected a preprocessing"):
+    with pytest.raises(ExportError, match="does not say how pictures are normalised"):
         deepstream_config(open_bundle(no_pictures), tmp_path / "nvinfer")
