@@ -98,7 +98,7 @@ class OpenVINORunner(TimedRunner):
     def load(self, x: NDArray) -> None:
         """Copy the batch to where it stays; `x` may be a tensor on the CPU."""
         (name,) = self.interface.inputs
-        self._inputs = {name: np.array(x, self.interface.dtype, order="C")}
+        self._inputs = {name: np.array(np.asarray(x), self.interface.dtype, order="C")}
 
     def step(self) -> Any:
         """The outputs of the request, which the next step overwrites."""

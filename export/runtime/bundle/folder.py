@@ -164,7 +164,7 @@ def _identity(folder: Path) -> tuple[int, int] | None:
     """What tells a folder from another that takes its place; None where there is none."""
     try:
         status = folder.stat()
-    except OSError:
+    except (OSError, ValueError):  # a name that no file can have
         return None
     return status.st_dev, status.st_ino
 
