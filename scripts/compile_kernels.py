@@ -212,7 +212,7 @@ def read_build(path: Path) -> dict[str, Any]:
         ExportError: it is no such file, or its floors are another predictor's.
     """
     if not path.is_file():  # opening a pipe would wait for whoever writes to it
-        raise ExportError(f"--compare: expected a file written by --output, {path} is none")
+        raise ExportError(f"--compare: expected a file written by --output, got {path}, which is no file")
     try:
         build: dict[str, Any] = json.loads(path.read_text())
         theirs = build["predictor"]

@@ -252,7 +252,7 @@ def read_floors(path: Path, target: Target) -> dict[str, list[dict[str, Any]]]:
     """
     floors: dict[str, list[dict[str, Any]]] = {}
     if not path.is_file():  # opening a pipe would wait for whoever writes to it
-        raise ExportError(f"--floors: expected a file that compile_kernels.py wrote, {path} is none")
+        raise ExportError(f"--floors: expected a file that compile_kernels.py wrote, got {path}, which is no file")
     try:
         for kernel in json.loads(path.read_text())["kernels"]:
             for whole, floor in zip(kernel["wholes"], kernel["floors"], strict=True):

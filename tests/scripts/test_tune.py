@@ -97,7 +97,7 @@ def test_files_without_floors_are_refused(folder: Path) -> None:
             floors_file(folder / "floors", "sm_80"),
             "expected a file of python scripts/compile_kernels.py --targets sm_90",
         ),
-        (folder / "none", "No such file"),
+        (folder / "none", "which is no file"),
     ):
         assert said in refusal(run_here("tune", "--as-is", "--floors", path))
     assert "expected --as-is" in refusal(run_here("tune", "--output", folder / "times"))
