@@ -5,36 +5,35 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from export.base.batch import FLOAT32, INPUT, UINT8, Arrays, Batch, Inputs, count_of, named
-from export.base.errors import ExportError, MissingDependency
+from export.base.batch import UINT8, count_of
+from export.base.errors import ExportError
 from export.base.memory import give_back
-from export.base.normalisation import CHANNELS, Normalisation
-from export.base.precision import FORMATS, INT8, PRECISIONS, Precision
+from export.base.precision import INT8, PRECISIONS, Precision
 from export.base.progress import Progress, silent
-from export.config import AUTO, ExportConfig, choose_flavours
+from export.config import ExportConfig, choose_flavours
 from export.criteria.batches import check_batches
 from export.criteria.evidence import check_evidence
 from export.criteria.normalised import with_normalised
 from export.criteria.outputs import output_kinds
 from export.criteria.references import run_references, run_simulations
+from export.engines import build_engines, build_kernels, choose_targets, kernel_runner, prove_kernels
 from export.forms import Form, Forms, floating_forms
-from export.fusion.capture import Example, check_model, describe_value
+from export.fusion.capture import Example
 from export.fusion.description import describe_graph
-from export.fusion.features import strides, with_features
+from export.fusion.features import strides
 from export.fusion.passes import DEFAULT_LEVEL, QUANTISED_LEVEL
 from export.fusion.program import Coverage, FusedProgram, fuse, output_names, output_nodes
-from export.fusion.unwrapping import with_softmax
-from export.golden_picture import PicturePreprocessing, golden_picture
+from export.golden_picture import PicturePreprocessing
+from export.job import Job
 from export.lowering.runners import EagerRunner, ProgramRunner, cast
 from export.manifest import describe
 from export.mixed_precision import keep_float32, quantise_network
@@ -42,9 +41,8 @@ from export.quantisation.calibration import NormalisedPictures, Pictures
 from export.report.page import REPORT_FILE, render
 from export.runtime.bundle.folder import file_entries, publish, staged
 from export.runtime.bundle.golden import GOLDEN_FILE, save_golden
-from export.runtime.engines.engine import Engine, Flavour, build_engine, why_not_runnable
-from export.runtime.engines.kernel_engine import why_not_here
-from export.runtime.engines.runner import KernelRunner, TensorRTRunner
+from export.runtime.engines.engine import Engine, why_not_runnable
+from export.runtime.engines.runner import TensorRTRunner
 from export.runtime.onnx_session import ONNX_FILE, import_onnxruntime
 from export.runtime.parity.accuracy import Labelled, Meter
 from export.runtime.parity.checks import OperatorChecks
@@ -59,16 +57,11 @@ from export.runtime.parity.ladder import (
     operator_inputs,
     reference_rungs,
 )
-from export.runtime.parity.network import PROBABILITIES, VALUES, OutputKind
-from export.runtime.parity.rungs import ParityReport, Rung
-from export.runtime.runner import Interface
-from export.sample_inputs import byte_crops, crops, photographs
-from kernels.configs.targets import TARGETS, Target
+from export.runtime.parity.network import OutputKind
+from export.runtime.parity.rungs import ParityReport
 
 if TYPE_CHECKING:
     from export.lowering.kernel_engine import KernelEngine
-
-PARITY_IMAGES = 16
 
 
 @dataclass(frozen=True)
@@ -100,38 +93,6 @@ class ExportResult:
     def written(self) -> bool:
         """Whether the bundle is in place: where this is true, or was asked for without a verdict."""
         return self.report.written
-
-
-@dataclass(frozen=True)
-class _Job:
-    """The arguments of an export, checked.
-
-    Attributes:
-        given: what is compared on, as the artefacts take it, on the CPU; `labelled` and `calibration` are alike.
-        normalisation: what the artefacts do to it; None where it is what the network computes with.
-        picture: the files of the golden picture; none where nobody said how a picture becomes an input.
-        inputs: what the network computes with, float32.
-    """
-
-    model: nn.Module
-    config: ExportConfig
-    given: Arrays
-    normalisation: Normalisation | None
-    picture: Mapping[str, bytes]
-    inputs: Inputs
-    labelled: Labelled | None
-    calibration: Pictures | None
-    metadata: Mapping[str, Any]
-    command: str
-    progress: Progress
-
-    @property
-    def batch(self) -> Batch:
-        return self.config.batch
-
-    @property
-    def precision(self) -> Precision:
-        return FORMATS[self.config.precision]
 
 
 def export_bundle(
@@ -180,37 +141,24 @@ def export_bundle(
         ExportError: the model, an argument or the folder is refused, or a file cannot be built; one line.
     """
     started, output = time.perf_counter(), Path(output)
-    config, metadata, named_example = config or ExportConfig(), metadata or {}, check_model(model, example)
-    if config.features:
-        model = with_features(model, config.features)
-    if config.outputs == PROBABILITIES:
-        model = with_softmax(model)
-    if "preprocessing" in metadata:
-        raise ExportError("metadata['preprocessing']: expected it as export_bundle(preprocessing=...)")
-    record = None if preprocessing is None else preprocessing.to_json()
-    normalisation = _normalisation(config, named_example, record)
-    given = _given(named_example, images, config.input)
-    picture = golden_picture(preprocessing, given[INPUT]) if preprocessing and list(given) == [INPUT] else {}
-    job = _Job(
-        model=model,
-        config=config,
-        given=given,
-        normalisation=normalisation,
-        picture=picture,
-        inputs=given if normalisation is None else normalisation.of(given),
+    job = Job.of(
+        model,
+        example,
+        config or ExportConfig(),
+        images,
         labelled=labelled,
         calibration=calibration,
-        metadata=metadata if record is None else {**metadata, "preprocessing": record},
+        preprocessing=preprocessing,
+        metadata=metadata or {},
         command=command,
         progress=progress,
     )
-    _check(job)
     flavours, skipped = choose_flavours(job.config)
     targets = choose_targets(job.config, skipped)
     import_onnxruntime()  # a missing package is known before any work is done
     with staged(output) as staging:
         progress("capture and fuse")
-        program = fuse(model, example, job.batch, DEFAULT_LEVEL if calibration is None else QUANTISED_LEVEL)
+        program = fuse(job.model, example, job.batch, DEFAULT_LEVEL if calibration is None else QUANTISED_LEVEL)
         check_batches(program, job.inputs)
         names, classes = output_names(program.master), job.metadata.get("classes")
         kinds = output_kinds(program.source, names, job.config.outputs, labelled is not None, classes)
@@ -223,7 +171,7 @@ def export_bundle(
         for engine in engines:
             files[engine.flavour.file_name] = engine.plan
             files[engine.flavour.layers_name] = (json.dumps(engine.layers, indent=1) + "\n").encode()
-        kernels = build_kernels(targets, program, job.config, skipped, progress, normalisation)
+        kernels = build_kernels(targets, program, job.config, skipped, progress, job.normalisation)
         files |= {engine.name: engine.content for engine in kernels}
         report, references = _compare(job, program, forms, engines, kernels, kinds)
         if meter is not None:
@@ -241,121 +189,7 @@ def export_bundle(
     return ExportResult(output, report, program.coverage, skipped, sizes, seconds, strides(program.source))
 
 
-def _normalisation(
-    config: ExportConfig, example: Mapping[str, Tensor], record: Mapping[str, Any] | None
-) -> Normalisation | None:
-    """What the artefacts are to do to bytes; None where they take what the model does.
-
-    Raises:
-        ExportError: an input is no image of 1 or 3 channels, or its mean and std are not known.
-    """
-    if config.input == FLOAT32:
-        return None
-    asked = f"ExportConfig.input={config.input!r}"
-    for name, x in example.items():
-        if x.dim() != 4 or x.shape[1] not in CHANNELS:
-            raise ExportError(f"{asked}: expected images of 1 or 3 channels, got {name} [N, *{list(x.shape[1:])}]")
-    if record is None:
-        wanted = "export_bundle(preprocessing=...)"
-        raise ExportError(f"{asked}: expected the mean and std that pictures are normalised by, give {wanted}")
-    normalisation = Normalisation.from_json(record)
-    for name, x in example.items():
-        if x.shape[1] != len(normalisation.mean):
-            raise ExportError(
-                f"{asked}: expected mean and std of {x.shape[1]} channels for {name}, got {record!r:.200}"
-            )
-    return normalisation
-
-
-def _given(example: Mapping[str, Tensor], images: Example | None, dtype: str) -> Arrays:
-    """What to compare on as the artefacts take it, by the names of the example, and a check that it fits."""
-    several = len(example) > 1
-    shapes = {name: list(x.shape[1:]) for name, x in example.items()}
-    if dtype == UINT8:
-        shapes = {name: [*size, channels] for name, (channels, *size) in shapes.items()}
-    if images is None and several:
-        words = ", ".join(f"{name!r}: [N, {', '.join(map(str, shape))}]" for name, shape in shapes.items())
-        raise ExportError(f"no default images for several inputs: give examples of each by name, images={{{words}}}")
-    if images is None:
-        _, channels, height, width = example[INPUT].shape
-        cut = byte_crops if dtype == UINT8 else crops
-        images = cut(photographs(), PARITY_IMAGES, channels, (height, width))
-    by_name: Mapping[str, object] = images if isinstance(images, Mapping) else {INPUT: images}
-    if not several and len(by_name) == 1:
-        by_name = dict(zip(example, by_name.values(), strict=True))
-    if by_name.keys() != example.keys():
-        given = ", ".join(map(str, by_name)) or "none"
-        raise ExportError(
-            f"expected images by name, {', '.join(example)}: got "
-            + (given if isinstance(images, Mapping) else describe_value(images))
-        )
-    arrays: Arrays = {}
-    for name, shape in shapes.items():
-        tensor, right = by_name[name], f"[N, *{shape}]{' of torch.uint8' if dtype == UINT8 else ''}"
-        fits = isinstance(tensor, Tensor) and list(tensor.shape[1:]) == shape and len(tensor) > 0
-        if not isinstance(tensor, Tensor) or not fits or (dtype == UINT8 and tensor.dtype != torch.uint8):
-            what = f"images of {name}" if several else "images"
-            raise ExportError(f"expected {what} of shape {right}, got {describe_value(tensor)}")
-        tensor = tensor.detach().cpu()
-        arrays[name] = (tensor if dtype == UINT8 else tensor.float()).contiguous().numpy()
-    if len({len(values) for values in arrays.values()}) > 1:
-        counts = ", ".join(f"{len(values)} of {name}" for name, values in arrays.items())
-        raise ExportError(f"expected as many images of each input, got {counts}")
-    return arrays
-
-
-def _check(job: _Job) -> None:
-    """Refuse what cannot be recorded, measured, calibrated or decided before any work is done."""
-    try:
-        json.dumps(dict(job.metadata))
-    except (TypeError, ValueError) as error:
-        raise ExportError(f"expected metadata that JSON can hold: {error}") from error
-    if job.labelled is not None:
-        if job.config.outputs == VALUES:
-            raise ExportError(
-                "labelled pictures are for class scores, got ExportConfig.outputs='values': leave out one of the two"
-            )
-        if len(job.inputs) > 1:
-            raise ExportError(
-                f"labelled pictures are for a model of one picture, got one that takes {', '.join(job.inputs)}"
-            )
-        if len(job.labelled) == 0:
-            raise ExportError("expected labelled pictures to measure accuracy on, got none")
-        inputs, _ = next(iter(job.labelled.batches(1)))
-        _check_pictures(job, "labelled", inputs)
-    if job.precision is not INT8:
-        if job.calibration is not None:
-            raise ExportError(
-                "export_bundle(calibration=...) is for ExportConfig.precision='int8', "
-                f"got ExportConfig.precision={job.config.precision!r}"
-            )
-    elif job.calibration is None or not len(job.calibration):
-        raise ExportError("int8 needs pictures to calibrate on, got none; give export_bundle(calibration=...)")
-    else:
-        _check_pictures(job, "calibration", next(iter(job.calibration.batches(1))))
-    if job.precision is INT8 and job.config.keep_fp16 == AUTO and job.labelled is None:
-        raise ExportError(
-            "ExportConfig.keep_fp16='auto' needs labelled pictures to decide by, got none; "
-            "give export_bundle(labelled=...)"
-        )
-
-
-def _check_pictures(job: _Job, kind: str, given: NDArray | Inputs) -> None:
-    """Raises ExportError where a batch of one picture is not what the model takes."""
-    inputs = named(given, job.inputs)
-    right, dtype = {name: (1, *values.shape[1:]) for name, values in job.given.items()}, job.config.input
-    if {name: x.shape for name, x in inputs.items()} == right and {x.dtype.name for x in inputs.values()} == {dtype}:
-        return
-
-    def words(facts: Mapping[str, str]) -> str:
-        return ", ".join(fact if len(right) == 1 else f"{name} {fact}" for name, fact in facts.items())
-
-    expected = words({name: f"[N, *{list(shape[1:])}] {dtype}" for name, shape in right.items()})
-    found = words({name: f"{list(x.shape)} {x.dtype}" for name, x in inputs.items()})
-    raise ExportError(f"expected {kind} inputs of shape {expected}, got {found}")
-
-
-def _meter(job: _Job, program: FusedProgram) -> Meter | None:
+def _meter(job: Job, program: FusedProgram) -> Meter | None:
     """What measures accuracy, and has measured the eager model's; None without labelled pictures."""
     if job.labelled is None:
         return None
@@ -371,7 +205,7 @@ def _meter(job: _Job, program: FusedProgram) -> Meter | None:
     return meter
 
 
-def _lower(job: _Job, program: FusedProgram, meter: Meter | None) -> tuple[FusedProgram, Forms]:
+def _lower(job: Job, program: FusedProgram, meter: Meter | None) -> tuple[FusedProgram, Forms]:
     """Decide what is kept in a wider type, and write the ONNX files; with the program that they were written from."""
     config, progress = job.config, job.progress
     if job.calibration is None:
@@ -410,13 +244,13 @@ def _measure(
         if engine.flavour.name in ran:
             meter.measure(TensorRTRunner(engine, file.interface), precision.name)
     for kernel_engine in kernels:
-        runner = _runner(kernel_engine, file.interface)
+        runner = kernel_runner(kernel_engine, file.interface)
         if runner.name in ran:
             meter.measure(runner, precision.name)
 
 
 def _compare(
-    job: _Job,
+    job: Job,
     program: FusedProgram,
     forms: Forms,
     engines: list[Engine],
@@ -438,7 +272,7 @@ def _compare(
         attempt(TensorRTRunner(engine, interface), why_not_runnable(engine), precision, job.given, program.batch)
         for engine in engines
     ]
-    proved = [_prove(kernel_engine, job, interface, progress) for kernel_engine in kernels]
+    proved = [prove_kernels(engine, interface, precision, job.given, job.batch, progress) for engine in kernels]
     give_back()
     progress("run the eager model")
     references = replace(run_references(job.model, program, names, inputs, forms.arithmetic), kinds=kinds)
@@ -468,7 +302,7 @@ def _compare(
 
 
 def _executed(
-    job: _Job, program: FusedProgram, form: Form, shown: Mapping[str, Tensor]
+    job: Job, program: FusedProgram, form: Form, shown: Mapping[str, Tensor]
 ) -> tuple[Execution, OperatorChecks]:
     """What a form computes but for its intermediate tensors, and what was found of these; `shown` is their input."""
     runner, progress = form.runner, job.progress
@@ -481,90 +315,3 @@ def _executed(
     if runner.interface.dtype == UINT8:
         operators = with_normalised(operators, program, form.precision, shown, execution.trace)
     return replace(execution, trace={}), operators
-
-
-def _prove(engine: KernelEngine, job: _Job, interface: Interface, progress: Progress) -> Execution | Rung:
-    """What a kernel engine computes where the GPU here is its own, else what the emulator finds of some blocks."""
-    if why_not_here(engine.content, engine.target.name):
-        from export.criteria.kernel_blocks import emulated_rung  # imports Triton, as whatever made the engine has
-
-        progress(f"emulate blocks of {engine.name}")
-        return emulated_rung(engine, job.given, job.batch)
-    progress(f"run {engine.name}")
-    return attempt(_runner(engine, interface), "", job.precision, job.given, job.batch)
-
-
-def _runner(engine: KernelEngine, interface: Interface) -> KernelRunner:
-    runner = KernelRunner(engine.content, interface)
-    runner.name, runner.file = f"kernels {engine.target.name}", engine.name
-    return runner
-
-
-def choose_targets(config: ExportConfig, skipped: dict[str, str]) -> list[Target]:
-    """The architectures to make kernel engines for; why there is none is added to `skipped`.
-
-    Raises:
-        ExportError: Triton is not installed, or not one that compiles for an architecture that was asked for.
-    """
-    if not config.kernels:
-        return []
-    try:
-        from kernels.compile import version_reason
-        from kernels.launch import target_of
-    except ModuleNotFoundError as error:
-        raise MissingDependency("triton", "export", error) from error
-    if config.kernels == AUTO:
-        if not torch.cuda.is_available():
-            skipped["kernel"] = "there is no GPU here: name architectures, such as ExportConfig.kernels=('sm_87',)"
-            return []
-        try:
-            return [target_of(torch.device("cuda"))]
-        except ValueError as error:
-            skipped["kernel"] = str(error)
-            return []
-    targets = [TARGETS[name] for name in config.kernels]
-    if reasons := [reason for target in targets if (reason := version_reason(target))]:
-        raise ExportError(f"ExportConfig.kernels: {'; '.join(reasons)}")
-    return targets
-
-
-def build_kernels(
-    targets: Sequence[Target],
-    program: FusedProgram,
-    config: ExportConfig,
-    skipped: dict[str, str],
-    progress: Progress,
-    normalisation: Normalisation | None = None,
-) -> list[KernelEngine]:
-    """A kernel engine for each architecture for which the network can have one; `skipped` gets why one cannot."""
-    engines = []
-    for target in targets:
-        from export.lowering.kernel_engine import lower_kernels  # imports Triton, which `choose_targets` has found
-
-        progress(f"compile the kernels for {target.name}")
-        try:
-            precision = PRECISIONS[config.precision]
-            engines.append(lower_kernels(program, precision, target, config.batch, normalisation))
-        except ExportError as error:
-            skipped[f"{target.name} kernel"] = str(error)
-    return engines
-
-
-def build_engines(
-    flavours: Sequence[Flavour],
-    onnx_bytes: bytes,
-    config: ExportConfig,
-    inputs: Mapping[str, tuple[int, ...]],
-    kept: Collection[str],
-    progress: Progress,
-) -> list[Engine]:
-    """Build an engine of each flavour; `kept` as in `build_engine`, which raises what this raises."""
-    engines = []
-    for flavour in flavours:
-        progress(f"build the {flavour.name} engine")
-        precision, options = FORMATS[config.precision], config.engine_config
-        levers, otherwise = ("ExportConfig.batch",), "export with ExportConfig.engine='none'"
-        engines.append(
-            build_engine(onnx_bytes, flavour, precision, config.batch, inputs, options, kept, levers, otherwise)
-        )
-    return engines

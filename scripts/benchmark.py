@@ -69,7 +69,7 @@ with importing("benchmark"):
     from export.benchmark.export_step import time_export_step
     from export.benchmark.floors import count_floors
     from export.benchmark.tool import SCRIPT, compare_checkouts
-    from export.pipeline import PARITY_IMAGES
+    from export.job import PARITY_IMAGES
     from export.sample_inputs import crops, photographs
     from export.terminal.benchmark_tables import print_comparison, print_export_step, print_floors, print_tool
     from export.terminal.console import Progress

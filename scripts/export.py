@@ -246,7 +246,7 @@ with importing("export"):
     from export.base.batch import UINT8
     from export.base.errors import printable
     from export.base.usage import StepUsage
-    from export.pipeline import PARITY_IMAGES
+    from export.job import PARITY_IMAGES
     from export.runtime.bundle.folder import check_output
     from export.sample_inputs import byte_crops, crops, photographs
     from export.terminal.console import Progress, print_accuracy, print_quantisation, print_rungs, print_usage

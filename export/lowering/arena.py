@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-ALIGNMENT = 256  # bytes, of every buffer
+from export.runtime.engines.kernel_plan import ALIGNMENT
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
-import json
-import logging
 import os
-import tempfile
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,15 +13,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
 
 from export.base.errors import ExportError, first_line
-from export.base.private_cache import private_folder
+from export.base.private_cache import Records
 from export.base.process import Child
 from kernels.configs.config import KernelLaunch
 from kernels.configs.targets import Target
 
-_LOG = logging.getLogger(__name__)
 # Of the compiling processes: no interpreter; and no lines of source in the machine code, which are half of its size.
 _ENVIRONMENT = {"TRITON_INTERPRET": None, "TRITON_DISABLE_LINE_INFO": "1"}
 
@@ -98,18 +93,18 @@ def compile_codes(requests: Mapping[str, CodeRequest], target: Target) -> dict[s
     Raises:
         ExportError: Triton does not compile one, or it asks for what a launch does not give; names it.
     """
-    folder = _folder()
-    found = {name: _read(folder, name) for name in requests}
+    records = Records("kernels")
+    found = {name: _read(records, name) for name in requests}
     missing = {
         name: request
         for name, request in requests.items()
         if (code := found[name]) is None or any(launch_key(launch) not in code.floors for launch in request.predicted)
     }
     codes = {name: code for name, code in found.items() if code is not None and name not in missing}
-    return codes | _compiled(missing, target, folder) if missing else codes
+    return codes | _compiled(missing, target, records) if missing else codes
 
 
-def _compiled(requests: Mapping[str, CodeRequest], target: Target, folder: Path | None) -> dict[str, Code]:
+def _compiled(requests: Mapping[str, CodeRequest], target: Target, records: Records) -> dict[str, Code]:
     """By processes of their own, each kept as soon as it is there."""
     idle: SimpleQueue[Child] = SimpleQueue()
 
@@ -119,7 +114,7 @@ def _compiled(requests: Mapping[str, CodeRequest], target: Target, folder: Path 
             code: Code = child.run(f"{__name__}:compile_code", requests[name], target)
         finally:
             idle.put(child)
-        _write(folder, name, code)
+        _write(records, name, code)
         return code
 
     workers = min(os.cpu_count() or 1, len(requests))
@@ -177,35 +172,23 @@ def compile_code(request: CodeRequest, target: Target) -> Code:
 
 @functools.cache
 def _sources() -> str:
-    """Of all that machine code depends on beside the launch: the kernels' source and the compiler."""
+    """Of all that machine code and its floors depend on beside the launch: the kernels' source, compiler and boards."""
     import triton
 
     import kernels.jit
 
-    folder = Path(kernels.jit.__path__[0])
+    root = Path(kernels.jit.__path__[0]).parent
     digest = hashlib.sha256(triton.__version__.encode())
-    for path in sorted([*folder.glob("*.py"), *(folder.parent / "prediction").glob("*.py")]):
+    parts = ("jit/*.py", "prediction/*.py", "configs/targets.py", "compile.py")
+    for path in sorted(path for part in parts for path in root.glob(part)):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-def _folder() -> Path | None:
-    """The private folder of machine code, None where there cannot be one."""
-    try:
-        return private_folder("kernels")
-    except ExportError as error:
-        _LOG.warning("%s: compiled kernels not cached", error)
-    except (OSError, RuntimeError) as error:
-        _LOG.debug("compiled kernels not cached: %s", error)
-    return None
-
-
-def _read(folder: Path | None, name: str) -> Code | None:
+def _read(records: Records, name: str) -> Code | None:
     """What `_write` kept under a name; None where there is nothing, or nothing sound."""
-    if folder is None:
-        return None
+    record = records.read(name)
     try:
-        record = json.loads((folder / f"{name}.json").read_bytes())
         code = Code(
             symbol=str(record["symbol"]),
             warps=int(record["warps"]),
@@ -216,16 +199,14 @@ def _read(folder: Path | None, name: str) -> Code | None:
             ptx=zlib.decompress(base64.b64decode(record["ptx"])).decode(),
             floors={str(key): float(seconds) for key, seconds in record["floors"].items()},
         )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, zlib.error):
+    except (ValueError, TypeError, KeyError, AttributeError, zlib.error):
         return None
     return code if code.sha256 == record.get("sha256") else None
 
 
-def _write(folder: Path | None, name: str, code: Code) -> None:
-    """Keep a code under a name. A cache that cannot be written is not worth an error."""
-    if folder is None:
-        return
-    record: dict[str, Any] = {
+def _write(records: Records, name: str, code: Code) -> None:
+    """Keep a code under a name."""
+    record = {
         "symbol": code.symbol,
         "warps": code.warps,
         "shared": code.shared,
@@ -236,14 +217,4 @@ def _write(folder: Path | None, name: str, code: Code) -> None:
         "ptx": base64.b64encode(zlib.compress(code.ptx.encode(), 1)).decode(),
         "floors": dict(code.floors),
     }
-    try:
-        with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as stream:
-            try:
-                json.dump(record, stream)
-                stream.flush()
-                os.replace(stream.name, folder / f"{name}.json")
-            except BaseException:
-                os.unlink(stream.name)
-                raise
-    except OSError as error:
-        _LOG.debug("compiled kernel not cached: %s", error)
+    records.write(name, record)

@@ -21,17 +21,18 @@ from export.base.batch import Batch
 from export.base.normalisation import Normalisation
 from export.base.precision import Precision
 from export.fusion.program import FusedProgram
-from export.lowering.arena import ALIGNMENT, Arena, Buffer, plan_arena
+from export.lowering.arena import Arena, Buffer, plan_arena
 from export.lowering.kernel_calls import Calls, KernelCall, kernel_calls, storage_of
 from export.lowering.kernel_code import Code, code_name, compilers, least_driver
 from export.lowering.kernel_cover import Cover, batch_sizes, cover
+from export.runtime.engines.kernel_file import FORMAT, VERSION, file_name
+from export.runtime.engines.kernel_plan import ALIGNMENT
 from kernels.compile import runtime_parameters
 from kernels.configs.config import KernelLaunch
 from kernels.configs.targets import Target
 from kernels.launch import Workspace, launch_arguments
 from kernels.plan import plan
 
-FORMAT, VERSION = "resnet-deploy.kernels", "1"
 _COUNTERS = "counters_ptr"
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8"}
 
@@ -101,7 +102,7 @@ class KernelEngine:
     @property
     def name(self) -> str:
         """What it is called in a bundle."""
-        return f"model.{self.target.name}.kernels"
+        return file_name(self.target.name)
 
     def to_json(self) -> dict[str, Any]:
         """What a manifest says of it."""
@@ -157,19 +158,47 @@ def lower_kernels(
         default=0,
     )
     codes = {code.sha256: code for code in covered.codes.values()}
-    numbers = {sha256: index for index, sha256 in enumerate(codes)}
     schedules = {
         size: _scheduled(found, launched[size], covered.codes, weights, zeroed, target) for size, found in calls.items()
     }
-    inputs = next(iter(calls.values())).inputs
-    outputs = next(iter(calls.values())).outputs
-    facts = {
+    facts = _facts(target, precision, codes, weights, zeroed, schedules)
+    text = json.dumps(facts, separators=(",", ":"))
+    metadata = {"format": FORMAT, "version": VERSION, "plan": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    cubins = {
+        f"cubin.{sha256}": torch.frombuffer(bytearray(code.cubin), dtype=torch.uint8) for sha256, code in codes.items()
+    }
+    content = _container({**weights.tensors, **cubins}, metadata)
+    return KernelEngine(
+        target=target,
+        precision=precision,
+        content=content,
+        plan=facts,
+        codes=codes,
+        schedules=schedules,
+        weights=weights.contents,
+        predicted=covered.predicted,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _facts(
+    target: Target,
+    precision: Precision,
+    codes: Mapping[str, Code],
+    weights: _Weights,
+    zeroed: int,
+    schedules: Mapping[int, Schedule],
+) -> dict[str, Any]:
+    """The plan, as export/runtime/engines/kernel_plan.py reads it."""
+    numbers = {sha256: index for index, sha256 in enumerate(codes)}
+    calls = next(iter(schedules.values())).calls
+    return {
         "target": target.name,
         "precision": precision.name,
         "driver": least_driver(target),
         "compilers": compilers(target),
-        "inputs": [_interface(name, tensor) for name, tensor in inputs.items()],
-        "outputs": [_interface(name, tensor) for name, tensor in outputs.items()],
+        "inputs": [_interface(name, tensor) for name, tensor in calls.inputs.items()],
+        "outputs": [_interface(name, tensor) for name, tensor in calls.outputs.items()],
         "weights": weights.entries,
         "kernels": [_kernel(code, target) for code in codes.values()],
         "batches": {
@@ -190,23 +219,6 @@ def lower_kernels(
             for size, schedule in sorted(schedules.items())
         },
     }
-    text = json.dumps(facts, separators=(",", ":"))
-    metadata = {"format": FORMAT, "version": VERSION, "plan": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
-    cubins = {
-        f"cubin.{sha256}": torch.frombuffer(bytearray(code.cubin), dtype=torch.uint8) for sha256, code in codes.items()
-    }
-    content = _container({**weights.tensors, **cubins}, metadata)
-    return KernelEngine(
-        target=target,
-        precision=precision,
-        content=content,
-        plan=facts,
-        codes=codes,
-        schedules=schedules,
-        weights=weights.contents,
-        predicted=covered.predicted,
-        seconds=time.perf_counter() - started,
-    )
 
 
 def _container(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:

@@ -1,1 +1,1 @@
-"""The Triton kernels: `parts.py` holds what they share, every other file one kernel."""
+"""The Triton kernels: parts, splits, epilogue and held are what they share, every other file is one kernel."""

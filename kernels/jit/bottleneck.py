@@ -8,20 +8,16 @@ BLOCK_MID covers all channels of the first convolution, so that each program hol
 import triton
 import triton.language as tl
 
+from kernels.jit.epilogue import _bias, _bias_residual_act_store, _biased, _relu
+from kernels.jit.held import _bias_residual_act_store_as_held, _columns
 from kernels.jit.parts import (
     _accumulate_boxes,
     _accumulate_gathered,
-    _bias,
-    _bias_residual_act_store,
-    _bias_residual_act_store_as_held,
-    _biased,
     _box_corner,
     _box_pixels,
-    _columns,
     _let_next_kernel_start,
     _pixel_offset,
     _pixels,
-    _relu,
     _wait_for_previous_kernel,
 )
 

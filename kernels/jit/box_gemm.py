@@ -10,17 +10,16 @@ few, K is split between programs as in implicit_gemm.py.
 import triton
 import triton.language as tl
 
+from kernels.jit.epilogue import _bias, _bias_residual_act_store
 from kernels.jit.parts import (
     _accumulate_boxes,
-    _bias,
-    _bias_residual_act_store,
     _box_corner,
     _box_pixels,
     _let_next_kernel_start,
     _pixel_offset,
-    _sum_of_splits,
     _wait_for_previous_kernel,
 )
+from kernels.jit.splits import _sum_of_splits
 
 
 @triton.jit(do_not_specialize=["N", "P", "Q"])

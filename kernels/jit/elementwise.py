@@ -5,7 +5,8 @@
 import triton
 import triton.language as tl
 
-from kernels.jit.parts import _activated, _let_next_kernel_start, _relu, _wait_for_previous_kernel
+from kernels.jit.epilogue import _activated, _relu
+from kernels.jit.parts import _let_next_kernel_start, _wait_for_previous_kernel
 
 
 @triton.jit

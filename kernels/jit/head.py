@@ -9,15 +9,9 @@ its channels by their columns of the weight, and the partial sums of all program
 import triton
 import triton.language as tl
 
-from kernels.jit.parts import (
-    _arrived_last,
-    _bias,
-    _bias_residual_act_store,
-    _let_next_kernel_start,
-    _store_partial,
-    _sum_of_partials,
-    _wait_for_previous_kernel,
-)
+from kernels.jit.epilogue import _bias, _bias_residual_act_store
+from kernels.jit.parts import _let_next_kernel_start, _wait_for_previous_kernel
+from kernels.jit.splits import _arrived_last, _store_partial, _sum_of_partials
 
 
 @triton.jit

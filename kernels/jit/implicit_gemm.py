@@ -9,19 +9,16 @@ fill the GPU, K is split between programs.
 import triton
 import triton.language as tl
 
+from kernels.jit.epilogue import _bias, _bias_residual_act_store
+from kernels.jit.held import _bias_residual_act_store_as_held, _columns, _sum_of_held_splits
 from kernels.jit.parts import (
     _accumulate_gathered,
-    _bias,
-    _bias_residual_act_store,
-    _bias_residual_act_store_as_held,
-    _columns,
     _let_next_kernel_start,
     _pixels,
-    _sum_of_held_splits,
-    _sum_of_splits,
     _swizzled_block,
     _wait_for_previous_kernel,
 )
+from kernels.jit.splits import _sum_of_splits
 
 
 @triton.jit(do_not_specialize=["N", "H", "W", "P", "Q", "H_S", "W_S"])

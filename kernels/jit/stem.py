@@ -9,15 +9,8 @@ keeps the third from the row above.
 import triton
 import triton.language as tl
 
-from kernels.jit.parts import (
-    _accumulate_gathered,
-    _bias,
-    _biased,
-    _let_next_kernel_start,
-    _pixel_offset,
-    _relu,
-    _wait_for_previous_kernel,
-)
+from kernels.jit.epilogue import _bias, _biased, _relu
+from kernels.jit.parts import _accumulate_gathered, _let_next_kernel_start, _pixel_offset, _wait_for_previous_kernel
 
 
 @triton.jit

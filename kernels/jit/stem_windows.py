@@ -17,7 +17,8 @@ the other, 2 * POOL_Q of each.
 import triton
 import triton.language as tl
 
-from kernels.jit.parts import _bias, _let_next_kernel_start, _pixel_offset, _relu, _wait_for_previous_kernel
+from kernels.jit.epilogue import _bias, _relu
+from kernels.jit.parts import _let_next_kernel_start, _pixel_offset, _wait_for_previous_kernel
 from kernels.jit.stem import _maximum
 
 # A place outside of every row, for elements that are not there; the sum of two of them is an int32.

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from export import Batch, ExportConfig, export_bundle, verify_bundle
-from export.pipeline import choose_targets
+from export.engines import choose_targets
 from export.runtime.engines.kernel_file import read_kernel_file
 from tests.export import zoo
 from tests.export.networks import Fused

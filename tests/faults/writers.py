@@ -21,6 +21,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from export.base import private_cache
 from export.base.errors import ExportError
 from export.base.precision import PRECISIONS
 from export.quantisation import calibration_cache
@@ -142,7 +143,7 @@ def ranges(version: int) -> dict[str, tuple[float, float]]:
 
 def in_cache(folder: Path, function: Callable[[], object]) -> object:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibration_cache, "private_folder", lambda name: folder)
+        patch.setattr(private_cache, "private_folder", lambda name: folder)
         return function()
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from export.lowering.arena import ALIGNMENT, Buffer, plan_arena
+from export.lowering.arena import Buffer, plan_arena
+from export.runtime.engines.kernel_plan import ALIGNMENT
 
 BUFFERS = st.builds(
     lambda size, first, length: Buffer(size, first, first + length),

@@ -276,7 +276,7 @@ def test_what_others_could_write_is_no_cache(folder: Path, runs: list[str], capl
     folder.chmod(0o755)
     assert calibrate(chain(), InMemory(IMAGES), "minmax") == expected
     assert runs == ["run", "run"] and json.loads(file.read_bytes()) == record  # nor is anything written there
-    said = [record.getMessage() for record in caplog.records if record.name == "export.quantisation.calibration_cache"]
+    said = [record.getMessage() for record in caplog.records if record.name == "export.base.private_cache"]
     assert said and all(message.startswith(f"{folder} is not private to this user") for message in said)
 
 
@@ -289,6 +289,6 @@ def test_without_a_cache_the_result_is_the_same(
         folder.write_text("in the way")
     else:
         full = Mock(side_effect=OSError(28, "No space left on device"))
-        monkeypatch.setattr("export.quantisation.calibration_cache.tempfile.NamedTemporaryFile", full)
+        monkeypatch.setattr("export.base.private_cache.tempfile.NamedTemporaryFile", full)
     first = calibrate(chain(), InMemory(IMAGES), "minmax")
     assert calibrate(chain(), InMemory(IMAGES), "minmax") == first and len(runs) == 2

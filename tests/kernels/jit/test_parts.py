@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 import kernels.jit
-from kernels.jit.parts import _pixel_offset, _pixels, _sum_of_splits, _swizzled_block
+from kernels.jit.parts import _pixel_offset, _pixels, _swizzled_block
+from kernels.jit.splits import _sum_of_splits
 
 JIT_FILES = sorted(Path(kernels.jit.__file__).parent.glob("*.py"))
 # What masked lanes hold: what a sum leaves as it is, a quotient, or a maximum.
