@@ -16,133 +16,19 @@ if not __package__:  # a file that is run, not a module of the installed package
 
 from export.base.errors import ExportError
 from export.quantisation.methods import DEFAULT_METHOD, METHODS
-from export.runtime.engines.options import TARGETS, EngineConfig
-from export.terminal.command_line import Parser, importing, run_script, show_log
+from export.terminal.command_line import importing, run_script, show_log
 from export.terminal.commands import typed
+from export.terminal.export_flags import PRETRAINED, engine_config, export_parser, parse_batch
 from export.terminal.flags import in_flags
-from export.terminal.picture_flags import add_classes_flag, add_preprocessing_flags, parse_size, preprocessing_values
+from export.terminal.picture_flags import preprocessing_values
 from resnet.errors import ResNetError
 
 if TYPE_CHECKING:
-    from export.base.batch import Batch
     from export.config import ExportConfig
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser("export", __doc__)
-    parser.add_argument("--model", metavar="NAME", help="default: what the weights are for, else resnet50")
-    parser.add_argument(
-        "--weights",
-        metavar="PATH|pretrained",
-        help=".safetensors, .pt, .pth, .pth.tar, .ckpt, .bin, .th, .pkl or .model; absent: seeded, untrained",
-    )
-    parser.add_argument(
-        "--weights-key",
-        metavar="KEY",
-        help="of a checkpoint with several networks in it, the one to take: state_dict_ema, teacher, ...; default: "
-        "the first that is no average",
-    )
-    parser.add_argument("--num-classes", type=int, metavar="N", help="default: the weights', else 1000 or 10")
-    parser.add_argument("--in-channels", type=int, metavar="N", help="default: the weights', else 3")
-    precision = parser.add_mutually_exclusive_group()
-    precision.add_argument("--precision", choices=("fp32", "fp16", "bf16", "int8"), default="fp32")
-    for name in ("fp32", "fp16", "bf16", "int8"):
-        precision.add_argument(f"--{name}", dest="precision", action="store_const", const=name)
-    parser.add_argument("--batch", default="1:8:32", metavar="MIN:OPT:MAX|N", help="default 1:8:32; N is static")
-    parser.add_argument(
-        "--image-size",
-        type=parse_size,
-        metavar="H[xW]",
-        help="of the input, cut out of the same part of a picture; default: the weights', else 224 or 32",
-    )
-    parser.add_argument(
-        "--input",
-        choices=("float32", "uint8"),
-        default="float32",
-        help="what the artefacts take: float32 [N, C, H, W], normalised, or uint8 [N, H, W, C], bytes as a camera or "
-        "decoder gives them, with mean and deviation in the artefacts; default float32",
-    )
-    parser.add_argument("--engine", choices=("auto", "none", "tensorrt", "tensorrt-rtx"), default="auto")
-    add_engine_arguments(parser)
-    parser.add_argument(
-        "--kernels",
-        nargs="+",
-        default=(),
-        metavar="SM|auto",
-        help="GPU architectures to compile this project's own kernels for, such as sm_87 (Orin): they run there with "
-        "the driver alone; auto: that of the GPU here",
-    )
-    parser.add_argument(
-        "--images", nargs="+", type=Path, metavar="PATH", help="pictures to compare on, or folders of them"
-    )
-    add_classes_flag(parser, "those of the weights, else the folders of --data or --calibration, one for each output")
-    parser.add_argument(
-        "--outputs",
-        choices=("scores", "probabilities", "values"),
-        help="what the network returns: scores of classes, whose highest may not change, or values such as landmarks; "
-        "default: found out from labels, names of classes and the last operator; probabilities puts a softmax behind "
-        "the scores",
-    )
-    parser.add_argument(
-        "--features",
-        nargs="+",
-        default=(),
-        metavar="NAME",
-        help="return what these modules return, such as layer2 layer3 layer4, and not the network's own output: the "
-        "backbone of a detector or segmenter; with fc among them also the scores",
-    )
-    parser.add_argument(
-        "--unverified",
-        action="store_true",
-        help="where nothing is wrong but the evidence is too weak for a verdict: write a bundle marked as such; the "
-        "exit code is 1 all the same",
-    )
-    parser.add_argument(
-        "--data",
-        metavar="digits|PATH",
-        help="labelled pictures to measure accuracy on; default digits where the weights were trained on them",
-    )
-    parser.add_argument(
-        "--calibration",
-        metavar="DIR",
-        help="int8: a folder of pictures like those the network will see, 100 or more; or digits, or an archive of "
-        "CIFAR; default digits where the weights were trained on them",
-    )
-    parser.add_argument("--calibration-method", choices=METHODS, help=f"int8: default {DEFAULT_METHOD}")
-    parser.add_argument(
-        "--keep-fp16",
-        nargs="+",
-        default=(),
-        metavar="NAME|auto",
-        help="int8: layers, or modules with all their layers, to leave in floating point; auto: the fewest with which "
-        "the accuracy is retained",
-    )
-    parser.add_argument(
-        "--keep-fp32",
-        nargs="+",
-        default=(),
-        metavar="NAME|auto",
-        help="fp16 and bf16: layers, or modules with all their layers, to leave in float32; auto: the fewest with "
-        "which the network is equal to the eager model",
-    )
-    add_preprocessing_flags(parser, "that of the weights, else ImageNet's")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="default build/<model>-<precision>")
-    parser.add_argument("--json", action="store_true", help="the summary as one JSON object on stdout")
-    parser.add_argument(
-        "--profile", action="store_true", help="say what each step used of CPU time and memory; --json always does"
-    )
-    return parser.parse_args(argv)
-
-
-def add_engine_arguments(parser: Parser) -> None:
-    """How engines are built; what a flavour of TensorRT does not take is refused, or with auto leaves it out."""
-    parser.add_argument("--workspace", type=int, metavar="MIB", help="memory a kernel of an engine may use for itself")
-    parser.add_argument("--optimization-level", type=int, metavar="N", help="0 to 5: how long to look for fast kernels")
-    parser.add_argument("--timing-cache", type=Path, metavar="FILE", help="measured kernels, read and written")
-    parser.add_argument("--version-compatible", action="store_true", help="engines for later minor versions too")
-    parser.add_argument("--hardware-compatible", action="store_true", help="engines for every GPU from Ampere on")
-    parser.add_argument("--targets", nargs="+", default=(), metavar="SM", help=f"tensorrt-rtx: of {' '.join(TARGETS)}")
-    parser.add_argument("--dla", type=int, metavar="CORE", help="the deep-learning accelerator of a Jetson Orin")
+    return export_parser(__doc__, METHODS, DEFAULT_METHOD).parse_args(argv)
 
 
 def describe_config(args: argparse.Namespace) -> ExportConfig:
@@ -163,33 +49,6 @@ def describe_config(args: argparse.Namespace) -> ExportConfig:
         input=args.input,
         features=args.features,
     )
-
-
-def engine_config(args: argparse.Namespace) -> EngineConfig:
-    return EngineConfig(
-        workspace_mib=args.workspace,
-        optimization_level=args.optimization_level,
-        timing_cache=args.timing_cache,
-        version_compatible=args.version_compatible,
-        hardware_compatible=args.hardware_compatible,
-        targets=tuple(args.targets),
-        dla_core=args.dla,
-    )
-
-
-def parse_batch(text: str) -> Batch:
-    """`8` is static, `1:8:32` is minimum, optimum and maximum."""
-    from export.base.batch import Batch
-
-    try:
-        sizes = [int(part) for part in text.split(":")]
-    except ValueError:
-        sizes = []
-    if len(sizes) not in (1, 3):
-        raise ExportError(f"--batch: expected MIN:OPT:MAX or one number, got {text!r}")
-    if max(sizes) > MOST_IMAGES:
-        raise ExportError(f"--batch: expected at most {MOST_IMAGES}, got {max(sizes)}")
-    return Batch(sizes[0], sizes[len(sizes) // 2], sizes[-1])
 
 
 def check(args: argparse.Namespace) -> int:
@@ -230,8 +89,6 @@ def default_output(model: str, precision: str) -> Path:
 
 
 DEFAULT_MODEL = "resnet50"
-PRETRAINED = "pretrained"  # as a value of --weights: the published file of that model
-MOST_IMAGES = 2**31 - 1  # of a batch
 
 if __name__ == "__main__":  # --help and what can be refused at once are answered before the imports below: seconds
     if refused := run_script("export", parse_args(), check, refusals=(ResNetError,)):
@@ -249,7 +106,8 @@ with importing("export"):
     from export.job import PARITY_IMAGES
     from export.runtime.bundle.folder import check_output
     from export.sample_inputs import byte_crops, crops, photographs
-    from export.terminal.console import Progress, print_accuracy, print_quantisation, print_rungs, print_usage
+    from export.terminal.console import Progress
+    from export.terminal.export_summary import print_summary, some, summary_record
     from resnet.data.calibration_pictures import PictureInputs, open_calibration
     from resnet.data.files import picture_files
     from resnet.data.labelled import LabelledInputs
@@ -271,7 +129,6 @@ with importing("export"):
 
 CALIBRATION_IMAGES = 16
 SCORES = "fc"  # what every model of this project calls the layer that makes its scores
-SHOWN_NAMES = 8  # of operators, or of classes, in one line
 CALIBRATION_SEED = 1  # other crops than those the result is checked on
 
 
@@ -526,12 +383,6 @@ def spread(labelled: LabelledInputs, count: int) -> Tensor:
     return torch.from_numpy(labelled.pictures.inputs(chosen, labelled.preprocessing))
 
 
-def some(names: Sequence[str]) -> str:
-    """The first few; all are in parity.json, classes in manifest.json."""
-    more = len(names) - SHOWN_NAMES
-    return ", ".join(names[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
-
-
 def summarise(
     args: argparse.Namespace,
     source: Source,
@@ -545,76 +396,30 @@ def summarise(
         classes: with who said what they are called.
         usage: of each step, where it was measured.
     """
-    coverage, report = result.coverage, result.report
     if args.json:
-        record = {
+        own = {
             "model": source.model,
             "trained": args.weights is not None,
-            "precision": report.precision,
             "input": args.input,
             "preprocessing": source.preprocessing and {**source.preprocessing.to_json(), "said_by": source.said_by},
             "classes": classes and list(classes[0]),
-            "output": str(result.output) if result.written else None,
-            "fused": len(coverage.fused),
-            "left": [operator.name for operator in coverage.left],
-            "notes": list(coverage.notes),
-            "strides": {name: list(stride) for name, stride in result.strides.items()},
-            "files": dict(result.files),
-            "skipped": dict(result.skipped),
-            "seconds": round(result.seconds, 1),
-            "profile": [step.to_json() for step in usage],
-            **report.to_json(),
         }
-        print(in_flags(json.dumps(record)))
+        print(in_flags(json.dumps({**own, **summary_record(result, usage)})))
         return
-    print_rungs(report.rungs, result.files)
-    print(f"{len(coverage.fused)} fused operators; left: {', '.join(op.name for op in coverage.left) or 'none'}")
-    for note in coverage.notes:
-        print(note)
-    for name, (height, width) in result.strides.items():
-        print(f"{name}: one cell for {height} x {width} pixels of the input")
+    facts = []
     if args.input == UINT8:
-        print("input: uint8 [N, H, W, C], bytes as a camera or decoder gives them, normalised in the artefacts")
+        facts.append("input: uint8 [N, H, W, C], bytes as a camera or decoder gives them, normalised in the artefacts")
     if source.preprocessing is not None:
-        print(f"pictures: {source.preprocessing} (said by {source.said_by})")
+        facts.append(f"pictures: {source.preprocessing} (said by {source.said_by})")
     if classes is not None:
         names, said_by = classes
-        print(f"classes: {len(names)}, {some([*map(printable, names)])} (said by {said_by})")
-    if report.kept:
-        print(f"kept in float32: {', '.join(report.kept)}")
-    for rung in report.rungs:
-        if rung.operators is not None and rung.operators.unchecked:
-            lacking = (
-                "no operator criterion for" if rung.emulated is None else "instructions not known to the emulator in"
-            )
-            print(f"{rung.name}: {lacking} {some(rung.operators.unchecked)}")
-    for name, reason in result.skipped.items():
-        print(f"{name} engine not built: {in_flags(reason)}")
-    if report.precision == "fp16" and not any(name.endswith((".engine", ".kernels")) for name in result.files):
-        print("fp16 is for GPUs: on a CPU this file takes half the disk of fp32, and neither less memory nor less time")
-    if report.quantisation is not None:
-        print_quantisation(report.quantisation)
-    if report.accuracy:
-        print_accuracy(report.accuracy)
-    elif args.features and args.features[0] != SCORES:
-        print(f"accuracy not measured: {args.features[0]} is no class scores; judge what is built on it")
-    elif args.weights is not None or report.quantisation is not None:
-        print("accuracy not measured: give labelled pictures with --data")
-    for line in report.evidence.lines:
-        print(in_flags(line))
-    for weakness in report.evidence.weaknesses:
-        print(in_flags(f"weak evidence: {weakness}"))
-    if usage:
-        print_usage(usage)
-    if args.weights is None:
-        print("UNTRAINED weights: this checks the export, not the network; give --weights to deploy")
-    print(f"{in_flags(report.verdict)} ({report.images} images, {result.seconds:.0f} s)")
-    if result:
-        print(f"{result.output} written; next: {typed('verify')} {result.output}")
-    elif result.written:
-        print(f"{result.output} written, UNVERIFIED: not for deployment")
-    else:
-        print(f"nothing written to {result.output}")
+        facts.append(f"classes: {len(names)}, {some([*map(printable, names)])} (said by {said_by})")
+    unmeasured = ""
+    if args.features and args.features[0] != SCORES:
+        unmeasured = f"{args.features[0]} is no class scores; judge what is built on it"
+    elif args.weights is not None or args.precision == "int8":
+        unmeasured = "give labelled pictures with --data"
+    print_summary(result, facts, unmeasured, usage, trained=args.weights is not None)
 
 
 if __name__ == "__main__":

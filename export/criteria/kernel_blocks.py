@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from export.base.batch import Batch, Inputs, resized
-from export.criteria.operators import rms_limit
+from export.criteria.beyond_weights import rms_limit
 from export.lowering.kernel_emulation import LaunchCheck, check_launches
 from export.lowering.kernel_engine import KernelEngine
 from export.runtime.parity.checks import WRONG, Fault, OperatorCheck, OperatorChecks

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, fx
 
 from export.base.precision import Precision
+from export.criteria.explained import evaluate
 from export.criteria.fault import fault_of, quantised_fault_of
-from export.criteria.operators import evaluate
 from export.criteria.scales import check_layers, check_scales
 from export.criteria.spread import draws, spread
 from export.fusion.capture import plain_torch

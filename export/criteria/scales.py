@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from export.criteria.operators import evaluate
+from export.criteria.explained import evaluate
 from export.fusion.nodes import args_of, is_call, module_path, named_args, parameter, resnet_deploy, source_name
 from export.fusion.program import QuantisedProgram, output_nodes
 from export.quantisation.quantise import BIAS_LIMIT, LAYERS, range_of, summand_name

@@ -12,16 +12,16 @@ from safetensors.torch import save_file
 
 from export.fusion import passes
 from export.terminal.commands import SCRIPTS
+from export.terminal.export_summary import some
 from resnet.models import create_model
 from tests.export import summing
 from tests.export.digits import without_torch
-from tests.scripts.loading import ROOT, load_script, refusal, run, run_here
+from tests.scripts.loading import ROOT, refusal, run, run_here
 
 DIGITS = str(ROOT / "resnet" / "checkpoints" / "resnet20-digits.safetensors")
 
 
 def test_many_names_are_cut_short() -> None:
-    some = load_script("export").some
     assert some("ab") == "a, b" and some("abcdefghij") == "a, b, c, d, e, f, g, h and 2 more"
 
 

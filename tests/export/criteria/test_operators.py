@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from export.base.precision import PRECISIONS
+from export.criteria.explained import evaluate
 from export.criteria.fault import fault_of, quantised_fault_of
-from export.criteria.operators import check_operators, evaluate
+from export.criteria.operators import check_operators
 from export.fusion.nodes import FUSED_OPERATORS, is_call, module_path
 from export.fusion.program import FusedProgram
 from export.lowering.runners import ProgramRunner, TracedOnnxRunner

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from export.criteria.operators import evaluate
+from export.criteria.explained import evaluate
 from export.fusion.nodes import args_of, aten, deep_copy, is_call, parameter
 from export.fusion.program import QuantisedProgram
 from export.quantisation.scheme import CPU, TENSORRT, Scheme
