@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from export import ExportConfig, export_bundle, pipeline
+from export import ExportConfig, export_bundle, job, pipeline
 from export.sample_inputs import crops, photographs
 from resnet.data.preprocessing import Preprocessing
 from resnet.initialise import initialise
@@ -61,13 +62,14 @@ def export_again(resnet8: nn.Module, images: Tensor) -> Callable[[Path], None]:
 
         return call
 
-    slow = ("check_model", "fuse", "floating_forms", "_compare", "describe_graph", "render")
-    replacements = {name: once(name, getattr(pipeline, name)) for name in slow}
+    slow = ("fuse", "floating_forms", "_compare", "describe_graph", "render")
+    replacements: list[tuple[Any, str, Any]] = [(job, "check_model", once("check_model", job.check_model))]
+    replacements += [(pipeline, name, once(name, getattr(pipeline, name))) for name in slow]
 
     def export(output: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            for name, function in replacements.items():
-                patch.setattr(pipeline, name, function)
+            for replacement in replacements:
+                patch.setattr(*replacement)
             result = export_bundle(
                 resnet8, images[:1], output, CONFIG, images=images, preprocessing=PREPROCESSING, metadata=METADATA
             )
