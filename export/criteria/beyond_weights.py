@@ -13,8 +13,10 @@ from torch import Tensor, fx
 from export.base.precision import Precision
 from export.criteria.bounds import shared_variance
 from export.criteria.explained import activations, allowed_error, float_arguments, rounded, subnormal
+from export.fusion.interpreter import REFERENCES
 from export.fusion.nodes import constant
 from export.fusion.program import FusedProgram
+from export.lowering.convolutions import WideConvolutions
 from kernels.rounding import MAX_RMS_Z, UNIT_ROUNDOFF, Rounding
 
 _BY_CHANCE = 1e-6  # the share of right operators of few values that may be refused
@@ -98,7 +100,8 @@ def beyond_weights(
     signed = z * expected[live].sign()
     read = {n: rounded(values[n.name], precision.dtype) for n in activations(node)}
     pull = torch.where(live, expected.sign().float() / sigma, 0.0) if bare else torch.zeros_like(sigma)
-    shared = shared_variance(node.target, float_arguments(program, node, read), pull, Rounding(precision.roundoff))
+    with WideConvolutions():
+        shared = shared_variance(node.target, float_arguments(program, node, read), pull, Rounding(precision.roundoff))
     length = max(w[0].numel() for n in node.all_input_nodes if (w := constant(program.master, n)) is not None)
     return Beyond(
         z.square().mean().sqrt().item(),
@@ -136,8 +139,9 @@ def _with_weights(
         layout = torch.channels_last if value.dim() == 4 else torch.contiguous_format
         return value.to(torch.float64, memory_format=layout)
 
-    target: Any = node.target
-    result: Tensor = target(*fx.node.map_arg(node.args, value_of), **fx.node.map_arg(node.kwargs, value_of))
+    target: Any = REFERENCES.get(node.target, node.target)
+    with WideConvolutions():
+        result: Tensor = target(*fx.node.map_arg(node.args, value_of), **fx.node.map_arg(node.kwargs, value_of))
     return result
 
 

@@ -23,6 +23,7 @@ from export.fusion.nodes import (
     tensor_inputs,
 )
 from export.fusion.program import FusedProgram
+from export.lowering.convolutions import WideConvolutions
 from kernels.rounding import Bound, Rounding
 
 
@@ -145,7 +146,8 @@ def allowed_error(
     rounds_weights = weights_too and precision.name != "fp32" and held
     assert bound is not None  # who asks has seen to it
     rounding = Rounding(precision.roundoff, rounds_weights, separate_addition, truncates=truncates)
-    return bound(Call(arguments, pre, rounding))
+    with WideConvolutions():
+        return bound(Call(arguments, pre, rounding))
 
 
 def float_arguments(program: FusedProgram, node: fx.Node, read: Mapping[fx.Node, Tensor]) -> dict[str, Any]:
@@ -162,6 +164,11 @@ def float_arguments(program: FusedProgram, node: fx.Node, read: Mapping[fx.Node,
 
 def expected_of_leaves(source: fx.GraphModule, fused: fx.Node, leaves: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """y64, and the value before the activation and the pool behind that (y64 itself where there is none)."""
+    with WideConvolutions():
+        return _expected_of_leaves(source, fused, leaves)
+
+
+def _expected_of_leaves(source: fx.GraphModule, fused: fx.Node, leaves: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     target, before = str(source_name(fused)), fused.meta.get("before_activation")
     if before is not None:
         pre = evaluate(source, before, leaves)

@@ -35,7 +35,7 @@ from export.criteria.explained import (
 )
 from export.criteria.fault import fault_of
 from export.fusion.capture import plain_torch
-from export.fusion.interpreter import GraphInterpreter, WideConvolutions
+from export.fusion.interpreter import REFERENCES, GraphInterpreter
 from export.fusion.nodes import (
     constant,
     fits,
@@ -47,6 +47,7 @@ from export.fusion.nodes import (
     weighs,
 )
 from export.fusion.program import FusedProgram, operator_nodes
+from export.lowering.convolutions import WideConvolutions
 from export.runtime.parity.checks import UNDERFLOW, Fault, OperatorCheck, OperatorChecks
 from kernels.rounding import MAX_RMS_Z, MAX_Z
 
@@ -98,7 +99,7 @@ def check_alone(program: FusedProgram, precision: Precision, inputs: Mapping[str
     """
     checks = []
     with plain_torch(), WideConvolutions():
-        interpreter = GraphInterpreter(program.graph_module, {})
+        interpreter = GraphInterpreter(program.graph_module, REFERENCES)
         interpreter.values = {}
         interpreter.run(*inputs.values())
         exact = {name: rounded(value, precision.dtype) for name, value in interpreter.values.items()}
@@ -110,7 +111,7 @@ def check_alone(program: FusedProgram, precision: Precision, inputs: Mapping[str
                 parameter = constant(program.master, n)
                 return exact[n.name] if parameter is None else rounded(parameter, precision.dtype)
 
-            target: Any = node.target
+            target: Any = REFERENCES.get(node.target, node.target)
             args, kwargs = fx.node.map_arg(node.args, value_of), fx.node.map_arg(node.kwargs, value_of)
             y = target(*args, **kwargs)
             check = _check_node(program, precision, node, {**exact, node.name: y}, separate_addition=False)

@@ -1,0 +1,106 @@
+"""How convolutions are computed on the CPU where results are compared: none narrower than a GPU, none slower than need be."""
+
+from __future__ import annotations
+
+import itertools
+from functools import cache
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+import torch.nn.functional as F
+from onnx import helper
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from export.fusion.nodes import aten
+from export.runtime.onnx_session import open_session
+
+_TILE = 2**17  # values of the windows that are laid out together: 1 MB, which lies in the processor's caches
+_ROWS = 128  # at least, of a matrix product: it lays out its weights anew each time
+
+
+class WideConvolutions(TorchDispatchMode):
+    """While it is on, convolutions of 16 bits on the CPU accumulate in float32 and round once, as on a GPU.
+
+    PyTorch has a fast float16 convolution on few CPUs, and adds up the overlapping windows of a transposed one in the
+    type itself. Those of float32 are oneDNN's: on one thread PyTorch would leave 1x1 kernels to another library. Those
+    of float64 are matrix products of ONNX Runtime. Both use AVX-512 on the processors of all makers, which PyTorch's
+    own library for products does not, and take half as long.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not aten.convolution.default or args[0].device.type != "cpu":
+            return func(*args, **(kwargs or {}))
+        x, weight, bias, stride, padding, dilation, transposed, _, groups = args
+        if x.dtype in (torch.float16, torch.bfloat16):
+            wide = (None if given is None else given.float() for given in (x, weight, bias))
+            return self.__torch_dispatch__(func, types, (*wide, *args[3:])).to(x.dtype)
+        if transposed or groups > 1 or x.dim() != 4 or not x.numel():
+            return func(*args)
+        if x.dtype == torch.float64:
+            return _products(x, weight, bias, stride, padding, dilation)
+        if x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+            return torch.mkldnn_convolution(x, weight, bias, padding, stride, dilation, groups)
+        return func(*args)
+
+
+def _products(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int], dilation: list[int]
+) -> Tensor:
+    """A convolution [N, C, H, W] of float64, as products of its windows and its weights, in the layout it came in."""
+    layout = torch.channels_last if _is_channels_last(x) or _is_channels_last(weight) else torch.contiguous_format
+    x = x.contiguous(memory_format=layout)
+    if any(padding):
+        x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+    images, (outputs, channels, *kernel), length = len(x), weight.shape, weight[0].numel()
+    height, width = ((x.shape[2 + i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1))
+    y = torch.empty((images, outputs, height, width), dtype=x.dtype, memory_format=layout)
+    bias = x.new_zeros(outputs) if bias is None else bias.contiguous()
+    image, channel, row, pixel = x.stride()
+    steps = (image, channel, row * dilation[0], pixel * dilation[1], row * stride[0], pixel * stride[1])
+    windows = x.as_strided((images, channels, *kernel, height, width), steps)  # they overlap
+    rows = images * height if kernel == [1, 1] else max(1, max(_TILE // length, _ROWS) // width)
+    if layout is torch.contiguous_format:
+        filters, several = weight.reshape(outputs, length), 1
+    else:
+        filters, several = weight.permute(0, 2, 3, 1).reshape(outputs, length), max(1, rows // height)
+    for first, top in itertools.product(range(0, images, several), range(0, height, rows)):
+        some = slice(first, first + several)
+        tile, result = windows[some, ..., top : top + rows, :], y[some, :, top : top + rows]
+        if layout is torch.channels_last:
+            laid_out = tile.permute(0, 4, 5, 2, 3, 1).reshape(-1, length)
+            _multiply(laid_out, filters, bias, result.permute(0, 2, 3, 1).view(-1, outputs), transposed=True)
+        else:
+            product = torch.empty_like(result, memory_format=layout)
+            _multiply(filters, tile.reshape(length, -1), bias[:, None], product.view(outputs, -1), transposed=False)
+            result.copy_(product)
+    return y
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def _multiply(a: Tensor, b: Tensor, bias: Tensor, y: Tensor, transposed: bool) -> None:
+    """y = a @ b + bias, or a @ b.T + bias, of contiguous matrices."""
+    session = _session(torch.get_num_threads(), transposed)
+    binding = session.io_binding()
+    for name, value in (("a", a), ("b", b), ("bias", bias)):
+        binding.bind_input(name, "cpu", 0, np.float64, tuple(value.shape), value.data_ptr())
+    binding.bind_output("y", "cpu", 0, np.float64, tuple(y.shape), y.data_ptr())
+    session.run_with_iobinding(binding)
+
+
+@cache
+def _session(threads: int, transposed: bool) -> Any:
+    """Of a file that computes what `_multiply` does."""
+    values = {name: helper.make_tensor_value_info(name, onnx.TensorProto.DOUBLE, None) for name in ("a", "b", "bias", "y")}
+    y = values.pop("y")
+    product = helper.make_node("Gemm", [*values], ["y"], transB=int(transposed))
+    graph = helper.make_graph([product], "product", [*values.values()], [y])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    return open_session(model.SerializeToString(), threads, lasts=False)
