@@ -31,6 +31,11 @@ def rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
     return value.to(dtype) if value.is_floating_point() else value
 
 
+def laid_out(value: Tensor) -> Tensor:
+    """Channels last, as convolutions are computed fastest."""
+    return value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value
+
+
 def subnormal(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Where values are below the smallest normal number of a type."""
     return values.abs() < torch.finfo(dtype).tiny
@@ -147,7 +152,7 @@ def allowed_error(
     assert bound is not None  # who asks has seen to it
     rounding = Rounding(precision.roundoff, rounds_weights, separate_addition, truncates=truncates)
     with WideConvolutions():
-        return bound(Call(arguments, pre, rounding))
+        return bound(Call(arguments, pre.float(), rounding))
 
 
 def float_arguments(program: FusedProgram, node: fx.Node, read: Mapping[fx.Node, Tensor]) -> dict[str, Any]:
