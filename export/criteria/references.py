@@ -21,7 +21,7 @@ from export.runtime.parity.network import VALUES, OutputKind, compare, relative_
 from export.runtime.runner import Runner
 
 _EXACT = 1e-9  # relative error of float64 arithmetic in another order
-_EXACT_SHARE = 4  # PyTorch lays out each window of an image before it multiplies in float64: few fit into the caches
+_EXACT_SHARE = 4  # values of float64 are large: of few images, what lies between two operators fits into the caches
 _FOLD_IMAGES = 2  # any weight that is folded wrongly shows in float64 on any image on which its channel is not dead
 _SAME = 2.0**-20  # 16 roundoffs of float32, which the constants made in forward have in the captured graph
 

@@ -18,7 +18,7 @@ from export.fusion.nodes import aten
 from export.runtime.onnx_session import open_session
 
 _TILE = 2**17  # values of the windows that are laid out together: 1 MB, which lies in the processor's caches
-_ROWS = 128  # at least, of a matrix product: it lays out its weights anew each time
+_ROWS = 256  # at least, of a matrix product: it lays out its weights anew each time
 
 
 class WideConvolutions(TorchDispatchMode):
@@ -63,21 +63,21 @@ def _products(
     image, channel, row, pixel = x.stride()
     steps = (image, channel, row * dilation[0], pixel * dilation[1], row * stride[0], pixel * stride[1])
     windows = x.as_strided((images, channels, *kernel, height, width), steps)  # they overlap
-    rows = images * height if kernel == [1, 1] else max(1, max(_TILE // length, _ROWS) // width)
-    if layout is torch.contiguous_format:
-        filters, several = weight.reshape(outputs, length), 1
-    else:
-        filters, several = weight.permute(0, 2, 3, 1).reshape(outputs, length), max(1, rows // height)
+    rows, last = max(1, max(_TILE // length, _ROWS) // width), layout is torch.channels_last
+    if kernel == [1, 1] and (last or rows < height):  # one matrix as it is
+        rows = images * height if last else height
+    filters, several = (weight.permute(0, 2, 3, 1) if last else weight).reshape(outputs, length), max(1, rows // height)
     for first, top in itertools.product(range(0, images, several), range(0, height, rows)):
         some = slice(first, first + several)
         tile, result = windows[some, ..., top : top + rows, :], y[some, :, top : top + rows]
-        if layout is torch.channels_last:
+        if last:
             laid_out = tile.permute(0, 4, 5, 2, 3, 1).reshape(-1, length)
             _multiply(laid_out, filters, bias, result.permute(0, 2, 3, 1).view(-1, outputs), transposed=True)
         else:
-            product = torch.empty_like(result, memory_format=layout)
-            _multiply(filters, tile.reshape(length, -1), bias[:, None], product.view(outputs, -1), transposed=False)
-            result.copy_(product)
+            laid_out = tile.permute(1, 2, 3, 0, 4, 5).reshape(length, -1)
+            product = laid_out.new_empty((outputs, len(tile), *result.shape[2:]))
+            _multiply(filters, laid_out, bias[:, None], product.view(outputs, -1), transposed=False)
+            result.copy_(product.transpose(0, 1))
     return y
 
 

@@ -162,7 +162,8 @@ def open_file(content: bytes, rounded: bool, threads: int = 0, lasts: bool = Tru
 def open_session(content: bytes, threads: int = 0, lasts: bool = True) -> Any:
     """A session for the file as it is; raises as `open_file` does.
 
-    One that does not last, for a few batches, keeps no memory and no second layout of the weights.
+    One that does not last, for a few batches, keeps no memory and no second layout of the weights; its threads sleep
+    while they wait, where they would compute nothing all the time.
     """
     options = import_onnxruntime().SessionOptions()
     options.log_severity_level = 3
@@ -170,6 +171,7 @@ def open_session(content: bytes, threads: int = 0, lasts: bool = True) -> Any:
     if not lasts:
         options.enable_cpu_mem_arena = options.enable_mem_pattern = False
         options.add_session_config_entry("session.disable_prepacking", "1")
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return _session(content, options)
 
 
