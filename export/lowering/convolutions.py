@@ -75,9 +75,11 @@ def _products(
             _multiply(laid_out, filters, bias, result.permute(0, 2, 3, 1).view(-1, outputs), transposed=True)
         else:
             laid_out = tile.permute(1, 2, 3, 0, 4, 5).reshape(length, -1)
-            product = laid_out.new_empty((outputs, len(tile), *result.shape[2:]))
+            there = result.transpose(0, 1)
+            product = there if there.is_contiguous() else torch.empty(there.shape, dtype=x.dtype)
             _multiply(filters, laid_out, bias[:, None], product.view(outputs, -1), transposed=False)
-            result.copy_(product.transpose(0, 1))
+            if product is not there:
+                there.copy_(product)
     return y
 
 
