@@ -19,7 +19,7 @@ def check_batches(program: FusedProgram, inputs: Inputs) -> None:
     """Refuse a model whose outputs have no batch, or depend on the other images of the batch.
 
     Args:
-        program: whose captured graph is looked at, and run on few images in float64, with BatchNorm folded: so it is at hand.
+        program: whose captured graph is looked at, and with BatchNorm folded run on few images in float64.
         inputs: at least one image.
 
     Raises:

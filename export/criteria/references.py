@@ -30,9 +30,7 @@ def run_references(
     model: nn.Module, program: FusedProgram, names: tuple[str, ...], inputs: Inputs, precision: Precision
 ) -> References:
     """Run the user's model in float64, and what rounding alone makes of it in the precision under test."""
-    oracle = run_oracle(model, program, names, inputs)
-    give_back()
-    return run_rounded(oracle, model, program, precision)
+    return run_rounded(run_oracle(model, program, names, inputs), model, program, precision)
 
 
 def run_oracle(model: nn.Module, program: FusedProgram, names: tuple[str, ...], inputs: Inputs) -> References:
@@ -82,6 +80,7 @@ def run_rounded(references: References, model: nn.Module, program: FusedProgram,
     folded = UnfusedRunner("folded", program, program.folded, precision, names)
     rounded, seconds = {}, []
     for runner in (unfused if program.kept else eager, folded):
+        give_back()
         started = time.perf_counter()
         try:
             rounded[runner.name] = _outputs(runner, program, references.inputs)

@@ -1,4 +1,4 @@
-"""How convolutions are computed on the CPU where results are compared: none narrower than a GPU, none slower than need be."""
+"""Convolutions on the CPU where results are compared: rounded as on a GPU, and as fast as the processor can."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from export.fusion.nodes import aten
 from export.runtime.onnx_session import open_session
 
 _TILE = 2**17  # values of the windows that are laid out together: 1 MB, which lies in the processor's caches
+_NAMES = ("a", "b", "bias", "y")  # of the values of a matrix product
 _ROWS = 256  # at least, of a matrix product: it lays out its weights anew each time
 
 
@@ -91,18 +92,17 @@ def _multiply(a: Tensor, b: Tensor, bias: Tensor, y: Tensor, transposed: bool) -
     """y = a @ b + bias, or a @ b.T + bias, of contiguous matrices."""
     session = _session(torch.get_num_threads(), transposed)
     binding = session.io_binding()
-    for name, value in (("a", a), ("b", b), ("bias", bias)):
+    for name, value in zip(_NAMES, (a, b, bias), strict=False):
         binding.bind_input(name, "cpu", 0, np.float64, tuple(value.shape), value.data_ptr())
-    binding.bind_output("y", "cpu", 0, np.float64, tuple(y.shape), y.data_ptr())
+    binding.bind_output(_NAMES[-1], "cpu", 0, np.float64, tuple(y.shape), y.data_ptr())
     session.run_with_iobinding(binding)
 
 
 @cache
 def _session(threads: int, transposed: bool) -> Any:
     """Of a file that computes what `_multiply` does."""
-    values = {name: helper.make_tensor_value_info(name, onnx.TensorProto.DOUBLE, None) for name in ("a", "b", "bias", "y")}
-    y = values.pop("y")
-    product = helper.make_node("Gemm", [*values], ["y"], transB=int(transposed))
-    graph = helper.make_graph([product], "product", [*values.values()], [y])
+    a, b, bias, y = (helper.make_tensor_value_info(name, onnx.TensorProto.DOUBLE, None) for name in _NAMES)
+    product = helper.make_node("Gemm", _NAMES[:3], _NAMES[3:], transB=int(transposed))
+    graph = helper.make_graph([product], "product", [a, b, bias], [y])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
     return open_session(model.SerializeToString(), threads, lasts=False)

@@ -171,8 +171,10 @@ class TracedOnnxRunner(OnnxRunner):
         copy.graph.output.extend(onnx.helper.make_empty_tensor_value_info(v) for v in names if v not in outputs)
         content = copy.SerializeToString()
         del copy  # as large as the weights in float32, as is `content`, which the session reads
-        session = open_session(content, lasts=False)
+        give_back()
+        session = open_session(content, lasts=False, layouts=False)
         del content
+        give_back()
         found = self._compute(session, names, inputs)
         values = dict(zip(names, found, strict=True)) | dict(inputs)
         return {node: torch.from_numpy(values[value]) for node, value in places.items()}
