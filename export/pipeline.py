@@ -276,6 +276,7 @@ def _compare(
     give_back()
     progress("run the eager model")
     references = replace(run_references(job.model, program, names, inputs, forms.arithmetic), kinds=kinds)
+    give_back()
     progress("compare")
     evidence = check_evidence(program.source, shown, references, precision)
     rungs = reference_rungs(references, forms.arithmetic)

@@ -78,8 +78,13 @@ class Rounding:
         """R: the variance of rounding `value` to the storage type."""
         return (ROUNDING_RMS * self.roundoff * value.to(self.dtype)).square()
 
+    def and_of(self, variance: Tensor, value: Tensor) -> Tensor:
+        """`variance` + R(value), in the place of `variance`."""
+        value = value.to(variance.dtype)
+        return variance.addcmul_(value, value, value=(ROUNDING_RMS * self.roundoff) ** 2)
+
     def sum(
-        self, pre: Tensor, products: Tensor, constants: Tensor | float, length: int, other: Tensor | float = 0.0
+        self, pre: Tensor, products: Tensor, constants: Tensor | float, length: int, other: Tensor | None = None
     ) -> Tensor:
         """S: the variance of a sum of `length` products, before it is rounded.
 
@@ -88,13 +93,18 @@ class Rounding:
             products: the sum of the squared products.
             constants: b^2.
             length: K.
-            other: r^2.
+            other: r^2; none by default.
         """
-        summed = products + constants
-        variance = _accumulation(length) * (summed + other) + _climb(length) * pre.to(self.dtype).square()
+        factor = _accumulation(length)
         if self.truncates:
-            variance = variance + (UNIT_ROUNDOFF[torch.float32] * length / 16) ** 2 * summed
-        return variance + (ROUNDING_RMS * self.roundoff) ** 2 * summed if self.rounds_weights else variance
+            factor += (UNIT_ROUNDOFF[torch.float32] * length / 16) ** 2
+        if self.rounds_weights:
+            factor += (ROUNDING_RMS * self.roundoff) ** 2
+        variance = (products + constants).mul_(factor)
+        if other is not None:
+            variance.add_(other, alpha=_accumulation(length))
+        pre = pre.to(variance.dtype)
+        return variance.addcmul_(pre, pre, value=_climb(length))
 
     def convolution(
         self,
@@ -109,7 +119,7 @@ class Rounding:
         """S + R(pre) of a convolution with a shortcut, its projection or neither, given its own sum p^2 and K."""
         constants = bias.square()[:, None, None]
         if shortcut is None:
-            return self.sum(pre, products, constants, length) + self.of(pre)
+            return self.and_of(self.sum(pre, products, constants, length), pre)
         if projection is None:
             variance = self.sum(pre, products, constants, length, shortcut.square())
         else:
@@ -117,10 +127,10 @@ class Rounding:
             variance = self.sum(pre, products, constants, length + projection[0].numel())
             shortcut = F.conv2d(shortcut, projection, None, stride)
             if self.separate_addition:
-                variance = variance + self.of(shortcut)
+                variance = self.and_of(variance, shortcut)
         if self.separate_addition:
-            variance = variance + self.of(pre - shortcut)
-        return variance + self.of(pre)
+            variance = self.and_of(variance, pre - shortcut)
+        return self.and_of(variance, pre)
 
 
 def mean_variance(x: Tensor, dims: list[int], keepdim: bool = False) -> Tensor:
@@ -132,7 +142,7 @@ def mean_variance(x: Tensor, dims: list[int], keepdim: bool = False) -> Tensor:
 
 def bound_of(variance: Tensor, pre: Tensor) -> Bound:
     sigma = variance.sqrt()
-    return Bound(sigma, pre.to(sigma.dtype) + ZERO_BELOW_SIGMA * sigma)
+    return Bound(sigma, torch.add(pre.to(sigma.dtype), sigma, alpha=ZERO_BELOW_SIGMA))
 
 
 def _accumulation(length: int) -> float:

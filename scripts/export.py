@@ -102,6 +102,7 @@ with importing("export"):
     from export import ExportResult, export_bundle
     from export.base.batch import UINT8
     from export.base.errors import printable
+    from export.base.memory import keep
     from export.base.usage import StepUsage
     from export.job import PARITY_IMAGES
     from export.runtime.bundle.folder import check_output
@@ -142,6 +143,7 @@ def main(argv: list[str] | None = None) -> int:
 def export(args: argparse.Namespace) -> int:
     """Export what the arguments describe and say what was found; the exit code, which is 1 for what is not equal."""
     check(args)
+    keep()
     source = taking(args.input, describe_source(args))
     with Progress(measured=args.profile or args.json) as progress:
         result, classes = run(args, source, progress)

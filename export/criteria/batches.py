@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import suppress
-
 import numpy as np
 from numpy.typing import NDArray
 
 from export.base.batch import Inputs
 from export.base.errors import ExportError
-from export.base.precision import DOUBLE, PRECISIONS, Precision
+from export.base.precision import DOUBLE
 from export.fusion.program import FusedProgram, output_names, output_nodes
 from export.lowering.runners import UnfusedRunner
 from export.runtime.parity.network import relative_error
 
 _EXACT = 1e-9  # relative error of float64 arithmetic in another order
-_SAME = 1e-5  # of float32's; what depends on other images by less is no more than rounding in any file
 
 
 def check_batches(program: FusedProgram, inputs: Inputs) -> None:
     """Refuse a model whose outputs have no batch, or depend on the other images of the batch.
 
     Args:
-        program: whose captured graph is looked at, and run on few images.
+        program: whose captured graph is looked at, and with BatchNorm folded run on few images in float64.
         inputs: at least one image.
 
     Raises:
@@ -42,32 +38,15 @@ def check_batches(program: FusedProgram, inputs: Inputs) -> None:
     smallest, largest = program.batch.minimum, program.batch.maximum
     size = min(smallest + 1, largest)
     shown = {name: _beside(images, smallest, size) for name, images in inputs.items()}
-    with suppress(RuntimeError):  # a graph that makes float64 values of its own has no other arithmetic
-        if not _mixed(program, names, shown, PRECISIONS["fp32"], _SAME):
-            return  # float64, which would take three times as long, need not decide
-    if name := _mixed(program, names, shown, DOUBLE, _EXACT):
-        raise ExportError(
-            f"{name} of an image depends on the other images of its batch: expected each on its own; forward "
-            "computes over the batch dimension, as mean(0), softmax(0) or a BatchNorm without running statistics do"
-        )
-
-
-def _mixed(
-    program: FusedProgram,
-    names: tuple[str, ...],
-    shown: Mapping[str, tuple[NDArray, NDArray]],
-    precision: Precision,
-    limit: float,
-) -> str:
-    """The first output that beside other images differs by more than a relative error of `limit`; empty for none."""
-    with UnfusedRunner("unfused", program, program.source, precision, names) as runner:
+    with UnfusedRunner("folded", program, program.folded, DOUBLE, names) as runner:
         alone, beside = (runner.infer({name: batches[k] for name, batches in shown.items()}) for k in (0, 1))
     for name in names:
         first, same = (np.asarray(y[name][:1], np.float64) for y in (alone, beside))
-        known = precision is not DOUBLE or np.isfinite(first).all()
-        if known and not relative_error(same, first) <= limit:
-            return name
-    return ""
+        if np.isfinite(first).all() and not relative_error(same, first) <= _EXACT:
+            raise ExportError(
+                f"{name} of an image depends on the other images of its batch: expected each on its own; forward "
+                "computes over the batch dimension, as mean(0), softmax(0) or a BatchNorm without running statistics do"
+            )
 
 
 def _beside(images: NDArray, smallest: int, size: int) -> tuple[NDArray, NDArray]:

@@ -12,9 +12,11 @@ from torch import Tensor, fx
 
 from export.base.precision import Precision
 from export.criteria.bounds import shared_variance
-from export.criteria.explained import activations, allowed_error, float_arguments, rounded, subnormal
+from export.criteria.explained import activations, allowed_error, float_arguments, laid_out, rounded, subnormal
+from export.fusion.interpreter import REFERENCES
 from export.fusion.nodes import constant
 from export.fusion.program import FusedProgram
+from export.lowering.convolutions import WideConvolutions
 from kernels.rounding import MAX_RMS_Z, UNIT_ROUNDOFF, Rounding
 
 _BY_CHANCE = 1e-6  # the share of right operators of few values that may be refused
@@ -92,21 +94,24 @@ def beyond_weights(
     live = (y != 0) | (expected != 0)
     if not every:  # such values are judged by who reads them
         live &= ~(subnormal(y, precision.dtype) & subnormal(expected, precision.dtype))
-    if not bool(live.any()):
+    count = int(torch.count_nonzero(live))
+    if not count:
         return Beyond(0.0, 0.0, 0, 0.0, 0.0, 0.0, 0.0)
-    z = ((y - expected).float() / sigma)[live]
-    signed = z * expected[live].sign()
+    sign = expected.sign().float()
+    z = torch.where(live, (y - expected).float() / sigma, 0.0)
+    signed = z * sign
     read = {n: rounded(values[n.name], precision.dtype) for n in activations(node)}
-    pull = torch.where(live, expected.sign().float() / sigma, 0.0) if bare else torch.zeros_like(sigma)
-    shared = shared_variance(node.target, float_arguments(program, node, read), pull, Rounding(precision.roundoff))
+    pull = torch.where(live, sign / sigma, 0.0) if bare else torch.zeros_like(sigma)
+    with WideConvolutions():
+        shared = shared_variance(node.target, float_arguments(program, node, read), pull, Rounding(precision.roundoff))
     length = max(w[0].numel() for n in node.all_input_nodes if (w := constant(program.master, n)) is not None)
     return Beyond(
-        z.square().mean().sqrt().item(),
+        (z.square().sum(dtype=torch.float64).item() / count) ** 0.5,
         z.abs().max().item(),
-        len(z),
-        signed.mean().item(),
-        shared / len(z) ** 2,
-        _scatter(torch.zeros_like(expected).masked_scatter(live, signed), live),
+        count,
+        signed.sum(dtype=torch.float64).item() / count,
+        shared / count**2,
+        _scatter(signed, live),
         length / 8 * UNIT_ROUNDOFF[torch.float32] / precision.roundoff + 4 * precision.roundoff,
     )
 
@@ -122,7 +127,7 @@ def same_weights(
 def _first(values: Mapping[str, Tensor], node: fx.Node, count: int) -> dict[str, Tensor]:
     """What an operator read and computed of the first images."""
     rows = values[node.name].shape[:1]
-    return {name: value[:count] if value.shape[:1] == rows else value for name, value in values.items()}
+    return {name: laid_out(value[:count] if value.shape[:1] == rows else value) for name, value in values.items()}
 
 
 def _with_weights(
@@ -133,11 +138,11 @@ def _with_weights(
     def value_of(n: fx.Node) -> Tensor:
         held = constant(program.master, n)
         value = rounded(values[n.name], precision.dtype) if held is None else rounded(held, dtype)
-        layout = torch.channels_last if value.dim() == 4 else torch.contiguous_format
-        return value.to(torch.float64, memory_format=layout)
+        return laid_out(value).double()
 
-    target: Any = node.target
-    result: Tensor = target(*fx.node.map_arg(node.args, value_of), **fx.node.map_arg(node.kwargs, value_of))
+    target: Any = REFERENCES.get(node.target, node.target)
+    with WideConvolutions():
+        result: Tensor = target(*fx.node.map_arg(node.args, value_of), **fx.node.map_arg(node.kwargs, value_of))
     return result
 
 
@@ -147,9 +152,10 @@ def _scatter(values: Tensor, live: Tensor) -> float:
     Channels that are alike, as where they were repeated, are one.
     """
     others = [dim for dim in range(values.dim()) if dim != 1]
-    sums, which = torch.unique(values.sum(others), return_inverse=True)
-    counts = torch.zeros_like(sums).index_add(0, which, live.sum(others).double())
-    sums = torch.zeros_like(sums).index_add(0, which, values.sum(others))
+    totals = values.sum(others, dtype=torch.float64)
+    sums, which = torch.unique(totals, return_inverse=True)
+    counts = torch.zeros_like(sums).index_add(0, which, live.sum(others, dtype=torch.float32).double())
+    sums = torch.zeros_like(sums).index_add(0, which, totals)
     total = counts.sum()
     channels = (total.square() / counts.square().sum()).item()  # as many of one size
     if channels < 2:

@@ -23,7 +23,7 @@ class Call:
 
     Attributes:
         arguments: by the names of its schema; tensors in float32, weights as folded in float64.
-        pre: its value before the ReLU, and before the pool behind that, in float64.
+        pre: its value before the ReLU, and before the pool behind that, computed in float64, held in float32.
         rounding: how the candidate rounds.
     """
 
@@ -50,9 +50,9 @@ def _weighted(target: Callable[..., Any]) -> Callable[[Call], Bound]:
         products = target(**{**a, "input": a["input"].square(), "weight": a["weight"].square(), "bias": None})
         linear = target is aten.linear.default
         constants = 0.0 if a["bias"] is None else a["bias"].square().reshape(-1, *[1] * (0 if linear else rank - 2))
-        variance = rounding.sum(call.pre, products, constants, a["weight"][0].numel()) + rounding.of(call.pre)
+        variance = rounding.and_of(rounding.sum(call.pre, products, constants, a["weight"][0].numel()), call.pre)
         if linear and rank != 2 and a["bias"] is not None and rounding.separate_addition:
-            variance = variance + rounding.of(call.pre - a["bias"])  # a matrix product of its own
+            variance = rounding.and_of(variance, call.pre - a["bias"])  # a matrix product of its own
         return bound_of(variance, call.pre)
 
     return bound

@@ -33,6 +33,7 @@ from export.fusion.nodes import (
     spoken_name,
 )
 from export.fusion.program import output_nodes, returned_tensors
+from export.lowering.convolutions import WideConvolutions
 from export.runtime.parity.ladder import ENGINE_FACTOR, References
 from export.runtime.parity.network import SCORES, OutputKind
 from export.runtime.parity.rungs import Evidence, OutputEvidence
@@ -70,7 +71,7 @@ def check_evidence(
     source = converted(source, dtype)
     dependent = depends_on_input(source)
     observer = _Observer(source, dependent, precision)
-    with plain_torch():
+    with plain_torch(), WideConvolutions():
         returned = observer.run(*(x.to(dtype) for x in shown.values()))
     untrained = _default_statistics(source)
     weaknesses = [*untrained, *observer.weaknesses]
@@ -124,7 +125,7 @@ def _without_effect(
     before = dict(zip(names, returned_tensors(source, returned), strict=True))
     for name, values in references.inputs.items():
         exchanged = {**shown, name: torch.from_numpy(np.roll(values, 1, axis=0)[rows])}
-        with plain_torch():
+        with plain_torch(), WideConvolutions():
             outputs = source(*(x.double() for x in exchanged.values()))
         signals = []
         for output, y in zip(names, returned_tensors(source, outputs), strict=True):

@@ -23,11 +23,17 @@ from export.fusion.nodes import (
     tensor_inputs,
 )
 from export.fusion.program import FusedProgram
+from export.lowering.convolutions import WideConvolutions
 from kernels.rounding import Bound, Rounding
 
 
 def rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
     return value.to(dtype) if value.is_floating_point() else value
+
+
+def laid_out(value: Tensor) -> Tensor:
+    """Channels last, as convolutions are computed fastest."""
+    return value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value
 
 
 def subnormal(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -145,7 +151,8 @@ def allowed_error(
     rounds_weights = weights_too and precision.name != "fp32" and held
     assert bound is not None  # who asks has seen to it
     rounding = Rounding(precision.roundoff, rounds_weights, separate_addition, truncates=truncates)
-    return bound(Call(arguments, pre, rounding))
+    with WideConvolutions():
+        return bound(Call(arguments, pre.float(), rounding))
 
 
 def float_arguments(program: FusedProgram, node: fx.Node, read: Mapping[fx.Node, Tensor]) -> dict[str, Any]:
@@ -162,6 +169,11 @@ def float_arguments(program: FusedProgram, node: fx.Node, read: Mapping[fx.Node,
 
 def expected_of_leaves(source: fx.GraphModule, fused: fx.Node, leaves: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """y64, and the value before the activation and the pool behind that (y64 itself where there is none)."""
+    with WideConvolutions():
+        return _expected_of_leaves(source, fused, leaves)
+
+
+def _expected_of_leaves(source: fx.GraphModule, fused: fx.Node, leaves: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     target, before = str(source_name(fused)), fused.meta.get("before_activation")
     if before is not None:
         pre = evaluate(source, before, leaves)

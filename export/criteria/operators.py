@@ -29,13 +29,14 @@ from export.criteria.explained import (
     allowed_error,
     bound_of,
     expected_of_leaves,
+    laid_out,
     rounded,
     subnormal,
     value_in,
 )
 from export.criteria.fault import fault_of
 from export.fusion.capture import plain_torch
-from export.fusion.interpreter import GraphInterpreter, WideConvolutions
+from export.fusion.interpreter import REFERENCES, GraphInterpreter
 from export.fusion.nodes import (
     constant,
     fits,
@@ -47,11 +48,13 @@ from export.fusion.nodes import (
     weighs,
 )
 from export.fusion.program import FusedProgram, operator_nodes
+from export.lowering.convolutions import WideConvolutions
 from export.runtime.parity.checks import UNDERFLOW, Fault, OperatorCheck, OperatorChecks
 from kernels.rounding import MAX_RMS_Z, MAX_Z
 
 _SEVERAL = 3.0  # sigmas: more than rounding does to most values
 _RESULTS = 2**17  # four times as many as show that a sum is truncated after every product: see test_accumulators
+_LEAST = torch.finfo(torch.float32).tiny  # of a sigma that is divided by: 0 / 0 is no error
 _TILE = 2**18  # values of a result that are looked at together: 2 MB in float64
 
 
@@ -98,7 +101,7 @@ def check_alone(program: FusedProgram, precision: Precision, inputs: Mapping[str
     """
     checks = []
     with plain_torch(), WideConvolutions():
-        interpreter = GraphInterpreter(program.graph_module, {})
+        interpreter = GraphInterpreter(program.graph_module, REFERENCES)
         interpreter.values = {}
         interpreter.run(*inputs.values())
         exact = {name: rounded(value, precision.dtype) for name, value in interpreter.values.items()}
@@ -110,7 +113,7 @@ def check_alone(program: FusedProgram, precision: Precision, inputs: Mapping[str
                 parameter = constant(program.master, n)
                 return exact[n.name] if parameter is None else rounded(parameter, precision.dtype)
 
-            target: Any = node.target
+            target: Any = REFERENCES.get(node.target, node.target)
             args, kwargs = fx.node.map_arg(node.args, value_of), fx.node.map_arg(node.kwargs, value_of)
             y = target(*args, **kwargs)
             check = _check_node(program, precision, node, {**exact, node.name: y}, separate_addition=False)
@@ -209,10 +212,11 @@ def _passed(
     shown, y, dtype = [node, *activations(node)], values[node.name], precision.dtype
     if not all(fits(n, values[n.name].shape) for n in shown):
         return None
-    weighs_in = precision.name != "fp32" and any(constant(program.master, n) is not None for n in node.all_input_nodes)
     by_image = _by_image(shown)
-    rows = max(1, _TILE * len(y) // max(1, y.numel())) if by_image else max(1, len(y))
-    sampled = max(1, _RESULTS * len(y) // max(1, y.numel())) if weighs_in else 0
+    weights = [w.numel() for n in node.all_input_nodes if (w := constant(program.master, n)) is not None]
+    tile = max(_TILE, *weights, 0)  # they are prepared anew for each
+    rows = max(1, tile * len(y) // max(1, y.numel())) if by_image else max(1, len(y))
+    sampled = max(1, _RESULTS * len(y) // max(1, y.numel())) if precision.name != "fp32" and weights else 0
     squares, peak, count, kept = 0.0, 0.0, 0, []
     for start in range(0, len(y), rows):
         part = {n.name: values[n.name][start : start + rows] if by_image else values[n.name] for n in shown}
@@ -251,26 +255,25 @@ def _looked_at(
     program: FusedProgram, precision: Precision, node: fx.Node, values: Mapping[str, Tensor], separate_addition: bool
 ) -> _Tile | None:
     """z of some images; None where a value is broken, lost to underflow, or alive behind a closed ReLU."""
-    y, leaves = values[node.name].double(), {}
+    y, read = laid_out(values[node.name]), {}
     for n in activations(node):
-        held, x = values[n.name], rounded(values[n.name], precision.dtype)
-        if not bool(torch.isfinite(x).all()):
-            return None
+        held, x = values[n.name], laid_out(rounded(values[n.name], precision.dtype))
         if x.dtype != held.dtype and bool((subnormal(held, precision.dtype) & (x != held)).any()):
             return None
-        leaves[str(source_name(n))] = x.double()
+        read[n] = x.double()
+        if not math.isfinite(read[n].sum().item()):
+            return None
     try:
-        y64, pre = expected_of_leaves(program.source, node, leaves)
+        y64, pre = expected_of_leaves(program.source, node, {str(source_name(n)): x for n, x in read.items()})
     except ValueError:
         return None
-    bound = allowed_error(program, precision, node, values, separate_addition, pre)
-    difference = (y - y64).abs_().float()
-    z = (difference / bound.sigma).masked_fill_(difference == 0, 0.0)
-    alive = pre is not y64 and bool(((y != 0) & (bound.upper < 0)).any())
-    peak = z.max().item() if len(z) else 0.0
-    if alive or not math.isfinite(peak):
+    given = {n.name: x.float() for n, x in read.items()}
+    bound = allowed_error(program, precision, node, given, separate_addition, pre)
+    z = (y.double() - y64).float().div_(bound.sigma.clamp_(min=_LEAST)).abs_()
+    peak, live = z.max().item() if z.numel() else 0.0, y != 0
+    if not math.isfinite(peak) or (pre is not y64 and bool((live & (bound.upper < 0)).any())):
         return None
-    return _Tile(y64, pre, z.square().sum().item(), peak, int(torch.count_nonzero((y != 0) | (y64 != 0))))
+    return _Tile(y64, pre, z.square_().sum().item(), peak, int(torch.count_nonzero(live.logical_or_(y64 != 0))))
 
 
 def _by_image(nodes: list[fx.Node]) -> bool:

@@ -21,7 +21,7 @@ from export.runtime.parity.network import VALUES, OutputKind, compare, relative_
 from export.runtime.runner import Runner
 
 _EXACT = 1e-9  # relative error of float64 arithmetic in another order
-_EXACT_SHARE = 4  # PyTorch lays out each window of an image before it multiplies in float64: few fit into the caches
+_EXACT_SHARE = 4  # values of float64 are large: of few images, what lies between two operators fits into the caches
 _FOLD_IMAGES = 2  # any weight that is folded wrongly shows in float64 on any image on which its channel is not dead
 _SAME = 2.0**-20  # 16 roundoffs of float32, which the constants made in forward have in the captured graph
 
@@ -30,9 +30,7 @@ def run_references(
     model: nn.Module, program: FusedProgram, names: tuple[str, ...], inputs: Inputs, precision: Precision
 ) -> References:
     """Run the user's model in float64, and what rounding alone makes of it in the precision under test."""
-    oracle = run_oracle(model, program, names, inputs)
-    give_back()
-    return run_rounded(oracle, model, program, precision)
+    return run_rounded(run_oracle(model, program, names, inputs), model, program, precision)
 
 
 def run_oracle(model: nn.Module, program: FusedProgram, names: tuple[str, ...], inputs: Inputs) -> References:
@@ -82,6 +80,7 @@ def run_rounded(references: References, model: nn.Module, program: FusedProgram,
     folded = UnfusedRunner("folded", program, program.folded, precision, names)
     rounded, seconds = {}, []
     for runner in (unfused if program.kept else eager, folded):
+        give_back()
         started = time.perf_counter()
         try:
             rounded[runner.name] = _outputs(runner, program, references.inputs)

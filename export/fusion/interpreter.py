@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from export.fusion.nodes import aten
+from export.fusion.nodes import resnet_deploy
+from kernels.operators.registry import OPERATORS
+
+# The fused operators on a CPU without a dispatcher in between, so that modes see what they are made of.
+REFERENCES: dict[Any, Callable[..., Tensor]] = {
+    getattr(resnet_deploy, name).default: operator.computed for name, operator in OPERATORS.items()
+}
 
 
 class GraphInterpreter(fx.Interpreter):
@@ -28,22 +32,3 @@ class GraphInterpreter(fx.Interpreter):
 
     def call_function(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         return super().call_function(self._operators.get(target, target), args, kwargs)
-
-
-class WideConvolutions(TorchDispatchMode):
-    """While it is on, convolutions of 16 bits on the CPU accumulate in float32 and round once, as on a GPU.
-
-    PyTorch has a fast float16 convolution on few CPUs, and adds up the overlapping windows of a transposed one in the
-    type itself.
-    """
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is aten.convolution.default:
-            dtype = args[0].dtype
-            if dtype in (torch.float16, torch.bfloat16) and args[0].device.type == "cpu":
-                x, weight, bias, *geometry = args
-                bias = None if bias is None else bias.float()
-                return func(x.float(), weight.float(), bias, *geometry).to(dtype)
-        return func(*args, **(kwargs or {}))

@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import onnx
@@ -80,6 +81,10 @@ class OnnxFile:
         Raises:
             ExportError: the model exceeds the 2 GB of one ONNX file.
         """
+        return self._content
+
+    @cached_property
+    def _content(self) -> bytes:
         if self.model.ByteSize() >= 2**31:
             raise ExportError(f"the ONNX file would be {self.model.ByteSize() / 1e9:.1f} GB: expected less than 2.1 GB")
         return self.model.SerializeToString(deterministic=True)

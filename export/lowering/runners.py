@@ -19,8 +19,9 @@ from export.base.machine import installed_version
 from export.base.memory import give_back
 from export.base.precision import Precision
 from export.fusion.capture import call_arguments, eager_copy, plain_torch
-from export.fusion.interpreter import GraphInterpreter, WideConvolutions
+from export.fusion.interpreter import REFERENCES, GraphInterpreter
 from export.fusion.program import FusedProgram, leaf_names, returned_tensors
+from export.lowering.convolutions import WideConvolutions
 from export.lowering.cuda_graph import CudaGraphProgram
 from export.lowering.onnx_file import OnnxFile
 from export.runtime.onnx_session import ONNX_FILE, ONNX_FORMS, OnnxRunner, open_session, rounded_copy, runs_rounded
@@ -120,7 +121,7 @@ class ProgramRunner(Runner):
 
     def __enter__(self) -> Self:
         if self._device == "cpu":
-            self._interpreter = GraphInterpreter(self._program.at(self._precision), self._operators)
+            self._interpreter = GraphInterpreter(self._program.at(self._precision), {**REFERENCES, **self._operators})
             self._call: Callable[..., Any] = self._interpreter.run
         else:
             graphs = CudaGraphProgram(self._program, self._precision, self._device)
@@ -170,8 +171,10 @@ class TracedOnnxRunner(OnnxRunner):
         copy.graph.output.extend(onnx.helper.make_empty_tensor_value_info(v) for v in names if v not in outputs)
         content = copy.SerializeToString()
         del copy  # as large as the weights in float32, as is `content`, which the session reads
-        session = open_session(content, lasts=False)
+        give_back()
+        session = open_session(content, lasts=False, layouts=False)
         del content
+        give_back()
         found = self._compute(session, names, inputs)
         values = dict(zip(names, found, strict=True)) | dict(inputs)
         return {node: torch.from_numpy(values[value]) for node, value in places.items()}

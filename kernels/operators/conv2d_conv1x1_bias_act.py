@@ -158,16 +158,16 @@ class Conv2dConv1x1BiasAct(Arguments[T]):
     def bound(self: "Conv2dConv1x1BiasAct[Tensor]", pre: Tensor, rounding: Rounding) -> Bound:
         geometry = (self.stride, self.padding, self.dilation)
         products = F.conv2d(self.x.square(), self.weight.square(), None, *geometry)
-        h = F.conv2d(self.x, self.weight, self.bias, *geometry).relu()
+        h = F.conv2d(self.x, self.weight, self.bias, *geometry).relu_()
         carried = rounding.convolution(h, products, self.bias, self.weight[0].numel())
         expand = self.expand_weight.square()
         shortcut = (self.shortcut, self.shortcut_weight, self.shortcut_stride)
         products, length = F.conv2d(h.square(), expand), expand.shape[1]
         variance = rounding.convolution(pre, products, self.expand_bias, length, *shortcut)
-        return bound_of(variance + F.conv2d(carried * (h > 0), expand), pre)
+        return bound_of(variance.add_(F.conv2d(carried.mul_(h > 0), expand)), pre)
 
     def shared(self: "Conv2dConv1x1BiasAct[Tensor]", pull: Tensor, rounding: Rounding) -> Tensor:
-        h = F.conv2d(self.x, self.weight, self.bias, self.stride, self.padding, self.dilation).relu()
+        h = F.conv2d(self.x, self.weight, self.bias, self.stride, self.padding, self.dilation).relu_()
         return (F.conv_transpose2d(pull, self.expand_weight).square() * rounding.of(h)).sum()
 
 

@@ -57,6 +57,13 @@ class Arguments(Generic[T]):
         pairs = [tuple(value) if isinstance(value, list) else value for value in values]
         return cls(**dict(zip(cls.names()[: len(pairs)], pairs, strict=True)))
 
+    @classmethod
+    def computed(cls, *values: Any) -> Tensor:
+        """What a CPU makes of a call, its arguments as of `of`; raises ValueError as `check` does."""
+        call = cls.of(*values)
+        call.check(REFERENCE_DTYPES)
+        return call.reference()
+
     def values(self) -> tuple[Any, ...]:
         return tuple(getattr(self, name) for name in self.names())
 
@@ -124,11 +131,6 @@ def register(arguments: Callable[_Parameters, Arguments[Tensor]]) -> Callable[_P
     cls = cast(type[Arguments[Tensor]], get_origin(arguments))
     name = cls.operator
 
-    def on_cpu(*values: Any) -> Tensor:
-        call = cls.of(*values)
-        call.check(REFERENCE_DTYPES)
-        return call.reference()
-
     def on_gpu(*values: Any) -> Tensor:
         try:
             from kernels import launch
@@ -147,7 +149,7 @@ def register(arguments: Callable[_Parameters, Arguments[Tensor]]) -> Callable[_P
 
     custom = torch.library.custom_op(
         f"resnet_deploy::{name}",
-        on_cpu,
+        cls.computed,
         mutates_args=(),
         device_types="cpu",
         schema=f"({cls.schema()}) -> Tensor",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from export.fusion.interpreter import WideConvolutions
+from export.lowering.convolutions import WideConvolutions
 
 LAYERS = {"convolution": nn.Conv2d(64, 8, 3, padding=1), "transposed": nn.ConvTranspose2d(64, 8, 4, 2)}
 
