@@ -45,6 +45,7 @@ def describe_config(args: argparse.Namespace) -> ExportConfig:
         keep_fp32=args.keep_fp32,
         outputs=args.outputs or ("scores" if args.weights == PRETRAINED and not args.features else "auto"),
         unverified=args.unverified,
+        quick=args.quick,
         kernels=args.kernels,
         input=args.input,
         features=args.features,
