@@ -36,8 +36,8 @@ class ExportConfig:
         outputs: what the outputs are: `scores` of classes, whose top-1 may not change, `values`, or `auto` to find out;
             `probabilities` puts a softmax behind the scores, which are the model's only output.
         unverified: write a bundle, marked as such, where nothing is wrong but the evidence is too weak for a verdict.
-        quick: compare on the fewest images that the evidence allows, in batches of no more; every operator is checked all
-            the same, and the bundle says that it was exported so.
+        quick: compare on the fewest images that the evidence allows, in batches of no more; every operator is checked
+            all the same, and the bundle says that it was exported so.
         kernels: the architectures to make kernel engines for, of `kernels.configs.targets.TARGETS`; `auto`, which is
             AUTO here, is that of the GPU of this machine.
         input: what the artefacts take: `float32`, what the model computes with, or `uint8`, pictures as bytes

@@ -164,8 +164,8 @@ def export_bundle(
         kinds = output_kinds(program.source, names, job.config.outputs, labelled is not None, classes)
         left_out: tuple[str, ...] = ()
         if job.config.quick:
-            sizes = [node.meta["val"].shape[1:].numel() for node in output_nodes(program.source)]
-            job, left_out = job.quickened(int(min(sizes)))
+            values = (node.meta["val"].shape[1:].numel() for node in output_nodes(program.source))
+            job, left_out = job.quickened(int(min(values)))
         meter = _meter(job, program)
         program, forms = _lower(job, program, meter)
         gc.collect()  # the graphs of torch.export and of the ONNX exporter, with weights of their own

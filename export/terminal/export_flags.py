@@ -103,8 +103,8 @@ def _add_what_is_checked(parser: Parser, methods: Collection[str], method: str) 
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="compare on the fewest pictures that the evidence allows, in batches of no more; every operator is checked "
-        "all the same, and the bundle says so",
+        help="compare on the fewest pictures that the evidence allows, in batches of no more; every operator is "
+        "checked all the same, and the bundle says so",
     )
     parser.add_argument(
         "--data",
