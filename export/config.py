@@ -36,6 +36,8 @@ class ExportConfig:
         outputs: what the outputs are: `scores` of classes, whose top-1 may not change, `values`, or `auto` to find out;
             `probabilities` puts a softmax behind the scores, which are the model's only output.
         unverified: write a bundle, marked as such, where nothing is wrong but the evidence is too weak for a verdict.
+        quick: compare on the fewest images that the evidence allows, in batches of no more; every operator is checked
+            all the same, and the bundle says that it was exported so.
         kernels: the architectures to make kernel engines for, of `kernels.configs.targets.TARGETS`; `auto`, which is
             AUTO here, is that of the GPU of this machine.
         input: what the artefacts take: `float32`, what the model computes with, or `uint8`, pictures as bytes
@@ -53,6 +55,7 @@ class ExportConfig:
     keep_fp32: tuple[str, ...]
     outputs: str
     unverified: bool
+    quick: bool
     kernels: tuple[str, ...]
     input: str
     features: tuple[str, ...]
@@ -71,6 +74,7 @@ class ExportConfig:
         kernels: Collection[str] = (),
         input: str = FLOAT32,
         features: Collection[str] = (),
+        quick: bool = False,
     ) -> None:
         """Raises ExportError for values that no export has, and for what another precision takes."""
         if precision not in FORMATS:
@@ -98,6 +102,7 @@ class ExportConfig:
             "keep_fp32": _kept("keep_fp32", keep_fp32, precision, ("fp16", "bf16")),
             "outputs": outputs,
             "unverified": unverified,
+            "quick": quick,
             "kernels": _targets(kernels, precision),
             "input": input,
             "features": _features(features),

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from export.base.batch import FLOAT32, INPUT, UINT8, Arrays, Batch, Inputs, named
+from export.base.batch import FLOAT32, INPUT, UINT8, Arrays, Batch, Inputs, count_of, named, rows_of
 from export.base.errors import ExportError
 from export.base.normalisation import CHANNELS, Normalisation
 from export.base.precision import FORMATS, INT8, Precision
@@ -27,6 +27,8 @@ from export.runtime.parity.network import PROBABILITIES, VALUES
 from export.sample_inputs import byte_crops, crops, photographs
 
 PARITY_IMAGES = 16
+_FEWEST_IMAGES = 2  # one cannot show that an output depends on its input
+_FEWEST_VALUES = 100  # of an output: the ratio of two relative errors of so many is within a few percent of that of all
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,29 @@ class Job:
     @property
     def precision(self) -> Precision:
         return FORMATS[self.config.precision]
+
+    @property
+    def tested(self) -> Batch:
+        """The batch sizes that forms are run in: all that matter, or of a quick export those that the images fill."""
+        if not self.config.quick:
+            return self.batch
+        minimum, most = self.batch.minimum, max(self.batch.minimum, count_of(self.inputs))
+        return Batch(minimum, min(self.batch.optimum, most), min(self.batch.maximum, most))
+
+    def quickened(self, values: int) -> tuple[Job, tuple[str, ...]]:
+        """The same on the fewest images that the evidence allows, and what that leaves out, a line each.
+
+        `values` are those of an image in the smallest output: an error is only told from rounding by many of them.
+        """
+        given, fewest = count_of(self.inputs), max(_FEWEST_IMAGES, -(-_FEWEST_VALUES // max(1, values)))
+        count = min(given, fewest)
+        shown, inputs = rows_of(self.given, slice(count)), rows_of(self.inputs, slice(count))
+        job = replace(self, given=shown, inputs=inputs)
+        left_out = [f"compared on {count} of {given} images"] if count < given else []
+        sizes = {self.batch.minimum, self.batch.optimum, self.batch.maximum}
+        if larger := [str(size) for size in sorted(sizes) if size > job.tested.maximum]:
+            left_out.append(f"no batch of {' or '.join(larger)} was run")
+        return job, tuple(left_out)
 
     @classmethod
     def of(

@@ -49,6 +49,7 @@ def describe(
         "outputs": [_output_facts(value, report, steps) for value in graph.output],
         "verified": bool(report.evidence),
         "verdict": report.verdict,
+        "quick": list(report.quick),
         "opset": model.opset_import[0].version,
         "kept": sorted(forms.kept),
         "engines": {

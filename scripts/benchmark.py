@@ -16,7 +16,7 @@ if not __package__:  # a file that is run, not a module of the installed package
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
 
 from export.base.precision import PRECISIONS
-from export.terminal.command_line import Parser, importing, run_script
+from export.terminal.command_line import Parser, importing, leave, run_script
 from export.terminal.commands import typed
 from export.terminal.flags import in_flags
 
@@ -195,4 +195,4 @@ def tool(name: str, args: argparse.Namespace, progress: Progress) -> list[Result
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -11,7 +11,7 @@ from pathlib import Path
 if not __package__:  # a file that is run, not a module of the installed package
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
 
-from export.terminal.command_line import Parser, importing, run_script
+from export.terminal.command_line import Parser, importing, leave, run_script
 from export.terminal.commands import program
 from export.terminal.flags import in_flags
 from export.terminal.picture_flags import add_preprocessing_flags, preprocessing_values
@@ -159,4 +159,4 @@ def most_probable(probabilities: NDArray) -> list[tuple[int, float]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

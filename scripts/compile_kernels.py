@@ -19,7 +19,7 @@ if not __package__:  # a file that is run, not a module of the installed package
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
 
 from export.base.precision import PRECISIONS
-from export.terminal.command_line import Parser, importing, run_script
+from export.terminal.command_line import Parser, importing, leave, run_script
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -347,4 +347,4 @@ def describe_loads(kernel: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

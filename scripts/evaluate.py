@@ -17,7 +17,7 @@ from typing import Any
 if not __package__:  # a file that is run, not a module of the installed package
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
 
-from export.terminal.command_line import Parser, importing, run_script, show_log
+from export.terminal.command_line import Parser, importing, leave, run_script, show_log
 from export.terminal.flags import in_flags
 from export.terminal.picture_flags import add_preprocessing_flags, preprocessing_values
 
@@ -269,4 +269,4 @@ class Counter:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

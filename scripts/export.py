@@ -16,7 +16,7 @@ if not __package__:  # a file that is run, not a module of the installed package
 
 from export.base.errors import ExportError
 from export.quantisation.methods import DEFAULT_METHOD, METHODS
-from export.terminal.command_line import importing, run_script, show_log
+from export.terminal.command_line import importing, leave, run_script, show_log
 from export.terminal.commands import typed
 from export.terminal.export_flags import PRETRAINED, engine_config, export_parser, parse_batch
 from export.terminal.flags import in_flags
@@ -45,6 +45,7 @@ def describe_config(args: argparse.Namespace) -> ExportConfig:
         keep_fp32=args.keep_fp32,
         outputs=args.outputs or ("scores" if args.weights == PRETRAINED and not args.features else "auto"),
         unverified=args.unverified,
+        quick=args.quick,
         kernels=args.kernels,
         input=args.input,
         features=args.features,
@@ -425,4 +426,4 @@ def summarise(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -24,7 +24,7 @@ if not __package__:  # a file that is run, not a module of the installed package
     sys.path[0] = str(ROOT)  # not scripts/, where `export` would be a script
 
 from export.base.errors import ExportError, first_line, printable
-from export.terminal.command_line import Parser, Steps, importing, run_script
+from export.terminal.command_line import Parser, Steps, importing, leave, run_script
 from export.terminal.commands import typed
 
 LIMIT = 420
@@ -395,4 +395,4 @@ def written(output: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no step outlives this process
-    sys.exit(main())
+    leave(main())

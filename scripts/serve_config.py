@@ -10,7 +10,7 @@ from pathlib import Path
 if not __package__:  # a file that is run, not a module of the installed package
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
 
-from export.terminal.command_line import Parser, importing, run_script
+from export.terminal.command_line import Parser, importing, leave, run_script
 from export.terminal.flags import in_flags
 
 
@@ -70,4 +70,4 @@ def serve_config(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -19,7 +19,7 @@ if not __package__:  # a file that is run, not a module of the installed package
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
 
 from export.base.errors import ExportError
-from export.terminal.command_line import Parser, importing, run_script, show_log
+from export.terminal.command_line import Parser, importing, leave, run_script, show_log
 from export.terminal.commands import typed
 from resnet.training.settings import AUGMENTATIONS, OPTIMIZERS, QUESTIONS, TrainingConfig
 
@@ -274,4 +274,4 @@ def conditions(device: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -15,7 +15,7 @@ from typing import Any
 if not __package__:  # a file that is run, not a module of the installed package
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
 
-from export.terminal.command_line import Parser, importing, run_script
+from export.terminal.command_line import Parser, importing, leave, run_script
 from export.terminal.commands import typed
 
 DEVICE = "cuda"
@@ -326,4 +326,4 @@ def print_rows(rows: list[tuple[str, float, float, int]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -12,7 +12,7 @@ from pathlib import Path
 if not __package__:  # a file that is run, not a module of the installed package
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
 
-from export.terminal.command_line import Parser, Steps, importing, print_columns, run_script
+from export.terminal.command_line import Parser, Steps, importing, leave, print_columns, run_script
 from export.terminal.commands import typed
 from export.terminal.flags import in_flags
 
@@ -191,4 +191,4 @@ def say_built(bundle: Path, rungs: list[Rung], builds: list[DeviceBuild]) -> Non
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

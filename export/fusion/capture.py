@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from export.base.batch import INPUT, Batch
 from export.base.errors import ExportError, first_line
 from export.fusion.any_batch import drops_single, fold_created, for_any_batch, refuse_random
+from export.fusion.functional import made_functional
 from export.fusion.nodes import NAME, input_nodes
 from export.fusion.unwrapping import inner_module, plain_outputs, unwrapped
 
@@ -239,13 +240,7 @@ def capture(model: nn.Module, example: Example, batch: Batch) -> fx.GraphModule:
         duplicate = eager_copy(model, torch.float32)
         renamed = _rename_meta(duplicate)
         duplicate.register_forward_pre_hook(_one_batch, with_kwargs=True)
-        program = _exported(duplicate, inputs, size, dynamic, type(unwrapped(model)).__name__)
-        mutated = list(program.graph_signature.buffers_to_mutate.values())
-        if mutated:
-            raise ExportError(f"forward changes the buffer {mutated[0]}: expected a pure function of its input")
-        if program.graph_signature.user_inputs_to_mutate:
-            raise ExportError("forward changes its input in place: expected a pure function of its input")
-        graph_module = program.module(check_guards=False)
+        graph_module = _exported(duplicate, inputs, size, dynamic, type(unwrapped(model)).__name__)
         placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
         for name, node in zip(inputs, placeholders, strict=True):
             node.meta[NAME] = name
@@ -305,9 +300,7 @@ def _refuse_unused(graph_module: fx.GraphModule) -> None:
             raise ExportError(f"forward does not use {name}: expected inputs that what it returns follows from")
 
 
-def _exported(
-    model: nn.Module, inputs: Mapping[str, Tensor], size: int, dynamic: Any, name: str
-) -> torch.export.ExportedProgram:
+def _exported(model: nn.Module, inputs: Mapping[str, Tensor], size: int, dynamic: Any, name: str) -> fx.GraphModule:
     """What torch.export makes of `model`, without in-place operators.
 
     It runs the Python of forward, in which len(x) and int(x.shape[0]) are numbers: where those fix the batch size, it
@@ -319,8 +312,17 @@ def _exported(
         try:
             with _no_logs(), nullcontext() if strict else _ExactParts(), _no_decisions(model, name):
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=strict)
+            graph_module = program.module(check_guards=False)
+            if made_functional(graph_module):
+                return graph_module
             with _no_logs():
-                return program.run_decompositions({})  # no decomposition: only in-place operators go
+                program = program.run_decompositions({})  # no decomposition: only in-place operators go
+            mutated = list(program.graph_signature.buffers_to_mutate.values())
+            if mutated:
+                raise ExportError(f"forward changes the buffer {mutated[0]}: expected a pure function of its input")
+            if program.graph_signature.user_inputs_to_mutate:
+                raise ExportError("forward changes its input in place: expected a pure function of its input")
+            return program.module(check_guards=False)
         except ExportError:
             raise
         except Exception as error:  # whatever torch or the user's code raises

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import onnx
-import torch
-from torch import Tensor, fx, nn
-from torch.fx import traceback
+from torch import Tensor, fx
 
-from export.base.batch import FLOAT32, INPUT, UINT8, Batch
-from export.base.errors import ExportError, first_line
+from export.base.batch import FLOAT32, UINT8
+from export.base.errors import ExportError
 from export.base.normalisation import SCALE, Normalisation
 from export.base.precision import Precision
-from export.fusion.capture import plain_torch, uncollected
-from export.fusion.interpreter import GraphInterpreter
 from export.fusion.nodes import (
     FUSED_OPERATORS,
     QUANTISATION,
@@ -31,17 +25,9 @@ from export.fusion.nodes import (
     tensor_inputs,
     weighs,
 )
-from export.fusion.program import FusedProgram, output_names, returned_tensors, variants
-from export.lowering.onnx_operators import TRANSLATIONS
+from export.fusion.program import FusedProgram, output_names, variants
+from export.lowering.onnx_writer import traced_name, written
 from export.runtime.runner import Interface
-
-# Conv admits bfloat16 from opset 22 on; TensorRT 10.3, the oldest supported, reads up to opset 20.
-_OPSETS = {torch.float32: 18, torch.float16: 18, torch.bfloat16: 22}
-_QUANTISED_OPSET = 19  # the first in which quantisation has 16-bit floating-point scales
-_FX_NODE = "pkg.torch.onnx.fx_node"
-# They warn of every operator of a torchvision that is not installed, and of each argument of a translation.
-_NOISY = ("_registration", "_schemas")
-_ORIGIN = "fused_node"  # what a traced node is stamped with: the node of the fused graph that it computes
 
 
 @dataclass(frozen=True)
@@ -90,35 +76,6 @@ class OnnxFile:
         return self.model.SerializeToString(deterministic=True)
 
 
-class _Boundary(nn.Module):
-    """float32 in and out around a graph of another precision; outputs flattened, behind them the values of `shown`.
-
-    Every node that is traced carries the name of the node of the graph that it computes.
-    """
-
-    def __init__(self, graph_module: fx.GraphModule, dtype: torch.dtype, shown: Sequence[str]) -> None:
-        super().__init__()
-        self.graph_module = graph_module
-        self.dtype, self.shown = dtype, shown
-        for node in graph_module.graph.nodes:
-            node.meta["custom"] = {_ORIGIN: node.name}
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        cast = []
-        with traceback.preserve_node_meta():
-            for node, x in zip(input_nodes(self.graph_module).values(), inputs, strict=True):
-                with traceback.annotate(node.meta["custom"]):
-                    cast.append(x.to(self.dtype))
-            interpreter = GraphInterpreter(self.graph_module, {})
-            interpreter.values = {}
-            outputs = returned_tensors(self.graph_module, interpreter.run(*cast))
-        wide: list[Tensor] = []
-        for y in outputs:
-            y = y.float() if y.is_floating_point() else y
-            wide.append(y.clone() if any(y is other for other in wide) else y)  # a value has one name
-        return (*wide, *(interpreter.values[name] for name in self.shown))
-
-
 def lower_onnx(
     program: FusedProgram, precision: Precision, metadata: dict[str, str], normalisation: Normalisation | None = None
 ) -> OnnxFile:
@@ -135,16 +92,21 @@ def lower_onnx(
     """
     graph_module = program.at(precision)
     names = output_names(graph_module)
-    model, groups = _translate(graph_module, program.inputs, program.batch, precision, names)
-    twins = _twins(graph_module)
-    hidden = [name for name in _hidden(graph_module, groups) if name not in twins]
-    if hidden:  # the exporter merged what is to be checked into its reader: it has to leave these values alone
-        model, groups = _translate(graph_module, program.inputs, program.batch, precision, names, hidden)
+    what = (graph_module, program.inputs, program.batch, precision, names)
+    found, twins, hidden = written(*what), _twins(graph_module), []
+    if found is None:
+        from export.lowering.onnx_exporter import exported, shown_name  # half a second that not every network takes
+
+        found = exported(*what)
+        hidden = [name for name in _hidden(graph_module, found[1]) if name not in twins]
+        if hidden:  # the exporter merged what is to be checked into its reader: it has to leave these values alone
+            found = exported(*what, hidden)
+    model, groups = found
     _strip(model, metadata)
     _rename(graph_module, model, groups)
     values = {node.name: name for name, node in input_nodes(graph_module).items()}
     values |= {name: group[-1].output[0] for name, group in groups.items() if group}
-    values |= {name: _shown_name(name) for name in hidden if name not in values}
+    values |= {name: shown_name(name) for name in hidden if name not in values}
     values |= {name: values[twin] for name, twin in twins.items() if name not in values and twin in values}
     file = OnnxFile(model, names, values)
     return file if normalisation is None else _normalising(file, normalisation)
@@ -193,102 +155,6 @@ def _normalising(file: OnnxFile, normalisation: Normalisation) -> OnnxFile:
     graph.initializer.extend(constants)
     values = {node: places.get(value, value) for node, value in file.values.items()}
     return replace(file, values=values, normalisation=normalisation)
-
-
-def _translate(
-    graph_module: fx.GraphModule,
-    inputs: Mapping[str, tuple[int, ...]],
-    batch: Batch,
-    precision: Precision,
-    names: tuple[str, ...],
-    shown: Sequence[str] = (),
-) -> tuple[onnx.ModelProto, dict[str, list[onnx.NodeProto]]]:
-    """The model, and fused-graph node -> the ONNX nodes that compute it, in order; none for an input that is not cast.
-
-    `shown` names nodes whose values no optimisation may touch.
-    """
-    size = batch.minimum if batch.static else max(2, batch.optimum)
-    traced_inputs = tuple(torch.zeros(size, *shape, dtype=torch.float32) for shape in inputs.values())
-    dim = None if batch.static else {0: torch.export.Dim("batch", min=batch.minimum, max=batch.maximum)}
-    dynamic = None if dim is None else (tuple(dim for _ in inputs),)
-    quantised = any(is_call(node, *QUANTISATION) for node in graph_module.graph.nodes)
-    logs = [logging.getLogger(f"torch.onnx._internal.exporter.{name}") for name in _NOISY]
-    levels = [log.level for log in logs]
-    for log in logs:
-        log.setLevel(logging.ERROR)
-    try:
-        with plain_torch(), uncollected(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            exported = torch.onnx.export(
-                _Boundary(graph_module, precision.dtype, shown).eval(),
-                traced_inputs,
-                dynamo=True,
-                opset_version=_QUANTISED_OPSET if quantised else _OPSETS[precision.dtype],
-                custom_translation_table=TRANSLATIONS,
-                input_names=[_traced_name(name) for name in inputs],
-                output_names=[*names, *map(_shown_name, shown)],
-                dynamic_shapes=dynamic,
-                external_data=False,
-                verbose=False,
-            )
-    except torch.onnx.errors.OnnxExporterError as error:
-        raise ExportError(f"cannot be written as ONNX: {first_line(_reason(error))}") from error
-    finally:
-        for log, level in zip(logs, levels, strict=True):
-            log.setLevel(level)
-    assert exported is not None and exported.exported_program is not None  # None only for a file written elsewhere
-    model: onnx.ModelProto = exported.model_proto
-    extra = {_shown_name(name) for name in shown}
-    for value in [value for value in model.graph.output if value.name in extra]:
-        model.graph.output.remove(value)
-    results = {*names, *extra}
-    return model, _groups(graph_module, exported.exported_program.graph, model, results)
-
-
-def _reason(error: BaseException) -> BaseException:
-    """What one of our translations says, else what the exporter does."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, ExportError):
-            return cause
-        cause = cause.__cause__
-    return error.__cause__ or error
-
-
-def _traced_name(name: str) -> str:
-    """What an input is called until everything has its name: like no value that the exporter names."""
-    return f"{INPUT}.{name}"
-
-
-def _shown_name(node: str) -> str:
-    return f"value.{node}"
-
-
-def _groups(
-    graph_module: fx.GraphModule, traced: fx.Graph, model: onnx.ModelProto, results: Collection[str]
-) -> dict[str, list[onnx.NodeProto]]:
-    """As in `_translate`. A node of which the last step was merged into another one is left out.
-
-    Args:
-        traced: what the exporter translated, each node stamped with the one of `graph_module` that it computes.
-        results: the names that the exporter was told to give to outputs.
-    """
-    written: dict[str, list[onnx.NodeProto]] = {}
-    for onnx_node in model.graph.node:
-        text = next((entry.value for entry in onnx_node.metadata_props if entry.key == _FX_NODE), "")
-        written.setdefault(text.partition(" ")[0].lstrip("%"), []).append(onnx_node)
-    steps: dict[str, list[str]] = {}
-    for node in traced.nodes:
-        origin = (node.meta.get("custom") or {}).get(_ORIGIN)
-        if origin is not None and node.op == "call_function" and isinstance(node.meta.get("val"), Tensor):
-            steps.setdefault(origin, []).append(node.name)
-    groups = {}
-    for node in graph_module.graph.nodes:
-        names = steps.get(node.name, [])
-        group = [onnx_node for name in names for onnx_node in written.get(name, [])]
-        if node.op == "placeholder" or (group and group[-1].output[0] in {names[-1], *results}):
-            groups[node.name] = group
-    return groups
 
 
 def _hidden(graph_module: fx.GraphModule, groups: Mapping[str, list[onnx.NodeProto]]) -> list[str]:
@@ -342,7 +208,7 @@ def _rename(graph_module: fx.GraphModule, model: onnx.ModelProto, groups: Mappin
             names |= _quantisation_names(node, groups.get(node.name, []))
     for tensor in model.graph.initializer:
         names.setdefault(tensor.name, tensor.name.removeprefix("graph_module."))
-    inputs = {_traced_name(name): name for name in input_nodes(graph_module)}
+    inputs = {traced_name(name): name for name in input_nodes(graph_module)}
     for node in model.graph.node:
         names |= {value: value for value in node.output if value in inputs.values() and value not in names}
     outputs = {value.name for value in model.graph.output}

@@ -1,17 +1,16 @@
-"""What each fused operator is in standard ONNX operators: one function per operator."""
+"""What each fused operator is in standard ONNX operators: one function per operator.
+
+Each takes what makes a node of an operator, by its name: of the exporter onnxscript's opset, else `onnx_writer.Nodes`.
+"""
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any
 
-from onnxscript import ir, opset19
-from onnxscript import opset18 as op
+import onnx
 
-from export.fusion.nodes import resnet_deploy
-from export.lowering.onnx_pools import POOLS
 from kernels.operators.conv2d_bias_act import Conv2dBiasAct
 from kernels.operators.conv2d_bias_relu_maxpool import Conv2dBiasReluMaxpool
 from kernels.operators.conv2d_conv1x1_bias_act import Conv2dConv1x1BiasAct
@@ -20,49 +19,51 @@ from kernels.operators.mean_linear import MeanLinear
 from kernels.operators.registry import Arguments
 
 
-def _conv2d_bias_act(a: Conv2dBiasAct[Any]) -> Any:
-    y = _conv(a.x, a.weight, a.bias, a.stride, a.padding, a.dilation, a.groups)
+def _conv2d_bias_act(op: Any, a: Conv2dBiasAct[Any]) -> Any:
+    y = _conv(op, a.x, a.weight, a.bias, a.stride, a.padding, a.dilation, a.groups)
     if a.residual is not None:
         y = op.Add(y, a.residual)
-    return _activated(y, a)
+    return _activated(op, y, a)
 
 
-def _conv2d_projection_bias_act(a: Conv2dProjectionBiasAct[Any]) -> Any:
-    y = _conv(a.x, a.weight, a.bias, a.stride, a.padding, a.dilation)
-    y = op.Add(y, _project(a.shortcut, a.shortcut_weight, a.shortcut_stride))
-    return _activated(y, a)
+def _conv2d_projection_bias_act(op: Any, a: Conv2dProjectionBiasAct[Any]) -> Any:
+    y = _conv(op, a.x, a.weight, a.bias, a.stride, a.padding, a.dilation)
+    y = op.Add(y, _project(op, a.shortcut, a.shortcut_weight, a.shortcut_stride))
+    return _activated(op, y, a)
 
 
-def _conv2d_conv1x1_bias_act(a: Conv2dConv1x1BiasAct[Any]) -> Any:
-    h = op.Relu(_conv(a.x, a.weight, a.bias, a.stride, a.padding, a.dilation))
+def _conv2d_conv1x1_bias_act(op: Any, a: Conv2dConv1x1BiasAct[Any]) -> Any:
+    h = op.Relu(_conv(op, a.x, a.weight, a.bias, a.stride, a.padding, a.dilation))
     y = op.Conv(h, a.expand_weight, a.expand_bias)
     if a.shortcut_weight is not None:
-        y = op.Add(y, _project(a.shortcut, a.shortcut_weight, a.shortcut_stride))
+        y = op.Add(y, _project(op, a.shortcut, a.shortcut_weight, a.shortcut_stride))
     elif a.shortcut is not None:
         y = op.Add(y, a.shortcut)
     return op.Relu(y) if a.relu else y
 
 
-def _conv2d_bias_relu_maxpool(a: Conv2dBiasReluMaxpool[Any]) -> Any:
-    h = op.Relu(_conv(a.x, a.weight, a.bias, a.stride, a.padding, (1, 1)))
+def _conv2d_bias_relu_maxpool(op: Any, a: Conv2dBiasReluMaxpool[Any]) -> Any:
+    h = op.Relu(_conv(op, a.x, a.weight, a.bias, a.stride, a.padding, (1, 1)))
     y, _indices = op.MaxPool(h, kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
     return y
 
 
-def _mean_linear(a: MeanLinear[Any]) -> Any:
+def _mean_linear(op: Any, a: MeanLinear[Any]) -> Any:
     pixels: Any = op.Constant(value_ints=[2, 3])
     mean = op.ReduceMean(a.x, pixels, keepdims=0)
     if (
-        a.weight.dtype == ir.DataType.FLOAT16
+        a.weight.dtype == onnx.TensorProto.FLOAT16
     ):  # tract refuses a bias in its Gemm; TensorRT's parser adds it apart anyway
         return op.Add(op.Gemm(mean, a.weight, transB=1), a.bias)
     return op.Gemm(mean, a.weight, a.bias, transB=1)
 
 
-def _activated(y: Any, a: Conv2dBiasAct[Any] | Conv2dProjectionBiasAct[Any]) -> Any:
+def _activated(op: Any, y: Any, a: Conv2dBiasAct[Any] | Conv2dProjectionBiasAct[Any]) -> Any:
     """The activation of y, in operators that every runtime fuses or knows."""
 
     def number(value: float) -> Any:
+        from onnxscript import ir
+
         return op.Constant(value=ir.to_proto(ir.tensor(value, a.weight.dtype)))
 
     match "relu" if a.relu else a.activation:
@@ -96,44 +97,18 @@ def _activated(y: Any, a: Conv2dBiasAct[Any] | Conv2dProjectionBiasAct[Any]) -> 
     raise ValueError(f"no lowering of the activation {a.activation!r}")
 
 
-def _conv(x, weight, bias, stride, padding, dilation, groups=1):  # type: ignore[no-untyped-def]
+def _conv(op, x, weight, bias, stride, padding, dilation, groups=1):  # type: ignore[no-untyped-def]
     return op.Conv(x, weight, bias, strides=[*stride], pads=[*padding, *padding], dilations=[*dilation], group=groups)
 
 
-def _project(shortcut, weight, stride):  # type: ignore[no-untyped-def]
+def _project(op, shortcut, weight, stride):  # type: ignore[no-untyped-def]
     return op.Conv(shortcut, weight, strides=[*stride])
 
 
-def _quantize_linear(x, scale, zero_point):  # type: ignore[no-untyped-def]
-    return opset19.QuantizeLinear(x, scale, zero_point)
-
-
-def _dequantize_linear(q, scale, zero_point):  # type: ignore[no-untyped-def]
-    return opset19.DequantizeLinear(q, scale, zero_point, axis=0)
-
-
-def _of_values(arguments: type[Arguments[Any]], lowering: Callable[[Any], Any]) -> Callable[..., Any]:
-    """A lowering as the exporter calls it: with the operator's arguments one by one, whose names it looks up."""
-
-    def translate(*values: Any) -> Any:
-        return lowering(arguments.of(*values))
-
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    names = [inspect.Parameter(name, kind) for name in arguments.names()]
-    translate.__signature__ = inspect.Signature(names)  # type: ignore[attr-defined]
-    return translate
-
-
-_LOWERINGS: dict[type[Arguments[Any]], Callable[[Any], Any]] = {
+LOWERINGS: dict[type[Arguments[Any]], Callable[[Any, Any], Any]] = {
     Conv2dBiasAct: _conv2d_bias_act,
     Conv2dBiasReluMaxpool: _conv2d_bias_relu_maxpool,
     Conv2dProjectionBiasAct: _conv2d_projection_bias_act,
     Conv2dConv1x1BiasAct: _conv2d_conv1x1_bias_act,
     MeanLinear: _mean_linear,
-}
-TRANSLATIONS: dict[Callable, Callable] = {
-    **{getattr(resnet_deploy, a.operator).default: _of_values(a, lowering) for a, lowering in _LOWERINGS.items()},
-    resnet_deploy.quantize_linear.default: _quantize_linear,
-    resnet_deploy.dequantize_linear.default: _dequantize_linear,
-    **POOLS,
 }

@@ -101,6 +101,12 @@ def _add_what_is_checked(parser: Parser, methods: Collection[str], method: str) 
         "exit code is 1 all the same",
     )
     parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="compare on the fewest pictures that the evidence allows, in batches of no more; every operator is "
+        "checked all the same, and the bundle says so",
+    )
+    parser.add_argument(
         "--data",
         metavar="digits|PATH",
         help="labelled pictures to measure accuracy on; default digits where the weights were trained on them",

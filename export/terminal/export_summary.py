@@ -71,6 +71,8 @@ def print_summary(
         print(in_flags(line))
     for weakness in report.evidence.weaknesses:
         print(in_flags(f"weak evidence: {weakness}"))
+    for left_out in report.quick:
+        print(f"--quick: {left_out}")
     if usage:
         print_usage(usage)
     if not trained:

@@ -19,6 +19,7 @@ FLAGS = {
     "ExportConfig.input": "--input",
     "ExportConfig.features": "--features",
     "ExportConfig.unverified": "--unverified",
+    "ExportConfig.quick": "--quick",
     "EngineConfig.workspace_mib": "--workspace",
     "EngineConfig.optimization_level": "--optimization-level",
     "EngineConfig.timing_cache": "--timing-cache",

@@ -286,6 +286,7 @@ class ParityReport:
         accuracy: of the eager model in float32, then of each form; empty where it was not measured.
         kept: the operators of a network of 16 bits that compute in float32.
         unverified: a bundle is wanted even without a verdict.
+        quick: what a quick export left out, a line each; empty for one that was not.
     """
 
     precision: str
@@ -296,6 +297,7 @@ class ParityReport:
     quantisation: Quantisation | None = None
     kept: tuple[str, ...] = ()
     unverified: bool = False
+    quick: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.evidence) and self._nothing_against_it
@@ -361,6 +363,7 @@ class ParityReport:
             "status": self.status,
             "verdict": self.verdict,
             "images": self.images,
+            "quick": list(self.quick),
             "kept": list(self.kept),
             "evidence": self.evidence.to_json(),
             "rungs": [rung.to_json() for rung in self.rungs],
