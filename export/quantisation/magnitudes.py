@@ -63,7 +63,7 @@ class Extremes:
 
 
 class Percentile(Extremes):
-    """The largest magnitudes themselves, as many as `PERCENTILE` leaves out: what the others are makes no difference."""
+    """The largest magnitudes themselves, as many as `PERCENTILE` leaves out: the others make no difference."""
 
     def __init__(self, batches: int) -> None:
         """`batches`: how often `see` will be called; the first time with the most values."""
@@ -87,7 +87,7 @@ class Percentile(Extremes):
         self._largest = found
 
     def _share(self) -> float:
-        """The share of the bins that holds the smallest `PERCENTILE` percent; the others may as well be in the first."""
+        """The share of the bins that holds the smallest `PERCENTILE` percent; what is not kept may be in the first."""
         histogram = _histogram(torch.from_numpy(self._largest), self.largest)
         histogram[0] += self._count - len(self._largest)
         share = np.cumsum(histogram) / self._count
