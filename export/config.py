@@ -83,9 +83,8 @@ class ExportConfig:
             expected = ", ".join(METHODS)
             raise ExportError(f"expected a calibration method of {expected}, got {calibration_method!r}")
         if layer_costs and precision != INT8.name:
-            raise ExportError(
-                f"ExportConfig.layer_costs is for ExportConfig.precision='int8', got ExportConfig.precision={precision!r}"
-            )
+            wanted = f"ExportConfig.precision={INT8.name!r}"
+            raise ExportError(f"ExportConfig.layer_costs is for {wanted}, got ExportConfig.precision={precision!r}")
         if outputs not in OUTPUTS:
             raise ExportError(f"expected outputs of {', '.join(OUTPUTS)}, got {outputs!r}")
         if outputs == PROBABILITIES and features:

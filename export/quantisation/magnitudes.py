@@ -16,7 +16,7 @@ PERCENTILE = 99.99
 BINS = 2048
 LEVELS = 128  # of the magnitude of a signed byte
 STEP = 8  # between the candidates of the entropy method, in bins
-_COUNTED = 2**24  # values at a time: torch.histc counts in float32, in which one more than that is the same number
+_PART = 2**20  # values at a time, which caches hold; torch.histc counts in float32, right up to 2^24 of them
 
 
 class Extremes:
@@ -39,7 +39,8 @@ class Extremes:
         if not self.finite:
             return
         self.low, self.high = min(self.low, low), max(self.high, high)
-        self._see(flat if low >= 0 else flat.abs(), max(-low, high))
+        for part in flat.split(_PART):
+            self._see(part if low >= 0 else part.abs())
 
     @property
     def largest(self) -> float:
@@ -54,8 +55,8 @@ class Extremes:
         threshold = self.largest * self._share()
         return max(self.low, -threshold), min(self.high, threshold)
 
-    def _see(self, magnitudes: Tensor, largest: float) -> None:
-        """Take note of a batch of magnitudes, [n], and of the largest of them."""
+    def _see(self, magnitudes: Tensor) -> None:
+        """Take note of magnitudes, [n]."""
 
     def _share(self) -> float:
         """How much of the largest magnitude to cover."""
@@ -73,13 +74,14 @@ class Percentile(Extremes):
         self._wanted = self._count = 0
         self._floor = -1.0  # magnitudes up to this one are none of the largest
 
-    def _see(self, magnitudes: Tensor, largest: float) -> None:
-        self._count += len(magnitudes)
+    def see(self, value: Tensor) -> None:
         if not self._wanted:
-            self._wanted = int(self._batches * len(magnitudes) * (1 - PERCENTILE / 100)) + 2
-        if largest <= self._floor:
-            return
+            self._wanted = int(self._batches * value.numel() * (1 - PERCENTILE / 100)) + 2
+        super().see(value)
+
+    def _see(self, magnitudes: Tensor) -> None:
         values = magnitudes.numpy()
+        self._count += len(values)
         found = np.concatenate([self._largest, values[values > self._floor]])
         if len(found) > self._wanted:
             found = np.partition(found, len(found) - self._wanted)[-self._wanted :].copy()
@@ -107,7 +109,7 @@ class Entropy(Extremes):
         self.low, self.high = seen.low, seen.high
         self._counts: NDArray[np.int64] = np.zeros(BINS, np.int64)
 
-    def _see(self, magnitudes: Tensor, largest: float) -> None:
+    def _see(self, magnitudes: Tensor) -> None:
         if self.largest > 0:
             self._counts += _histogram(magnitudes, self.largest)
 
@@ -117,8 +119,7 @@ class Entropy(Extremes):
 
 def _histogram(magnitudes: Tensor, largest: float) -> NDArray[np.int64]:
     """How many lie in each of the bins."""
-    parts = (torch.histc(part, BINS, 0.0, largest) for part in magnitudes.split(_COUNTED))
-    return sum(part.to(torch.int64) for part in parts).numpy()
+    return torch.histc(magnitudes, BINS, 0.0, largest).to(torch.int64).numpy()
 
 
 def least_divergence(histogram: NDArray[np.int64]) -> float:
