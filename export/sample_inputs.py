@@ -23,7 +23,9 @@ def photographs() -> list[Image.Image]:
     """The two photographs that come with scikit-learn, RGB, 640 x 427 pixels."""
     spec = importlib.util.find_spec("sklearn")  # its files without its modules, which take a second to import
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
+        raise ModuleNotFoundError(
+            "the photographs come with scikit-learn, not installed here: pip install scikit-learn", name="sklearn"
+        )
     folder = Path(spec.origin).parent / "datasets" / "images"
     return [Image.fromarray(np.asarray(Image.open(folder / name))) for name in ("china.jpg", "flower.jpg")]
 

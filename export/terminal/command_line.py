@@ -155,6 +155,8 @@ def importing(command: str) -> Iterator[None]:
             sys.exit(_ended(command, error, (), "--traceback" in sys.argv[1:]))
         package = (error.name or "").partition(".")[0]
         remedy = f"{how_to_install('export')} brings it on a workstation; on a device see docs/deploy.md"
+        if package == "PIL":  # all that a device lacks for pictures
+            remedy = f"{how_to_install('pictures')} brings it"
         sys.stderr.write(f"{program(command)}: error: {package} is not installed here: {remedy}\n")
         sys.exit(2)
 

@@ -146,7 +146,9 @@ def _digits() -> LabelledImages:
     """
     spec = importlib.util.find_spec("sklearn")  # its files without its modules, which take a second to import
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
+        raise ModuleNotFoundError(
+            "the digits come with scikit-learn, not installed here: pip install scikit-learn", name="sklearn"
+        )
     rows = np.loadtxt(Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
     pictures = np.round(rows[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
     classes = tuple(str(digit) for digit in range(10))

@@ -66,7 +66,8 @@ CONSUMERS = (
         "ONNX Runtime, oldest",
         "onnxruntime",
         ("onnxruntime==1.23.2",),
-        "the last for Python 3.10 (JetPack 6): fp32, fp16; of int8 `model.cpu.onnx`, never `model.onnx`",
+        "the last for Python 3.10 (JetPack 6): fp32, fp16; of int8 `model.cpu.onnx`, never `model.onnx`: before 1.30 "
+        "QuantizeLinear cuts off float16 where it has to round",
     ),
     Consumer(
         "ONNX Runtime",

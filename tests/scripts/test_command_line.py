@@ -82,7 +82,8 @@ MISSING = {
 def test_a_missing_package_is_one_line(command: str, package: str, tmp_path: Path) -> None:
     script, *arguments = command.split()
     process = run(script, *arguments, cwd=tmp_path, **without_torch(tmp_path / "hidden", package))
-    assert refusal(process).startswith(f"{package} is not installed here: ")
+    extra = "pictures" if package == "PIL" else "export"
+    assert refusal(process).startswith(f"{package} is not installed here: pip install -e '.[{extra}]'")
 
 
 HELP_SECONDS = 0.5  # of processor time, the best of a few runs

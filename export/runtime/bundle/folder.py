@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def staged(output: Path, check: Callable[[Path], None] = check_replaceable) -> I
     """
     output = output.absolute()
     check(output)
-    with _locked(output):
+    with _in_its_folder(output), _locked(output):
         staging = output.parent / f".{output.name}.staging"
         shutil.rmtree(staging, ignore_errors=True)  # left by an export that was killed
         try:
@@ -89,11 +89,26 @@ def staged(output: Path, check: Callable[[Path], None] = check_replaceable) -> I
 
 
 @contextmanager
+def _in_its_folder(output: Path) -> Iterator[None]:
+    """Make the folders above `output`; those made here go again where nothing came to lie in them."""
+    made = [folder for folder in output.parents if not folder.exists()]  # the innermost first
+    try:
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ExportError(f"{output} cannot be written: {error.strerror}") from error
+        yield
+    finally:
+        with suppress(OSError):  # not empty, or never made
+            for folder in made:
+                folder.rmdir()
+
+
+@contextmanager
 def _locked(output: Path) -> Iterator[None]:
     """Hold the right to write `output`; the kernel gives it back should this process die."""
     path = output.parent / f".{output.name}.lock"
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
         lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise ExportError(f"{output} cannot be written: {error.strerror}") from error

@@ -115,3 +115,12 @@ def test_what_is_the_users_is_never_replaced(bundle: Path, tmp_path: Path) -> No
     (tmp_path / "file").write_bytes(b"dear")
     with pytest.raises(ExportError, match="cannot be written"):
         write(tmp_path / "file" / "bundle", NEW)
+
+
+def test_a_writer_that_fails_leaves_no_folders_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ExportError, match="no reason"), staged(tmp_path / "mine" / "build" / "r" / "bundle"):
+        raise ExportError("no reason")
+    assert not [*(tmp_path / "mine").iterdir()]
+    write(tmp_path / "mine" / "build" / "bundle", OLD)
+    assert [*(tmp_path / "mine").rglob("a.bin")]
