@@ -32,7 +32,7 @@ class Extremes:
 
     def see(self, value: Tensor) -> None:
         """Take note of a batch of values, float32."""
-        flat = _flat(value)
+        flat = in_memory_order(value.detach())
         low, high = (limit.item() for limit in torch.aminmax(flat))
         if not (math.isfinite(low) and math.isfinite(high)):  # where one is NaN, so are both
             self.finite = False
@@ -147,7 +147,6 @@ def least_divergence(histogram: NDArray[np.int64]) -> float:
     return best / len(histogram)
 
 
-def _flat(value: Tensor) -> Tensor:
+def in_memory_order(value: Tensor) -> Tensor:
     """All elements, [n], in the order they lie in memory: without a copy where they lie together."""
-    value = value.detach()
     return value.permute(sorted(range(value.dim()), key=value.stride, reverse=True)).reshape(-1)
