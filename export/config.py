@@ -31,6 +31,8 @@ class ExportConfig:
         calibration_method: int8 only; one of `export.quantisation.methods.METHODS`.
         keep_fp16: int8 only; layers, or modules that hold them, to keep in floating point: float16 for TensorRT,
             float32 for CPUs. `auto`, which is AUTO here, finds the fewest with which the accuracy is retained.
+        layer_costs: int8 only; measure what each layer costs on its own, which takes about half a run of the network
+            for each. It is measured unasked where accuracy is lost, and where `auto` above has layers to choose.
         keep_fp32: fp16 and bf16 only; layers, or modules that hold them, to keep in float32. `auto` finds the fewest
             with which the network is equal to the eager model.
         outputs: what the outputs are: `scores` of classes, whose top-1 may not change, `values`, or `auto` to find out;
@@ -52,6 +54,7 @@ class ExportConfig:
     engine_config: EngineConfig
     calibration_method: str
     keep_fp16: tuple[str, ...]
+    layer_costs: bool
     keep_fp32: tuple[str, ...]
     outputs: str
     unverified: bool
@@ -75,6 +78,7 @@ class ExportConfig:
         input: str = FLOAT32,
         features: Collection[str] = (),
         quick: bool = False,
+        layer_costs: bool = False,
     ) -> None:
         """Raises ExportError for values that no export has, and for what another precision takes."""
         if precision not in FORMATS:
@@ -82,6 +86,9 @@ class ExportConfig:
         if calibration_method not in METHODS:
             expected = ", ".join(METHODS)
             raise ExportError(f"expected a calibration method of {expected}, got {calibration_method!r}")
+        if layer_costs and precision != INT8.name:
+            wanted = f"ExportConfig.precision={INT8.name!r}"
+            raise ExportError(f"ExportConfig.layer_costs is for {wanted}, got ExportConfig.precision={precision!r}")
         if outputs not in OUTPUTS:
             raise ExportError(f"expected outputs of {', '.join(OUTPUTS)}, got {outputs!r}")
         if outputs == PROBABILITIES and features:
@@ -106,6 +113,7 @@ class ExportConfig:
             "kernels": _targets(kernels, precision),
             "input": input,
             "features": _features(features),
+            "layer_costs": layer_costs,
         }
         for name, value in narrowed.items():
             object.__setattr__(self, name, value)

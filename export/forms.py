@@ -58,6 +58,7 @@ class Forms:
         simulations: what those of 8 bits are compared with: name -> program, and the precision it is run in.
         kept: the layers that compute in a wider type than the precision, by the names of their ONNX nodes.
         quantisation: how it was quantised; None for floating-point precisions.
+        costs: finds what each layer costs in 8 bits, however late one comes to want it.
     """
 
     files: Mapping[str, OnnxFile]
@@ -66,6 +67,7 @@ class Forms:
     simulations: Mapping[str, tuple[FusedProgram, Precision]]
     kept: frozenset[str] = frozenset()
     quantisation: Quantisation | None = None
+    costs: Callable[[], tuple[LayerCost, ...]] = tuple
 
 
 def floating_forms(
@@ -100,7 +102,7 @@ def quantised_forms(
         program: fused at level b.
         calibration: the ranges of its values.
         kept: layers that stay in floating point.
-        costs: of the layers, for the record.
+        costs: of the layers, for the record; none where they are not measured.
         progress: called with the name of each step.
         normalisation: as in `lower_onnx`.
     """

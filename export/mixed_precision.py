@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import nn
@@ -25,6 +27,7 @@ from export.quantisation.quantise import quantisable, quantised_programs
 from export.quantisation.sensitivity import layer_costs
 from export.quantisation.split_addition import split_addition
 from export.runtime.parity.ladder import References, execute, judge, operator_inputs
+from export.runtime.parity.rungs import LayerCost
 
 
 def keep_float32(
@@ -70,7 +73,7 @@ def quantise_network(
     progress: Progress,
     normalisation: Normalisation | None = None,
 ) -> Forms:
-    """Calibrate, find what each layer costs in 8 bits and which stay in floating point, and write the files.
+    """Calibrate, find which layers stay in floating point and, where that is asked, what each costs, write the files.
 
     Args:
         program: fused at level b.
@@ -90,19 +93,28 @@ def quantise_network(
     calibrated = calibrate(
         split_addition(program.master), calibration, config.calibration_method, program.batch, progress
     )
-    progress("quantise one layer at a time")
-    shown = cast(operator_inputs(inputs, program.batch), torch.float32)
-    costs = layer_costs(program.master, calibrated.ranges, shown, progress)
+
+    @cache
+    def costs() -> tuple[LayerCost, ...]:
+        progress("quantise one layer at a time")
+        shown = cast(operator_inputs(inputs, program.batch), torch.float32)
+        return tuple(layer_costs(program.master, calibrated.ranges, shown, progress))
+
+    found = costs() if config.layer_costs else ()
     if config.keep_fp16 == AUTO and retains is not None:
         progress("look for the fewest layers to keep in fp16")
-        kept = fewest(
-            [cost.name for cost in costs],
-            lambda kept: all(map(retains, quantised_programs(program, calibrated.ranges, kept).values())),
-        )
+
+        @cache
+        def passes(kept: frozenset[str]) -> bool:
+            return all(map(retains, quantised_programs(program, calibrated.ranges, kept).values()))
+
+        if not passes(frozenset()):
+            found = costs()
+            kept = fewest([cost.name for cost in found], passes)
     if kept >= layers.keys():
         every = f"all {len(layers)} layers would be kept in fp16, nothing is left to quantise"
         raise ExportError(f"{every}: use ExportConfig.precision='fp16'")
-    return quantised_forms(program, calibrated, kept, tuple(costs), progress, normalisation)
+    return replace(quantised_forms(program, calibrated, kept, found, progress, normalisation), costs=costs)
 
 
 def _operators(program: FusedProgram) -> dict[str, tuple[str, ...]]:

@@ -44,7 +44,7 @@ from export.runtime.bundle.golden import GOLDEN_FILE, save_golden
 from export.runtime.engines.engine import Engine, why_not_runnable
 from export.runtime.engines.runner import TensorRTRunner
 from export.runtime.onnx_session import ONNX_FILE, import_onnxruntime
-from export.runtime.parity.accuracy import Labelled, Meter
+from export.runtime.parity.accuracy import Labelled, Meter, lost_accuracy
 from export.runtime.parity.checks import OperatorChecks
 from export.runtime.parity.ladder import (
     ENGINE_FACTOR,
@@ -181,7 +181,7 @@ def export_bundle(
         report = replace(report, quick=left_out)
         if meter is not None:
             _measure(meter, forms, engines, kernels, report, job.precision)
-            report = replace(report, accuracy=tuple(meter.measured))
+            report = _with_costs(replace(report, accuracy=tuple(meter.measured)), forms)
         if report.written:
             progress("write the bundle")
             manifest = describe(program, forms, engines, job.precision, job.metadata, report, kernels)
@@ -252,6 +252,13 @@ def _measure(
         runner = kernel_runner(kernel_engine, file.interface)
         if runner.name in ran:
             meter.measure(runner, precision.name)
+
+
+def _with_costs(report: ParityReport, forms: Forms) -> ParityReport:
+    """With what each layer costs where 8 bits cost too much."""
+    if report.quantisation is None or not lost_accuracy(report.accuracy):
+        return report
+    return replace(report, quantisation=replace(report.quantisation, costs=forms.costs()))
 
 
 def _compare(

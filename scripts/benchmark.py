@@ -7,6 +7,7 @@ import datetime
 import json
 import logging
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,13 +16,15 @@ from typing import Any
 if not __package__:  # a file that is run, not a module of the installed package
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not scripts/, where `export` would be a script
 
-from export.base.precision import PRECISIONS
+from export.base.precision import FORMATS, INT8, PRECISIONS
 from export.terminal.command_line import Parser, importing, leave, run_script
 from export.terminal.commands import typed
 from export.terminal.flags import in_flags
 
 DEFAULTS = {"cpu": ("fp32", [1, 8]), "cuda": ("fp16", [1, 8, 32, 128])}
 INITIALISING_IMAGES = 16
+TOOL_PICTURES = 120  # to calibrate on, of a size that has to be scaled and cut
+TOOL_PICTURE_SIZE = (288, 360)
 Result = dict[str, Any]
 
 
@@ -30,7 +33,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", nargs="+", default=["resnet50"], metavar="NAME", help="default resnet50")
     parser.add_argument("--device", choices=DEFAULTS, help="default cuda where there is a GPU, else cpu")
     parser.add_argument(
-        "--precision", choices=PRECISIONS, help="default fp32 on a CPU; fp16 on a GPU, for --floors and --tool"
+        "--precision",
+        choices=FORMATS,
+        help="default fp32 on a CPU; fp16 on a GPU, for --floors and --tool; int8 for --tool alone",
     )
     parser.add_argument("--batch", nargs="+", type=int, metavar="N", help="default 1 8 on a CPU, 1 8 32 128 on a GPU")
     parser.add_argument(
@@ -60,6 +65,7 @@ if __name__ == "__main__":
 
 with importing("benchmark"):
     import torch
+    from PIL import Image
     from torch import Tensor, nn
 
     from export import ExportError
@@ -70,7 +76,7 @@ with importing("benchmark"):
     from export.benchmark.floors import count_floors
     from export.benchmark.tool import SCRIPT, compare_checkouts
     from export.job import PARITY_IMAGES
-    from export.sample_inputs import crops, photographs
+    from export.sample_inputs import byte_crops, crops, photographs
     from export.terminal.benchmark_tables import print_comparison, print_export_step, print_floors, print_tool
     from export.terminal.console import Progress
     from resnet.data.files import write_atomically
@@ -138,6 +144,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ExportError(f"{instead} does not take {', '.join(given)}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ExportError("--device cuda: no NVIDIA GPU here; expected --device cpu, or --floors, which needs none")
+    if args.precision == INT8.name and not args.tool:
+        raise ExportError("--precision int8: for --tool; elsewhere the file in 8 bits is compared beside the others")
     for checkout in args.tool or ():
         if not (checkout / SCRIPT).is_file():
             raise ExportError(f"--tool: expected a checkout with {SCRIPT} in it, got {checkout}")
@@ -187,11 +195,26 @@ def export_step(name: str, args: argparse.Namespace, progress: Progress) -> list
 
 
 def tool(name: str, args: argparse.Namespace, progress: Progress) -> list[Result]:
-    """What an export takes in two checkouts, of the weights shipped with the second where it has some of that model."""
+    """What an export takes in two checkouts, of the weights shipped with the second where it has some of that model.
+
+    In int8 others are calibrated on crops of photographs in a temporary folder, which both read.
+    """
     arguments = ["--model", name, f"--{args.precision}", "--engine", "none"]
-    for weights in sorted((args.tool[1] / "resnet/checkpoints").glob(f"{name}-*.safetensors"))[:1]:
-        arguments += ["--weights", str(weights.resolve())]
-    return [{"model": name, **compare_checkouts(args.tool, arguments, progress)}]
+    weights = sorted((args.tool[1] / "resnet/checkpoints").glob(f"{name}-*.safetensors"))[:1]
+    for path in weights:
+        arguments += ["--weights", str(path.resolve())]
+    if weights or args.precision != INT8.name:
+        return [{"model": name, **compare_checkouts(args.tool, arguments, progress)}]
+    with tempfile.TemporaryDirectory() as folder:
+        save_pictures(Path(folder), TOOL_PICTURES)
+        found = compare_checkouts(args.tool, [*arguments, "--calibration", folder], progress)
+    return [{"model": name, **found, "arguments": [*arguments, "--calibration", f"{TOOL_PICTURES} pictures"]}]
+
+
+def save_pictures(folder: Path, count: int) -> None:
+    """Crops of the photographs that parity is checked on, others than those, as JPEG."""
+    for index, pixels in enumerate(byte_crops(photographs(), count, 3, TOOL_PICTURE_SIZE, CALIBRATION_SEED).numpy()):
+        Image.fromarray(pixels).save(folder / f"{index:03d}.jpg", quality=95)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ def describe_config(args: argparse.Namespace) -> ExportConfig:
         kernels=args.kernels,
         input=args.input,
         features=args.features,
+        layer_costs=args.layer_costs,
     )
 
 

@@ -65,10 +65,11 @@ def compare_checkouts(
 
 
 def cost_of(checkout: Path, arguments: Sequence[str]) -> Cost:
-    """Of one export, whose bundle is thrown away; raises ExportError where it fails."""
+    """Of one export, whose bundle is thrown away and that finds nothing cached; raises ExportError where it fails."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(SCRIPT), *arguments, "--output", str(Path(folder) / "bundle")]
-        environment = {**os.environ, "PYTHONPATH": str(checkout.resolve())}
+        cache = str(Path(folder) / "cache")
+        environment = {**os.environ, "PYTHONPATH": str(checkout.resolve()), "XDG_CACHE_HOME": cache}
         with (Path(folder) / "log").open("w+b") as log:
             started = time.perf_counter()
             process = subprocess.Popen(command, cwd=checkout, env=environment, stdout=log, stderr=subprocess.STDOUT)

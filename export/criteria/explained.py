@@ -50,12 +50,14 @@ def evaluate(source: fx.GraphModule, name: str, leaves: Mapping[str, Tensor]) ->
     if name in leaves:
         raise ValueError("it would be compared with itself")
     nodes = {node.name: node for node in source.graph.nodes}
-    known: dict[str, Any] = dict(leaves)
+    known: dict[str, Any] = {}
     waiting = [nodes[name]]  # no function that calls itself: that would keep all values until a garbage collection
     while waiting:
         node = waiting[-1]
         if node.name in known:
             pass
+        elif node.name in leaves:
+            known[node.name] = leaves[node.name]
         elif node.op == "get_attr":
             known[node.name] = _exact(constant(source, node))
         elif node.op == "call_function" and is_size(node):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, fx
@@ -20,7 +21,7 @@ from torch import Tensor, fx
 from export.base.precision import Precision
 from export.criteria.explained import evaluate
 from export.criteria.fault import fault_of, quantised_fault_of
-from export.criteria.scales import check_layers, check_scales
+from export.criteria.scales import Lazily, check_layers, check_scales, largest
 from export.criteria.spread import draws, spread
 from export.fusion.capture import plain_torch
 from export.fusion.nodes import args_of, fits, is_call, module_path, parameter, resnet_deploy, schema_name
@@ -59,12 +60,13 @@ def check_quantised(
         refused = [_refused(node, reason) for node in wanted if (reason := _why_unusable(node, trace))]
         if refused:
             return OperatorChecks(tuple(refused), ())
-        leaves = {n.name: _wide(trace[n.name]) for n in graph.graph.nodes if _is_leaf(n)}
+        leaves = Lazily({n.name: partial(_wide, trace[n.name]) for n in graph.graph.nodes if _is_leaf(n)})
+        values: list[QuantisedCheck] = []
         checks += check_scales(program, ranges, scheme)
-        checks += check_layers(program, leaves)
-        for node in graph.graph.nodes:
-            if is_call(node, resnet_deploy.quantize_linear.default):
-                checks.append(_check_value(graph, node, leaves, precision))
+        checks += check_layers(
+            program, leaves, lambda node, layer: values.append(_check_value(graph, node, leaves, layer, precision))
+        )
+        checks += values
         for node in output_nodes(graph):
             if node.name not in leaves:
                 checks.append(_check_output(graph, node, leaves, trace[node.name], precision))
@@ -104,16 +106,16 @@ def _wide(value: Tensor) -> Tensor:
 
 
 def _check_value(
-    graph: fx.GraphModule, node: fx.Node, leaves: Mapping[str, Tensor], precision: Precision
+    graph: fx.GraphModule, node: fx.Node, leaves: Lazily, layer: Mapping[str, Tensor], precision: Precision
 ) -> QuantisedCheck:
-    label, got = str(node.meta["label"]), leaves[node.name]
-    others = {name: value for name, value in leaves.items() if name != node.name}
-    expected = evaluate(graph, node.name, others).double()
+    """`layer` is what the graph computes of the others at the layer before the node, if it is known already."""
+    label, got, others = str(node.meta["label"]), leaves[node.name], leaves.without(node.name)
+    expected = evaluate(graph, node.name, others.beside(layer)).double()
     if got.shape != expected.shape:
         reason = f"has shape {list(got.shape)}, expected {list(expected.shape)}"
         return QuantisedCheck(label, schema_name(node), float("inf"), 1.0, reason)
-    difference = (got - expected).abs()
-    worst, different = float(difference.max()), int((difference > 0).sum())
+    difference = (got - expected).abs_()
+    worst, different = largest(difference), int(difference.count_nonzero())
     reason, fault, limit, allowed = "", None, LIMIT, _DIFFERING[precision.name]
     most, beyond = max(_FEW / got.numel(), allowed), difference > LIMIT
     if bool(beyond.any()) or different > most * got.numel():

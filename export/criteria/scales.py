@@ -16,7 +16,8 @@ Three questions, none of which takes the quantised graph's word for it:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor, fx
 from export.criteria.explained import evaluate
 from export.fusion.nodes import args_of, is_call, module_path, named_args, parameter, resnet_deploy, source_name
 from export.fusion.program import QuantisedProgram, output_nodes
+from export.quantisation.magnitudes import in_memory_order
 from export.quantisation.quantise import BIAS_LIMIT, LAYERS, range_of, summand_name
 from export.quantisation.scheme import Range, Scheme
 from export.runtime.parity.checks import QuantisedCheck
@@ -112,19 +114,51 @@ def _check_rounding(graph: fx.GraphModule, label: str, node: fx.Node, exact: Ten
     return QuantisedCheck(label, "weight", worst, differing, reason, lsb_limit=_HALF)
 
 
-def check_layers(program: QuantisedProgram, leaves: Mapping[str, Tensor]) -> list[QuantisedCheck]:
+class Lazily(Mapping[str, Tensor]):
+    """Values by name, each made when it is asked for and never kept: all of them together are large in float64."""
+
+    def __init__(self, makers: Mapping[str, Callable[[], Tensor]]) -> None:
+        """`makers`: name -> what makes the value."""
+        self._makers = makers
+
+    def without(self, name: str) -> Lazily:
+        return Lazily({other: make for other, make in self._makers.items() if other != name})
+
+    def beside(self, values: Mapping[str, Tensor]) -> Lazily:
+        """The same and `values`, which are there; of one name these count."""
+        return Lazily({**self._makers, **{name: partial(values.__getitem__, name) for name in values}})
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._makers[name]()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._makers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+
+def check_layers(
+    program: QuantisedProgram, leaves: Lazily, look: Callable[[fx.Node, Mapping[str, Tensor]], None]
+) -> list[QuantisedCheck]:
     """One check per quantised layer, one per quantised value that is not the result of one, and one per output.
 
     Args:
         program: quantised.
         leaves: node -> what a candidate computed there, float64: the input and every quantised value.
+        look: called with each quantised value, and with what the quantised graph computes at the layer before it.
     """
     both, originals, checks = _Networks(program, leaves), _originals(program), []
     for node in program.master.graph.nodes:
         if is_quantised(node):
             checks.append(_check_layer(both, node, originals[summand_name(node)]))
-        elif is_call(node, _QUANTIZE) and _is_between(args_of(node)[0]):
-            checks.append(_check_between(both, args_of(node)[0], str(node.meta["label"])))
+        elif is_call(node, _QUANTIZE):
+            look(node, both.last)
+            if _is_between(args_of(node)[0]):
+                checks.append(_check_between(both, args_of(node)[0], str(node.meta["label"])))
     outputs = zip(output_nodes(program.master), output_nodes(program.source), strict=True)
     return checks + [_check_output(both, node, end.name) for node, end in outputs]
 
@@ -150,19 +184,31 @@ class _Networks:
     One reader of a value may get it as it is and another what 8 bits made of it. So the captured network is run from
     one node of the quantised graph to the next, each time on what that node reads, and not by the names of the values
     alone. The result of a quantised layer, which is held to account by itself, is that of the quantised graph.
+
+    Attributes:
+        last: name -> what the quantised graph computes, of the layer that was computed last; most are read next.
     """
 
-    def __init__(self, program: QuantisedProgram, leaves: Mapping[str, Tensor]) -> None:
+    def __init__(self, program: QuantisedProgram, leaves: Lazily) -> None:
         self.program, self._leaves = program, leaves
+        self.last: dict[str, Tensor] = {}
         self._names = {node.name for node in program.source.graph.nodes}
-        self._known = {n.name: leaves[n.name] for n in program.master.graph.nodes if n.op == "placeholder"}
+        known: dict[str, Callable[[], Tensor]] = {}
         for node in program.master.graph.nodes:
-            if is_call(node, _QUANTIZE):
-                self._known[str(source_name(args_of(node)[0]))] = self._dequantised(node)
+            if node.op == "placeholder":
+                known[node.name] = partial(leaves.__getitem__, node.name)
+            elif is_call(node, _QUANTIZE):
+                known[str(source_name(args_of(node)[0]))] = partial(self._dequantised, node)
+        self._known = Lazily(known)
 
     def quantised(self, value: fx.Node) -> Tensor:
         """What the quantised graph computes there."""
-        return evaluate(self.program.master, value.name, self._leaves)
+        if value.name in self.last:
+            return self.last[value.name]
+        found = evaluate(self.program.master, value.name, self._leaves)
+        if is_quantised(value):
+            self.last = {value.name: found}
+        return found
 
     def captured(self, value: fx.Node, seen: dict[fx.Node, Tensor] | None = None) -> Tensor:
         """What the captured network computes there; `seen` is what is known already."""
@@ -170,9 +216,10 @@ class _Networks:
         if value not in seen:
             name = str(source_name(value))
             read = {str(source_name(node)): self._read(node, seen) for node in self._sources(value)}
-            known = {key: x for key, x in {**self._known, **read}.items() if key != name}
-            only_moved = name in read  # to another layout
-            seen[value] = read[name] if only_moved else evaluate(self.program.source, name, known)
+            if name in read:  # it is only moved to another layout
+                seen[value] = read[name]
+            else:
+                seen[value] = evaluate(self.program.source, name, self._known.without(name).beside(read))
         return seen[value]
 
     def read(self, value: fx.Node) -> Tensor:
@@ -186,7 +233,7 @@ class _Networks:
         name = str(source_name(value))
         if name == end and value.op == "call_function" and not is_quantised(value):
             return self.captured(value)
-        known = {**self._known, name: self.read(value)}
+        known = self._known.beside({name: self.read(value)})
         return known[end] if end in known else evaluate(self.program.source, end, known)
 
     def _read(self, value: fx.Node, seen: dict[fx.Node, Tensor]) -> Tensor:
@@ -211,26 +258,20 @@ class _Networks:
 
 def _check_layer(both: _Networks, layer: fx.Node, original: fx.Node) -> QuantisedCheck:
     program = both.program
-    read = [both.quantised(n) if isinstance(n, fx.Node) else n for n in args_of(layer)]
     got, expected = both.quantised(layer), both.captured(layer)
+    read = [both.quantised(n) if isinstance(n, fx.Node) else n for n in args_of(layer)]
     whole, scale = (parameter(program.master, argument) for argument in args_of(args_of(layer)[1])[:2])
-    variance = (scale.reshape(-1, *[1] * (whole.dim() - 1)).square() / 12).expand(whole.shape)
-    if is_call(layer, resnet_deploy.conv2d_bias_act.default):
-        a = named_args(layer)
-        sigma2 = F.conv2d(read[0].square(), variance, None, a["stride"], a["padding"], a["dilation"], a["groups"])
-    else:
-        sigma2 = F.linear(read[0].square(), variance)
+    sigma2 = _summed_squares(layer, read[0], whole) * (scale.square() / 12).reshape(-1, *[1] * (got.dim() - 2))
     bias = args_of(layer)[2] if len(layer.args) > 2 else None
     if is_call(bias, _DEQUANTIZE):
-        sigma2 = (
-            sigma2 + parameter(program.master, args_of(bias)[1]).square().reshape(-1, *[1] * (sigma2.dim() - 2)) / 12
-        )
-    sigma = sigma2.sqrt()
+        step = parameter(program.master, args_of(bias)[1])
+        sigma2 += (step.square() / 12).reshape(-1, *[1] * (sigma2.dim() - 2))
+    sigma = sigma2.sqrt_()
     if is_call(layer, resnet_deploy.conv2d_bias_act.default) and named_args(layer)["activation"]:
         call: Conv2dBiasAct[Tensor] = Conv2dBiasAct.of(*read, **layer.kwargs)
         sigma = call.act().carried(call.before_activation(), sigma)
-    z = ((got - expected).abs() / (sigma + _EXACT * expected.abs().max()))[(got != 0) | (expected != 0)]
-    worst = float(z.max()) if len(z) else 0.0
+    explained = (sigma + _EXACT * largest(expected)).clamp_(min=_TINY)
+    worst = largest((got - expected).div_(explained))
     for index in (1, 2):
         if index < len(read) and isinstance(args_of(layer)[index], fx.Node):
             read[index] = parameter(program.before, args_of(original)[index])
@@ -243,6 +284,23 @@ def _check_layer(both: _Networks, layer: fx.Node, original: fx.Node) -> Quantise
     elif not worst <= MAX_Z[torch.float16]:
         reason = f"{worst:.1f} times what rounding its weights explains"
     return QuantisedCheck(module_path(layer), "layer", worst, 0.0, reason, lsb_limit=MAX_Z[torch.float16])
+
+
+def largest(values: Tensor) -> float:
+    """The largest magnitude, NaN where one is NaN; in the order of memory, in which a maximum is found fastest."""
+    low, high = torch.aminmax(in_memory_order(values))
+    return float(torch.maximum(-low, high))
+
+
+def _summed_squares(layer: fx.Node, x: Tensor, weight: Tensor) -> Tensor:
+    """conv(x^2, 1): of what is read for a value, alike for all channels of a group."""
+    if not is_call(layer, resnet_deploy.conv2d_bias_act.default):
+        return x.square().sum(1, keepdim=True)
+    a, groups = named_args(layer), named_args(layer)["groups"]
+    squares = x.square().unflatten(1, (groups, -1)).sum(2)
+    window = squares.new_ones(groups, 1, *weight.shape[2:])
+    summed = F.conv2d(squares, window, None, a["stride"], a["padding"], a["dilation"], groups)
+    return summed.repeat_interleave(len(weight) // groups, 1)
 
 
 def _check_between(both: _Networks, value: fx.Node, name: str) -> QuantisedCheck:

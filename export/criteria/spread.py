@@ -52,7 +52,7 @@ def _run(
     roundoff: float,
     generator: torch.Generator | None,
 ) -> Tensor:
-    known: dict[fx.Node, Any] = {n: leaves[n.name] for n in graph_module.graph.nodes if n.name in leaves}
+    known: dict[fx.Node, Any] = {}
 
     def moved(x: Any, summed: Tensor | None = None) -> Any:
         if generator is None or not isinstance(x, Tensor) or not x.is_floating_point():
@@ -63,11 +63,14 @@ def _run(
     wanted, waiting = set[fx.Node](), [value]
     while waiting:
         node = waiting.pop()
-        if node not in known and node not in wanted:
+        if node not in wanted:
             wanted.add(node)
-            waiting += node.all_input_nodes
+            waiting += [] if node.name in leaves else node.all_input_nodes
     for node in graph_module.graph.nodes:
         if node not in wanted:
+            continue
+        if node.name in leaves:
+            known[node] = leaves[node.name]
             continue
         if node.op == "get_attr":
             held = constant(graph_module, node)  # scales are exact

@@ -5,17 +5,16 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import rel_entr
-from torch import Tensor, fx
+from torch import fx
 
-from export.base.batch import DEFAULT_BATCH, Batch, Inputs, count_of, named, resized, rows_of
+from export.base.batch import DEFAULT_BATCH, Batch, Inputs, at_once, count_of, named, resized, rows_of
 from export.base.errors import ExportError
 from export.base.normalisation import Normalisation
 from export.base.progress import Progress, silent, sparsely
@@ -23,6 +22,7 @@ from export.fusion.capture import plain_torch
 from export.fusion.casting import converted
 from export.fusion.nodes import input_nodes, module_path, source_name
 from export.quantisation import calibration_cache
+from export.quantisation.magnitudes import BINS, LEVELS, PERCENTILE, STEP, Entropy, Extremes, Percentile
 from export.quantisation.methods import DEFAULT_METHOD, METHODS
 from export.quantisation.quantise import is_input, quantised_values
 from export.quantisation.scheme import CPU, Range
@@ -30,11 +30,7 @@ from export.quantisation.scheme import CPU, Range
 _LOG = logging.getLogger(__name__)
 
 WANTED_IMAGES = 100
-_PERCENTILE = 99.99
-_BINS = 2048
-_LEVELS = 128  # of the magnitude of a signed byte
-_STEP = 8  # between the candidates of the entropy method, in bins
-_BATCH = 8  # images in memory at once
+_HASHED = 8  # images at a time
 _VERSION = 1  # of the methods, for the cache
 
 
@@ -127,7 +123,7 @@ def calibrate(
     if len(pictures) < WANTED_IMAGES:
         _LOG.warning("calibrating on %d images: at least %d are wanted", len(pictures), WANTED_IMAGES)
     seen, names = hashlib.sha256(), list(input_nodes(graph_module))
-    for inputs in pictures.batches(_BATCH):
+    for inputs in pictures.batches(_HASHED):
         for images in _ordered(inputs, names).values():
             seen.update(str(images.shape).encode() + np.ascontiguousarray(images).tobytes())
     key = _key(graph_module, seen.hexdigest(), method)
@@ -148,7 +144,7 @@ def _ordered(given: NDArray | Inputs, names: Sequence[str]) -> Inputs:
 def _key(graph_module: fx.GraphModule, inputs: str, method: str) -> str:
     """Of the network, the inputs and the settings: nothing else changes the result by more than rounding."""
     digest = hashlib.sha256()
-    for part in (_VERSION, inputs, method, _PERCENTILE, _BINS, _LEVELS, _STEP, graph_module.graph):
+    for part in (_VERSION, inputs, method, PERCENTILE, BINS, LEVELS, STEP, graph_module.graph):
         digest.update(f"{part}\n".encode())
     for name, tensor in sorted([*graph_module.named_parameters(), *graph_module.named_buffers()]):
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
@@ -160,104 +156,57 @@ def _ranges(
     graph_module: fx.GraphModule, pictures: Pictures, method: str, batch: Batch, progress: Progress
 ) -> dict[str, Range]:
     values = {str(source_name(node)): node for node in quantised_values(graph_module, CPU)}
-    names, order = {node.name: name for name, node in values.items()}, list(input_nodes(graph_module))
-    say = sparsely(progress)
-    observer = _Observer(converted(graph_module, torch.float32), names)
+    order, say = list(input_nodes(graph_module)), sparsely(progress)
+    first = _ordered(next(iter(pictures.batches(1))), order)
+    size = min(max(at_once(first), batch.minimum), batch.maximum)
+    single = converted(graph_module, torch.float32)
+
+    def show(what: str, seen: Mapping[str, Extremes]) -> None:
+        observer, done = _Observer(single, {values[name].name: found for name, found in seen.items()}), 0
+        for inputs in _of_size(pictures.batches(size), size, order):
+            done += count_of(inputs)
+            say(f"calibrate: {what} of {len(seen)} value{'s' * (len(seen) != 1)}, {done} of {len(pictures)} images")
+            shown = resized(inputs, max(count_of(inputs), batch.minimum))
+            observer.run(*map(torch.from_numpy, shown.values()))
+
+    batches = math.ceil(len(pictures) / size)
+    cut = {name for name, node in values.items() if method != "minmax" and not is_input(node)}
+    seen = {name: Percentile(batches) if name in cut and method == "percentile" else Extremes() for name in values}
     with plain_torch():
-        for done, inputs in _counted(pictures, batch, order):
-            say(f"calibrate: ranges of {len(names)} values, {done} of {len(pictures)} images")
-            observer.observe(inputs, _extremes)
-        limits: dict[str, Range] = {}
-        for name, found in observer.found.items():
-            low, high = (float(limit) for limit in (np.min(found), np.max(found)))  # where one is NaN, so are both
-            if not (math.isfinite(low) and math.isfinite(high)):
+        show("ranges", seen)
+        for name, found in seen.items():
+            if not found.finite:
                 raise ExportError(f"{module_path(values[name])}: NaN or Inf on the calibration images")
-            limits[name] = low, high
-        if method == "minmax":
-            return limits
-        largest = {name: max(-low, high) for name, (low, high) in limits.items()}
-        histograms = {name: np.zeros(_BINS, np.int64) for name in limits}
-
-        def count(name: str, value: Tensor) -> None:
-            if largest[name] > 0:
-                counts = torch.histc(value.abs(), _BINS, 0.0, largest[name])
-                histograms[name] += counts.to(torch.int64).numpy()
-
-        for done, inputs in _counted(pictures, batch, order):
-            say(f"calibrate: histograms, {done} of {len(pictures)} images")
-            observer.observe(inputs, count)
-    covered = _percentile if method == "percentile" else _entropy
-    ranges = {}
-    for name, (low, high) in limits.items():
-        if largest[name] == 0 or is_input(values[name]):
-            ranges[name] = low, high
-            continue
-        threshold = largest[name] * covered(histograms[name])
-        ranges[name] = max(low, -threshold), min(high, threshold)
-    return ranges
+        if method == "entropy":
+            counted = {name: Entropy(seen[name]) for name in cut}
+            show("histograms", counted)
+            seen |= counted
+    return {name: found.covered for name, found in seen.items()}
 
 
-def _counted(pictures: Pictures, batch: Batch, names: Sequence[str]) -> Iterator[tuple[int, Inputs]]:
-    """How many pictures there were so far, and the next ones in a batch of a size that is accepted."""
-    done = 0
-    for given in pictures.batches(min(max(_BATCH, batch.minimum), batch.maximum)):
-        inputs = _ordered(given, names)
-        done += count_of(inputs)
-        yield done, resized(inputs, max(count_of(inputs), batch.minimum))
-
-
-def _extremes(name: str, value: Tensor) -> Range:
-    low, high = torch.aminmax(value)
-    return low.item(), high.item()
+def _of_size(batches: Iterator[NDArray | Inputs], size: int, names: Sequence[str]) -> Iterator[Inputs]:
+    """The same pictures `size` at a time, in the end what is left."""
+    held: Inputs | None = None
+    for given in batches:
+        new = _ordered(given, names)
+        held = new if held is None else {name: np.concatenate([held[name], new[name]]) for name in names}
+        while count_of(held) >= size:
+            yield rows_of(held, slice(size))
+            held = rows_of(held, slice(size, None))
+    if held is not None and count_of(held):
+        yield held
 
 
 class _Observer(fx.Interpreter):
-    """Runs a graph and hands some of its values to a function, which may not keep them."""
+    """Runs a graph and shows some of its values, as they are computed, to who takes note of them."""
 
-    def __init__(self, graph_module: fx.GraphModule, names: dict[str, str]) -> None:
-        """`names`: node -> what the function is told."""
+    def __init__(self, graph_module: fx.GraphModule, seen: Mapping[str, Extremes]) -> None:
+        """`seen`: node -> who takes note of its value."""
         super().__init__(graph_module)
-        self._names = names
-        self.found: dict[str, list[Any]] = {name: [] for name in names.values()}
-
-    def observe(self, inputs: Inputs, look: Callable[[str, Tensor], Any]) -> None:
-        self._look = look
-        self.run(*map(torch.from_numpy, inputs.values()))
+        self._seen = seen
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if n.name in self._names:
-            name = self._names[n.name]
-            self.found[name].append(self._look(name, value))
+        if n.name in self._seen:
+            self._seen[n.name].see(value)
         return value
-
-
-def _percentile(histogram: NDArray[np.int64]) -> float:
-    """The share of the bins that holds the smallest `_PERCENTILE` percent."""
-    share = np.cumsum(histogram) / histogram.sum()
-    return (int(np.searchsorted(share, _PERCENTILE / 100)) + 1) / len(histogram)
-
-
-def _entropy(histogram: NDArray[np.int64]) -> float:
-    """The share of the bins that, cut off there and told apart by `_LEVELS` levels, stays nearest to what it was.
-
-    What lies beyond the cut counts in the last bin of the distribution, but not of its quantised form: a cut that
-    loses much moves the two apart.
-    """
-    histogram = histogram.copy()
-    histogram[0] = histogram[1]  # the zeros that a ReLU makes are exact in any scale
-    best, least = len(histogram), math.inf
-    for bins in range(_LEVELS, len(histogram) + 1, _STEP):
-        kept = histogram[:bins].astype(np.float64)
-        reference = kept.copy()
-        reference[-1] += histogram[bins:].sum()
-        level = np.arange(bins) * _LEVELS // bins
-        sums = np.bincount(level, kept, _LEVELS)
-        filled = np.bincount(level, kept > 0, _LEVELS)
-        quantised = np.where(kept > 0, (sums / np.maximum(filled, 1))[level], 0.0)
-        if not quantised.any():
-            continue
-        divergence = rel_entr(reference / reference.sum(), quantised / quantised.sum()).sum()
-        if divergence < least:
-            best, least = bins, float(divergence)
-    return best / len(histogram)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 import torch
@@ -12,7 +13,7 @@ from export.base.progress import Progress, silent, sparsely
 from export.fusion.capture import plain_torch
 from export.fusion.casting import converted
 from export.fusion.interpreter import GraphInterpreter
-from export.fusion.nodes import module_path
+from export.fusion.nodes import QUANTISATION, is_call, module_path
 from export.quantisation.quantise import quantisable, quantise
 from export.quantisation.scheme import TENSORRT, Range
 from export.runtime.parity.rungs import LayerCost
@@ -26,6 +27,8 @@ def layer_costs(
 ) -> list[LayerCost]:
     """Quantise each layer on its own, as TensorRT's scheme has it, and see how far the first output moves.
 
+    What lies before the layer is computed once; what lies behind it, about half of the network, for each of them.
+
     Args:
         graph_module: fused at level b, float64.
         ranges: calibrated.
@@ -36,18 +39,28 @@ def layer_costs(
         One cost per layer, the highest first.
     """
     names, say = [module_path(layer) for layer in quantisable(graph_module)], sparsely(progress)
-    reference = _first_output(graph_module, shown)
+    values: dict[str, Tensor] = {}
+    reference = _first_output(graph_module, shown, values)
     costs = []
     for index, name in enumerate(names):
         say(f"quantise one layer at a time: {index} of {len(names)} done")
         alone = quantise(graph_module, ranges, TENSORRT, kept=set(names) - {name})
-        error = (_first_output(alone, shown) - reference).norm() / reference.norm().clamp(min=1e-30)
+        error = (_first_output(alone, shown, values) - reference).norm() / reference.norm().clamp(min=1e-30)
         costs.append(LayerCost(name, error.item()))
     return sorted(costs, key=lambda cost: cost.error, reverse=True)
 
 
-def _first_output(graph_module: fx.GraphModule, shown: Mapping[str, Tensor]) -> Tensor:
+def _first_output(graph_module: fx.GraphModule, shown: Mapping[str, Tensor], values: dict[str, Tensor]) -> Tensor:
+    """The first output. `values`, node -> what it has in floating point, hold up to the first node of 8 bits.
+
+    Where there are none yet, all are put there.
+    """
+    single = converted(graph_module, torch.float32)
+    unchanged = itertools.takewhile(lambda node: not is_call(node, *QUANTISATION), single.graph.nodes)
+    interpreter = GraphInterpreter(single, {})
+    interpreter.values = None if values else values
     with plain_torch():
-        outputs = GraphInterpreter(converted(graph_module, torch.float32), {}).run(*shown.values())
+        known = {node: values[node.name] for node in unchanged if node.name in values}
+        outputs = interpreter.run(*shown.values(), initial_env=known)
     leaves: list[Tensor] = pytree.tree_leaves(outputs)
     return next((y for y in leaves if y.is_floating_point()), leaves[0].float())

@@ -154,6 +154,9 @@ def print_quantisation(quantisation: Quantisation) -> None:
     print(f"{q.layers} layers quantised, {kept}; calibrated on {q.images} images ({q.method})")
     if q.float_convolutions and not q.kept:
         print(f"ONNX Runtime runs {q.float_convolutions} convolutions of {CPU_ONNX_FILE} in floating point")
+    if not q.costs:
+        print("what a layer in 8 bits costs was not measured; --layer-costs does")
+        return
     table = Table(title="what a layer in 8 bits costs", title_justify="left", header_style="bold", box=box.SIMPLE_HEAD)
     table.add_column("layer")
     table.add_column("error of the output", justify="right")

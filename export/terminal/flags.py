@@ -14,6 +14,7 @@ FLAGS = {
     "ExportConfig.calibration_method": "--calibration-method",
     "ExportConfig.kernels": "--kernels",
     "ExportConfig.keep_fp16": "--keep-fp16",
+    "ExportConfig.layer_costs": "--layer-costs",
     "ExportConfig.keep_fp32": "--keep-fp32",
     "ExportConfig.outputs": "--outputs",
     "ExportConfig.input": "--input",

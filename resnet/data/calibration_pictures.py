@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from resnet.data.sources import open_splits
 from resnet.errors import ResNetError
 
 _MOST = 512  # more cost time and change little
+_MOST_KEPT = 2**26  # bytes: 445 pictures of 224x224, each of which would be read and scaled three times
 _LOG = logging.getLogger(__name__)
 
 
@@ -29,10 +30,12 @@ class PictureInputs:
     Attributes:
         pictures: [N, H, W] or [N, H, W, 3], uint8; or the files they are read from when asked for.
         preprocessing: from a picture to an input.
+        kept: file -> what `preprocessing` scaled and cut of it, of those that need not be read again.
     """
 
     pictures: NDArray[np.uint8] | tuple[Path, ...]
     preprocessing: Preprocessing
+    kept: Mapping[Path, NDArray[np.uint8]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -40,8 +43,12 @@ class PictureInputs:
     def batches(self, size: int) -> Iterator[NDArray]:
         """All inputs in order, `size` at a time; no more than that is held in memory."""
         for start in range(0, len(self), size):
-            chosen = self.pictures[start : start + size]
-            yield self.preprocessing([open_picture(p) if isinstance(p, Path) else Image.fromarray(p) for p in chosen])
+            yield self.preprocessing.of_pixels([self._pixels(p) for p in self.pictures[start : start + size]])
+
+    def _pixels(self, picture: Path | NDArray[np.uint8]) -> NDArray[np.uint8]:
+        if not isinstance(picture, Path):
+            return self.preprocessing.pixels(Image.fromarray(picture))
+        return self.kept[picture] if picture in self.kept else self.preprocessing.pixels(open_picture(picture))
 
 
 def open_calibration(source: str, preprocessing: Preprocessing, measured: Collection[Path] = ()) -> PictureInputs:
@@ -71,7 +78,15 @@ def open_calibration(source: str, preprocessing: Preprocessing, measured: Collec
     if len(files) < len(found):
         _LOG.warning("%s: left out %d pictures that accuracy is measured on", path, len(found) - len(files))
     chosen = [files[index] for index in _spread(len(files))]
-    readable = [file for file in chosen if _readable(file, preprocessing)]
+    readable, kept, held = list[Path](), dict[Path, NDArray[np.uint8]](), 0
+    for file in chosen:
+        pixels = _read(file, preprocessing)
+        if pixels is None:
+            continue
+        readable.append(file)
+        held += pixels.nbytes
+        if held <= _MOST_KEPT:
+            kept[file] = pixels
     if not readable:
         suffixes = ", ".join(PICTURE_SUFFIXES)
         raise DataError(f"{path}: expected pictures to calibrate on ({suffixes}), got {len(chosen)}, none readable")
@@ -79,7 +94,7 @@ def open_calibration(source: str, preprocessing: Preprocessing, measured: Collec
         _LOG.warning("%s: left out %d of %d pictures", path, len(chosen) - len(readable), len(chosen))
     if len(chosen) < len(files):
         _LOG.info("%s: calibrating on %d of %d pictures", path, len(readable), len(files))
-    return PictureInputs(tuple(readable), preprocessing)
+    return PictureInputs(tuple(readable), preprocessing, kept)
 
 
 def _spread(count: int) -> list[int]:
@@ -87,15 +102,15 @@ def _spread(count: int) -> list[int]:
     return [int(index) for index in np.linspace(0, count - 1, min(count, _MOST))] if count else []
 
 
-def _readable(file: Path, preprocessing: Preprocessing) -> bool:
+def _read(file: Path, preprocessing: Preprocessing) -> NDArray[np.uint8] | None:
+    """A picture, scaled and cut; None where it is none."""
     try:
         picture = open_picture(file)
     except ResNetError as error:  # which names the file
         _LOG.warning("left out: %s", error)
-        return False
+        return None
     try:
-        preprocessing.pixels(picture)
+        return preprocessing.pixels(picture).copy()  # not a view of all that was scaled
     except ValueError as error:
         _LOG.warning("left out: %s: %s", file, error)
-        return False
-    return True
+        return None

@@ -146,7 +146,11 @@ class Preprocessing:
 
     def __call__(self, pictures: Sequence[Image.Image]) -> NDArray:
         """Pictures of any size and mode -> inputs: [N, C, H, W] float32, or bytes [N, H, W, C]."""
-        pixels = np.stack([self.pixels(picture) for picture in pictures])
+        return self.of_pixels([self.pixels(picture) for picture in pictures])
+
+    def of_pixels(self, scaled: Sequence[NDArray[np.uint8]]) -> NDArray:
+        """The same of what `pixels` made of each."""
+        pixels = np.stack(scaled)
         return pixels if self.as_bytes else self.normalise(pixels)
 
     def to_json(self) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def export(export: Export) -> Export:
 @pytest.fixture(scope="module")
 def exported(trained_digits: tuple[nn.Module, Tensor], tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
     output = tmp_path_factory.mktemp("int8") / "bundle"
-    return digits.export(trained_digits[0], output=output, engine="tensorrt-rtx", **SETTINGS)
+    return digits.export(trained_digits[0], output=output, engine="tensorrt-rtx", layer_costs=True, **SETTINGS)
 
 
 def test_trained_network_keeps_its_accuracy_in_both_files(exported: ExportResult) -> None:
@@ -115,6 +115,7 @@ def test_changed_scale_is_refused_on_the_device(exported: ExportResult, tmp_path
 def test_ruined_calibration_fails_and_leaves_nothing(export: Export) -> None:
     result = export(calibration=InMemory(np.zeros((100, *digits.EXAMPLE.shape[1:]), np.float32)))
     assert not result and result.report.verdict.startswith("accuracy lost")
+    assert result.report.quantisation is not None and len(result.report.quantisation.costs) == LAYERS
     assert not result.output.exists()
 
 
@@ -137,6 +138,7 @@ def test_fewest_layers_are_kept_where_eight_bits_lose_too_much(
 def test_named_layers_stay_in_floating_point(export: Export) -> None:
     result = export(labelled=None, keep_fp16=("conv1", BLOCK), engine="tensorrt-rtx")
     assert result and result.report.quantisation is not None and not result.report.accuracy
+    assert result.report.quantisation.costs == ()
     assert result.report.quantisation.kept == ("conv1", f"{BLOCK}.conv1", f"{BLOCK}.conv2")
     assert result.report.quantisation.float_convolutions == 3
     model = onnx.load(result.output / ONNX_FILE)

@@ -192,6 +192,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "kernels of int8": (IN_8_BITS | {"kernels": ("sm_87",)}, "--kernels is for fp32, fp16 and bf16, got --int8"),
     "fp32 of int8": ({"precision": "int8", "keep_fp32": "auto"}, "--keep-fp32 is for --fp16 and --bf16, got --int8"),
     "fp16 of fp32": ({"precision": "fp32", "keep_fp16": ("fc",)}, "--keep-fp16 is for --int8, got --fp32"),
+    "costs of fp32": ({"precision": "fp32", "layer_costs": True}, "--layer-costs is for --int8, got --fp32"),
     "auto without labels": (IN_8_BITS | {"keep_fp16": "auto"}, "needs labelled pictures"),
     "no such layer of int8": (IN_8_BITS | {"keep_fp16": ("layer9",)}, "no layer is called 'layer9'"),
     "all in fp16": (IN_8_BITS | {"keep_fp16": EVERYTHING}, "nothing is left to quantise: use --fp16"),

@@ -350,6 +350,22 @@ def test_two_checkouts_are_compared_with_all_that_they_start(tmp_path: Path) -> 
     assert print_tool({"machine": describe_machine(None), "results": [result]}).startswith("the second in units of")
 
 
+def test_8_bits_are_calibrated_on_the_same_pictures_and_nothing_is_cached(tmp_path: Path) -> None:
+    look = (
+        "import hashlib, os, pathlib\n"
+        "folder, cache = pathlib.Path(sys.argv[sys.argv.index('--calibration') + 1]), os.environ['XDG_CACHE_HOME']\n"
+        "found = sorted(folder.glob('*.jpg'))\n"
+        "digest = hashlib.sha256(b''.join(map(pathlib.Path.read_bytes, found))).hexdigest()\n"
+        "open('ran', 'a').write(f'{len(found)} {digest} {os.path.exists(cache)}\\n')\n"
+        "os.mkdir(cache)"
+    )
+    one, two = (checkout(tmp_path / name, look) for name in ("one", "two"))
+    out = run_here("benchmark", "--model", "resnet8", "--precision", "int8", "--tool", str(one), str(two))
+    ran = [line for folder in (one, two) for line in (folder / "ran").read_text().splitlines()]
+    assert len(ran) == 6 and len(set(ran)) == 1 and ran[0].startswith("120 ") and ran[0].endswith(" False")
+    assert "export --model resnet8 --int8 --engine none --calibration 120 pictures: median of 3" in out.stdout
+
+
 def test_a_checkout_that_fails_or_is_none_is_refused(tmp_path: Path) -> None:
     broken = checkout(tmp_path / "broken", "sys.exit('no such flag')")
     for path, said in ((broken, f"the export in {broken} fails: no such flag"), (tmp_path, "expected a checkout with")):

@@ -77,6 +77,7 @@ REFUSED = {
     "benchmark --batch 0": "expected whole numbers of at least 1, got 0",
     "benchmark --floors --export-step": "not allowed with",
     "benchmark --tool . nowhere": "--tool: expected a checkout with scripts/export.py in it, got ",
+    "benchmark --precision int8": "--precision int8: for --tool; elsewhere the file in 8 bits is compared beside",
     "benchmark --floors --batch 8": "--floors does not take --batch",
     "benchmark --export-step --precision fp16": "--export-step does not take --precision",
     "benchmark --floors --output no/where.json": "expected a file in a folder that exists",

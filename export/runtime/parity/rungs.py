@@ -252,7 +252,7 @@ class Quantisation:
         sha256: of them, as the network took them.
         layers: how many convolutions and linear layers are quantised.
         kept: the layers that stayed in floating point.
-        costs: of each layer on its own, the highest first.
+        costs: of each layer on its own, the highest first; empty where they were not measured.
         purposes: file in the bundle -> what it is for.
         float_convolutions: how many convolutions ONNX Runtime runs in floating point, of the file made for it.
     """

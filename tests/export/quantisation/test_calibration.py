@@ -6,7 +6,8 @@ import functools
 import itertools
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -17,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
-from export import ExportError, fuse
+from export import Batch, ExportError, fuse
+from export.base.progress import silent
 from export.fusion.nodes import deep_copy, moves_data, source_name
 from export.quantisation import calibration
 from export.quantisation.calibration import DEFAULT_METHOD, METHODS, Calibration, InMemory, calibrate
@@ -145,13 +147,36 @@ def test_the_size_of_batches_changes_nothing(
 ) -> None:
     """But for rounding, and for a value that this takes from one bin of a histogram to the next."""
     expected, whole = found[method].ranges, found["minmax"].ranges
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibration, "_BATCH", size)
-        ranges = calibrate(graph, inputs, method).ranges
+    ranges = calibration._ranges(graph, inputs, method, Batch(1, size, size), silent)
     assert ranges.keys() == expected.keys()
     width = {"minmax": SINGLE, "percentile": 2 / 2048, "entropy": 4 * 8 / 2048}[method]
     for name, (low, high) in whole.items():
         np.testing.assert_allclose(ranges[name], expected[name], rtol=0, atol=width * max(-low, high), err_msg=name)
+
+
+@dataclass(frozen=True)
+class Irregular:
+    """One picture, then seven, then one, …: at most as many as are asked for."""
+
+    images: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batches(self, size: int) -> Iterator[NDArray[np.float32]]:
+        start = 0
+        for count in itertools.cycle((1, 7)):
+            yield self.images[start : (start := start + min(count, size))]
+            if start >= len(self):
+                return
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_pictures_may_come_in_batches_of_any_size(method: str) -> None:
+    """What is computed on is as many as fit at once, and of a static batch never fewer."""
+    images, fixed = noise(61), Batch(20, 20, 20)
+    whole, parts = (calibration._ranges(chain(), made(images), method, fixed, silent) for made in (InMemory, Irregular))
+    assert parts == whole
 
 
 def test_no_pictures_and_unknown_methods_are_refused() -> None:
@@ -193,10 +218,10 @@ def test_few_pictures_are_enough_but_warned_of(caplog: pytest.LogCaptureFixture)
 def test_progress_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("export.base.progress._SECONDS", 0.0)
     said: list[str] = []
-    calibrate(chain(), InMemory(noise(16)), progress=said.append)
-    assert said == [
-        f"calibrate: {what}, {done} of 16 images" for what in ("ranges of 2 values", "histograms") for done in (8, 16)
-    ]
+    calibrate(chain(), InMemory(noise(40)), "entropy", progress=said.append)
+    for what in ("ranges of 2 values", "histograms of 1 value"):
+        assert [said.pop(0) for _ in range(2)] == [f"calibrate: {what}, {done} of 40 images" for done in (32, 40)]
+    assert not said
 
 
 @pytest.fixture

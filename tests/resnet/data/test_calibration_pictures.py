@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from resnet.data import calibration_pictures
 from resnet.data.calibration_pictures import PictureInputs, open_calibration
 from resnet.data.labelled import DataError
-from resnet.data.preprocessing import Preprocessing
+from resnet.data.preprocessing import Preprocessing, open_picture
 from resnet.data.sources import open_splits
 from tests.resnet import checks
 from tests.resnet.data.test_sources import (
@@ -75,13 +78,25 @@ def test_what_cannot_be_read_is_left_out_by_name(tmp_path: Path, caplog: pytest.
     assert truncated.startswith(f"left out: {tmp_path / '001.png'}: expected a picture (") and "\n" not in truncated
     assert extreme.startswith(f"left out: {tmp_path / '003.png'}: expected a picture at most 200")
     assert last == f"{tmp_path}: left out 2 of 5 pictures"
-    for preprocessing in (PLAIN, GREY):
-        inputs = replace(found, preprocessing=preprocessing)
-        expected = preprocessing([Image.open(tmp_path / name) for name in ("000.png", "002.png", "004.png")])
-        for _ in range(2):  # the same in every call
-            first, second = inputs.batches(2)
-            np.testing.assert_array_equal(first, expected[:2], strict=True)
-            np.testing.assert_array_equal(second, expected[2:], strict=True)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 3])
+def test_pictures_are_read_once_where_there_is_room_for_them(
+    kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_pictures(tmp_path, 3, size=(40, 40))
+    for preprocessing in (PLAIN, GREY, replace(PLAIN, as_bytes=True)):
+        expected = preprocessing([Image.open(tmp_path / f"{i:03}.png") for i in range(3)])
+        monkeypatch.setattr(calibration_pictures, "_MOST_KEPT", kept * math.prod(preprocessing.shape))
+        inputs = open_calibration(str(tmp_path), preprocessing)
+        read = Mock(side_effect=open_picture)
+        with monkeypatch.context() as patch:
+            patch.setattr(calibration_pictures, "open_picture", read)
+            for _ in range(2):  # the same in every call
+                first, second = inputs.batches(2)
+                np.testing.assert_array_equal(first, expected[:2], strict=True)
+                np.testing.assert_array_equal(second, expected[2:], strict=True)
+        assert read.call_count == 2 * (3 - kept)
 
 
 @pytest.mark.parametrize("count", [1, 511, 512, 1100])
