@@ -6,7 +6,8 @@ import gc
 import logging
 import os
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from types import SimpleNamespace
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,6 +20,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 import torch.nn.functional as F
 from torch import Tensor, nn
+from triton import language as tl
+from triton.runtime import interpreter
 
 from export.sample_inputs import crops, photographs
 from resnet.data.sources import open_splits
@@ -51,6 +54,22 @@ class Made(dict[K, T]):
         return self[key]
 
 
+class _PatchedOnce:
+    """Triton's interpreter patches all of its language at each call of a function by a kernel; here once per kernel."""
+
+    def __init__(self) -> None:
+        self._patch, self._done = interpreter._patch_lang, set[int]()
+
+    def __call__(self, function: Any) -> Any:
+        languages = {id(value) for value in function.__globals__.values() if value is tl or value is tl.core}
+        if languages <= self._done:
+            return interpreter._LangPatchScope()  # with nothing to restore
+        self._done |= languages
+        scope = self._patch(function)
+        return SimpleNamespace(restore=lambda: (self._done.clear(), scope.restore()))
+
+
+interpreter._patch_lang = _PatchedOnce()
 logging.getLogger("torch.__trace").disabled = True  # torch.export's account of itself, for which pytest has a handler
 
 
