@@ -6,8 +6,7 @@ import gc
 import logging
 import os
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -20,13 +19,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 import torch.nn.functional as F
 from torch import Tensor, nn
-from triton import language as tl
-from triton.runtime import interpreter
 
 from export.sample_inputs import crops, photographs
 from resnet.data.sources import open_splits
 from resnet.initialise import initialise
 from resnet.models import BasicBlock, Bottleneck, ResNet, create_model
+from tests import libraries
+from tests.captured import captured_once
 
 # What the tests of a marker found wrong when they fail, and what they are.
 RATES = {
@@ -54,22 +53,7 @@ class Made(dict[K, T]):
         return self[key]
 
 
-class _PatchedOnce:
-    """Triton's interpreter patches all of its language at each call of a function by a kernel; here once per kernel."""
-
-    def __init__(self) -> None:
-        self._patch, self._done = interpreter._patch_lang, set[int]()
-
-    def __call__(self, function: Any) -> Any:
-        languages = {id(value) for value in function.__globals__.values() if value is tl or value is tl.core}
-        if languages <= self._done:
-            return interpreter._LangPatchScope()  # with nothing to restore
-        self._done |= languages
-        scope = self._patch(function)
-        return SimpleNamespace(restore=lambda: (self._done.clear(), scope.restore()))
-
-
-interpreter._patch_lang = _PatchedOnce()
+libraries.do_once()
 logging.getLogger("torch.__trace").disabled = True  # torch.export's account of itself, for which pytest has a handler
 
 
@@ -126,6 +110,13 @@ def _old_objects_are_left_alone() -> None:
     """What libraries and earlier files have made, millions of objects, is not looked through at each collection."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(name="captured_once")
+def _captured_once() -> Iterator[None]:
+    """For tests that begin where a network has been captured."""
+    with captured_once():
+        yield
 
 
 @pytest.fixture(scope="session")
