@@ -15,10 +15,12 @@ test-faults: .venv/.installed
 		tests/faults tests/kernels/operators/test_properties.py tests/kernels/operators/test_quantize_linear_properties.py \
 		tests/export/test_zoo.py
 
-# What the compiler makes of the kernels, executed in an emulator: each way of running on each target in each type, then
-# of every network's launches the first, middle and last blocks; and the resnet20 of digits, whole, by both runtimes.
+# What the compiler makes of the kernels: good code for each target alone, of those too that run the same instructions;
+# executed in an emulator each way of running on each target in each type, then of every network's launches the first,
+# middle and last blocks; and the resnet20 of digits, whole, by both runtimes.
 test-kernels: .venv/.installed
-	TEST_TIMES=10 $(BIN)/python -m pytest tests/emulator tests/kernels/runtime/test_networks.py
+	TEST_TIMES=10 $(BIN)/python -m pytest tests/emulator tests/kernels/test_compile.py \
+		tests/kernels/runtime/test_networks.py
 	$(BIN)/python -m tests.emulator.networks
 
 # Our files in ONNX Runtime, OpenVINO, ncnn, MNN, tract and others, installed for the purpose; writes docs/consumers.md.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -23,6 +24,8 @@ from export.sample_inputs import crops, photographs
 from resnet.data.sources import open_splits
 from resnet.initialise import initialise
 from resnet.models import BasicBlock, Bottleneck, ResNet, create_model
+from tests import libraries
+from tests.captured import captured_once
 
 # What the tests of a marker found wrong when they fail, and what they are.
 RATES = {
@@ -50,6 +53,7 @@ class Made(dict[K, T]):
         return self[key]
 
 
+libraries.do_once()
 logging.getLogger("torch.__trace").disabled = True  # torch.export's account of itself, for which pytest has a handler
 
 
@@ -58,6 +62,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # what `_old_objects_are_left_alone` froze is freed, or bindings complain of leaks
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -94,6 +102,20 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Nothing is kept in, or taken from, the cache of who runs the tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _old_objects_are_left_alone() -> None:
+    """What libraries and earlier files have made, millions of objects, is not looked through at each collection."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(name="captured_once")
+def _captured_once() -> Iterator[None]:
+    """For tests that begin where a network has been captured."""
+    with captured_once():
         yield
 
 

@@ -11,6 +11,7 @@ import io
 import json
 import re
 import shlex
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from tests.conftest import IMAGE_SIZES
 from tests.cuda_stand_in.building import needed
 from tests.export import digits
 from tests.scripts.loading import load_script, run_here
+
+pytestmark = pytest.mark.usefixtures("captured_once")
 
 ROOT = Path(__file__).resolve().parents[1]
 FENCE = re.compile(r"^```(.*)\n((?:.*\n)*?)^```$", re.MULTILINE)
@@ -99,10 +102,15 @@ def test_the_commands_parse(snippet: Snippet) -> None:
                 assert not stopped.code, f"{snippet.place}: {script}{command}{arguments}: {said.getvalue()}"
 
 
+@pytest.fixture(scope="module")
+def bundle(trained_digits: tuple[nn.Module, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return digits.write(digits.fused(trained_digits[0]), tmp_path_factory.mktemp("bundle") / "fp16", "fp16")
+
+
 @pytest.fixture
-def place(trained_digits: tuple[nn.Module, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where snippets run: with a bundle of the digits' network and a picture."""
-    digits.write(digits.fused(trained_digits[0]), tmp_path / "build" / "resnet20-fp16", "fp16")
+    shutil.copytree(bundle, tmp_path / "build" / "resnet20-fp16")
     digits.held_out().pictures.picture(3).resize((40, 60)).save(tmp_path / "digit.png")
     (tmp_path / "resnet").symlink_to(ROOT / "resnet")
     monkeypatch.chdir(tmp_path)

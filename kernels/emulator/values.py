@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,17 +16,25 @@ _SIGNED: dict[int, Any] = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 UNDEFINED = 0x7FFF_7FFF_7FFF_7FFF
 
 
+@cache
+def _parts(kind: str) -> tuple[str, int]:
+    """A type of PTX as one of its numbers, and how many there are if it is packed, else 0."""
+    single, _, many = kind.partition("x")
+    return single, int(many or 0)
+
+
+@cache
 def width(kind: str) -> int:
     """Bytes of a type of PTX: `s32`, `bf16x2`, ..."""
-    single, _, many = kind.partition("x")
-    return int(single.lstrip("bsuf")) // 8 * int(many or 1)
+    single, many = _parts(kind)
+    return int(single.lstrip("bsuf")) // 8 * (many or 1)
 
 
 def decode(bits: Array, kind: str) -> Array:
     """[T] unsigned as [T] numbers of a type, or [T, 2] of a packed one; 16-bit floats as the float32 they are."""
-    single, _, many = kind.partition("x")
+    single, many = _parts(kind)
     if many:
-        bits = bits.view(UNSIGNED[width(single)]).reshape(*bits.shape, int(many))
+        bits = bits.view(UNSIGNED[width(single)]).reshape(*bits.shape, many)
     if "f" not in kind:
         return bits.view((_SIGNED if kind[0] == "s" else UNSIGNED)[bits.itemsize])
     if single == "bf16":
@@ -35,7 +44,7 @@ def decode(bits: Array, kind: str) -> Array:
 
 def encode(values: Array, kind: str) -> Array:
     """What `decode` decodes; a float32 is rounded to the nearest 16-bit float, ties to even."""
-    single, _, many = kind.partition("x")
+    single, many = _parts(kind)
     if "f" not in kind:
         bits = values.astype(UNSIGNED[width(single)])
     elif single == "bf16":

@@ -24,6 +24,7 @@ from export.lowering.onnx_file import OnnxFile, lower_onnx
 from export.runtime.parity.ladder import References, execute, judge
 from export.runtime.parity.rungs import Rung
 from export.runtime.runner import Runner
+from tests.captured import captured_once
 from tests.conftest import Made
 
 BATCH = Batch(1, 4, 8)
@@ -206,7 +207,8 @@ class Fused:
 
     @cached_property
     def program(self) -> FusedProgram:
-        return fuse(self.model, self.images, self.batch)
+        with captured_once():
+            return fuse(self.model, self.images, self.batch)
 
     @cached_property
     def references(self) -> Mapping[str, References]:

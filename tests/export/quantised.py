@@ -27,6 +27,7 @@ from export.runtime.onnx_session import runs_rounded
 from export.runtime.parity.checks import OperatorChecks
 from export.runtime.parity.ladder import References, execute, judge
 from export.runtime.parity.rungs import Rung
+from tests.captured import captured_once
 from tests.export.networks import BATCH
 
 SCHEMES = {scheme.name: scheme for scheme in (TENSORRT, CPU)}
@@ -94,7 +95,8 @@ class Subject:
 
 def quantised(model: nn.Module, images: Tensor) -> Subject:
     """`model` in both schemes, with the ranges of its values on `images`."""
-    program = fuse(model, images, BATCH, QUANTISED_LEVEL)
+    with captured_once():
+        program = fuse(model, images, BATCH, QUANTISED_LEVEL)
     calibration = calibrate(split_addition(program.master), InMemory(images.numpy()), "minmax")
     return Subject(model, images, program, calibration, quantised_programs(program, calibration.ranges, ()))
 

@@ -114,7 +114,8 @@ def test_a_forward_that_people_write(name: str, images: Tensor) -> None:
     """In float32, and where the eager model may not run at all, every layer is checked, in every batch size."""
     forward, parts = FORWARDS[name]
     model = make(lambda: network(forward, **parts), images).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    subject, program = Fused(model, images), fuse(model, images, BATCH)
+    subject = Fused(model, images)
+    program = subject.program
     check_batches(program, {"input": images.numpy()})
     layers = sum(map(weighs, operator_nodes(program.master)))
     for precision in ("fp32", "fp16" if name == "masked" else "bf16"):
@@ -154,10 +155,11 @@ OUTPUTS: dict[str, tuple[Forward, str]] = {
 def test_an_output_that_is_more_than_tensors(name: str, images: Tensor) -> None:
     wrap, expected = OUTPUTS[name]
     model = make(lambda: network(lambda x, m: wrap(m.fc(x.mean((2, 3))), m)), images)
-    program = fuse(model, images, BATCH)
+    subject = Fused(model, images)
+    program = subject.program
     assert output_names(program.graph_module) == tuple(expected.split())
     assert name == "mapping" or any("not exported" in note for note in program.coverage.notes) or name == "dataclass"
-    rung = judged(TracedOnnxRunner(lower_onnx(program, FP32, {}), FP32), Fused(model, images), program, "fp32")
+    rung = judged(TracedOnnxRunner(subject.files["fp32"], FP32), subject, program, "fp32")
     assert rung and list(rung.outputs) == expected.split(), rung.verdict
 
 

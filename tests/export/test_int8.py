@@ -26,6 +26,8 @@ from tests.export import digits
 from tests.export.onnx_edits import change
 from tests.export.report.html_tree import cells, parse
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 LAYERS = 10
 BLOCK = "layer1.0"
 IMAGES = torch.from_numpy(digits.held_out_arrays()[0][::22][:16])

@@ -16,6 +16,8 @@ from export.runtime.engines.kernel_file import read_kernel_file
 from tests.export import zoo
 from tests.export.networks import Fused
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 BATCH = Batch(1, 2, 2)
 
 

@@ -26,6 +26,8 @@ from export.terminal.flags import in_flags
 from tests.export import digits
 from tests.export.networks import BATCH, Called
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 BLOCK = "layer1.0"
 
 

@@ -33,6 +33,8 @@ from tests.export.onnx_edits import change, setting
 from tests.export.quantised import name_of
 from tests.export.report.html_tree import cells, parse
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 FILES = {
     "model.onnx", "model.rtx.engine", "model.rtx.layers.json", "parity.json", "report.html", "golden.safetensors",
     "manifest.json",

@@ -17,6 +17,8 @@ from tests.export import digits
 from tests.export.networks import Called
 from tests.scripts.loading import run_here
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 
 def test_probabilities_and_the_same_answers(trained_digits: tuple[nn.Module, Tensor], tmp_path: Path) -> None:
     model, inputs = trained_digits

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,16 +15,14 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-import export.fusion.program
 from export import Batch, ExportConfig, ExportError, ExportResult, export_bundle, fuse, open_bundle, verify_bundle
 from export.base.batch import Arrays, Inputs
 from export.base.precision import FORMATS, INT8, PRECISIONS
 from export.criteria.batches import check_batches
 from export.criteria.operators import check_operators
 from export.criteria.references import run_references
-from export.fusion.capture import Example, capture, check_model
 from export.fusion.program import FusedProgram
 from export.lowering.onnx_file import OnnxFile, lower_onnx
 from export.lowering.runners import ProgramRunner, TracedOnnxRunner, UnfusedRunner
@@ -121,21 +119,7 @@ def settled(name: str) -> nn.Module:
     return model.eval()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _captured_once() -> Iterator[None]:
-    """What all precisions of a network start from, and what takes longest, is made once."""
-    held: dict[tuple[int, tuple[str, ...], Batch], tuple[nn.Module, fx.GraphModule]] = {}
-
-    def once(model: nn.Module, example: Example, batch: Batch) -> fx.GraphModule:
-        key = id(model), tuple(example), batch
-        check_model(model, example)
-        if not isinstance(example, Mapping) or key not in held:
-            held[key] = model, capture(model, example, batch)
-        return held[key][1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export.fusion.program, "capture", once)
-        yield
+pytestmark = pytest.mark.usefixtures("captured_once")
 
 
 def exported(name: str, path: Path, precision: str = "fp32", **others: Any) -> ExportResult:

@@ -44,6 +44,8 @@ from tests.export.report.html_tree import parse
 from tests.export.test_several_inputs import Metadata, Siamese
 from tests.scripts import loading
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 DIGIT = 3  # of the held-out ones: a 4
 BYTES = replace(digits.PREPROCESSING, as_bytes=True)
 GREY = Normalisation(BYTES.mean, BYTES.std)

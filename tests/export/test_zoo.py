@@ -5,18 +5,14 @@ By default every kind goes through one precision and every sixth through all; wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
 
-import export.fusion.program
-from export import Batch, ExportConfig, export_bundle, verify_bundle
+from export import ExportConfig, export_bundle, verify_bundle
 from export.base.precision import FORMATS, INT8
-from export.fusion.capture import capture
 from export.quantisation.calibration import InMemory
 from tests.effort import TIMES
 from tests.export.zoo import SIZE, ZOO, channels_of, pictures, settled
@@ -31,19 +27,7 @@ TRIALS = [
 model_of = lru_cache(maxsize=1)(settled)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _captured_once() -> Iterator[None]:
-    """What all precisions of a network start from, and what takes longest, is made once."""
-    held: list[tuple[nn.Module, fx.GraphModule]] = []
-
-    def once(model: nn.Module, example: Tensor, batch: Batch) -> fx.GraphModule:
-        if not held or held[0][0] is not model:
-            held[:] = [(model, capture(model, example, batch))]
-        return held[0][1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export.fusion.program, "capture", once)
-        yield
+pytestmark = pytest.mark.usefixtures("captured_once")  # what all precisions of a network start from
 
 
 def test_the_zoo_has_many_kinds() -> None:

@@ -7,7 +7,7 @@ again.
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +31,7 @@ from kernels.plan import kernel_of, plan
 from kernels.problems import ConvProblem, Problem
 from tests.kernels.cases import ONE_OF_EACH, SMALL, STEM_CASES
 from tests.kernels.launching import run
-from tests.kernels.networks import hardest_problems
+from tests.kernels.networks import COMPILED, hardest_problems
 
 TARGET = TARGETS["sm_90"]
 GPU = GPUTarget("cuda", TARGET.capability, 32)
@@ -57,8 +57,6 @@ LAUNCHES: dict[str, tuple[Problem, Config]] = {
 }
 
 
-# Those that share neither instructions nor limits with another: sm_100 is a larger sm_110, sm_121 a smaller sm_120.
-COMPILED = [TARGETS[name] for name in ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_110", "sm_120")]
 # One block: what goes to and from it can be told beforehand.
 ONE_TILE = ConvProblem(1, 64, 8, 8, 64, (3, 3), padding=(1, 1), relu=True)
 TILE = ConvConfig(64, 64, 32, 4, 2)
@@ -129,12 +127,14 @@ def tile_offsets(launch: KernelLaunch) -> dict[str, list[str]]:
     return {name: sorted(types) for name, types in found.items()}
 
 
-def products(compiled: list[dict[str, Any]]) -> dict[str, tuple[int, int, int]]:
+def products(
+    compiled: list[dict[str, Any]], problems: Mapping[Target, Sequence[Problem]]
+) -> dict[str, tuple[int, int, int]]:
     """By kernel: FLOPs that its problem needs, that its tiles have, and that its machine code was seen to do."""
     launches = {
         (target.name, launch.problem.key, json.dumps(launch.config.to_json())): launch
-        for target in COMPILED
-        for problem in hardest_problems(target)
+        for target in problems
+        for problem in problems[target]
         for launch in plan(problem, select_config(problem, target), target)
         if problem.dtype != torch.float32  # which no tensor core multiplies
     }
@@ -181,7 +181,8 @@ def refusal() -> str:
 
 
 def main() -> None:
-    compiled = compile_problems({target: hardest_problems(target) for target in COMPILED}, floors=True)
+    problems = {target: found for alike in COMPILED for target, found in hardest_problems(alike).items()}
+    compiled = compile_problems(problems, floors=True)
     launches = {name: launch_of(problem, config) for name, (problem, config) in LAUNCHES.items()}
     larger = replace(SMALL, batch=7, height=9, width=30)
     report = {
@@ -192,7 +193,7 @@ def main() -> None:
         "codes_of_all_launches": len({code_key(launch) for launch in launches.values()}),
         "refusal": refusal(),
         "compiled": compiled,
-        "products": products(compiled),
+        "products": products(compiled, problems),
         "traffic": traffic(),
         "unserved": {target.name: unserved_reason(target) for target in UNSERVED},
     }

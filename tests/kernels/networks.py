@@ -1,7 +1,7 @@
 """Whole networks as the problems their fused operators have, in order and with repetitions."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,12 +10,16 @@ from export import Batch, FusedProgram, fuse
 from export.base.precision import PRECISIONS
 from export.benchmark.workload import fused_workload
 from kernels.configs.selection import select_config
-from kernels.configs.targets import Target
+from kernels.configs.targets import TARGETS, Target
 from kernels.operators.conv2d_bias_relu_maxpool import StemProblem
 from kernels.problems import ConvProblem, Problem
 from resnet.models import create_model
+from tests.effort import TIMES
 
 BATCHES = (1, 32)
+# What is compiled, by instructions: sm_100 is a larger sm_110, sm_121 a smaller sm_120. With more effort each alone.
+_ALIKE = (("sm_80", "sm_86", "sm_87", "sm_89"), ("sm_90",), ("sm_110",), ("sm_120",))
+COMPILED = _ALIKE if TIMES == 1 else tuple((name,) for names in _ALIKE for name in names)
 
 
 @functools.cache
@@ -46,22 +50,26 @@ EXTRA: dict[str, Problem] = {
 }  # fmt: skip
 
 
-def hardest_problems(target: Target) -> list[Problem]:
-    """Of the networks at every batch and the extra cases: what to compile to have seen every kind of code.
+def hardest_problems(targets: Sequence[str]) -> dict[Target, list[Problem]]:
+    """Of the networks at every batch and the extra cases: what to compile, for which of targets that are alike.
 
-    One problem for each kernel, tile, number of warps, way of loading and loop there is; of those that share them the
-    one with a residual and the longest reduction, which needs most registers.
+    One problem for each kernel, tile, number of warps, way of loading and loop that any of them launches; of those that
+    share them the one with a residual and the longest reduction, which needs most registers.
     """
     networks = [problem for network in NETWORKS.values() for batch in BATCHES for problem in network(batch)]
-    hardest: dict[tuple[Any, ...], tuple[tuple[Any, ...], Problem]] = {}
-    for problem in dict.fromkeys([*networks, *EXTRA.values()]):
-        for launch in select_config(problem, target).launches(problem, target):
-            s = launch.scalars
-            tile = tuple(value for name, value in s.items() if name.startswith("BLOCK_"))
-            loop = (s.get("R", 1) > 1, s.get("GROUPS", 1) > 1, s.get("SPLIT_K", 1) > 1, s.get("HAS_PROJECTION"))
-            loads = (launch.uses_boxes, problem.loads_are_vectors, problem.dtype)
-            key = (launch.kernel, tile, launch.options["num_warps"], loop, loads)
-            needs = (s.get("HAS_RESIDUAL", False), s.get("R", 1) * s.get("C_IN", s.get("MAIN", 0)))
-            if key not in hardest or needs > hardest[key][0]:
-                hardest[key] = needs, launch.problem
-    return [problem for _, problem in hardest.values()]
+    hardest: dict[tuple[Any, ...], tuple[tuple[Any, ...], Target, Problem]] = {}
+    for target in map(TARGETS.__getitem__, targets):
+        for problem in dict.fromkeys([*networks, *EXTRA.values()]):
+            for launch in select_config(problem, target).launches(problem, target):
+                s = launch.scalars
+                tile = tuple(value for name, value in s.items() if name.startswith("BLOCK_"))
+                loop = (s.get("R", 1) > 1, s.get("GROUPS", 1) > 1, s.get("SPLIT_K", 1) > 1, s.get("HAS_PROJECTION"))
+                loads = (launch.uses_boxes, problem.loads_are_vectors, problem.dtype)
+                key = (launch.kernel, tile, launch.options["num_warps"], loop, loads)
+                needs = (s.get("HAS_RESIDUAL", False), s.get("R", 1) * s.get("C_IN", s.get("MAIN", 0)))
+                if key not in hardest or needs > hardest[key][0]:
+                    hardest[key] = needs, target, launch.problem
+    found: dict[Target, list[Problem]] = {}
+    for _, target, problem in hardest.values():
+        found.setdefault(target, []).append(problem)
+    return found

@@ -34,6 +34,8 @@ from resnet.initialise import initialise
 from resnet.models import create_model
 from tests.scripts.loading import load_script, run_here
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 QUICK = Clock(cpu_turn, rounds=2, seconds=1e-6)
 FP32 = PRECISIONS["fp32"]
 FACTOR = FP32.network_factor

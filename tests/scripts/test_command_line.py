@@ -18,6 +18,8 @@ from tests.export import summing
 from tests.export.digits import without_torch
 from tests.scripts.loading import ROOT, refusal, run, run_here
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 DIGITS = str(ROOT / "resnet" / "checkpoints" / "resnet20-digits.safetensors")
 
 

@@ -299,26 +299,32 @@ def test_right_folds_are_accepted(folds: tuple[nn.Module, FusedProgram], images:
     assert accepts(folds[1], runner_of(folds[1], precision), images, precision)
 
 
+@pytest.fixture(scope="module")
+def broken(folds: tuple[nn.Module, FusedProgram], images: Tensor) -> Mapping[str, FusedProgram]:
+    """What a defect makes of the network, to be checked against the right one."""
+    model, right = folds
+
+    def fused(defect: str) -> FusedProgram:
+        changed: Any = copy.deepcopy(model)
+        with pytest.MonkeyPatch.context() as patch:
+            if defect in PATCHED:
+                # the name in the package is the function
+                patch.setattr(sys.modules["export.fusion.passes.fold_batchnorm"], *PATCHED[defect])
+            else:
+                with torch.no_grad():
+                    WRONG[defect](changed)
+            made = fuse(changed, images, BATCH)
+        return FusedProgram(right.source, made.folded, made.master, BATCH)
+
+    return Made(fused)
+
+
 @pytest.mark.mutant
 @pytest.mark.parametrize("defect", [*WRONG, *PATCHED])
 def test_a_wrong_fold_is_refused(
-    defect: str,
-    folds: tuple[nn.Module, FusedProgram],
-    images: Tensor,
-    precision: str,
-    monkeypatch: pytest.MonkeyPatch,
+    defect: str, broken: Mapping[str, FusedProgram], images: Tensor, precision: str
 ) -> None:
-    model, right = folds
-    if defect in PATCHED:
-        # the name in the package is the function
-        monkeypatch.setattr(sys.modules["export.fusion.passes.fold_batchnorm"], *PATCHED[defect])
-        broken = fuse(model, images, BATCH)
-    else:
-        changed: Any = copy.deepcopy(model)
-        with torch.no_grad():
-            WRONG[defect](changed)
-        broken = fuse(changed, images, BATCH)
-    program = FusedProgram(right.source, broken.folded, broken.master, BATCH)
+    program = broken[defect]
     trace = traced(runner_of(program, precision), images)
     refused = check_operators(program, PRECISIONS[precision], trace)
     assert not refused and not any("wiring" in check.reason for check in refused.checks)

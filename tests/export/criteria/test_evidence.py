@@ -20,6 +20,8 @@ from export.runtime.parity.rungs import Evidence
 from resnet.models import create_model
 from tests.export.networks import BATCH, Called, make
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 
 def trunk() -> nn.Module:
     """Two layers and a residual, [N, 3, H, W] -> [N, 16, H / 2, W / 2]."""

@@ -26,6 +26,8 @@ from tests.export.criteria import mutants
 from tests.export.networks import BATCH, Fused, judged
 from tests.export.onnx_edits import Edit, bypass, change, edited, setting
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 NAMES = ("output",)
 
 

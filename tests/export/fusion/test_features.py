@@ -25,6 +25,8 @@ from tests.export import digits
 from tests.export.networks import Called
 from tests.scripts.loading import ROOT, refusal, run_here
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 WANTED = ("layer3", "layer1.0.bn1")  # not in the order of forward; ReLUs follow a bn1 in place
 
 

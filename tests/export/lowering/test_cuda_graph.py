@@ -31,6 +31,7 @@ from tests.kernels.launching import quick_config
 
 FP16 = PRECISIONS["fp16"]
 FEW = Batch(1, 2, 4)
+SIZE = 16
 
 
 class StandInGraph:
@@ -90,10 +91,11 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return "cpu"
 
 
-@pytest.fixture
-def network(fused: Mapping[Any, Fused]) -> Fused:
-    """Of three layers and two outputs."""
-    return fused[networks.two_heads]
+@pytest.fixture(scope="module")
+def network(pictures: Mapping[str, Tensor]) -> Fused:
+    """Of three layers and two outputs, for images small enough for Triton's interpreter."""
+    few = pictures["resnet8"][:, :, :SIZE, :SIZE].contiguous()
+    return Fused(networks.make(networks.two_heads, few), few)
 
 
 @pytest.fixture
@@ -112,7 +114,7 @@ def assert_right(program: FusedProgram, x: Tensor, outputs: Any) -> None:
 
 def images(batch: int, device: str, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, 3, 32, 32, generator=generator).to(device)
+    return torch.randn(batch, 3, SIZE, SIZE, generator=generator).to(device)
 
 
 @pytest.fixture
@@ -164,14 +166,14 @@ def test_memory_is_stated(network: Fused, graphs: CudaGraphProgram, device: str)
     graphs(images(4, device, 0))
     layers = [module for module in network.model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     assert graphs.memory["weights"] == 2 * sum(p.numel() for layer in layers for p in layer.parameters())
-    assert 2 * 4 * 3 * 32 * 32 < graphs.memory["activations"] < 1 << 28
+    assert 2 * 4 * 3 * SIZE * SIZE < graphs.memory["activations"] < 1 << 28
 
 
 REFUSED = {
-    "image size": (torch.zeros(2, 3, 32, 7), r"of shape \[1:4:8, \*\[3, 32, 32\]\], got \[2, 3, 32, 7\]"),
-    "batch": (torch.zeros(9, 3, 32, 32), r"got \[9, 3, 32, 32\]"),
-    "integers": (torch.zeros(2, 3, 32, 32).byte(), "expected a floating-point input on .*, got torch.uint8"),
-    "device": (torch.zeros(2, 3, 32, 32, device="meta"), "got torch.float32 on meta"),
+    "image size": (torch.zeros(2, 3, 16, 7), r"of shape \[1:4:8, \*\[3, 16, 16\]\], got \[2, 3, 16, 7\]"),
+    "batch": (torch.zeros(9, 3, SIZE, SIZE), r"got \[9, 3, 16, 16\]"),
+    "integers": (torch.zeros(2, 3, SIZE, SIZE).byte(), "expected a floating-point input on .*, got torch.uint8"),
+    "device": (torch.zeros(2, 3, SIZE, SIZE, device="meta"), "got torch.float32 on meta"),
 }
 
 
@@ -212,7 +214,8 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpre
 @pytest.mark.parametrize(("name", "precision"), [*(("resnet8", p) for p in PRECISIONS), ("bottleneck", "fp16")])
 def test_through_the_interpreter(name: str, precision: str, fused: Mapping[str, Fused]) -> None:
     images = fused[name].images[:2]
-    images = images[:, :, :16, :16].contiguous() if name == "resnet8" else images
+    size = SIZE if name == "resnet8" else 2 * SIZE
+    images = images[:, :, :size, :size].contiguous()
     check(Fused(fused[name].model, images), precision, "cpu", LAUNCHERS)
 
 

@@ -24,6 +24,8 @@ from export.runtime.engines.runner import TensorRTRunner
 from export.runtime.onnx_session import ONNX_FILE, open_session, rounded_copy
 from tests.export import digits
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 RTX_FILE = "model.rtx.engine"
 RTX_ENGINE = digits.add_engine(RTX_FILE, "tensorrt-rtx", "1.2.3")
 Change = dict[str, Any] | digits.Change

@@ -30,6 +30,8 @@ from export.runtime.verify import verify_bundle
 from tests.export import digits, summing
 from tests.export.runtime.engines import fake_tensorrt
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 ENGINE, LAYERS = "model.trt.engine", "model.trt.layers.json"
 BEFORE = {f"previous.{name}" for name in (ENGINE, LAYERS)}
 
