@@ -13,7 +13,7 @@ test: .venv/.installed lint
 test-faults: .venv/.installed
 	TEST_TIMES=10 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal \
 		tests/faults tests/kernels/operators/test_properties.py tests/kernels/operators/test_quantize_linear_properties.py \
-		tests/export/test_zoo.py
+		tests/export/test_zoo.py tests/export/test_exact_integers.py
 
 # What the compiler makes of the kernels: good code for each target alone, of those too that run the same instructions;
 # executed in an emulator each way of running on each target in each type, then of every network's launches the first,

@@ -7,6 +7,7 @@ from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
+from torch._export import utils as torch_export
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 from triton import language as tl
 from triton.runtime import interpreter
@@ -43,4 +44,6 @@ def _from_torchlib(*arguments: Any, **named: Any) -> ONNXRegistry:
 
 def do_once() -> None:
     interpreter._patch_lang = _PatchedOnce()
+    # Looks up a thousand operators, a hundred times for each file; those that tests define are there already.
+    torch_export._materialize_cpp_cia_ops = cache(torch_export._materialize_cpp_cia_ops)
     ONNXRegistry.from_torchlib = staticmethod(_from_torchlib)  # type: ignore[method-assign]

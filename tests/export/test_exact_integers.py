@@ -25,6 +25,7 @@ from export.runtime.engines.runner import KernelRunner, TensorRTRunner
 from export.runtime.runner import Interface, Runner
 from kernels.launch import target_of
 from kernels.operators.registry import OPERATORS
+from tests.effort import TIMES
 from tests.export.networks import BATCH, values_of
 from tests.export.zoo import SIZE, ZOO
 from tests.kernels.launching import quick_config
@@ -36,6 +37,16 @@ BUILT = ("bottleneck", "unet")  # on a GPU by TensorRT too, which takes long
 LOWERED = ("basic", "bottleneck")  # on a GPU to kernel engines too, which are compiled again
 KINDS = ("basic", "bottleneck", "preact", "resnext", "repvgg", "iresnet", "densenet", "shufflenet", "mobilenet_v2",
          "ghostnet", "inception", "vgg", "unet", "fpn", "ssd", "option_a")  # fmt: skip
+FULL = (
+    4  # every how many kinds are tried in every precision, the others in one; on a GPU and with TEST_TIMES all in all
+)
+TRIALS = [
+    pytest.param(name, precision, device, marks=[pytest.mark.gpu] * (device == "cuda"))
+    for device in ("cpu", "cuda")
+    for i, name in enumerate(KINDS)
+    for j, precision in enumerate(EXACT)
+    if device == "cuda" or TIMES > 1 or i % FULL == 0 or i % len(EXACT) == j
+]
 
 
 def whole(name: str, terms: int, head: bool) -> nn.Module:
@@ -83,8 +94,7 @@ def engines(program: FusedProgram, file: OnnxFile, precision: Precision) -> list
     return found
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(("name", "precision", "device"), TRIALS)
 def test_every_form_agrees_with_integer_arithmetic(name: str, precision: str, device: str) -> None:
     """On a GPU the graphs of Triton kernels, elsewhere the same kernels in the interpreter."""
     limit, terms, head = EXACT[precision]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -84,6 +83,4 @@ def bundle(export_again: Callable[[Path], None], tmp_path_factory: pytest.TempPa
     """A real bundle, exported before `export_again` is used elsewhere; tests copy what they change."""
     output = tmp_path_factory.mktemp("exported") / "bundle"
     export_again(output)
-    gc.collect()
-    gc.freeze()  # hundreds of exports more, each of which would look through what the first one has imported
     return output
