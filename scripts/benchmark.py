@@ -22,6 +22,17 @@ from export.terminal.flags import in_flags
 
 DEFAULTS = {"cpu": ("fp32", [1, 8]), "cuda": ("fp16", [1, 8, 32, 128])}
 INITIALISING_IMAGES = 16
+BARE = """
+import sys
+import torch
+from resnet.models import MODELS, create_model
+
+_, name, *_, output = sys.argv
+size = MODELS[name].image_size
+batch = torch.export.Dim("batch", min=1, max=32)
+images = torch.zeros(8, 3, size, size)
+torch.onnx.export(create_model(name).eval(), (images,), output, dynamo=True, dynamic_shapes=({0: batch},))
+"""
 Result = dict[str, Any]
 
 
@@ -48,6 +59,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="CHECKOUT",
         help="compare what an export takes of CPU time, wall time and memory in two checkouts of this project instead",
     )
+    what.add_argument(
+        "--quick",
+        action="store_true",
+        help="compare what an export --quick --fp16 takes with a script that only calls torch.onnx.export instead",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON to a file too")
     args = parser.parse_args(argv)
@@ -68,10 +84,16 @@ with importing("benchmark"):
     from export.benchmark.compare import CALIBRATION_SEED, compare_on
     from export.benchmark.export_step import time_export_step
     from export.benchmark.floors import count_floors
-    from export.benchmark.tool import SCRIPT, compare_checkouts
+    from export.benchmark.tool import SCRIPT, compare_checkouts, compare_programs
     from export.job import PARITY_IMAGES
     from export.sample_inputs import crops, photographs
-    from export.terminal.benchmark_tables import print_comparison, print_export_step, print_floors, print_tool
+    from export.terminal.benchmark_tables import (
+        print_comparison,
+        print_export_step,
+        print_floors,
+        print_quick,
+        print_tool,
+    )
     from export.terminal.console import Progress
     from resnet.data.files import write_atomically
     from resnet.errors import ResNetError
@@ -95,6 +117,8 @@ def benchmark(args: argparse.Namespace) -> int:
         measure, show = export_step, print_export_step
     elif args.tool:
         measure, show = tool, print_tool
+    elif args.quick:
+        measure, show = quick, print_quick
     check_arguments(args)
     results: list[Result] = []
     with Progress() as progress:
@@ -130,9 +154,9 @@ def check_arguments(args: argparse.Namespace) -> None:
     with torch.device("meta"):
         for name in args.model:
             create_model(name)
-    modes = {"--floors": args.floors, "--export-step": args.export_step, "--tool": args.tool}
+    modes = {"--floors": args.floors, "--export-step": args.export_step, "--tool": args.tool, "--quick": args.quick}
     instead = next((mode for mode, chosen in modes.items() if chosen), "")
-    unused = ["device", "batch", "providers", *(["precision"] if args.export_step else [])]
+    unused = ["device", "batch", "providers", *(["precision"] if args.export_step or args.quick else [])]
     given = [f"--{name}" for name in unused if getattr(args, name)]
     if instead and given:
         raise ExportError(f"{instead} does not take {', '.join(given)}")
@@ -192,6 +216,16 @@ def tool(name: str, args: argparse.Namespace, progress: Progress) -> list[Result
     for weights in sorted((args.tool[1] / "resnet/checkpoints").glob(f"{name}-*.safetensors"))[:1]:
         arguments += ["--weights", str(weights.resolve())]
     return [{"model": name, **compare_checkouts(args.tool, arguments, progress)}]
+
+
+def quick(name: str, args: argparse.Namespace, progress: Progress) -> list[Result]:
+    """What `export --quick` takes beside PyTorch's own export of the same network, each with all that it imports."""
+    here, engine = Path(__file__).resolve().parent.parent, ("--engine", "none")
+    programs = {
+        "torch.onnx.export": (here, ("-c", BARE, name)),
+        "export --quick --fp16": (here, (str(SCRIPT), "--quick", "--fp16", "--model", name, *engine)),
+    }
+    return [{"model": name, **compare_programs(programs, progress, "program")}]
 
 
 if __name__ == "__main__":
