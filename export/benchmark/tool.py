@@ -59,8 +59,8 @@ def compare_programs(
     """Run each program in turn; for JSON.
 
     Args:
-        programs: label -> the checkout in which Python runs, and its arguments; `--output` and a path that does not
-            exist yet come behind them.
+        programs: label -> the checkout in which Python runs, and its arguments; the flag of the output and a path
+            that does not exist yet come behind them.
         progress: called with what is being done.
         what: the key of the label in each row.
         rounds: how often.

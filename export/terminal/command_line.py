@@ -154,7 +154,6 @@ def importing(command: str) -> Iterator[None]:
     gc.disable()
     try:
         yield
-        gc.enable()
     except KeyboardInterrupt:
         sys.stderr.write(f"{program(command)}: interrupted\n")
         sys.exit(130)
@@ -167,6 +166,8 @@ def importing(command: str) -> Iterator[None]:
             remedy = f"{how_to_install('pictures')} brings it"
         sys.stderr.write(f"{program(command)}: error: {package} is not installed here: {remedy}\n")
         sys.exit(2)
+    finally:
+        gc.enable()
 
 
 def leave(code: int) -> NoReturn:
