@@ -25,6 +25,17 @@ DEFAULTS = {"cpu": ("fp32", [1, 8]), "cuda": ("fp16", [1, 8, 32, 128])}
 INITIALISING_IMAGES = 16
 TOOL_PICTURES = 120  # to calibrate on, of a size that has to be scaled and cut
 TOOL_PICTURE_SIZE = (288, 360)
+BARE = """
+import sys
+import torch
+from resnet.models import MODELS, create_model
+
+_, name, *_, output = sys.argv
+size = MODELS[name].image_size
+batch = torch.export.Dim("batch", min=1, max=32)
+images = torch.zeros(8, 3, size, size)
+torch.onnx.export(create_model(name).eval(), (images,), output, dynamo=True, dynamic_shapes=({0: batch},))
+"""
 Result = dict[str, Any]
 
 
@@ -53,6 +64,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="CHECKOUT",
         help="compare what an export takes of CPU time, wall time and memory in two checkouts of this project instead",
     )
+    what.add_argument(
+        "--quick",
+        action="store_true",
+        help="compare what an export --quick --fp16 takes with a script that only calls torch.onnx.export instead",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON to a file too")
     args = parser.parse_args(argv)
@@ -74,10 +90,16 @@ with importing("benchmark"):
     from export.benchmark.compare import CALIBRATION_SEED, compare_on
     from export.benchmark.export_step import time_export_step
     from export.benchmark.floors import count_floors
-    from export.benchmark.tool import SCRIPT, compare_checkouts
+    from export.benchmark.tool import SCRIPT, compare_checkouts, compare_programs
     from export.job import PARITY_IMAGES
     from export.sample_inputs import byte_crops, crops, photographs
-    from export.terminal.benchmark_tables import print_comparison, print_export_step, print_floors, print_tool
+    from export.terminal.benchmark_tables import (
+        print_comparison,
+        print_export_step,
+        print_floors,
+        print_quick,
+        print_tool,
+    )
     from export.terminal.console import Progress
     from resnet.data.files import write_atomically
     from resnet.errors import ResNetError
@@ -101,6 +123,8 @@ def benchmark(args: argparse.Namespace) -> int:
         measure, show = export_step, print_export_step
     elif args.tool:
         measure, show = tool, print_tool
+    elif args.quick:
+        measure, show = quick, print_quick
     check_arguments(args)
     results: list[Result] = []
     with Progress() as progress:
@@ -136,9 +160,9 @@ def check_arguments(args: argparse.Namespace) -> None:
     with torch.device("meta"):
         for name in args.model:
             create_model(name)
-    modes = {"--floors": args.floors, "--export-step": args.export_step, "--tool": args.tool}
+    modes = {"--floors": args.floors, "--export-step": args.export_step, "--tool": args.tool, "--quick": args.quick}
     instead = next((mode for mode, chosen in modes.items() if chosen), "")
-    unused = ["device", "batch", "providers", *(["precision"] if args.export_step else [])]
+    unused = ["device", "batch", "providers", *(["precision"] if args.export_step or args.quick else [])]
     given = [f"--{name}" for name in unused if getattr(args, name)]
     if instead and given:
         raise ExportError(f"{instead} does not take {', '.join(given)}")
@@ -215,6 +239,16 @@ def save_pictures(folder: Path, count: int) -> None:
     """Crops of the photographs that parity is checked on, others than those, as JPEG."""
     for index, pixels in enumerate(byte_crops(photographs(), count, 3, TOOL_PICTURE_SIZE, CALIBRATION_SEED).numpy()):
         Image.fromarray(pixels).save(folder / f"{index:03d}.jpg", quality=95)
+
+
+def quick(name: str, args: argparse.Namespace, progress: Progress) -> list[Result]:
+    """What `export --quick` takes beside PyTorch's own export of the same network, each with all that it imports."""
+    here, engine = Path(__file__).resolve().parent.parent, ("--engine", "none")
+    programs = {
+        "torch.onnx.export": (here, ("-c", BARE, name)),
+        "export --quick --fp16": (here, (str(SCRIPT), "--quick", "--fp16", "--model", name, *engine)),
+    }
+    return [{"model": name, **compare_programs(programs, progress, "program")}]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What an export itself costs: two checkouts of this project make the same one, in turn, each time in a new process."""
+"""What an export itself costs beside another one, in turn, each time in a new process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,25 +49,47 @@ def compare_checkouts(
     Raises:
         ExportError: an export ends with an error, or this is not Linux.
     """
+    programs = {str(checkout): (checkout, (str(SCRIPT), *arguments)) for checkout in checkouts}
+    return {"arguments": list(arguments), **compare_programs(programs, progress, "checkout", rounds)}
+
+
+def compare_programs(
+    programs: Mapping[str, tuple[Path, Sequence[str]]], progress: Progress, what: str, rounds: int = ROUNDS
+) -> dict[str, Any]:
+    """Run each program in turn; for JSON.
+
+    Args:
+        programs: label -> the checkout in which Python runs, and its arguments; the flag of the output and a path
+            that does not exist yet come behind them.
+        progress: called with what is being done.
+        what: the key of the label in each row.
+        rounds: how often.
+
+    Returns:
+        The median of each figure of each program, and the last one's in units of the first one's.
+
+    Raises:
+        ExportError: a program ends with an error, or this is not Linux.
+    """
     if not Path("/proc/self/status").is_file():
         raise ExportError("the memory of processes is read from /proc: expected Linux")
-    costs: dict[Path, list[Cost]] = {checkout: [] for checkout in checkouts}
+    costs: dict[str, list[Cost]] = {label: [] for label in programs}
     for number in range(rounds):
-        for checkout in costs:
-            progress(f"round {number + 1}: {checkout}")
-            costs[checkout].append(cost_of(checkout, arguments))
-    rows = [
-        {"checkout": str(checkout), **{f: statistics.median(getattr(cost, f) for cost in found) for f in FIGURES}}
-        for checkout, found in costs.items()
+        for label, (checkout, arguments) in programs.items():
+            progress(f"round {number + 1}: {label}")
+            costs[label].append(cost_of(checkout, arguments))
+    rows: list[dict[str, Any]] = [
+        {what: label, **{f: statistics.median(getattr(cost, f) for cost in found) for f in FIGURES}}
+        for label, found in costs.items()
     ]
     ratios = {figure: rows[-1][figure] / rows[0][figure] for figure in FIGURES}
-    return {"arguments": list(arguments), "rounds": rounds, "rows": rows, "ratios": ratios}
+    return {"rounds": rounds, "rows": rows, "ratios": ratios}
 
 
 def cost_of(checkout: Path, arguments: Sequence[str]) -> Cost:
-    """Of one export, whose bundle is thrown away and that finds nothing cached; raises ExportError where it fails."""
+    """Of one run, whose result is thrown away and that finds nothing cached; raises ExportError where it fails."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(SCRIPT), *arguments, "--output", str(Path(folder) / "bundle")]
+        command = [sys.executable, *arguments, "--output", str(Path(folder) / "bundle")]
         cache = str(Path(folder) / "cache")
         environment = {**os.environ, "PYTHONPATH": str(checkout.resolve()), "XDG_CACHE_HOME": cache}
         with (Path(folder) / "log").open("w+b") as log:

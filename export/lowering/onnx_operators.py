@@ -64,7 +64,7 @@ def _activated(op: Any, y: Any, a: Conv2dBiasAct[Any] | Conv2dProjectionBiasAct[
     def number(value: float) -> Any:
         from onnxscript import ir
 
-        return op.Constant(value=ir.to_proto(ir.tensor(value, a.weight.dtype)))
+        return op.Constant(value=ir.to_proto(ir.tensor(value, ir.DataType(a.weight.dtype))))
 
     match "relu" if a.relu else a.activation:
         case "":

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from export.base.batch import INPUT, Batch
 from export.base.precision import Precision
-from export.fusion.nodes import aten, input_nodes, is_call, named_args, parameter, resnet_deploy
+from export.fusion.nodes import aten, input_nodes, is_call, parameter, resnet_deploy
 from export.fusion.program import output_nodes
 from export.lowering.onnx_operators import LOWERINGS
 
@@ -30,7 +30,6 @@ _TYPES = {
 _WRITTEN = 18  # the opset whose attributes the exporter writes, whatever it converts to
 _IR_VERSION = 10
 _MERGED = 1024  # elements: the exporter writes equal constants of so few once
-_ACTIVATIONS = {"", "relu", "leaky_relu", "sigmoid", "silu", "hardsigmoid", "hardswish"}  # which take no constants
 _FUSED = {getattr(resnet_deploy, arguments.operator).default: arguments for arguments in LOWERINGS}
 
 
@@ -41,10 +40,15 @@ def traced_name(name: str) -> str:
 
 @dataclass(eq=False)
 class _Value:
-    """What a node computes or reads; `dtype` as ONNX numbers types."""
+    """What a node computes or reads; `dtype` as ONNX numbers types, `fixed` where no input changes it."""
 
     dtype: int
     name: str = ""
+    fixed: bool = False
+
+
+class _Folded(Exception):
+    """The exporter computes beforehand what the graph has a node for."""
 
 
 class _Nodes:
@@ -59,8 +63,11 @@ class _Nodes:
 
     def __getattr__(self, operator: str) -> Any:
         def make(*inputs: _Value, **attributes: Any) -> Any:
-            dtype = inputs[0].dtype if inputs else onnx.TensorProto.INT64
-            outputs = [_Value(dtype) for _ in onnx.defs.get_schema(operator, _WRITTEN).outputs]
+            axes = operator == "Constant" and attributes.keys() == {"value_ints"}
+            if all(x.fixed for x in inputs) and not axes:
+                raise _Folded
+            dtype = onnx.TensorProto.INT64 if axes else inputs[0].dtype
+            outputs = [_Value(dtype, fixed=axes) for _ in onnx.defs.get_schema(operator, _WRITTEN).outputs]
             self._waiting.append((operator, inputs, attributes, outputs))
             return outputs[0] if len(outputs) == 1 else outputs
 
@@ -117,9 +124,25 @@ def written(
     results = output_nodes(graph_module)
     if weights is None or not _is_ours(graph_module, results):
         return None
+    try:
+        return _written(graph_module, inputs, batch, precision, names, weights, results)
+    except _Folded:
+        return None
+
+
+def _written(
+    graph_module: fx.GraphModule,
+    inputs: Mapping[str, tuple[int, ...]],
+    batch: Batch,
+    precision: Precision,
+    names: tuple[str, ...],
+    weights: Mapping[fx.Node, Tensor],
+    results: list[fx.Node],
+) -> tuple[onnx.ModelProto, dict[str, list[onnx.NodeProto]]]:
+    """`written` with what the graph reads and returns; raises _Folded."""
     op, dtype = _Nodes(), _TYPES[precision.dtype]
     single = precision.dtype == torch.float32
-    values = {node: _Value(dtype, f"graph_module.{node.target}") for node in weights}
+    values = {node: _Value(dtype, f"graph_module.{node.target}", fixed=True) for node in weights}
     groups: dict[str, list[onnx.NodeProto]] = {}
     for name, node in input_nodes(graph_module).items():
         values[node], groups[node.name] = _Value(onnx.TensorProto.FLOAT, traced_name(name)), []
@@ -181,10 +204,8 @@ def _is_ours(graph_module: fx.GraphModule, results: list[fx.Node]) -> bool:
     """Whether nothing but fused operators computes anything, each something else, and all of it that is returned."""
     computed = [node for node in graph_module.graph.nodes if is_call(node, *_FUSED)]
     others = [node for node in graph_module.graph.nodes if node.op == "call_function" and node not in computed]
-    activations = {named_args(node).get("activation", "") for node in computed}
     return (
         all(is_call(node, aten.contiguous.default) for node in others)
-        and activations <= _ACTIVATIONS
         and len({f"{node.target} {node.args}" for node in computed}) == len(computed)
         and results == [*dict.fromkeys(results)] == list(graph_module.graph.output_node().all_input_nodes)
         and set(results) <= set(computed)

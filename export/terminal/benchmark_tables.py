@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich import box
@@ -128,14 +128,23 @@ def print_export_step(record: Mapping[str, Any]) -> str:
 
 def print_tool(record: Mapping[str, Any]) -> str:
     """Print on stdout what an export took in each checkout; returns the last line."""
+    return _print_programs(record, "checkout", lambda result: f"export {' '.join(result['arguments'])}")
+
+
+def print_quick(record: Mapping[str, Any]) -> str:
+    """Print on stdout what a quick export took beside a bare one; returns the last line."""
+    return _print_programs(record, "program", lambda result: f"{result['model']}, a process each")
+
+
+def _print_programs(record: Mapping[str, Any], what: str, title_of: Callable[[Mapping[str, Any]], str]) -> str:
     machine, ratios = record["machine"], []
     for result in record["results"]:
-        title = f"export {' '.join(result['arguments'])}: median of {result['rounds']}; {machine['cpus']} CPUs"
-        table = Table("checkout", title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        title = f"{title_of(result)}: median of {result['rounds']}; {machine['cpus']} CPUs"
+        table = Table(what, title=title, title_justify="left", box=box.SIMPLE_HEAD)
         for heading in ("CPU s", "wall s", "peak MB"):
             table.add_column(heading, justify="right")
         for row in result["rows"]:
-            table.add_row(row["checkout"], f"{row['cpu_s']:.1f}", f"{row['wall_s']:.1f}", f"{row['peak_mb']:.0f}")
+            table.add_row(row[what], f"{row['cpu_s']:.1f}", f"{row['wall_s']:.1f}", f"{row['peak_mb']:.0f}")
         ratio = result["ratios"]
         table.add_row("ratio", *(f"{ratio[figure]:.2f}" for figure in ("cpu_s", "wall_s", "peak_mb")))
         print_table(table)

@@ -149,12 +149,11 @@ class _Signals:
 def importing(command: str) -> Iterator[None]:
     """What a script imports: a package that is missing ends it with 2 and one line on stderr, a fault with 3.
 
-    Meanwhile garbage is not looked for: what is imported stays, and is more than a million objects.
+    Garbage is not looked for meanwhile, nor later among what there is then: a million objects that stay.
     """
     gc.disable()
     try:
         yield
-        gc.enable()
     except KeyboardInterrupt:
         sys.stderr.write(f"{program(command)}: interrupted\n")
         sys.exit(130)
@@ -167,6 +166,10 @@ def importing(command: str) -> Iterator[None]:
             remedy = f"{how_to_install('pictures')} brings it"
         sys.stderr.write(f"{program(command)}: error: {package} is not installed here: {remedy}\n")
         sys.exit(2)
+    finally:
+        gc.freeze()
+        atexit.register(gc.unfreeze)  # else Triton's bindings, at the end, say on a page what they leak
+        gc.enable()
 
 
 def leave(code: int) -> NoReturn:

@@ -295,3 +295,21 @@ def test_outputs_that_cannot_be(case: str, resnet8: Fused, tmp_path: Path) -> No
         config = ExportConfig("fp32", BATCH, "none", outputs=told)
         labelled: Any = labels and [0]
         export_bundle(resnet8.model, EXAMPLE, tmp_path / "b", config, labelled=labelled)
+
+
+def test_a_quick_export_checks_every_operator_and_says_what_it_left_out(
+    resnet8: Fused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, left_out = ExportConfig("fp32", Batch(1, 8, 32), "none", quick=True), ["compared on 10 of 16 images"]
+    left_out.append("no batch of 32 was run")
+    result = export_bundle(resnet8.model, EXAMPLE, tmp_path / "bundle", config)
+    assert result and result.report.images == 10 and list(result.report.quick) == left_out
+    checked = [rung.operators for rung in result.report.rungs if rung.operators is not None]
+    assert [len(operators.checks) for operators in checked] == [8, 8]
+    for name in ("parity.json", "manifest.json"):
+        assert json.loads((tmp_path / "bundle" / name).read_text())["quick"] == left_out
+    page = parse((tmp_path / "bundle" / "report.html").read_bytes())
+    assert "; ".join(left_out) in page.one(id="quick").words
+    assert len(load_file(tmp_path / "bundle" / "golden.safetensors")["input"]) == 10
+    monkeypatch.setattr("export.forms.ProgramRunner", mutants.RUNNERS["all zeros"])
+    assert not export_bundle(resnet8.model, EXAMPLE, tmp_path / "wrong", config).written

@@ -32,7 +32,7 @@ from export.sample_inputs import crops, photographs
 from export.terminal.benchmark_tables import print_comparison, print_floors, print_tool
 from resnet.initialise import initialise
 from resnet.models import create_model
-from tests.scripts.loading import load_script, run_here
+from tests.scripts.loading import load_script, refusal, run_here
 
 pytestmark = pytest.mark.usefixtures("captured_once")
 
@@ -373,6 +373,18 @@ def test_a_checkout_that_fails_or_is_none_is_refused(tmp_path: Path) -> None:
     for path, said in ((broken, f"the export in {broken} fails: no such flag"), (tmp_path, "expected a checkout with")):
         failed = run_here("benchmark", "--model", "resnet8", "--tool", str(path), str(path))
         assert failed.returncode == 2 and said in failed.stderr
+
+
+def test_a_quick_export_is_compared_with_a_bare_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script, ran = tmp_path / "export.py", tmp_path / "ran"
+    say = f"import sys, time\nopen({str(ran)!r}, 'a').write(' '.join(sys.argv[1:-2]) + '; ')\n"
+    script.write_text(say + BUSY.format(0.3))
+    monkeypatch.setattr(load_script("benchmark"), "SCRIPT", script)
+    monkeypatch.setattr(load_script("benchmark"), "BARE", say)
+    out = run_here("benchmark", "--model", "resnet8", "--quick")
+    assert ran.read_text() == "resnet8; --quick --fp16 --model resnet8 --engine none; " * 3
+    assert "torch.onnx.export" in out.stdout and out.stdout.splitlines()[-1].startswith("the second in units of")
+    assert "--quick does not take --precision" in refusal(run_here("benchmark", "--quick", "--precision", "fp16"))
 
 
 @pytest.mark.gpu

@@ -60,6 +60,7 @@ def facts() -> dict[str, Any]:
             "verdict": "equal to the eager model",
             "images": 16,
             "kept": ["block.conv2"],
+            "quick": [],
             "evidence": {"weaknesses": [], **evidence},
             "rungs": [
                 rung("eager", seconds_per_image=3.5781),

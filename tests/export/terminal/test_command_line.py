@@ -6,6 +6,7 @@ import argparse
 import errno
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -153,3 +154,25 @@ def test_a_command_is_called_as_it_was_run(monkeypatch: pytest.MonkeyPatch) -> N
     installed.__package__ = PACKAGE
     monkeypatch.setitem(sys.modules, "__main__", installed)
     assert commands.program("compile") == commands.typed("compile") == "resnet-deploy compile"
+
+
+LEAVING = """
+import atexit
+from export.terminal.command_line import leave
+class Late:
+    def __del__(self): print("taken apart", flush=True)
+late = Late()
+atexit.register(print, "tidied up")
+print("done")
+leave(3)
+"""
+
+
+@pytest.mark.parametrize(("output", "code"), [("said", 3), ("/dev/full", 120)])
+def test_a_script_leaves_with_all_that_was_said(output: str, code: int, tmp_path: Path) -> None:
+    """And as Python does where that cannot be written."""
+    with (tmp_path / output).open("w") as stream:
+        buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+        process = subprocess.run([sys.executable, "-c", LEAVING], env=buffered, stdout=stream, stderr=subprocess.PIPE)
+    assert process.returncode == code, process.stderr
+    assert output == "/dev/full" or (tmp_path / output).read_text() == "done\ntidied up\n"
