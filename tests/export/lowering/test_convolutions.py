@@ -29,7 +29,7 @@ def test_convolutions_of_16_bits_round_once(dtype: torch.dtype, name: str) -> No
 
 @pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("size", [(7, 7), (5, 300), (40, 9)], ids=str)
+@pytest.mark.parametrize("size", [(7, 7), (5, 300), (40, 9), (5, 5), (1, 1), (2, 1)], ids=str)
 def test_whole_numbers_are_convolved_exactly_in_float64_as_pytorch_lays_them_out(
     size: tuple[int, int], layout: torch.memory_format, kernel: int
 ) -> None:
@@ -39,7 +39,7 @@ def test_whole_numbers_are_convolved_exactly_in_float64_as_pytorch_lays_them_out
         for shape in ((3, 48, *size), (6, 48, kernel, kernel), (6,))
     )
     for stride, padding, dilation in itertools.product((1, 2), ((0, 0), (2, 1)), (1, 2)):
-        for given in (None, bias):
+        for given in (None, bias) if min(size) > dilation * (kernel - 1) or kernel == 1 else ():
             expected = F.conv2d(x.to(memory_format=layout), weight, given, stride, padding, dilation)
             with WideConvolutions():
                 y = F.conv2d(x.to(memory_format=layout), weight, given, stride, padding, dilation)
