@@ -27,11 +27,6 @@ def test_convolutions_of_16_bits_round_once(dtype: torch.dtype, name: str) -> No
     assert y.dtype == dtype and torch.equal(y, expected)
 
 
-def steps(x: torch.Tensor) -> list[int]:
-    """The strides that mean something."""
-    return [step for step, length in zip(x.stride(), x.shape, strict=True) if length > 1]
-
-
 @pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("size", [(7, 7), (5, 300), (40, 9), (5, 5), (1, 1), (2, 1)], ids=str)
@@ -48,7 +43,7 @@ def test_whole_numbers_are_convolved_exactly_in_float64_as_pytorch_lays_them_out
             expected = F.conv2d(x.to(memory_format=layout), weight, given, stride, padding, dilation)
             with WideConvolutions():
                 y = F.conv2d(x.to(memory_format=layout), weight, given, stride, padding, dilation)
-            assert torch.equal(y, expected) and steps(y) == steps(expected)
+            assert torch.equal(y, expected) and (min(size) == 1 or y.stride() == expected.stride())
 
 
 def test_other_convolutions_of_float64_are_pytorchs() -> None:
