@@ -45,6 +45,9 @@ class WideConvolutions(TorchDispatchMode):
         if x.dtype == torch.float64:
             return _products(x, weight, bias, stride, padding, dilation)
         if x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+            layout = _layout(x, weight)
+            x, weight = (value.contiguous(memory_format=layout) for value in (x, weight))
+            bias = None if bias is None else bias.contiguous()
             return torch.mkldnn_convolution(x, weight, bias, padding, stride, dilation, groups)
         return func(*args)
 
@@ -53,7 +56,7 @@ def _products(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int], dilation: list[int]
 ) -> Tensor:
     """A convolution [N, C, H, W] of float64, as products of its windows and its weights, in the layout it came in."""
-    layout = torch.channels_last if _is_channels_last(x) or _is_channels_last(weight) else torch.contiguous_format
+    layout = _layout(x, weight)
     x = x.contiguous(memory_format=layout)
     if any(padding):
         x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
@@ -84,12 +87,17 @@ def _products(
     return y
 
 
-def _is_channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+def _layout(x: Tensor, weight: Tensor) -> torch.memory_format:
+    """As PyTorch has it: channels_last where one of the two is."""
+    last = any(
+        value.is_contiguous(memory_format=torch.channels_last) and not value.is_contiguous() for value in (x, weight)
+    )
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def _multiply(a: Tensor, b: Tensor, bias: Tensor, y: Tensor, transposed: bool) -> None:
-    """y = a @ b + bias, or a @ b.T + bias, of contiguous matrices."""
+    """y = a @ b + bias, or a @ b.T + bias, into a contiguous y."""
+    a, b = a.contiguous(), b.contiguous()  # windows of one pixel are reshaped without a copy
     session = _session(torch.get_num_threads(), transposed)
     binding = session.io_binding()
     for name, value in zip(_NAMES, (a, b, bias), strict=False):

@@ -172,7 +172,7 @@ class TracedOnnxRunner(OnnxRunner):
         content = copy.SerializeToString()
         del copy  # as large as the weights in float32, as is `content`, which the session reads
         give_back()
-        session = open_session(content, lasts=False, layouts=False)
+        session = open_session(content, lasts=False)
         del content
         give_back()
         found = self._compute(session, names, inputs)

@@ -159,21 +159,15 @@ def open_file(content: bytes, rounded: bool, threads: int = 0, lasts: bool = Tru
     return open_session(content, threads, lasts)
 
 
-def open_session(content: bytes, threads: int = 0, lasts: bool = True, layouts: bool = True) -> Any:
+def open_session(content: bytes, threads: int = 0, lasts: bool = True) -> Any:
     """A session for the file as it is; raises as `open_file` does.
-
-    `layouts` says whether it may lay out values and weights in its own way, which where every value is an output is
-    undone for each of them.
 
     One that does not last, for a few batches, keeps no memory and no second layout of the weights; its threads sleep
     while they wait, where they would compute nothing all the time.
     """
-    runtime = import_onnxruntime()
-    options = runtime.SessionOptions()
+    options = import_onnxruntime().SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
-    if not layouts:
-        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     if not lasts:
         options.enable_cpu_mem_arena = options.enable_mem_pattern = False
         options.add_session_config_entry("session.disable_prepacking", "1")
