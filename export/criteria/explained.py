@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from export.base.precision import Precision
 from export.criteria.bounds import BOUNDS, Call
+from export.fusion.interpreter import REFERENCES
 from export.fusion.nodes import (
     args_of,
     aten,
@@ -69,7 +70,7 @@ def evaluate(source: fx.GraphModule, name: str, leaves: Mapping[str, Tensor]) ->
             continue
         else:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: known[n.name])
-            target: Any = node.target
+            target: Any = REFERENCES.get(node.target, node.target)
             known[node.name] = target(*args, **kwargs)
         waiting.pop()
     return known[name]

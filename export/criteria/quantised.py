@@ -26,6 +26,7 @@ from export.criteria.spread import draws, spread
 from export.fusion.capture import plain_torch
 from export.fusion.nodes import args_of, fits, is_call, module_path, parameter, resnet_deploy, schema_name
 from export.fusion.program import QuantisedProgram, output_nodes
+from export.lowering.convolutions import WideConvolutions
 from export.lowering.onnx_file import OnnxFile
 from export.quantisation.scheme import Range, Scheme
 from export.runtime.parity.checks import OperatorChecks, QuantisedCheck
@@ -55,7 +56,7 @@ def check_quantised(
     """
     graph, precision = program.master, scheme.arithmetic
     checks: list[QuantisedCheck] = []
-    with plain_torch():
+    with plain_torch(), WideConvolutions():
         wanted = [*filter(_is_leaf, graph.graph.nodes), *output_nodes(graph)]
         refused = [_refused(node, reason) for node in wanted if (reason := _why_unusable(node, trace))]
         if refused:

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from export.criteria.explained import evaluate
+from export.fusion.interpreter import REFERENCES
 from export.fusion.nodes import args_of, is_call, module_path, named_args, parameter, resnet_deploy, source_name
 from export.fusion.program import QuantisedProgram, output_nodes
 from export.quantisation.magnitudes import in_memory_order
@@ -275,7 +276,7 @@ def _check_layer(both: _Networks, layer: fx.Node, original: fx.Node) -> Quantise
     for index in (1, 2):
         if index < len(read) and isinstance(args_of(layer)[index], fx.Node):
             read[index] = parameter(program.before, args_of(original)[index])
-    target: Any = layer.target
+    target: Any = REFERENCES.get(layer.target, layer.target)
     summed = expected.norm() + _LARGEST_WEIGHT * sigma.norm()
     error = float((target(*read, **layer.kwargs) - expected).norm() / summed.clamp(min=_TINY))
     reason = ""

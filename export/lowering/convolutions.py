@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from functools import cache
 from typing import Any
@@ -27,8 +28,8 @@ class WideConvolutions(TorchDispatchMode):
 
     PyTorch has a fast float16 convolution on few CPUs, and adds up the overlapping windows of a transposed one in the
     type itself. Those of float32 are oneDNN's: on one thread PyTorch would leave 1x1 kernels to another library. Those
-    of float64 are matrix products of ONNX Runtime. Both use AVX-512 on the processors of all makers, which PyTorch's
-    own library for products does not, and take half as long.
+    of float64 are matrix products of ONNX Runtime, where it is installed. Both use AVX-512 on the processors of all
+    makers, which PyTorch's own library for products does not, and take half as long.
     """
 
     def __torch_dispatch__(
@@ -42,7 +43,7 @@ class WideConvolutions(TorchDispatchMode):
             return self.__torch_dispatch__(func, types, (*wide, *args[3:])).to(x.dtype)
         if transposed or groups > 1 or x.dim() != 4 or not x.numel():
             return func(*args)
-        if x.dtype == torch.float64:
+        if x.dtype == torch.float64 and importlib.util.find_spec("onnxruntime"):
             return _products(x, weight, bias, stride, padding, dilation)
         if x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
             layout = _layout(x, weight)
