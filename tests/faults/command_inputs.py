@@ -32,7 +32,7 @@ WORK = {
     "train": ("train_once", "run_experiment"),
     "tune": ("tune_models", "time_as_is"),
     "gpu": ("run_in_child",),
-    "benchmark": ("compare", "floors", "export_step", "tool"),
+    "benchmark": ("compare", "floors", "export_step", "tool", "quick"),
     "compile_kernels": ("fuse", "compile_for"),
     "evaluate": ("import_ray",),
     "verify": ("build_on_device",),
