@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -93,6 +94,9 @@ def default_output(model: str, precision: str) -> Path:
 DEFAULT_MODEL = "resnet50"
 
 if __name__ == "__main__":  # --help and what can be refused at once are answered before the imports below: seconds
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # PyTorch's threads spin between two of its loops, by default for a tenth of an export's processor time.
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     if refused := run_script("export", parse_args(), check, refusals=(ResNetError,)):
         sys.exit(refused)
 
