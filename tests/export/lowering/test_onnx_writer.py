@@ -34,6 +34,7 @@ OTHERS: dict[str, Forward] = {
     "an output twice": lambda x, m: (y := m.first(x), y),
     "the input returned": lambda x, m: (m.first(x), x),
     "a bias of zeros": lambda x, m: m.unbiased(x),
+    "two biases alike": lambda x, m: m.alike(m.first(x)),
 }
 
 
@@ -76,8 +77,13 @@ def test_what_is_ours(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         "second": nn.Conv2d(4, 4, 1),
         "grouped": nn.Conv2d(4, 4, 3, 1, 1, groups=2),
         "unbiased": nn.Conv2d(3, 4, 3, bias=False),
+        "alike": nn.Conv2d(4, 4, 1),
     }
     model = filled(Called({**OURS, **OTHERS}[name], **layers))
+    model.load_state_dict(
+        {k.replace("first.bias", "alike.bias"): v for k, v in model.state_dict().items() if "first.bias" in k},
+        strict=False,
+    )
     batch = Batch(4, 4, 4) if name == "gates" else Batch(2, 4, 9)
     program = fuse(model, torch.zeros(1, 3, 8, 8), batch)
     assert is_ours(program, "fp16", monkeypatch) == (name in OURS)
