@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import warnings
@@ -10,8 +11,7 @@ from typing import Any
 
 import onnx
 import torch
-from onnxscript import opset18 as op
-from onnxscript import opset19
+from onnxscript import opset18, opset19
 from torch import Tensor, fx, nn
 from torch.fx import traceback
 
@@ -20,14 +20,13 @@ from export.base.errors import ExportError, first_line
 from export.base.precision import Precision
 from export.fusion.capture import plain_torch, uncollected
 from export.fusion.interpreter import GraphInterpreter
-from export.fusion.nodes import QUANTISATION, input_nodes, is_call, resnet_deploy
+from export.fusion.nodes import input_nodes, resnet_deploy
 from export.fusion.program import returned_tensors
-from export.lowering.onnx_operators import LOWERINGS
+from export.lowering.onnx_operators import LOWERINGS, QUANTISED_LOWERINGS
 from export.lowering.onnx_pools import POOLS
-from export.lowering.onnx_writer import OPSETS, traced_name
+from export.lowering.onnx_writer import opset, traced_name
 from kernels.operators.registry import Arguments
 
-_QUANTISED_OPSET = 19  # the first in which quantisation has 16-bit floating-point scales
 _FX_NODE = "pkg.torch.onnx.fx_node"
 # They warn of every operator of a torchvision that is not installed, and of each argument of a translation.
 _NOISY = ("_registration", "_schemas")
@@ -79,7 +78,6 @@ def exported(
     traced_inputs = tuple(torch.zeros(size, *shape, dtype=torch.float32) for shape in inputs.values())
     dim = None if batch.static else {0: torch.export.Dim("batch", min=batch.minimum, max=batch.maximum)}
     dynamic = None if dim is None else (tuple(dim for _ in inputs),)
-    quantised = any(is_call(node, *QUANTISATION) for node in graph_module.graph.nodes)
     logs = [logging.getLogger(f"torch.onnx._internal.exporter.{name}") for name in _NOISY]
     levels = [log.level for log in logs]
     for log in logs:
@@ -91,7 +89,7 @@ def exported(
                 _Boundary(graph_module, precision.dtype, shown).eval(),
                 traced_inputs,
                 dynamo=True,
-                opset_version=_QUANTISED_OPSET if quantised else OPSETS[precision.dtype],
+                opset_version=opset(graph_module, precision),
                 custom_translation_table=_TRANSLATIONS,
                 input_names=[traced_name(name) for name in inputs],
                 output_names=[*names, *map(shown_name, shown)],
@@ -155,19 +153,11 @@ def _groups(
     return groups
 
 
-def _quantize_linear(x, scale, zero_point):  # type: ignore[no-untyped-def]
-    return opset19.QuantizeLinear(x, scale, zero_point)
-
-
-def _dequantize_linear(q, scale, zero_point):  # type: ignore[no-untyped-def]
-    return opset19.DequantizeLinear(q, scale, zero_point, axis=0)
-
-
 def _of_values(arguments: type[Arguments[Any]], lowering: Callable[[Any, Any], Any]) -> Callable[..., Any]:
     """A lowering as the exporter calls it: with the operator's arguments one by one, whose names it looks up."""
 
     def translate(*values: Any) -> Any:
-        return lowering(op, arguments.of(*values))
+        return lowering(opset18, arguments.of(*values))
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     names = [inspect.Parameter(name, kind) for name in arguments.names()]
@@ -175,9 +165,18 @@ def _of_values(arguments: type[Arguments[Any]], lowering: Callable[[Any, Any], A
     return translate
 
 
+def _written_in(op: Any, lowering: Callable[..., Any]) -> Callable[..., Any]:
+    """A lowering as the exporter calls it, which looks its other arguments' names up."""
+
+    def translate(*values: Any, **named: Any) -> Any:
+        return lowering(op, *values, **named)
+
+    translate.__signature__ = inspect.signature(functools.partial(lowering, op))  # type: ignore[attr-defined]
+    return translate
+
+
 _TRANSLATIONS: dict[Callable, Callable] = {
     **{getattr(resnet_deploy, a.operator).default: _of_values(a, lowering) for a, lowering in LOWERINGS.items()},
-    resnet_deploy.quantize_linear.default: _quantize_linear,
-    resnet_deploy.dequantize_linear.default: _dequantize_linear,
-    **POOLS,
+    **{target: _written_in(opset19, lowering) for target, lowering in QUANTISED_LOWERINGS.items()},
+    **{target: _written_in(opset18, lowering) for target, lowering in POOLS.items()},
 }

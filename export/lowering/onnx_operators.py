@@ -1,4 +1,4 @@
-"""What each fused operator is in standard ONNX operators: one function per operator.
+"""What each operator of ours is in standard ONNX operators: one function per operator.
 
 Each takes what makes a node of an operator, by its name: of the exporter onnxscript's opset, else `onnx_writer.Nodes`.
 """
@@ -11,6 +11,7 @@ from typing import Any
 
 import onnx
 
+from export.fusion.nodes import resnet_deploy
 from kernels.operators.conv2d_bias_act import Conv2dBiasAct
 from kernels.operators.conv2d_bias_relu_maxpool import Conv2dBiasReluMaxpool
 from kernels.operators.conv2d_conv1x1_bias_act import Conv2dConv1x1BiasAct
@@ -105,10 +106,22 @@ def _project(op, shortcut, weight, stride):  # type: ignore[no-untyped-def]
     return op.Conv(shortcut, weight, strides=[*stride])
 
 
+def _quantize_linear(op, x, scale, zero_point):  # type: ignore[no-untyped-def]
+    return op.QuantizeLinear(x, scale, zero_point)
+
+
+def _dequantize_linear(op, q, scale, zero_point):  # type: ignore[no-untyped-def]
+    return op.DequantizeLinear(q, scale, zero_point, axis=0)
+
+
 LOWERINGS: dict[type[Arguments[Any]], Callable[[Any, Any], Any]] = {
     Conv2dBiasAct: _conv2d_bias_act,
     Conv2dBiasReluMaxpool: _conv2d_bias_relu_maxpool,
     Conv2dProjectionBiasAct: _conv2d_projection_bias_act,
     Conv2dConv1x1BiasAct: _conv2d_conv1x1_bias_act,
     MeanLinear: _mean_linear,
+}
+QUANTISED_LOWERINGS: dict[Any, Callable[..., Any]] = {
+    resnet_deploy.quantize_linear.default: _quantize_linear,
+    resnet_deploy.dequantize_linear.default: _dequantize_linear,
 }

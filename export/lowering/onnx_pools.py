@@ -12,14 +12,12 @@ from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
-from onnxscript import opset18 as op
-
 from export.base.errors import ExportError
 from export.fusion.nodes import aten, pair
 
 
 # The exporter looks the names up: they are those of ATen's schema.
-def _max_pool2d(self, kernel_size, stride=(), padding=(0, 0), dilation=(1, 1), ceil_mode=False):  # type: ignore[no-untyped-def]
+def max_pool2d(op, self, kernel_size, stride=(), padding=(0, 0), dilation=(1, 1), ceil_mode=False):  # type: ignore[no-untyped-def]
     kernel, steps, before, dilations = _geometry(kernel_size, stride, padding, dilation)
     behind = _behind(self, kernel, steps, before, dilations) if ceil_mode else before
     pads = [*before, *behind]
@@ -28,7 +26,7 @@ def _max_pool2d(self, kernel_size, stride=(), padding=(0, 0), dilation=(1, 1), c
 
 
 def _avg_pool2d(  # type: ignore[no-untyped-def]
-    self, kernel_size, stride=(), padding=(0, 0), ceil_mode=False, count_include_pad=True, divisor_override=None
+    op, self, kernel_size, stride=(), padding=(0, 0), ceil_mode=False, count_include_pad=True, divisor_override=None
 ):
     kernel, steps, before, _ = _geometry(kernel_size, stride, padding, (1, 1))
     behind = _behind(self, kernel, steps, before, [1, 1]) if ceil_mode else before
@@ -52,7 +50,7 @@ def _avg_pool2d(  # type: ignore[no-untyped-def]
     return op.Mul(y, op.CastLike(factor, y))
 
 
-def _adaptive_max_pool2d(self, output_size):  # type: ignore[no-untyped-def]
+def _adaptive_max_pool2d(op, self, output_size):  # type: ignore[no-untyped-def]
     """Of equal windows, which PyTorch before 2.11 does not write. Of the indices no reader is left."""
     sizes = [(int(length), int(size)) for length, size in zip(self.shape[2:], pair(output_size), strict=True)]
     if all(size == 1 for _, size in sizes):
@@ -89,7 +87,7 @@ def _behind(
 
 
 POOLS: dict[Callable, Callable] = {
-    aten.max_pool2d.default: _max_pool2d,
+    aten.max_pool2d.default: max_pool2d,
     aten.avg_pool2d.default: _avg_pool2d,
     aten.adaptive_max_pool2d.default: _adaptive_max_pool2d,
 }

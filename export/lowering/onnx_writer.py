@@ -1,6 +1,8 @@
-"""An ONNX model of a graph in which all is ours, node by node: to the byte what torch.onnx.export makes of it.
+"""An ONNX model of a graph that we know all operators of, node by node: what torch.onnx.export makes of it.
 
-That traces the graph again, decomposes it, and reads first what it knows of all of ATen.
+That traces the graph again, decomposes it, and reads first what it knows of all of ATen. Its model and this one are
+the same to the byte where only fused operators compute; between others the values that nobody has a name for are
+numbered otherwise.
 """
 
 from __future__ import annotations
@@ -16,21 +18,35 @@ from torch import Tensor, fx
 
 from export.base.batch import INPUT, Batch
 from export.base.precision import Precision
-from export.fusion.nodes import aten, input_nodes, is_call, parameter, resnet_deploy
+from export.fusion.nodes import QUANTISATION, args_of, aten, input_nodes, is_call, resnet_deploy, schema_name
 from export.fusion.program import output_nodes
-from export.lowering.onnx_operators import LOWERINGS
+from export.lowering.onnx_aten import ATEN_LOWERINGS, is_written_alike
+from export.lowering.onnx_operators import LOWERINGS, QUANTISED_LOWERINGS
 
 # Conv admits bfloat16 from opset 22 on; TensorRT 10.3, the oldest supported, reads up to opset 20.
-OPSETS = {torch.float32: 18, torch.float16: 18, torch.bfloat16: 22}
+_OPSETS = {torch.float32: 18, torch.float16: 18, torch.bfloat16: 22}
+_QUANTISED_OPSET = 19  # the first in which quantisation has 16-bit floating-point scales
 _TYPES = {
     torch.float32: onnx.TensorProto.FLOAT,
     torch.float16: onnx.TensorProto.FLOAT16,
     torch.bfloat16: onnx.TensorProto.BFLOAT16,
+    torch.int8: onnx.TensorProto.INT8,
+    torch.uint8: onnx.TensorProto.UINT8,
+    torch.int32: onnx.TensorProto.INT32,
 }
-_WRITTEN = 18  # the opset whose attributes the exporter writes, whatever it converts to
+_WRITTEN = 18  # the opset whose attributes the exporter writes, whatever it converts to, but for quantisation
+_TYPED_BY = {"QuantizeLinear": 2, "DequantizeLinear": 1}  # the input whose type the result has, if not the first
 _IR_VERSION = 10
 _MERGED = 1024  # elements: the exporter writes equal constants of so few once
 _FUSED = {getattr(resnet_deploy, arguments.operator).default: arguments for arguments in LOWERINGS}
+_OWNER = "graph_module."  # of every weight, as what is traced has it
+_IDENTITIES = (aten.contiguous.default, aten.clone.default)
+
+
+def opset(graph_module: fx.GraphModule, precision: Precision) -> int:
+    """The one in which the graph is written."""
+    quantised = any(is_call(node, *QUANTISATION) for node in graph_module.graph.nodes)
+    return _QUANTISED_OPSET if quantised else _OPSETS[precision.dtype]
 
 
 def traced_name(name: str) -> str:
@@ -45,6 +61,10 @@ class _Value:
     dtype: int
     name: str = ""
     fixed: bool = False
+
+
+def _schema(operator: str) -> onnx.defs.OpSchema:
+    return onnx.defs.get_schema(operator, _QUANTISED_OPSET if operator in _TYPED_BY else _WRITTEN)
 
 
 class _Folded(Exception):
@@ -62,12 +82,13 @@ class _Nodes:
         self._waiting: list[tuple[str, tuple[_Value, ...], dict[str, Any], list[_Value]]] = []
 
     def __getattr__(self, operator: str) -> Any:
-        def make(*inputs: _Value, **attributes: Any) -> Any:
-            axes = operator == "Constant" and attributes.keys() == {"value_ints"}
-            if all(x.fixed for x in inputs) and not axes:
+        def make(*given: _Value | None, **attributes: Any) -> Any:
+            inputs = tuple(x for x in given if x is not None)
+            whole = operator == "Constant" and attributes.keys() == {"value_ints"}
+            if all(x.fixed for x in inputs) and not whole and operator != "DequantizeLinear":
                 raise _Folded
-            dtype = onnx.TensorProto.INT64 if axes else inputs[0].dtype
-            outputs = [_Value(dtype, fixed=axes) for _ in onnx.defs.get_schema(operator, _WRITTEN).outputs]
+            dtype = onnx.TensorProto.INT64 if whole else inputs[_TYPED_BY.get(operator, 0)].dtype
+            outputs = [_Value(dtype, fixed=whole) for _ in _schema(operator).outputs]
             self._waiting.append((operator, inputs, attributes, outputs))
             return outputs[0] if len(outputs) == 1 else outputs
 
@@ -90,7 +111,7 @@ class _Nodes:
                 continue
             node = onnx.NodeProto(op_type=operator, name=called, input=[x.name for x in inputs])
             node.output.append(outputs[0].name)
-            for key, attribute in onnx.defs.get_schema(operator, _WRITTEN).attributes.items():
+            for key, attribute in _schema(operator).attributes.items():
                 if key in attributes:
                     node.attribute.append(onnx.helper.make_attribute(key, attributes[key]))
                 elif attribute.default_value.type:
@@ -136,13 +157,14 @@ def _written(
     batch: Batch,
     precision: Precision,
     names: tuple[str, ...],
-    weights: Mapping[fx.Node, Tensor],
+    weights: Mapping[str, Tensor],
     results: list[fx.Node],
 ) -> tuple[onnx.ModelProto, dict[str, list[onnx.NodeProto]]]:
     """`written` with what the graph reads and returns; raises _Folded."""
     op, dtype = _Nodes(), _TYPES[precision.dtype]
     single = precision.dtype == torch.float32
-    values = {node: _Value(dtype, f"graph_module.{node.target}", fixed=True) for node in weights}
+    constants, merged = _merged(weights)
+    values: dict[fx.Node, _Value] = {}
     groups: dict[str, list[onnx.NodeProto]] = {}
     for name, node in input_nodes(graph_module).items():
         values[node], groups[node.name] = _Value(onnx.TensorProto.FLOAT, traced_name(name)), []
@@ -151,32 +173,41 @@ def _written(
             values[node].dtype = dtype
             groups[node.name] = op.end("_to_copy")
     for node in graph_module.graph.nodes:
-        if is_call(node, aten.contiguous.default):
+        if node.op == "get_attr" and node.target in merged:
+            name = merged[node.target]
+            values[node] = _Value(constants[name].data_type, name, fixed=True)
+        elif is_call(node, *_IDENTITIES):
             values[node] = values[node.all_input_nodes[0]]
-        elif is_call(node, *_FUSED):
-            arguments: Any = _FUSED[node.target]
-            call = arguments.of(*(values[a] if isinstance(a, fx.Node) else a for a in node.args))
-            values[node] = LOWERINGS[arguments](op, call)
+        elif node.op == "call_function":
+            read = [values[a] if isinstance(a, fx.Node) else a for a in node.args]
+            values[node] = _lowered(op, node, read)
             result = names[results.index(node)] if single and node in results else ""
-            groups[node.name] = op.end(arguments.operator, result)
+            groups[node.name] = op.end(schema_name(node), result)
     for name, node in zip(names, results, strict=True) if not single else ():
         op.Cast(values[node], to=onnx.TensorProto.FLOAT)
         op.end("_to_copy", name)
     model = onnx.ModelProto(ir_version=_IR_VERSION, producer_name="pytorch", producer_version=torch.__version__)
-    model.opset_import.append(onnx.helper.make_opsetid("", OPSETS[precision.dtype]))
+    model.opset_import.append(onnx.helper.make_opsetid("", opset(graph_module, precision)))
     model.graph.name = "main_graph"
     model.graph.node.extend(op.nodes)
     size: str | int = batch.minimum if batch.static else "batch"
     model.graph.input.extend(_float32(traced_name(name), [size, *shape]) for name, shape in inputs.items())
     model.graph.output.extend(_float32(name, None) for name in names)
-    constants = {values[node].name: tensor for node, tensor in weights.items()}
-    _describe(model, constants, dtype, op.constants)
-    for name, tensor in constants.items():
-        data = _bytes(tensor)
-        model.graph.initializer.append(onnx.TensorProto(name=name, data_type=dtype, dims=tensor.shape, raw_data=data))
-    model.graph.initializer.extend(op.constants)
+    flat = [(values[node], node) for node in graph_module.graph.nodes if is_call(node, aten.reshape.default)]
+    known = [onnx.helper.make_tensor_value_info(x.name, x.dtype, [size, *args_of(node)[1][1:]]) for x, node in flat]
+    _describe(model, [*constants.values(), *op.constants], known)
+    for name, constant in constants.items():
+        constant.raw_data = _bytes(weights[name.removeprefix(_OWNER)])
+    model.graph.initializer.extend([*constants.values(), *op.constants])
     named = {node.name: node for node in model.graph.node}
     return model, {name: [named[node.name] for node in group] for name, group in groups.items()}
+
+
+def _lowered(op: _Nodes, node: fx.Node, read: list[Any]) -> Any:
+    if is_call(node, *_FUSED):
+        arguments: Any = _FUSED[node.target]
+        return LOWERINGS[arguments](op, arguments.of(*read))
+    return {**ATEN_LOWERINGS, **QUANTISED_LOWERINGS}[node.target](op, *read)
 
 
 def _float32(name: str, shape: list[str | int] | None) -> onnx.ValueInfoProto:
@@ -188,44 +219,59 @@ def _bytes(tensor: Tensor) -> bytes:
     return whole.numpy().tobytes()
 
 
-def _weights(graph_module: fx.GraphModule, precision: Precision) -> dict[fx.Node, Tensor] | None:
-    """What the graph reads, parameters before buffers; None where the exporter merges some or leaves one out."""
-    read = {str(node.target): node for node in graph_module.graph.nodes if node.op == "get_attr" and node.users}
-    reading = sum(node.op == "get_attr" and len(node.users) for node in graph_module.graph.nodes)
-    named = [name for name, _ in [*graph_module.named_parameters(), *graph_module.named_buffers()]]
-    weights = {read[name]: parameter(graph_module, read[name]).detach() for name in named if name in read}
-    small = [tensor for tensor in weights.values() if tensor.numel() <= _MERGED]
-    distinct = len({(*tensor.shape, _bytes(tensor)) for tensor in small}) == len(small)
-    usual = all(x.dtype == precision.dtype and x.dim() and bool(x.any()) for x in weights.values())
-    return weights if len(weights) == reading and distinct and usual else None
+def _weights(graph_module: fx.GraphModule, precision: Precision) -> dict[str, Tensor] | None:
+    """What the graph reads by its name, parameters before buffers; None where the exporter leaves one out."""
+    read = [node for node in graph_module.graph.nodes if node.op == "get_attr" and node.users]
+    named = dict([*graph_module.named_parameters(), *graph_module.named_buffers()])
+    targets = {str(node.target) for node in read}
+    weights = {name: tensor.detach() for name, tensor in named.items() if name in targets}
+    if weights.keys() != targets:
+        return None
+    for node in read:
+        x, scales = weights[str(node.target)], all(is_call(reader, *QUANTISATION) for reader in node.users)
+        if not scales and not (x.dtype == precision.dtype and x.dim() and bool(x.any())):
+            return None
+    return weights
+
+
+def _merged(weights: Mapping[str, Tensor]) -> tuple[dict[str, onnx.TensorProto], dict[str, str]]:
+    """Constants to be written by their names, without their values yet, and weight -> which of them it is."""
+    constants: dict[str, onnx.TensorProto] = {}
+    merged: dict[str, str] = {}
+    first: dict[object, str] = {}
+    for name, tensor in weights.items():
+        small = tensor.numel() <= _MERGED
+        key = (tensor.dtype, tensor.shape, _bytes(tensor)) if small else name
+        merged[name] = first.setdefault(key, f"{_OWNER}{name}")
+        if merged[name] not in constants:
+            data_type = _TYPES[tensor.dtype]
+            constants[merged[name]] = onnx.TensorProto(name=merged[name], data_type=data_type, dims=tensor.shape)
+    return constants, merged
 
 
 def _is_ours(graph_module: fx.GraphModule, results: list[fx.Node]) -> bool:
-    """Whether nothing but fused operators computes anything, each something else, and all of it that is returned."""
-    computed = [node for node in graph_module.graph.nodes if is_call(node, *_FUSED)]
-    others = [node for node in graph_module.graph.nodes if node.op == "call_function" and node not in computed]
+    """Whether we know all that computes something, each something else, and all of it that is returned."""
+    calls = [node for node in graph_module.graph.nodes if node.op == "call_function"]
+    computed = [node for node in calls if not is_call(node, *_IDENTITIES)]
     return (
-        all(is_call(node, aten.contiguous.default) for node in others)
+        all(is_call(node, *_FUSED, *QUANTISATION) or is_written_alike(node) for node in computed)
         and len({f"{node.target} {node.args}" for node in computed}) == len(computed)
         and results == [*dict.fromkeys(results)] == list(graph_module.graph.output_node().all_input_nodes)
         and set(results) <= set(computed)
     )
 
 
-def _describe(
-    model: onnx.ModelProto, weights: Mapping[str, Tensor], dtype: int, constants: list[onnx.TensorProto]
-) -> None:
-    """Add types and shapes of weights, constants and values to a model that has no weights yet."""
-    known = [onnx.helper.make_tensor_value_info(name, dtype, tensor.shape) for name, tensor in weights.items()]
+def _describe(model: onnx.ModelProto, constants: list[onnx.TensorProto], reshaped: list[onnx.ValueInfoProto]) -> None:
+    """Add types and shapes of constants and values to a model that has no constants yet."""
+    known = [onnx.helper.make_tensor_value_info(x.name, x.data_type, x.dims) for x in constants]
     bare = onnx.ModelProto()
     bare.CopyFrom(model)
-    bare.graph.input.extend(known)
-    bare.graph.initializer.extend(constants)
+    bare.graph.input.extend(value for value, x in zip(known, constants, strict=True) if not x.raw_data)
+    bare.graph.initializer.extend(x for x in constants if x.raw_data)
+    bare.graph.value_info.extend(reshaped)  # of a size that is -1 nothing is inferred
     inferred = onnx.shape_inference.infer_shapes(bare, strict_mode=True).graph
     found = {value.name: value for value in inferred.value_info}
-    for tensor in constants:
-        known.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
     model.graph.value_info.extend(known)
-    model.graph.value_info.extend(found[name] for node in model.graph.node for name in node.output if name in found)
     for value, shaped in zip(model.graph.output, inferred.output, strict=True):
-        value.CopyFrom(shaped)
+        value.CopyFrom(found.pop(value.name, shaped))
+    model.graph.value_info.extend(found[name] for node in model.graph.node for name in node.output if name in found)

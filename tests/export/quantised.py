@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from export import FusedProgram, fuse
+from export import Batch, FusedProgram, fuse
 from export.base.precision import INT8, PRECISIONS
 from export.criteria.quantised import check_quantised, shown_values
 from export.criteria.references import run_oracle, run_simulations
@@ -93,10 +93,10 @@ class Subject:
         return check_quantised(program or self.quantised[scheme], self.calibration.ranges, scheme, trace)
 
 
-def quantised(model: nn.Module, images: Tensor) -> Subject:
+def quantised(model: nn.Module, images: Tensor, batch: Batch = BATCH) -> Subject:
     """`model` in both schemes, with the ranges of its values on `images`."""
     with captured_once():
-        program = fuse(model, images, BATCH, QUANTISED_LEVEL)
+        program = fuse(model, images, batch, QUANTISED_LEVEL)
     calibration = calibrate(split_addition(program.master), InMemory(images.numpy()), "minmax")
     return Subject(model, images, program, calibration, quantised_programs(program, calibration.ranges, ()))
 
