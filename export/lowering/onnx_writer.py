@@ -68,7 +68,7 @@ def _schema(operator: str) -> onnx.defs.OpSchema:
 
 
 class _Folded(Exception):
-    """The exporter computes beforehand what the graph has a node for."""
+    """The exporter has no node for what the graph has one for: it is computed beforehand, or merged with another."""
 
 
 class _Nodes:
@@ -186,6 +186,8 @@ def _written(
     for name, node in zip(names, results, strict=True) if not single else ():
         op.Cast(values[node], to=onnx.TensorProto.FLOAT)
         op.end("_to_copy", name)
+    if _repeats(op):
+        raise _Folded
     model = onnx.ModelProto(ir_version=_IR_VERSION, producer_name="pytorch", producer_version=torch.__version__)
     model.opset_import.append(onnx.helper.make_opsetid("", opset(graph_module, precision)))
     model.graph.name = "main_graph"
@@ -201,6 +203,16 @@ def _written(
     model.graph.initializer.extend([*constants.values(), *op.constants])
     named = {node.name: node for node in model.graph.node}
     return model, {name: [named[node.name] for node in group] for name, group in groups.items()}
+
+
+def _repeats(op: _Nodes) -> bool:
+    """Whether a node computes what another one does, with which the exporter would merge it."""
+    constants = {tensor.name: tensor.raw_data for tensor in op.constants}
+    calls = [
+        (node.op_type, *(constants.get(x, x) for x in node.input), *(a.SerializeToString() for a in node.attribute))
+        for node in op.nodes
+    ]
+    return len({*calls}) < len(calls)
 
 
 def _lowered(op: _Nodes, node: fx.Node, read: list[Any]) -> Any:
@@ -250,12 +262,11 @@ def _merged(weights: Mapping[str, Tensor]) -> tuple[dict[str, onnx.TensorProto],
 
 
 def _is_ours(graph_module: fx.GraphModule, results: list[fx.Node]) -> bool:
-    """Whether we know all that computes something, each something else, and all of it that is returned."""
+    """Whether we know all that computes something, and all of it that is returned."""
     calls = [node for node in graph_module.graph.nodes if node.op == "call_function"]
     computed = [node for node in calls if not is_call(node, *_IDENTITIES)]
     return (
         all(is_call(node, *_FUSED, *QUANTISATION) or is_written_alike(node) for node in computed)
-        and len({f"{node.target} {node.args}" for node in computed}) == len(computed)
         and results == [*dict.fromkeys(results)] == list(graph_module.graph.output_node().all_input_nodes)
         and set(results) <= set(computed)
     )

@@ -25,6 +25,12 @@ from tests.export import quantised as q8
 from tests.export.networks import Called
 
 Forward = Callable[[Tensor, Any], object]
+
+
+def of_means(x: Tensor, m: Any, layer: str) -> Tensor:
+    return F.linear(x.mean((2, 3)), m.matrix, getattr(m, layer).bias)
+
+
 OURS: dict[str, Forward] = {
     "activations": lambda x, m: F.hardswish(m.grouped(F.silu(m.second(F.leaky_relu(m.first(x), 0.2))))),
     "gates": lambda x, m: F.hardsigmoid(m.second(torch.sigmoid(m.first(x)))),
@@ -46,6 +52,7 @@ OTHERS: dict[str, Forward] = {
     "the same call twice": lambda x, m: m.first(x) + m.grouped(m.first(x)),
     "an output twice": lambda x, m: (y := m.first(x), y),
     "the input returned": lambda x, m: (m.first(x), x),
+    "the same mean twice": lambda x, m: (of_means(y := m.first(x), m, "first"), of_means(y, m, "second")),
     "a bias of zeros": lambda x, m: m.unbiased(x),
     "a pool that rounds up": lambda x, m: F.max_pool2d(m.first(x), 3, 2, ceil_mode=True),
     "a sum of a number": lambda x, m: F.max_pool2d(m.first(x), 2) + 2.0,
@@ -122,6 +129,13 @@ def test_residual_network_of_one_size_in_8_bits(scheme: Scheme, monkeypatch: pyt
     torch.manual_seed(0)
     subject = q8.quantised(filled(create_model("resnet8")), torch.randn(4, 3, 32, 32), Batch(4, 4, 4))
     assert is_ours(subject.quantised[scheme], scheme.arithmetic, monkeypatch, renumbered=True)
+
+
+def test_weights_in_8_bits_that_two_layers_read(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = filled(Called(lambda x, m: m.layer(m.layer(x)), layer=nn.Conv2d(3, 3, 1)))
+    subject = q8.quantised(model, torch.randn(4, 3, 8, 8))
+    assert not is_ours(subject.quantised[scheme], scheme.arithmetic, monkeypatch)
 
 
 @pytest.mark.parametrize("name", [*OURS, *RENUMBERED, *OTHERS])
