@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from scipy.special import chdtri, stdtrit
@@ -13,10 +12,9 @@ from torch import Tensor, fx
 from export.base.precision import Precision
 from export.criteria.bounds import shared_variance
 from export.criteria.explained import activations, allowed_error, float_arguments, laid_out, rounded, subnormal
-from export.fusion.interpreter import REFERENCES
+from export.fusion.interpreter import computes
 from export.fusion.nodes import constant
 from export.fusion.program import FusedProgram
-from export.lowering.convolutions import WideConvolutions
 from kernels.rounding import MAX_RMS_Z, UNIT_ROUNDOFF, Rounding
 
 _BY_CHANCE = 1e-6  # the share of right operators of few values that may be refused
@@ -102,8 +100,7 @@ def beyond_weights(
     signed = z * sign
     read = {n: rounded(values[n.name], precision.dtype) for n in activations(node)}
     pull = torch.where(live, sign / sigma, 0.0) if bare else torch.zeros_like(sigma)
-    with WideConvolutions():
-        shared = shared_variance(node.target, float_arguments(program, node, read), pull, Rounding(precision.roundoff))
+    shared = shared_variance(node.target, float_arguments(program, node, read), pull, Rounding(precision.roundoff))
     length = max(w[0].numel() for n in node.all_input_nodes if (w := constant(program.master, n)) is not None)
     return Beyond(
         (z.square().sum(dtype=torch.float64).item() / count) ** 0.5,
@@ -140,9 +137,7 @@ def _with_weights(
         value = rounded(values[n.name], precision.dtype) if held is None else rounded(held, dtype)
         return laid_out(value).double()
 
-    target: Any = REFERENCES.get(node.target, node.target)
-    with WideConvolutions():
-        result: Tensor = target(*fx.node.map_arg(node.args, value_of), **fx.node.map_arg(node.kwargs, value_of))
+    result: Tensor = computes(node)(*fx.node.map_arg(node.args, value_of), **fx.node.map_arg(node.kwargs, value_of))
     return result
 
 

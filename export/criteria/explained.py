@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from export.base.precision import Precision
 from export.criteria.bounds import BOUNDS, Call
-from export.fusion.interpreter import REFERENCES
+from export.fusion.interpreter import computes
 from export.fusion.nodes import (
     args_of,
     aten,
@@ -24,7 +24,6 @@ from export.fusion.nodes import (
     tensor_inputs,
 )
 from export.fusion.program import FusedProgram
-from export.lowering.convolutions import WideConvolutions
 from kernels.rounding import Bound, Rounding
 
 
@@ -70,8 +69,7 @@ def evaluate(source: fx.GraphModule, name: str, leaves: Mapping[str, Tensor]) ->
             continue
         else:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: known[n.name])
-            target: Any = REFERENCES.get(node.target, node.target)
-            known[node.name] = target(*args, **kwargs)
+            known[node.name] = computes(node)(*args, **kwargs)
         waiting.pop()
     return known[name]
 
@@ -154,8 +152,7 @@ def allowed_error(
     rounds_weights = weights_too and precision.name != "fp32" and held
     assert bound is not None  # who asks has seen to it
     rounding = Rounding(precision.roundoff, rounds_weights, separate_addition, truncates=truncates)
-    with WideConvolutions():
-        return bound(Call(arguments, pre.float(), rounding))
+    return bound(Call(arguments, pre.float(), rounding))
 
 
 def float_arguments(program: FusedProgram, node: fx.Node, read: Mapping[fx.Node, Tensor]) -> dict[str, Any]:
@@ -172,11 +169,6 @@ def float_arguments(program: FusedProgram, node: fx.Node, read: Mapping[fx.Node,
 
 def expected_of_leaves(source: fx.GraphModule, fused: fx.Node, leaves: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """y64, and the value before the activation and the pool behind that (y64 itself where there is none)."""
-    with WideConvolutions():
-        return _expected_of_leaves(source, fused, leaves)
-
-
-def _expected_of_leaves(source: fx.GraphModule, fused: fx.Node, leaves: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     target, before = str(source_name(fused)), fused.meta.get("before_activation")
     if before is not None:
         pre = evaluate(source, before, leaves)

@@ -36,7 +36,7 @@ from export.criteria.explained import (
 )
 from export.criteria.fault import fault_of
 from export.fusion.capture import plain_torch
-from export.fusion.interpreter import REFERENCES, GraphInterpreter
+from export.fusion.interpreter import REFERENCES, GraphInterpreter, computes
 from export.fusion.nodes import (
     constant,
     fits,
@@ -74,7 +74,7 @@ def check_operators(
         and those whose tensors the candidate does not show, `unproved` the convolutions and linear layers among them.
     """
     checks, unchecked, unproved = [], [], []
-    with plain_torch():
+    with plain_torch(), WideConvolutions():
         for node in operator_nodes(program.master):
             check = _check_node(program, precision, node, trace, separate_addition)
             if check is None:
@@ -113,9 +113,8 @@ def check_alone(program: FusedProgram, precision: Precision, inputs: Mapping[str
                 parameter = constant(program.master, n)
                 return exact[n.name] if parameter is None else rounded(parameter, precision.dtype)
 
-            target: Any = REFERENCES.get(node.target, node.target)
             args, kwargs = fx.node.map_arg(node.args, value_of), fx.node.map_arg(node.kwargs, value_of)
-            y = target(*args, **kwargs)
+            y = computes(node)(*args, **kwargs)
             check = _check_node(program, precision, node, {**exact, node.name: y}, separate_addition=False)
             if check is not None:
                 checks.append(check)

@@ -18,14 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
 from export.criteria.explained import evaluate
-from export.fusion.interpreter import REFERENCES
+from export.fusion.interpreter import computes
 from export.fusion.nodes import args_of, is_call, module_path, named_args, parameter, resnet_deploy, source_name
 from export.fusion.program import QuantisedProgram, output_nodes
 from export.quantisation.magnitudes import in_memory_order
@@ -276,9 +275,8 @@ def _check_layer(both: _Networks, layer: fx.Node, original: fx.Node) -> Quantise
     for index in (1, 2):
         if index < len(read) and isinstance(args_of(layer)[index], fx.Node):
             read[index] = parameter(program.before, args_of(original)[index])
-    target: Any = REFERENCES.get(layer.target, layer.target)
     summed = expected.norm() + _LARGEST_WEIGHT * sigma.norm()
-    error = float((target(*read, **layer.kwargs) - expected).norm() / summed.clamp(min=_TINY))
+    error = float((computes(layer)(*read, **layer.kwargs) - expected).norm() / summed.clamp(min=_TINY))
     reason = ""
     if not error <= _EXACT:
         reason = f"relative error {error:.2g} with the weights of float64, the limit is {_EXACT:g}"

@@ -16,6 +16,11 @@ REFERENCES: dict[Any, Callable[..., Tensor]] = {
 }
 
 
+def computes(node: fx.Node) -> Any:
+    """What a node calls, a fused operator as above."""
+    return REFERENCES.get(node.target, node.target)
+
+
 class GraphInterpreter(fx.Interpreter):
     """Calls `operators[target]` for each target that has one; keeps every tensor while `values` is a dict."""
 
