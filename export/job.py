@@ -19,6 +19,7 @@ from export.base.progress import Progress
 from export.config import AUTO, ExportConfig
 from export.fusion.capture import Example, check_model, describe_value
 from export.fusion.features import with_features
+from export.fusion.program import FusedProgram, output_nodes
 from export.fusion.unwrapping import with_softmax
 from export.golden_picture import PicturePreprocessing, golden_picture
 from export.quantisation.calibration import Pictures
@@ -70,11 +71,14 @@ class Job:
         minimum, most = self.batch.minimum, max(self.batch.minimum, count_of(self.inputs))
         return Batch(minimum, min(self.batch.optimum, most), min(self.batch.maximum, most))
 
-    def quickened(self, values: int) -> tuple[Job, tuple[str, ...]]:
-        """The same on the fewest images that the evidence allows, and what that leaves out, a line each.
+    def quickened(self, program: FusedProgram) -> tuple[Job, tuple[str, ...]]:
+        """A quick export's on the fewest images that the evidence allows, and what that leaves out, a line each.
 
-        `values` are those of an image in the smallest output: an error is only told from rounding by many of them.
+        An error is only told from rounding by many values: the smallest output of the program says how many there are.
         """
+        if not self.config.quick:
+            return self, ()
+        values = int(min(node.meta["val"].shape[1:].numel() for node in output_nodes(program.source)))
         given, fewest = count_of(self.inputs), max(_FEWEST_IMAGES, -(-_FEWEST_VALUES // max(1, values)))
         count = min(given, fewest)
         shown, inputs = rows_of(self.given, slice(count)), rows_of(self.inputs, slice(count))

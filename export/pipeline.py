@@ -162,10 +162,7 @@ def export_bundle(
         check_batches(program, job.inputs)
         names, classes = output_names(program.master), job.metadata.get("classes")
         kinds = output_kinds(program.source, names, job.config.outputs, labelled is not None, classes)
-        left_out: tuple[str, ...] = ()
-        if job.config.quick:
-            values = (node.meta["val"].shape[1:].numel() for node in output_nodes(program.source))
-            job, left_out = job.quickened(int(min(values)))
+        job, left_out = job.quickened(program)
         meter = _meter(job, program)
         program, forms = _lower(job, program, meter)
         gc.collect()  # the graphs of torch.export and of the ONNX exporter, with weights of their own

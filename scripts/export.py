@@ -194,15 +194,7 @@ def run(
         "data": source.data or None,
     }
     if args.weights is not None:
-        path = args.weights
-        if path == PRETRAINED:
-            progress("fetch the published weights")
-            path = download(source.model, progress=progress.transferred)
-        progress("load the weights")
-        info = load_weights(model, path, key=args.weights_key)
-        metadata["weights"] = {"file": Path(info.path).name, "sha256": info.sha256}
-        if info.others:
-            metadata["weights"]["key"] = info.key
+        metadata["weights"] = load(model, args, source, progress)
     else:
         progress("initialise: UNTRAINED, seeded weights with calibrated BatchNorm")
         initialise(model, cut(CALIBRATION_IMAGES, CALIBRATION_SEED))
@@ -221,6 +213,18 @@ def run(
         progress=progress,
     )
     return result, (classes, said_by) if classes else None
+
+
+def load(model: torch.nn.Module, args: argparse.Namespace, source: Source, progress: Progress) -> dict[str, str]:
+    """Give the model its weights, fetched where they are the published ones; what the manifest says of them."""
+    path = args.weights
+    if path == PRETRAINED:
+        progress("fetch the published weights")
+        path = download(source.model, progress=progress.transferred)
+    progress("load the weights")
+    info = load_weights(model, path, key=args.weights_key)
+    facts = {"file": Path(info.path).name, "sha256": info.sha256}
+    return facts | ({"key": info.key} if info.others else {})
 
 
 @dataclass(frozen=True)

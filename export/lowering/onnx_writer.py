@@ -39,6 +39,7 @@ _TYPED_BY = {"QuantizeLinear": 2, "DequantizeLinear": 1}  # the input whose type
 _IR_VERSION = 10
 _MERGED = 1024  # elements: the exporter writes equal constants of so few once
 _FUSED = {getattr(resnet_deploy, arguments.operator).default: arguments for arguments in LOWERINGS}
+_OTHERS = {**ATEN_LOWERINGS, **QUANTISED_LOWERINGS}
 _OWNER = "graph_module."  # of every weight, as what is traced has it
 _IDENTITIES = (aten.contiguous.default, aten.clone.default)
 
@@ -141,53 +142,20 @@ def written(
     Returns:
         None where something in the graph is not ours, or the exporter would write it otherwise than it is.
     """
-    weights = _weights(graph_module, precision)
-    results = output_nodes(graph_module)
+    weights, results = _weights(graph_module, precision), output_nodes(graph_module)
     if weights is None or not _is_ours(graph_module, results):
         return None
-    try:
-        return _written(graph_module, inputs, batch, precision, names, weights, results)
-    except _Folded:
-        return None
-
-
-def _written(
-    graph_module: fx.GraphModule,
-    inputs: Mapping[str, tuple[int, ...]],
-    batch: Batch,
-    precision: Precision,
-    names: tuple[str, ...],
-    weights: Mapping[str, Tensor],
-    results: list[fx.Node],
-) -> tuple[onnx.ModelProto, dict[str, list[onnx.NodeProto]]]:
-    """`written` with what the graph reads and returns; raises _Folded."""
-    op, dtype = _Nodes(), _TYPES[precision.dtype]
-    single = precision.dtype == torch.float32
-    constants, merged = _merged(weights)
-    values: dict[fx.Node, _Value] = {}
-    groups: dict[str, list[onnx.NodeProto]] = {}
-    for name, node in input_nodes(graph_module).items():
-        values[node], groups[node.name] = _Value(onnx.TensorProto.FLOAT, traced_name(name)), []
-        if not single:
-            values[node] = op.Cast(values[node], to=dtype)
-            values[node].dtype = dtype
-            groups[node.name] = op.end("_to_copy")
+    op, (constants, merged), values = _Nodes(), _merged(weights), dict[fx.Node, _Value]()
     for node in graph_module.graph.nodes:
         if node.op == "get_attr" and node.target in merged:
             name = merged[node.target]
             values[node] = _Value(constants[name].data_type, name, fixed=True)
-        elif is_call(node, *_IDENTITIES):
-            values[node] = values[node.all_input_nodes[0]]
-        elif node.op == "call_function":
-            read = [values[a] if isinstance(a, fx.Node) else a for a in node.args]
-            values[node] = _lowered(op, node, read)
-            result = names[results.index(node)] if single and node in results else ""
-            groups[node.name] = op.end(schema_name(node), result)
-    for name, node in zip(names, results, strict=True) if not single else ():
-        op.Cast(values[node], to=onnx.TensorProto.FLOAT)
-        op.end("_to_copy", name)
+    try:
+        groups = _made(op, graph_module, values, precision, dict(zip(results, names, strict=True)))
+    except _Folded:
+        return None
     if _repeats(op):
-        raise _Folded
+        return None
     model = onnx.ModelProto(ir_version=_IR_VERSION, producer_name="pytorch", producer_version=torch.__version__)
     model.opset_import.append(onnx.helper.make_opsetid("", opset(graph_module, precision)))
     model.graph.name = "main_graph"
@@ -205,6 +173,43 @@ def _written(
     return model, {name: [named[node.name] for node in group] for name, group in groups.items()}
 
 
+def _made(
+    op: _Nodes,
+    graph_module: fx.GraphModule,
+    values: dict[fx.Node, _Value],
+    precision: Precision,
+    results: Mapping[fx.Node, str],
+) -> dict[str, list[onnx.NodeProto]]:
+    """Make the nodes of the graph; those of each node of it, as of `written`.
+
+    Args:
+        op: makes them.
+        values: of weights; all others are added.
+        results: node -> the output that it is.
+
+    Raises:
+        _Folded: the exporter would make others.
+    """
+    groups: dict[str, list[onnx.NodeProto]] = {}
+    single, dtype = precision.dtype == torch.float32, _TYPES[precision.dtype]
+    for name, node in input_nodes(graph_module).items():
+        values[node], groups[node.name] = _Value(onnx.TensorProto.FLOAT, traced_name(name)), []
+        if not single:
+            values[node] = op.Cast(values[node], to=dtype)
+            values[node].dtype = dtype
+            groups[node.name] = op.end("_to_copy")
+    for node in graph_module.graph.nodes:
+        if is_call(node, *_IDENTITIES):
+            values[node] = values[node.all_input_nodes[0]]
+        elif node.op == "call_function":
+            values[node] = _lowered(op, node, [values[a] if isinstance(a, fx.Node) else a for a in node.args])
+            groups[node.name] = op.end(schema_name(node), results.get(node, "") if single else "")
+    for node, name in results.items() if not single else ():
+        op.Cast(values[node], to=onnx.TensorProto.FLOAT)
+        op.end("_to_copy", name)
+    return groups
+
+
 def _repeats(op: _Nodes) -> bool:
     """Whether a node computes what another one does, with which the exporter would merge it."""
     constants = {tensor.name: tensor.raw_data for tensor in op.constants}
@@ -219,7 +224,7 @@ def _lowered(op: _Nodes, node: fx.Node, read: list[Any]) -> Any:
     if is_call(node, *_FUSED):
         arguments: Any = _FUSED[node.target]
         return LOWERINGS[arguments](op, arguments.of(*read))
-    return {**ATEN_LOWERINGS, **QUANTISED_LOWERINGS}[node.target](op, *read)
+    return _OTHERS[node.target](op, *read)
 
 
 def _float32(name: str, shape: list[str | int] | None) -> onnx.ValueInfoProto:

@@ -55,7 +55,10 @@ def export_parser(about: str | None, methods: Collection[str], method: str) -> P
         "decoder gives them, with mean and deviation in the artefacts; default float32",
     )
     _add_what_is_built(parser)
-    _add_what_is_checked(parser, methods, method)
+    _add_what_is_checked(parser)
+    _add_what_is_rounded(parser, methods, method)
+    add_preprocessing_flags(parser, "that of the weights, else ImageNet's")
+    _add_what_is_written(parser)
     return parser
 
 
@@ -73,8 +76,8 @@ def _add_what_is_built(parser: Parser) -> None:
     )
 
 
-def _add_what_is_checked(parser: Parser, methods: Collection[str], method: str) -> None:
-    """Pictures, outputs, data and what the summary says."""
+def _add_what_is_checked(parser: Parser) -> None:
+    """Pictures, outputs and labelled data."""
     parser.add_argument(
         "--images", nargs="+", type=Path, metavar="PATH", help="pictures to compare on, or folders of them"
     )
@@ -111,6 +114,10 @@ def _add_what_is_checked(parser: Parser, methods: Collection[str], method: str) 
         metavar="digits|PATH",
         help="labelled pictures to measure accuracy on; default digits where the weights were trained on them",
     )
+
+
+def _add_what_is_rounded(parser: Parser, methods: Collection[str], method: str) -> None:
+    """What 8 bits are calibrated on, and what stays in a wider type."""
     parser.add_argument(
         "--calibration",
         metavar="DIR",
@@ -139,7 +146,10 @@ def _add_what_is_checked(parser: Parser, methods: Collection[str], method: str) 
         help="fp16 and bf16: layers, or modules with all their layers, to leave in float32; auto: the fewest with "
         "which the network is equal to the eager model",
     )
-    add_preprocessing_flags(parser, "that of the weights, else ImageNet's")
+
+
+def _add_what_is_written(parser: Parser) -> None:
+    """The bundle, and what the summary says."""
     parser.add_argument("--output", type=Path, metavar="DIR", help="default build/<model>-<precision>")
     parser.add_argument("--json", action="store_true", help="the summary as one JSON object on stdout")
     parser.add_argument(
