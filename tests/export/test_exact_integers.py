@@ -37,9 +37,7 @@ BUILT = ("bottleneck", "unet")  # on a GPU by TensorRT too, which takes long
 LOWERED = ("basic", "bottleneck")  # on a GPU to kernel engines too, which are compiled again
 KINDS = ("basic", "bottleneck", "preact", "resnext", "repvgg", "iresnet", "densenet", "shufflenet", "mobilenet_v2",
          "ghostnet", "inception", "vgg", "unet", "fpn", "ssd", "option_a")  # fmt: skip
-FULL = (
-    4  # every how many kinds are tried in every precision, the others in one; on a GPU and with TEST_TIMES all in all
-)
+FULL = 4  # every how many kinds are tried in every precision; on a GPU and with TEST_TIMES above 1 all are
 TRIALS = [
     pytest.param(name, precision, device, marks=[pytest.mark.gpu] * (device == "cuda"))
     for device in ("cpu", "cuda")

@@ -15,6 +15,7 @@ from export.base.errors import ExportError
 from export.fusion import capture as capturing
 from export.fusion.capture import capture
 from export.fusion.functional import made_functional
+from export.fusion.nodes import aten, is_call
 from resnet.models import create_model
 from tests.export.networks import Called
 from tests.export.zoo import ZOO
@@ -41,12 +42,17 @@ WITH_A_TRACE: dict[str, Forward] = {  # what shares memory with what is changed 
 
 
 def listing(graph_module: fx.GraphModule) -> list[tuple[str, ...]]:
-    """Each call with its arguments by their place, its shape and the modules it comes from."""
+    """Each call with its arguments by their place, its shape and the modules it comes from.
+
+    Without clones, which a dropout is in eval mode, and from PyTorch 2.14 on is not.
+    """
     names: dict[fx.Node, str] = {}
     lines: list[tuple[str, ...]] = []
     for node in graph_module.graph.nodes:
         names[node] = str(node.target) if node.op != "call_function" else f"%{len(lines)}"
-        if node.op == "get_attr":
+        if is_call(node, aten.clone.default):
+            names[node] = names[node.all_input_nodes[0]]
+        if node.op == "get_attr" or is_call(node, aten.clone.default):
             continue
         said = fx.node.map_arg((node.args, node.kwargs), lambda n: names[n])
         stack = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
