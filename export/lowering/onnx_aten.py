@@ -44,7 +44,7 @@ ATEN_LOWERINGS: dict[Any, Callable[..., Any]] = {
 
 def is_written_alike(node: fx.Node) -> bool:
     """Whether a call is one of these, and one that the exporter neither merges with others nor writes otherwise."""
-    if node.target not in ATEN_LOWERINGS or node.kwargs or any(x.op == "get_attr" for x in node.all_input_nodes[:1]):
+    if node.target not in ATEN_LOWERINGS or node.kwargs:
         return False
     x, *others = args_of(node)
     match schema_name(node):

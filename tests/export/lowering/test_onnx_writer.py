@@ -37,11 +37,13 @@ OURS: dict[str, Forward] = {
     "several outputs": lambda x, m: {"one": (y := F.relu(m.first(x))), "two": m.second(y)},
     "the same layer twice": lambda x, m: m.second(m.second(m.first(x))),
     "two biases alike": lambda x, m: m.alike(m.first(x)),
+    "shared weights": lambda x, m: m.tied(F.relu(m.second(m.first(x)))),
     "a pool of maxima": lambda x, m: m.second(F.max_pool2d(m.first(x), (3, 2), (2, 1), (1, 0), 1)),
 }
 RENUMBERED: dict[str, Forward] = {
     "flat means": lambda x, m: m.first(x).mean((2, 3), True).flatten(1),
     "a mean": lambda x, m: m.first(x).mean((1, 3)),
+    "a sum of a constant": lambda x, m: m.shift + F.max_pool2d(m.first(x), 2),
     "a sum and its relu": lambda x, m: F.relu(F.max_pool2d(y := m.first(x), 3, 1, 1) + F.max_pool2d(y, 1)),
     "a product of the means": lambda x, m: F.linear(m.first(x).mean((2, 3), True).flatten(1), m.matrix, m.first.bias),
 }
@@ -58,10 +60,12 @@ OTHERS: dict[str, Forward] = {
     "a sum of a number": lambda x, m: F.max_pool2d(m.first(x), 2) + 2.0,
     "a sum of parts": lambda x, m: torch.add(F.max_pool2d(y := m.first(x), 1), F.max_pool2d(y, 3, 1, 1), alpha=0.5),
     "a relu of its own": lambda x, m: F.relu(F.max_pool2d(m.first(x), 2)),
+    "a sum of whole numbers": lambda x, m: F.max_pool2d(m.first(x), 2) + m.whole,
+    "means in a square": lambda x, m: m.first(x).mean((2, 3), True).reshape(-1, 2, 2),
     "the same shape": lambda x, m: m.first(x).mean((2, 3)).reshape(-1, 4),
     "another shape": lambda x, m: m.first(x).flatten(1),
     "a product of maps": lambda x, m: F.linear(m.first(x), m.wide, m.unbiased.weight[:, 0, 0, 0]),
-    "a product without a bias": lambda x, m: F.linear(m.first(x).mean((2, 3)), m.matrix),
+    "a product without a bias": lambda x, m: F.linear(of_means(m.first(x), m, "first"), m.matrix),
 }
 UNNAMED = re.compile(r"(node_)?(val|add|view|reshape)(_\d+)?")
 
@@ -141,15 +145,19 @@ def test_weights_in_8_bits_that_two_layers_read(scheme: Scheme, monkeypatch: pyt
 @pytest.mark.parametrize("name", [*OURS, *RENUMBERED, *OTHERS])
 def test_what_is_ours(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    layers: dict[str, nn.Module | Tensor] = {
+    layers: dict[str, Any] = {
         "first": nn.Conv2d(3, 4, 3),
         "second": nn.Conv2d(4, 4, 1),
         "grouped": nn.Conv2d(4, 4, 3, 1, 1, groups=2),
         "unbiased": nn.Conv2d(3, 4, 3, bias=False),
         "alike": nn.Conv2d(4, 4, 1),
+        "tied": nn.Conv2d(4, 4, 1),
+        "shift": torch.rand(4, 1, 1),
+        "whole": torch.ones(4, 1, 1, dtype=torch.int32),
         "matrix": nn.Parameter(torch.randn(4, 4)),
         "wide": nn.Parameter(torch.randn(4, 6)),
     }
+    layers["tied"].weight = layers["second"].weight
     model = filled(Called({**OURS, **RENUMBERED, **OTHERS}[name], **layers))
     model.load_state_dict(
         {k.replace("first.bias", "alike.bias"): v for k, v in model.state_dict().items() if "first.bias" in k},
