@@ -242,8 +242,6 @@ def _weights(graph_module: fx.GraphModule, precision: Precision) -> dict[str, Te
     named = dict([*graph_module.named_parameters(), *graph_module.named_buffers()])
     targets = {str(node.target) for node in read}
     weights = {name: tensor.detach() for name, tensor in named.items() if name in targets}
-    if weights.keys() != targets:
-        return None
     for node in read:
         x, scales = weights[str(node.target)], all(is_call(reader, *QUANTISATION) for reader in node.users)
         if not scales and not (x.dtype == precision.dtype and x.dim() and bool(x.any())):
